@@ -1,0 +1,1 @@
+"""Plans: depth as an index. Knows no files and no models, only trees of arrays."""

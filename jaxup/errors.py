@@ -1,0 +1,66 @@
+"""The one exception a user's mistake raises, and how an entry point ends.
+
+Every `python -m jaxup.NAME` runs under `entry_point`, so exit codes mean the same everywhere:
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 2 | the user's mistake: one line on stderr, nothing written |
+| 3 | training stopped because a gradient or loss was not finite |
+| 130, 143 | Ctrl-C or SIGTERM; a training run has saved its state first |
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right: says where, what is wrong and what was probably meant."""
+
+
+class Stopped(Exception):
+    """A signal asked the program to leave, and it has saved what it had."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class NonFinite(Exception):
+    """A loss or gradient was NaN or infinite; the message names the model and the step."""
+
+
+def suggest(name: str, candidates: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the candidate nearest to `name`, else the list of them all."""
+    candidates = [str(c) for c in candidates]
+    near = difflib.get_close_matches(str(name), candidates, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(candidates)}" if candidates else ""
+
+
+def entry_point(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
+    """Runs `main(argv)` and exits the process with the code that its outcome calls for."""
+    try:
+        code = main(sys.argv if argv is None else argv) or 0
+    except UserError as error:
+        code = _say(error, 2)
+    except NonFinite as error:
+        code = _say(error, 3)
+    except Stopped as error:
+        code = _say(error, error.exit_code)
+    except KeyboardInterrupt:
+        code = _say("interrupted", 130)
+    except BrokenPipeError:  # `... | head` closed our stdout; it is not an error worth a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
+
+
+def _say(message: object, code: int) -> int:
+    print(f"jaxup: {message}", file=sys.stderr, flush=True)
+    return code

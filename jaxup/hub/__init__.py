@@ -1,0 +1,1 @@
+"""Hugging Face model directories in and out: name tables, strict reading, staged writing."""

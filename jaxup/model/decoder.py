@@ -1,0 +1,151 @@
+"""The decoder: embeddings, stacked blocks run by `lax.scan`, final norm, head.
+
+Every leaf under `blocks` has the layer on axis 0, so depth is an index: `jax.tree.map(lambda a:
+a[rows], blocks)` is the model with other layers. See `jaxup.depth`.
+
+Shape suffixes: L layers, B batch, S sequence, T cache length, K key/value heads, H head_dim,
+D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.layers import Block, Linear, Norm, normal
+
+Params = dict[str, Any]  # nested dict of arrays: the pure form of a Decoder's nnx state
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens decoded so far, for all layers."""
+
+    k_LBTKH: Array
+    v_LBTKH: Array
+    length: Array  # int32 scalar: how many positions are filled
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, length: int, dtype) -> KVCache:
+        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
+
+
+class Decoder(nnx.Module):
+    """A causal language model of any family `ModelConfig` describes.
+
+    Parameters are created in float32. Calling it on int32 tokens [batch, seq] gives logits
+    [batch, seq, vocab] in the compute dtype.
+    """
+
+    def __init__(self, config: ModelConfig, compute: Compute | None = None, *, rngs: nnx.Rngs):
+        self.config, self.compute = config, compute or Compute()
+        D, V, std = config.hidden_size, config.vocab_size, config.init_std
+        self.embed_tokens = normal(rngs, (V, D), ("vocab", "embed"), std)
+        self.embed_positions = (
+            normal(rngs, (config.max_positions, D), ("positions", "embed"), std)
+            if config.positions == "learned"
+            else None
+        )
+
+        @nnx.vmap
+        def create(rngs):
+            return Block(config, self.compute, rngs=rngs)
+
+        self.blocks = create(rngs.split(config.num_layers))
+        self.norm = Norm(config)
+        self.lm_head = (
+            None if config.tie_embeddings else Linear((D, V), ("embed", "vocab"), bias=False, std=std, rngs=rngs)
+        )
+
+    def __call__(
+        self,
+        tokens_BS: Int[Array, "batch seq"],
+        *,
+        positions_BS: Int[Array, "batch seq"] | None = None,
+        segment_ids_BS: Int[Array, "batch seq"] | None = None,
+    ) -> Float[Array, "batch seq vocab"]:
+        x_BSD = self.hidden(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS)
+        return x_BSD @ self.head_kernel().astype(x_BSD.dtype)
+
+    def hidden(self, tokens_BS, *, positions_BS=None, segment_ids_BS=None) -> Float[Array, "batch seq hidden"]:
+        """What the head is applied to: the final norm's output."""
+        return self._run(tokens_BS, positions_BS, segment_ids_BS, None)[0]
+
+    def decode(
+        self, tokens_BS: Int[Array, "batch seq"], cache: KVCache
+    ) -> tuple[Float[Array, "batch seq vocab"], KVCache]:
+        """Logits of the next `seq` tokens after those in `cache`, and the cache with them added."""
+        x_BSD, cache = self._run(tokens_BS, None, None, cache)
+        return x_BSD @ self.head_kernel().astype(x_BSD.dtype), cache
+
+    def head_kernel(self) -> Float[Array, "hidden vocab"]:
+        return self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
+
+    def _run(self, tokens_BS, positions_BS, segment_ids_BS, cache):
+        start = 0 if cache is None else cache.length
+        if positions_BS is None:
+            positions_BS = start + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
+        dtype = jnp.dtype(self.compute.dtype)
+        # Cast after the look-up: the rows that are read, not the whole table.
+        x_BSD = self.embed_tokens[...][tokens_BS].astype(dtype)
+        if self.embed_positions is not None:
+            x_BSD = x_BSD + self.embed_positions[...][positions_BS].astype(dtype)
+
+        def body(x_BSD, layer):
+            block, index, block_cache = layer
+            return block(
+                x_BSD, layer=index, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS,
+                cache=block_cache, start=start,
+            )  # fmt: skip
+
+        if self.compute.remat != "none":
+            body = jax.checkpoint(body, policy=_REMAT[self.compute.remat])
+        layers = (
+            self.blocks, jnp.arange(self.config.num_layers), None if cache is None else (cache.k_LBTKH, cache.v_LBTKH)
+        )  # fmt: skip
+        x_BSD, kv = jax.lax.scan(body, x_BSD, layers, unroll=min(self.compute.unroll, self.config.num_layers))
+        if cache is not None:
+            cache = KVCache(*kv, cache.length + tokens_BS.shape[1])
+        return self.norm(x_BSD), cache
+
+
+# "dots" keeps every matrix product's output, "full" only each block's input.
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def abstract(config: ModelConfig, compute: Compute | None = None) -> tuple[Any, Params]:
+    """(graphdef, params as ShapeDtypeStructs) of a Decoder, without allocating anything."""
+    model = nnx.eval_shape(lambda: Decoder(config, compute, rngs=nnx.Rngs(params=0)))
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def init(config: ModelConfig, seed: int | Array) -> Params:
+    """Freshly initialised float32 params; a pure function of (config, seed), usable under jit."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=seed))))
+
+
+def named_axes(config: ModelConfig) -> Params:
+    """The params tree with, in place of each array, the tuple of its axes' names."""
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
+    axes: Params = {}
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        node = axes
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        # The stack's axis comes from vmap, so the block itself does not know of it.
+        node[path[-1]] = (("layers",) if path[0] == "blocks" else ()) + param.get_metadata("axes")
+    return axes
+
+
+def count_params(config: ModelConfig) -> int:
+    """Number of parameters; a tied head counts once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)[1]))

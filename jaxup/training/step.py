@@ -1,0 +1,120 @@
+"""One jitted training step, and its evaluation twin: pure state in, pure state out.
+
+Shape suffixes: A accumulation steps, B batch, S sequence, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.decoder import Params, abstract
+from jaxup.training.loss import cross_entropy
+
+Batch = dict[str, jax.Array]  # tokens, targets, loss_weights and, if packed, segment_ids, positions
+
+
+class TrainState(NamedTuple):
+    params: Params  # float32 master weights
+    opt_state: optax.OptState
+    step: jax.Array  # int32: updates done
+    # A step whose loss or gradient is not finite changes nothing, and neither does any after it,
+    # so that the host, which looks at metrics one step late, still finds the state before it.
+    halted: jax.Array  # bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    accumulation: int  # micro-batches a step; the gradient does not depend on it
+    loss_chunk: int  # positions whose logits exist at once
+    z_loss: float
+
+
+def make_train_step(
+    model: ModelConfig, compute: Compute, optimizer: optax.GradientTransformation, config: StepConfig
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The function to jit with the state donated.
+
+    The gradient is that of the mean loss over the loss tokens of the *whole* batch: sums are
+    accumulated over micro-batches and divided once, so accumulation, padding and mesh do not
+    change what is optimised.
+    """
+    loss_sums = _make_loss(model, compute, config)
+
+    def train_step(state: TrainState, batch: Batch):
+        gradient = jax.value_and_grad(loss_sums, has_aux=True)
+        if config.accumulation == 1:
+            (loss, plain), grads = gradient(state.params, batch)
+        else:
+            zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.params)
+
+            def body(total, micro_batch):
+                return jax.tree.map(jnp.add, total, gradient(state.params, micro_batch)), None
+
+            ((loss, plain), grads), _ = jax.lax.scan(body, zeros, _micro_batches(batch, config.accumulation))
+        tokens = jnp.sum(batch["loss_weights"])
+        scale = 1 / jnp.maximum(tokens, 1)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+
+        norm, layer_norms_L = gradient_norms(grads)
+        halted = state.halted | ~jnp.isfinite(norm) | ~jnp.isfinite(loss)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updated = (optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+        kept = jax.tree.map(lambda new, old: jnp.where(halted, old, new), updated, tuple(state[:3]))
+        metrics = {
+            "loss": plain * scale,
+            "loss_with_z": loss * scale,
+            "gradient_norm": norm,
+            "gradient_norm_layers": layer_norms_L,
+            "loss_tokens": tokens,
+            "halted": halted,
+        }
+        return TrainState(*kept, halted), metrics
+
+    return train_step
+
+
+def make_eval_step(model: ModelConfig, compute: Compute, config: StepConfig):
+    """params, batch -> (sum of cross-entropy in nats, number of loss tokens)."""
+    loss_sums = _make_loss(model, compute, dataclasses.replace(config, z_loss=0.0))
+
+    def eval_step(params: Params, batch: Batch):
+        return loss_sums(params, batch)[1], jnp.sum(batch["loss_weights"])
+
+    return eval_step
+
+
+def gradient_norms(grads: Params) -> tuple[jax.Array, jax.Array]:
+    """(norm of everything, norm of each block [L])."""
+    square = lambda g, axes: jnp.sum(jnp.square(g.astype(jnp.float32)), axis=axes)  # noqa: E731
+    blocks_L = sum(square(g, tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads["blocks"]))
+    rest = sum(square(g, None) for g in jax.tree.leaves({k: v for k, v in grads.items() if k != "blocks"}))
+    return jnp.sqrt(jnp.sum(blocks_L) + rest), jnp.sqrt(blocks_L)
+
+
+def _make_loss(model: ModelConfig, compute: Compute, config: StepConfig) -> Callable[[Params, Batch], Any]:
+    graphdef, _ = abstract(model, compute)
+
+    def loss_sums(params: Params, batch: Batch):
+        decoder = nnx.merge(graphdef, params)
+        x_BSD = decoder.hidden(
+            batch["tokens"], positions_BS=batch.get("positions"), segment_ids_BS=batch.get("segment_ids")
+        )
+        return cross_entropy(
+            x_BSD, decoder.head_kernel(), batch["targets"], batch["loss_weights"],
+            chunk=config.loss_chunk, z_loss=config.z_loss,
+        )  # fmt: skip
+
+    return loss_sums
+
+
+def _micro_batches(batch: Batch, accumulation: int) -> Batch:
+    """[B, S] -> [A, B / A, S] by striding, so that each device's rows are split among all micro-batches."""
+    return {k: jnp.swapaxes(v.reshape(-1, accumulation, *v.shape[1:]), 0, 1) for k, v in batch.items()}
