@@ -1,1 +1,1 @@
-"""Hugging Face model directories in and out: name tables, strict reading, staged writing."""
+"""Models on disk in the layout of Hugging Face transformers: read strictly, written atomically."""

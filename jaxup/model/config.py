@@ -106,7 +106,8 @@ class Compute:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; params keep their own
     attention: Literal["auto", "xla", "blocked", "cudnn"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
-    unroll: int = 1  # layers per iteration of the scan
+    unroll: int = 1  # layers per iteration of the scan; 0 = all, which is faster on CPU
+    batch_axes: tuple[str, ...] = ()  # mesh axes that split the batch; () = no mesh
 
     def __post_init__(self):
         for name, choices in (

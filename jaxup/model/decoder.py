@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxup.model.config import Compute, ModelConfig
@@ -96,6 +97,11 @@ class Decoder(nnx.Module):
         if self.embed_positions is not None:
             x_BSD = x_BSD + self.embed_positions[...][positions_BS].astype(dtype)
 
+        if self.compute.batch_axes:
+            # The table is split over the same mesh axes as the batch: without a word from us XLA
+            # may leave the activations split along the hidden axis instead.
+            x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(self.compute.batch_axes))
+
         def body(x_BSD, layer):
             block, index, block_cache = layer
             return block(
@@ -108,7 +114,9 @@ class Decoder(nnx.Module):
         layers = (
             self.blocks, jnp.arange(self.config.num_layers), None if cache is None else (cache.k_LBTKH, cache.v_LBTKH)
         )  # fmt: skip
-        x_BSD, kv = jax.lax.scan(body, x_BSD, layers, unroll=min(self.compute.unroll, self.config.num_layers))
+        x_BSD, kv = jax.lax.scan(
+            body, x_BSD, layers, unroll=min(self.compute.unroll, self.config.num_layers) or self.config.num_layers
+        )
         if cache is not None:
             cache = KVCache(*kv, cache.length + tokens_BS.shape[1])
         return self.norm(x_BSD), cache
@@ -130,7 +138,10 @@ def abstract(config: ModelConfig, compute: Compute | None = None) -> tuple[Any, 
 
 def init(config: ModelConfig, seed: int | Array) -> Params:
     """Freshly initialised float32 params; a pure function of (config, seed), usable under jit."""
-    return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=seed))))
+    # nnx.Rngs makes a key of a Python int, but takes no traced one.
+    is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    rngs = nnx.Rngs(params=seed if is_key else jax.random.key(seed))
+    return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=rngs)))
 
 
 def named_axes(config: ModelConfig) -> Params:

@@ -40,7 +40,9 @@ class Linear(nnx.Module):
         # several batch axes a third slower.
         y = x.reshape(math.prod(batch), -1) @ kernel.reshape(-1, math.prod(outputs))
         y = y.reshape(*batch, *outputs)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        if self.bias is None:
+            return y
+        return y + jnp.expand_dims(self.bias[...].astype(x.dtype), range(len(batch)))
 
 
 class Norm(nnx.Module):
@@ -56,9 +58,9 @@ class Norm(nnx.Module):
         if self.kind == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y = y * self.scale[...]
+        y = y * self.scale[...][None, None]
         if self.bias is not None:
-            y = y + self.bias[...]
+            y = y + self.bias[...][None, None]
         return y.astype(x_BSD.dtype)
 
 
@@ -68,7 +70,7 @@ def rotary(
     """Rotary positions (Su et al. 2021), in the half-split layout of transformers' LLaMA."""
     half = x_BSNH.shape[-1] // 2
     frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BS1H = positions_BS[:, :, None, None].astype(jnp.float32) * frequency_H
+    angle_BS1H = positions_BS[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
     cos, sin = jnp.cos(angle_BS1H), jnp.sin(angle_BS1H)
     a, b = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSNH.dtype)

@@ -55,7 +55,7 @@ def _forward(x_BSD, kernel_DV, targets_BS, weights_BS, chunk, z_loss):
         (logits_BCV, lse_BC1), losses = _chunk(kernel_DV, z_loss, *inputs)
         weights_BC1 = weights_BC[..., None]
         dlogits_BCV = jnp.exp(logits_BCV - lse_BC1) * (weights_BC1 * (1 + 2 * z_loss * lse_BC1))
-        is_target_BCV = targets_BC[..., None] == jnp.arange(kernel_DV.shape[1])
+        is_target_BCV = targets_BC[..., None] == jnp.arange(kernel_DV.shape[1])[None, None]
         dlogits_BCV = (dlogits_BCV - jnp.where(is_target_BCV, weights_BC1, 0)).astype(x_BCD.dtype)
         dlogits_TV, x_TD = _flat(dlogits_BCV), _flat(x_BCD)
         dx_BCD = (dlogits_TV @ kernel_DV.astype(x_BCD.dtype).T).reshape(x_BCD.shape)

@@ -18,7 +18,8 @@ from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
 from jaxup.training.loss import cross_entropy
 
-Batch = dict[str, jax.Array]  # tokens, targets, loss_weights and, if packed, segment_ids, positions
+# tokens, targets, loss_weights; if packed, segment_ids and positions; with several processes, stop.
+Batch = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -76,6 +77,8 @@ def make_train_step(
             "loss_tokens": tokens,
             "halted": halted,
         }
+        if "stop" in batch:
+            metrics["stop"] = jnp.any(batch["stop"])
         return TrainState(*kept, halted), metrics
 
     return train_step

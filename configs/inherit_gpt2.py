@@ -1,0 +1,115 @@
+"""Inheritune on GPT-2: train a reference, inherit its first layers, grow until the target matches it."""
+
+from ml_collections import ConfigDict
+
+from jaxup.experiment import variants
+
+# Section 4 of arXiv 2404.08634 and its released GPT-2 code.
+# layers, hidden, heads, tokens per batch (rows of 1024), peak learning rate
+PAPER = {
+    "medium": (24, 1024, 16, 384, 3e-4),
+    "large": (36, 1280, 20, 128, 2e-4),
+    "xl": (48, 1600, 25, 128, 1.5e-4),
+}
+EVERYTHING = ("attention", "mlp", "norms", "embed_tokens", "embed_positions", "norm", "lm_head")
+ABLATIONS = {
+    "none": EVERYTHING,
+    "attn": tuple(p for p in EVERYTHING if p != "mlp"),
+    "mlp": tuple(p for p in EVERYTHING if p != "attention"),
+    "no_norm": tuple(p for p in EVERYTHING if p != "norms"),
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    v = variants(
+        arg,
+        size=("default", "smoke", *PAPER),
+        ablation=tuple(ABLATIONS),
+        layers=0,  # of the first target; 0 = half of the reference's
+        control=(1, 2),  # 2: a second control trained for twice the steps, as in the paper
+        depth_scaled=False,  # attention logits divided by layer + 1, as in the released code
+        seed=0,
+    )
+    small, smoke = v["size"] not in PAPER, v["size"] == "smoke"
+    layers, hidden, heads, rows, peak = PAPER.get(v["size"], (8, 128, 4, 16, 2e-3))
+
+    c = ConfigDict()
+    c.seed = v["seed"]
+    c.steps = 30 if smoke else 400 if small else 100_000
+    c.batch_size = rows
+
+    c.reference = ConfigDict()
+    c.reference.path = ""  # a Hugging Face GPT-2 directory, to inherit from it instead of training one
+
+    c.model = ConfigDict()
+    c.model.num_layers = layers
+    c.model.hidden_size = hidden
+    c.model.num_heads = heads
+    c.model.max_positions = 256 if small else 1024
+    c.model.vocab_size = 0 if small else 50304  # 0 = the tokenizer's, rounded up to a multiple of 64
+    c.model.bias = False
+    c.model.depth_scaled_attention = v["depth_scaled"]
+
+    c.inherit = ConfigDict()
+    c.inherit.layers = v["layers"]
+    c.inherit.which = "first"  # or "last", or the layers themselves: "0,2,4"
+    c.inherit.parts = ABLATIONS[v["ablation"]]
+    c.inherit.grow_by = 2
+    c.inherit.tolerance = 0.01
+    c.inherit.control = v["control"]
+
+    c.data = ConfigDict()
+    c.data.source = "python" if small else "openwebtext"
+    # "" = the reference's, if it is a Hugging Face directory
+    c.data.tokenizer = ("bpe:512" if smoke else "bpe:2048") if small else "gpt2"
+    c.data.seq_len = c.model.max_positions
+    c.data.val_fraction = 0.05 if small else 0.0005
+    c.data.seed = 2357  # of the split into training and validation, where a source is split at random
+    c.data.fraction = 1.0  # 0.001 = a random 0.1% of the training rows
+    c.data.isolate_documents = False
+    c.data.store = ""  # where the tokens are kept, local or gs://; "" = beside the run directory
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = peak
+    c.optimizer.end_learning_rate = peak / 10 if small else 1e-5
+    c.optimizer.schedule = "cosine"  # constant | linear | cosine | wsd
+    c.optimizer.warmup_steps = 5 if smoke else 40 if small else 2000
+    c.optimizer.decay_fraction = 0.2
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.1
+    c.optimizer.clip_norm = 1.0
+
+    c.step = ConfigDict()
+    c.step.accumulation = 1
+    c.step.loss_chunk = 128
+    c.step.z_loss = 0.0
+
+    c.compute = ConfigDict()
+    c.compute.dtype = "float32" if small else "bfloat16"
+    c.compute.attention = "auto"
+    c.compute.remat = "none" if small else "dots"
+    c.compute.unroll = 0 if small else 1
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    c.eval = ConfigDict()
+    c.eval.interval = 10 if smoke else 50 if small else 1000
+    c.eval.rows = 32 if smoke else 256 if small else 2400
+    c.eval.batch_size = 16 if small else 96
+    c.log = ConfigDict()
+    c.log.interval = 10
+    c.log.trackers = ()  # "tensorboard", "wandb"
+    c.checkpoint = ConfigDict()
+    c.checkpoint.interval = 10 if smoke else 50 if small else 1000
+    c.checkpoint.keep = 2
+    c.sample = ConfigDict()
+    c.sample.prompt = "def " if small else "The"
+    c.sample.tokens = 60
+    c.sample.temperature = 0.8
+    c.sample.top_k = 50
+    return c

@@ -1,0 +1,242 @@
+"""Fills a token store: tokenises a source as a stream and writes rows, shard by shard.
+
+The stream of a split is its documents in order, each followed by EOS; what is left after the last
+whole row (fewer than seq_len tokens) is dropped. After each shard `progress.json` says at which token
+of which document the next row begins, so a killed process goes on from there and writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxup.data.sources import SPLITS, Source, Split
+from jaxup.data.store import META, PROGRESS, Store, check_same
+from jaxup.data.tokenizer import Encoder, bpe_vocab_size, tokenizer_hash, train_bpe
+from jaxup.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorstore as ts
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_CHARACTERS = 2**20  # documents are tokenised in batches of about so much text,
+BATCH_DOCUMENTS = 1024  # and no more than so many of them
+TOKEN_SLICE = 2**20  # a source of tokens is read in slices of this many
+# A vocabulary is trained on the first so many characters of the training split: enough, and bounded.
+TRAINING_CHARACTERS = 200_000_000
+SECONDS_PER_LINE = 10.0  # of progress, where there is no terminal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where the next row begins. Documents of a source of tokens are slices of TOKEN_SLICE tokens."""
+
+    documents: int = 0  # those that lie wholly before it
+    skip: int = 0  # tokens of the next document that lie before it
+    rows: int = 0  # written so far
+    tokens: int = 0  # in the whole stream; known when `done`
+    done: bool = False
+
+
+def prepare(store: Store, source: Source, tokenizer: PreTrainedTokenizerBase | None, wanted: dict[str, Any]) -> None:
+    """Makes `store` complete, going on from its progress record if it has one. The caller holds the lock.
+
+    `tokenizer` None: one is trained as `wanted["tokenizer"]["spec"]`, bpe:N, says. Raises UserError for
+    an unfinished store of other tokens, a directory with other files in it, or a source that will not do.
+    """
+    progress = store.read_json(PROGRESS)
+    if progress is None:
+        if not store.is_empty():
+            raise UserError(f"data.store: {store.path} is not empty and not a token store; choose another data.store")
+        made = {**wanted, "tokenizer": dict(wanted["tokenizer"])}
+        progress = {"made": made, "splits": {}, "tokenizer_saved": False}
+    check_same(store, progress["made"], wanted)
+    started = time.monotonic()
+    try:
+        splits = _fill(store, source, tokenizer, progress)
+    except UserError:
+        # A source that will not do leaves nothing behind; rows once written are kept to go on from.
+        if not any(position["rows"] for position in progress["splits"].values()):
+            with contextlib.suppress(UserError):
+                store.discard()
+        raise
+    store.write_json(META, {**progress["made"], "splits": splits})
+    store.delete(PROGRESS)
+    counts = ", ".join(f"{splits[split]['tokens']:,} {split} tokens" for split in SPLITS)
+    _say(f"{store.path}: {counts} in {time.monotonic() - started:.1f} s")
+
+
+def _fill(
+    store: Store, source: Source, tokenizer: PreTrainedTokenizerBase | None, progress: dict[str, Any]
+) -> dict[str, dict[str, int]]:
+    """Writes what `progress`, which it keeps up to date, does not count as done: split -> rows and tokens."""
+    made = progress["made"]
+    if progress["tokenizer_saved"]:
+        tokenizer = store.load_tokenizer(made["tokenizer"]["hash"])
+    else:
+        spec = made["tokenizer"]["spec"]
+        if tokenizer is None:
+            tokenizer = _train(source, spec)
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"data.tokenizer: {spec} has no end-of-sequence token (eos_token) to end documents with")
+        vocab_size = len(tokenizer)
+        made["tokenizer"] |= {"hash": tokenizer_hash(tokenizer), "vocab_size": vocab_size}
+        made["dtype"] = "uint16" if vocab_size <= 2**16 else "uint32"
+        store.write_json(PROGRESS, progress)
+        store.save_tokenizer(tokenizer)
+        store.load_tokenizer(made["tokenizer"]["hash"])  # the copy must tokenise as the original does
+        progress["tokenizer_saved"] = True
+        store.write_json(PROGRESS, progress)
+    splits = {}
+    for split in reversed(SPLITS):  # validation first: the split that may be too small is found at once
+        position = Position(**progress["splits"].get(split, {}))
+        if not position.done:
+            array = store.open_for_writing(split, seq_len=made["seq_len"], dtype=made["dtype"])
+            with _Display(f"{source.name} {split}") as display:
+                documents = display.watch(_token_documents(source, split, tokenizer, made, position.documents))
+                for reached in _write_rows(array, documents, position):
+                    position = reached
+                    progress["splits"][split] = dataclasses.asdict(position)
+                    store.write_json(PROGRESS, progress)
+        if not position.rows:
+            raise UserError(
+                f"data.source: {source.spec}: no text found for one row: its {split} split has {position.tokens}"
+                f" tokens, data.seq_len={made['seq_len']} needs {made['seq_len'] + 1}"
+            )
+        splits[split] = {"rows": position.rows, "tokens": position.tokens}
+    return splits
+
+
+def _train(source: Source, spec: str) -> PreTrainedTokenizerBase:
+    vocab_size = bpe_vocab_size(spec)
+    _say(f"training a vocabulary of {vocab_size} tokens on {source.name}")
+
+    def sample() -> Iterator[str]:
+        characters = 0
+        for text in source.documents("train"):
+            yield text
+            characters += len(text)
+            if characters >= TRAINING_CHARACTERS:
+                return
+
+    return train_bpe(sample(), vocab_size)
+
+
+def _token_documents(
+    source: Source, split: Split, tokenizer: PreTrainedTokenizerBase, made: dict[str, Any], start: int
+) -> Iterator[np.ndarray]:
+    """The tokens of each document from number `start` on, EOS included; [length] of the store's dtype."""
+    dtype, vocab_size = made["dtype"], made["tokenizer"]["vocab_size"]
+    if source.is_tokens:
+        tokens = source.tokens(split)
+        for at in range(start * TOKEN_SLICE, len(tokens), TOKEN_SLICE):
+            part = np.asarray(tokens[at : at + TOKEN_SLICE])
+            if part.max() >= vocab_size:
+                raise UserError(
+                    f"data.source: {source.spec}: token {part.max()} is outside the vocabulary of"
+                    f" {made['tokenizer']['spec']}, which has {vocab_size} tokens"
+                )
+            yield part.astype(dtype)
+        return
+    encode, eos = Encoder(tokenizer), tokenizer.eos_token_id
+    for batch in _batches(itertools.islice(source.documents(split), start, None)):
+        for ids in encode(batch):
+            ids.append(eos)
+            yield np.array(ids, dtype)
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _write_rows(array: ts.TensorStore, documents: Iterator[np.ndarray], position: Position) -> Iterator[Position]:
+    """Writes the rows from `position` on and yields the position after each shard; the last one is `done`.
+
+    `documents` begins with document number `position.documents`.
+    """
+    seq_len = array.shape[1] - 1
+    shard_rows = array.chunk_layout.write_chunk.shape[0]
+    pending: collections.deque[np.ndarray] = collections.deque()
+    held = -position.skip  # tokens of `pending` at and after the position
+
+    def write(rows: int) -> Position:
+        nonlocal array, held
+        flat = np.concatenate(pending)[position.skip :][: rows * seq_len + 1]
+        end = position.rows + rows
+        if array.shape[0] < end:
+            array = array.resize(exclusive_max=[end, seq_len + 1]).result()
+        array[position.rows : end].write(
+            np.lib.stride_tricks.sliding_window_view(flat, seq_len + 1)[::seq_len]
+        ).result()
+        held -= rows * seq_len
+        documents_done, skip = position.documents, position.skip + rows * seq_len
+        while pending and skip >= len(pending[0]):
+            skip -= len(pending.popleft())
+            documents_done += 1
+        return Position(documents=documents_done, skip=skip, rows=end)
+
+    for document in documents:
+        pending.append(document)
+        held += len(document)
+        while held > shard_rows * seq_len:
+            position = write(shard_rows)
+            yield position
+    if held > seq_len:
+        position = write((held - 1) // seq_len)
+    yield dataclasses.replace(position, tokens=position.rows * seq_len + max(0, held), done=True)
+
+
+class _Display:
+    """Progress on stderr: one live line on a terminal, else a plain line every SECONDS_PER_LINE."""
+
+    def __init__(self, label: str):
+        self._label = label
+        self._live: Callable[[str], None] | None = None
+        self._status = None
+
+    def __enter__(self) -> _Display:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.status import Status
+
+            self._status = Status(f"tokenising {self._label}", console=Console(stderr=True))
+            self._live = self._status.__enter__().update
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._status is not None:
+            self._status.__exit__(*exception)
+
+    def watch(self, documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Passes `documents` through, counting."""
+        started = said = time.monotonic()
+        tokens = 0
+        for count, document in enumerate(documents, 1):
+            yield document
+            tokens += len(document)
+            now = time.monotonic()
+            if now - said >= (0.2 if self._live else SECONDS_PER_LINE):
+                said = now
+                speed = tokens / (now - started) / 1e6
+                line = f"tokenising {self._label}: {count:,} documents, {tokens:,} tokens, {speed:.2f} million/s"
+                (self._live or _say)(line)
+
+
+def _say(message: str) -> None:
+    print(f"jaxup: {message}", file=sys.stderr, flush=True)

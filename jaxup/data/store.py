@@ -1,0 +1,239 @@
+"""A store of token rows: a directory, local or gs://, that a training run reads at random.
+
+    STORE/meta.json       what the tokens were made from; written last, so it marks a complete store
+    STORE/progress.json   the same and how far an unfinished store has come; gone when it is complete
+    STORE/tokenizer/      the tokenizer, as `save_pretrained` writes it
+    STORE/train/, STORE/validation/   zarr3 arrays [rows, seq_len + 1], uint16 or uint32
+    STORE/lock            held (flock) by the process that prepares a local store
+
+Row r holds the tokens [r*seq_len, r*seq_len + seq_len] of the stream, both ends included: rows overlap
+by one token, so that each next-token pair is in exactly one of them. All access goes through
+TensorStore, local files included: there is one code path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorstore as ts
+
+from jaxup.data.tokenizer import load_tokenizer, tokenizer_hash
+from jaxup.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+META, PROGRESS, TOKENIZER, LOCK = "meta.json", "progress.json", "tokenizer/", "lock"
+# A shard is one file, written at once: about this many tokens, and no more than so many rows.
+SHARD_TOKENS = 4 * 2**20
+SHARD_ROWS = 4096
+CACHE_BYTES = 64 * 2**20  # shard indices, mostly: a row is then one read of a byte range
+
+# One context for all, so that the cache is shared.
+_CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+
+
+class Store:
+    """The files of one store. Every failure of the storage is a UserError naming it."""
+
+    def __init__(self, path: str):
+        self.local = "://" not in path
+        self.path = os.path.abspath(os.path.expanduser(path)) if self.local else path.rstrip("/")
+        with self._errors():
+            self._files = ts.KvStore.open(self._location(""), context=_CONTEXT).result()
+
+    def read_json(self, key: str) -> dict[str, Any] | None:
+        with self._errors():
+            result = self._files.read(key).result()
+        if result.state == "missing":
+            return None
+        try:
+            value = json.loads(result.value)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise UserError(
+                f"data.store: {self.path}/{key} is not what this version of jaxup writes (format {FORMAT});"
+                " choose another data.store or delete it"
+            )
+        return value
+
+    def write_json(self, key: str, value: dict[str, Any]) -> None:
+        with self._errors():
+            self._files.write(key, json.dumps({"format": FORMAT, **value}, indent=1).encode()).result()
+
+    def delete(self, key: str) -> None:
+        with self._errors():
+            self._files.write(key, None).result()
+
+    def save_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            tokenizer.save_pretrained(directory)
+            with self._errors():
+                for path in sorted(Path(directory).iterdir()):
+                    if path.is_file():
+                        self._files.write(TOKENIZER + path.name, path.read_bytes()).result()
+
+    def load_tokenizer(self, expected_hash: str) -> PreTrainedTokenizerBase:
+        """The store's own copy. UserError when it is not the tokenizer that wrote the tokens."""
+        with tempfile.TemporaryDirectory() as directory:
+            with self._errors():
+                for key in self._files.list(_below(TOKENIZER)).result():
+                    name = key.decode().removeprefix(TOKENIZER)
+                    if "/" not in name:
+                        Path(directory, name).write_bytes(self._files.read(key).result().value)
+            try:
+                tokenizer = load_tokenizer(directory)
+            except UserError as error:
+                raise UserError(str(error).replace(directory, f"{self.path}/tokenizer")) from None
+        if tokenizer_hash(tokenizer) != expected_hash:
+            raise UserError(f"data.store: {self.path}/tokenizer is not the tokenizer that wrote the tokens; delete it")
+        return tokenizer
+
+    def open_for_writing(self, split: str, *, seq_len: int, dtype: str) -> ts.TensorStore:
+        """The array of `split`, made with no rows if it is not there."""
+        with self._errors():
+            if self._files.read(f"{split}/zarr.json").result().state != "missing":
+                return ts.open(self._array(split), context=_CONTEXT, open=True).result()
+            little, crc = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
+            sharding = {"chunk_shape": [1, seq_len + 1], "codecs": [little, crc], "index_codecs": [little, crc]}
+            shard_rows = max(1, min(SHARD_ROWS, SHARD_TOKENS // seq_len))
+            metadata = {
+                "shape": [0, seq_len + 1],
+                "data_type": dtype,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_rows, seq_len + 1]}},
+                "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            }
+            return ts.open({**self._array(split), "metadata": metadata}, context=_CONTEXT, create=True).result()
+
+    def open_rows(self, split: str, meta: dict[str, Any]) -> Rows:
+        rows, width = meta["splits"][split]["rows"], meta["seq_len"] + 1
+        with self._errors():
+            array = ts.open(self._array(split), context=_CONTEXT, open=True, read=True).result()
+        if array.shape != (rows, width):
+            found = f"{array.shape[0]} rows of {array.shape[1]} tokens, not {rows} of {width}"
+            raise UserError(f"data.store: {self.path}/{split} is damaged: it has {found}; delete the store")
+        return Rows(array, f"{self.path}/{split}")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes of this machine from preparing the same store. No lock on object stores."""
+        if not self.local:
+            yield
+            return
+        import fcntl
+
+        with self._errors():
+            os.makedirs(self.path, exist_ok=True)
+            file = open(os.path.join(self.path, LOCK), "a+")  # noqa: SIM115 (closed below)
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise UserError(
+                    f"data.store: {self.path} is being prepared by process {holder}; wait until it is done"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def is_empty(self) -> bool:
+        """No file there but the lock."""
+        if self.local:  # not by listing: this may be somebody's home directory
+            files = (name for _, _, names in os.walk(self.path) for name in names)
+            return all(name == LOCK for name in files)
+        with self._errors():
+            return not self._files.list().result()
+
+    def discard(self) -> None:
+        """Deletes what an unfinished store consists of."""
+        with self._errors():
+            for directory in (TOKENIZER, "train/", "validation/"):
+                self._files.delete_range(_below(directory)).result()
+        self.delete(PROGRESS)
+
+    def _location(self, key: str) -> str | dict[str, str]:
+        return {"driver": "file", "path": f"{self.path}/{key}"} if self.local else f"{self.path}/{key}"
+
+    def _array(self, split: str) -> dict[str, Any]:
+        # "open": what is cached is checked once, at opening; a complete store does not change.
+        return {"driver": "zarr3", "kvstore": self._location(f"{split}/"), "recheck_cached_data": "open"}
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """TensorStore raises ValueError for nearly everything: permissions, networks, missing buckets."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__).replace("\0", "")
+            raise UserError(f"data.store: {self.path}: {reason}") from None
+
+
+class Rows:
+    """The rows of one split."""
+
+    def __init__(self, array: ts.TensorStore, name: str):
+        self._array = array
+        self._name = name
+        self.seq_len: int = array.shape[1] - 1
+
+    def __len__(self) -> int:
+        return self._array.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens predicted in one pass over all rows."""
+        return len(self) * self.seq_len
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """int [n] row numbers, in any order, repeats allowed -> int32 [n, seq_len + 1]. IndexError outside the rows."""
+        indices = np.asarray(indices, np.int64)
+        if not indices.size:
+            return np.zeros((0, self.seq_len + 1), np.int32)
+        if indices.min() < 0 or indices.max() >= len(self):
+            raise IndexError(f"rows {indices.min()}..{indices.max()} of {self._name}, which has {len(self)}")
+        try:
+            return self._array[indices].read().result().astype(np.int32)
+        except ValueError as error:  # a checksum that does not match, a file or a network gone
+            raise UserError(f"data.store: {self._name}: {next(iter(str(error).splitlines()), '')}") from None
+
+
+def _below(directory: str) -> ts.KvStore.KeyRange:
+    """The keys that begin with `directory`, which ends with a slash ("0" is the character after it)."""
+    return ts.KvStore.KeyRange(directory, directory[:-1] + "0")
+
+
+def differences(made: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What keeps a store made as `made` says from serving a run that wants `wanted`: 'seq_len=8, not 16' ..."""
+    found = []
+    if made["source"]["fingerprint"] != wanted["source"]["fingerprint"]:
+        found.append(("source", *(f"{m['source']['spec']} ({m['source']['fingerprint'][:8]})" for m in (made, wanted))))
+    # A vocabulary to be trained has no hash yet; what it is trained on is compared with the source.
+    by = "hash" if wanted["tokenizer"]["hash"] else "spec"
+    if made["tokenizer"][by] != wanted["tokenizer"][by]:
+        found.append(("tokenizer", *(_short_tokenizer(m["tokenizer"]) for m in (made, wanted))))
+    found += [(key, made[key], wanted[key]) for key in ("seq_len", "val_fraction", "seed") if made[key] != wanted[key]]
+    return [f"{name}={old}, not {new}" for name, old, new in found]
+
+
+def _short_tokenizer(tokenizer: dict[str, Any]) -> str:
+    return tokenizer["spec"] + (f" ({tokenizer['hash'][:8]})" if tokenizer["hash"] else "")
+
+
+def check_same(store: Store, made: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises UserError, naming the store and all that differs, when its tokens are not those wanted."""
+    if found := differences(made, wanted):
+        raise UserError(
+            f"data.store: {store.path} was made with {'; '.join(found)}; choose another data.store or delete it"
+        )

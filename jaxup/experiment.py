@@ -1,0 +1,132 @@
+"""Experiment files: finding one, its variants, and overrides from the command line.
+
+An experiment is a Python file with `get_config(arg: str) -> ml_collections.ConfigDict`; `arg` is
+what follows the colon in `--config=FILE:ARG`. The dict is locked before overrides are applied, so
+a misspelt key cannot be added by accident.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jaxup.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+T = TypeVar("T")
+
+
+def find(name: str) -> Path:
+    """The experiment file: as given, else in `configs/` here, beside the package, or in it."""
+    package = Path(__file__).parent
+    folders = [Path("configs"), package.parent / "configs", package / "configs"]
+    path = Path(name).expanduser()
+    for candidate in [path, *(folder / name for folder in folders if not path.is_absolute())]:
+        for file in (candidate, candidate.with_name(candidate.name + ".py")):
+            if file.is_file():
+                return file
+    known = sorted({file.name for folder in folders for file in folder.glob("*.py")})
+    raise UserError(f"--config: no experiment file {name!r}{suggest(name, known)}")
+
+
+def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
+    """The locked, resolved configuration of `FILE[:VARIANT]` with `(dotted key, text)` overrides."""
+    name, _, variant = spec.partition(":")
+    path = find(name)
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None:
+        raise UserError(f"--config: {path} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config: {path} defines no get_config(arg)")
+    try:
+        config = module.get_config(variant)
+    except UserError as error:
+        raise UserError(f"--config={spec}: {error}") from None
+    config.lock()
+    for key, text in overrides:
+        _override(config, key, text)
+    return config
+
+
+def variants(arg: str, **options: Any) -> dict[str, Any]:
+    """Reads `"large,layers=12"` against the options' defaults.
+
+    A tuple lists choices, the first being the default; False is a switch; a number or string gives
+    the type. A bare word is a switch or a choice: `large` where `size=("default", "large")`.
+    """
+    values = {k: v[0] if isinstance(v, tuple) else v for k, v in options.items()}
+    words = {str(choice): key for key, v in options.items() if isinstance(v, tuple) for choice in v}
+    words.update({key: key for key, v in options.items() if v is False})
+    for item in filter(None, arg.split(",")):
+        key, given, text = item.partition("=")
+        if not given:
+            if item not in words:
+                raise UserError(f"unknown variant {item!r}{suggest(item, [*words, *(f'{k}=' for k in options)])}")
+            key = words[item]
+            text = "True" if options[key] is False else item
+        if key not in options:
+            raise UserError(f"unknown variant {key!r}{suggest(key, options)}")
+        value = _parse(key, text, values[key])
+        if isinstance(options[key], tuple) and value not in options[key]:
+            raise UserError(f"variant {key}={text}{suggest(text, options[key])}")
+        values[key] = value
+    return values
+
+
+def section(kind: type[T], values: Any, **more: Any) -> T:
+    """`kind(**values, **more)` for a dataclass; UserError naming keys that do not fit it."""
+    given = {**dict(values), **more}
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key in given:
+        if key not in names:
+            raise UserError(f"config: unknown key {key!r}{suggest(key, names)}")
+    return kind(**given)
+
+
+def _override(config: ConfigDict, dotted: str, text: str) -> None:
+    from ml_collections import ConfigDict
+
+    node, *path = config, *dotted.split(".")
+    for depth, key in enumerate(path):
+        where = ".".join(["--config", *path[: depth + 1]])
+        if not isinstance(node, ConfigDict) or key not in node:
+            known = [k for k in node] if isinstance(node, ConfigDict) else []
+            raise UserError(f"{where}: unknown key {key!r}{suggest(key, known)}")
+        if depth < len(path) - 1:
+            node = node[key]
+    if isinstance(node[key], ConfigDict):
+        raise UserError(f"{where}: is a section; set one of its keys: {', '.join(node[key])}")
+    node[key] = _parse(where, text, node[key])
+
+
+def _parse(where: str, text: str, like: Any) -> Any:
+    """`text` as a value of the type of `like`."""
+    if isinstance(like, str):
+        return text
+    if isinstance(like, bool):
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{where}: expected true or false, not {text!r}")
+        return text.lower() == "true"
+    if isinstance(like, tuple) and not text.startswith("("):
+        return tuple(filter(None, text.split(",")))
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(like):
+        raise UserError(f"{where}: expected {_a(type(like).__name__)}, not {text!r}")
+    return value
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

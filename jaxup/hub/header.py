@@ -1,0 +1,114 @@
+"""A strict check of a safetensors file's header, made before any of its data is touched.
+
+The format: 8 bytes of little-endian length, a JSON object of that length, the data. The official
+reader accepts some files that break the specification, so every byte must be accounted for here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxup.errors import UserError
+
+# A header of a thousand layers takes about 2 MB; parsing costs some ten times its size in memory.
+_MAX_HEADER = 16 * 2**20
+_MAX_RANK = 16
+
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
+    "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+}  # fmt: skip
+
+
+class TensorInfo(NamedTuple):
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: str  # safetensors' name, e.g. "BF16"
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+
+def read_header(path: Path, shown: str) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, by name; UserError (starting with `shown`) if malformed."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise UserError(f"{shown}: not a safetensors file: its header would not fit ({size} bytes in all)")
+            text = file.read(length)
+    except OSError as error:
+        raise UserError(f"{shown}: cannot be read: {error.strerror}") from error
+    if len(text) != length or not text.startswith(b"{"):
+        raise UserError(f"{shown}: not a safetensors file: the header is not a JSON object")
+    header = parse_json(text, shown)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"{shown}: malformed safetensors header: __metadata__ must hold strings")
+    spans, infos = [], {}
+    for name, entry in header.items():
+        problem, begin, end = _check(entry)
+        if problem:
+            raise UserError(f"{shown}: malformed safetensors header: tensor {name[:200]!r}: {problem}")
+        spans.append((begin, end, name))
+        infos[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            kind = "overlaps the one before" if begin < position else "leaves a hole before it"
+            raise UserError(f"{shown}: malformed safetensors header: tensor {name[:200]!r} {kind}")
+        position = end
+    if position != size - 8 - length:
+        raise UserError(f"{shown}: holds {size - 8 - length} bytes of tensors, its header describes {position}")
+    return infos
+
+
+def _check(entry: Any) -> tuple[str, int, int]:
+    """(what is wrong with one tensor's entry or "", begin, end)."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return "must have dtype, shape and data_offsets and nothing else", 0, 0
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        return f"unknown dtype {str(dtype)[:20]!r}", 0, 0
+    if not _are_sizes(shape) or len(shape) > _MAX_RANK:
+        return "shape must be a short list of sizes", 0, 0
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return "data_offsets must be two increasing offsets", 0, 0
+    if math.prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
+        return f"{offsets[1] - offsets[0]} bytes do not hold {dtype}{shape}", 0, 0
+    return "", *offsets
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def parse_json(text: bytes, shown: str) -> dict[str, Any]:
+    """A JSON object without duplicate keys; UserError (starting with `shown`) for anything else."""
+
+    def unique(pairs):
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in result if names.count(name) > 1)
+            raise UserError(f"{shown}: the key {twice[:200]!r} appears twice")
+        return result
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise UserError(f"{shown}: nested too deeply") from None
+    except ValueError as error:  # malformed JSON, malformed UTF-8 or a number of thousands of digits
+        raise UserError(f"{shown}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{shown}: must be a JSON object, not {type(value).__name__}")
+    return value

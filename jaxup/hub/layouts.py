@@ -1,0 +1,93 @@
+"""How a tensor of a transformers file holds params of ours, and the way back.
+
+Kernels here are shaped by heads with inputs first, and blocks are stacked on axis 0; files hold one
+matrix per layer, in the layout that a `TensorRow` names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+
+class TensorRow(NamedTuple):
+    """A tensor of the file and the params it holds, concatenated along the output axis.
+
+    Layouts, for a kernel of shape [*inputs, *outputs]: `linear` stores [out, in], `conv1d` stores
+    [in, out], `flat` stores a vector, `same` stores the param's own shape.
+    """
+
+    name: str  # with {layer} where the layer's number stands
+    paths: tuple[str, ...]  # dotted, into the params tree
+    layout: Literal["linear", "conv1d", "flat", "same"]
+    inputs: int = 1  # how many leading axes of the kernel are inputs
+
+
+class Tensor(NamedTuple):
+    """A row for one layer, with its shapes."""
+
+    name: str
+    shape: tuple[int, ...]  # in the file
+    paths: tuple[str, ...]
+    layer: int | None  # index on axis 0 of every param, None for params without a layer axis
+    part_shapes: tuple[tuple[int, ...], ...]  # of the params, without the layer axis
+    row: TensorRow
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict from dotted path to leaf."""
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def expected_tensors(table: Iterable[TensorRow], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
+    """The tensors of a file whose params have these shapes by dotted path, blocks layer by layer."""
+    rows = [row for row in table if row.paths[0] in shapes]
+    num_layers = next(shape[0] for path, shape in shapes.items() if path.startswith("blocks."))
+    for row in rows:
+        if "{layer}" not in row.name:
+            yield _tensor(row, None, [shapes[p] for p in row.paths])
+    for layer in range(num_layers):
+        for row in rows:
+            if "{layer}" in row.name:
+                yield _tensor(row, layer, [shapes[p][1:] for p in row.paths])
+
+
+def _tensor(row: TensorRow, layer: int | None, parts: list[tuple[int, ...]]) -> Tensor:
+    name = row.name if layer is None else row.name.format(layer=layer)
+    if row.layout in ("linear", "conv1d"):
+        inputs = math.prod(parts[0][: row.inputs])
+        outputs = sum(math.prod(p[row.inputs :]) for p in parts)
+        shape = (outputs, inputs) if row.layout == "linear" else (inputs, outputs)
+    else:
+        shape = parts[0] if row.layout == "same" else (sum(math.prod(p) for p in parts),)
+    return Tensor(name, shape, row.paths, layer, tuple(parts), row)
+
+
+def to_file(tensor: Tensor, parts: list[np.ndarray]) -> np.ndarray:
+    """Params (each without a layer axis) -> the array of `tensor.shape` that the file holds."""
+    layout, inputs = tensor.row.layout, tensor.row.inputs
+    if layout == "same":
+        return parts[0]
+    if layout == "flat":
+        return np.concatenate([p.reshape(-1) for p in parts])
+    matrices = [p.reshape(math.prod(p.shape[:inputs]), -1) for p in parts]
+    matrix = np.concatenate(matrices, axis=1)
+    return np.ascontiguousarray(matrix.T) if layout == "linear" else matrix
+
+
+def from_file(tensor: Tensor, array: np.ndarray) -> list[np.ndarray]:
+    """The inverse of `to_file`, as views of `array`."""
+    layout, inputs, shapes = tensor.row.layout, tensor.row.inputs, tensor.part_shapes
+    if layout == "same":
+        return [array]
+    if layout == "linear":
+        array = array.T
+    first = inputs if layout != "flat" else 0
+    ends = np.cumsum([math.prod(s[first:]) for s in shapes])[:-1]
+    return [part.reshape(s) for part, s in zip(np.split(array, ends, axis=-1), shapes, strict=True)]

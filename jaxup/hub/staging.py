@@ -1,0 +1,128 @@
+"""A directory that appears under its name only when it is whole, whenever the process is killed.
+
+Files are written into a sibling `.NAME.jaxup-new-PID`, which is flushed to disk and then renamed.
+When a directory is replaced, the old one is `.NAME.jaxup-old-PID` between two renames. The writer
+holds a lock on its staging directory, so that the next writer can tell one in progress from what
+a killed process left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxup.errors import UserError
+
+
+@contextlib.contextmanager
+def staged_directory(out: str | Path, *, force: bool, marks: tuple[str, ...]) -> Iterator[Path]:
+    """Yields an empty directory that becomes `out` when the block ends well, else disappears.
+
+    An existing `out` is refused, or with `force` replaced if it is empty or holds one of the files
+    `marks` (so that a mistyped path cannot delete something else). UserError for that, for a
+    parent that is missing or cannot be written, and for a disk that fills up meanwhile.
+    """
+    out = Path(os.path.abspath(out))
+    if not out.name or not out.parent.is_dir():
+        raise UserError(f"{out}: its parent is not a directory")
+    try:
+        staging, lock = _create(out, force, marks)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from error
+    try:
+        yield staging
+        _sync(staging)
+        _publish(staging, out, force, marks)
+    except OSError as error:
+        raise UserError(f"{out}: not written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
+
+
+def _create(out: Path, force: bool, marks: tuple[str, ...]) -> tuple[Path, int]:
+    parent = os.open(out.parent, os.O_RDONLY)
+    try:
+        # Between creating a staging directory and locking it, it looks like a killed writer's.
+        fcntl.flock(parent, fcntl.LOCK_EX)
+        _clean_up(out)
+        _check_replaceable(out, force, marks)
+        staging = out.parent / f".{out.name}.jaxup-new-{os.getpid()}"
+        staging.mkdir()
+        lock = os.open(staging, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return staging, lock
+    finally:
+        os.close(parent)
+
+
+def _clean_up(out: Path) -> None:
+    """Removes what killed writers of `out` left; puts the old directory back if it was aside."""
+    for path in _siblings(out, "new"):
+        lock = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: process {path.name.rpartition('-')[2]} is writing it") from None
+        finally:
+            os.close(lock)
+        shutil.rmtree(path)
+    for path in _siblings(out, "old"):
+        if os.path.lexists(out):
+            shutil.rmtree(path)
+        else:
+            os.rename(path, out)
+
+
+def _siblings(out: Path, kind: str) -> list[Path]:
+    prefix = f".{out.name}.jaxup-{kind}-"
+    return sorted(path for path in out.parent.iterdir() if path.name.startswith(prefix))
+
+
+def _check_replaceable(out: Path, force: bool, marks: tuple[str, ...]) -> None:
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise UserError(f"{out}: exists already; choose another place or force it to be replaced")
+    if out.is_symlink() or not out.is_dir():
+        raise UserError(f"{out}: is not a directory and will not be replaced")
+    names = os.listdir(out)
+    if names and not any(mark in names for mark in marks):
+        raise UserError(f"{out}: holds none of {', '.join(marks)}, so it will not be replaced")
+
+
+def _publish(staging: Path, out: Path, force: bool, marks: tuple[str, ...]) -> None:
+    _check_replaceable(out, force, marks)  # it may have appeared meanwhile
+    aside = out.parent / f".{out.name}.jaxup-old-{os.getpid()}"
+    replacing = os.path.lexists(out)
+    if replacing:
+        os.rename(out, aside)
+    try:
+        os.rename(staging, out)
+    except BaseException:
+        if replacing and not os.path.lexists(out):
+            os.rename(aside, out)
+        raise
+    _sync_one(out.parent)
+    if replacing:
+        shutil.rmtree(aside)
+
+
+def _sync(directory: Path) -> None:
+    """Flushes every file and directory below, so that the rename cannot reach the disk before them."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            _sync_one(Path(folder, name))
+        _sync_one(Path(folder))
+
+
+def _sync_one(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,64 @@
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Progress:
+    """`with Progress("train", total=100, unit="steps") as p: p.update(step, "loss 3.2")`.
+
+    On a terminal a bar on stderr; elsewhere (a log file, CI, a pod) a line every `interval`
+    seconds, so that a log stays readable. `total=None` when the amount of work is not known.
+    """
+
+    def __init__(self, label: str, *, total: int | None, unit: str, start: int = 0, interval: float = 10.0):
+        self.label, self.total, self.unit, self.interval = label, total, unit, interval
+        self.done = self.first = start
+        self._bar = None
+
+    def __enter__(self) -> Progress:
+        self._began = self._printed = time.monotonic()
+        if sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"), progress.BarColumn(bar_width=30),
+                progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[detail]}"),
+                progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), console=Console(stderr=True),
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=self.total, completed=self.first, detail="")
+        return self
+
+    def update(self, done: int, detail: str = "") -> None:
+        self.done = done
+        if self._bar:
+            self._bar.update(self._task, completed=done, detail=detail)
+        elif time.monotonic() - self._printed >= self.interval:
+            self._line(detail)
+
+    def __exit__(self, kind, *_) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif kind is None:
+            self._line("")
+
+    def _line(self, detail: str) -> None:
+        self._printed = time.monotonic()
+        seconds = self._printed - self._began
+        rate = (self.done - self.first) / max(seconds, 1e-9)
+        text = f"{self.label}: {self.done:,}" + (f"/{self.total:,}" if self.total else "") + f" {self.unit}"
+        if self.total and rate and self.done < self.total:
+            text += f", {rate:.3g}/s, {_clock((self.total - self.done) / rate)} left"
+        else:
+            text += f" in {_clock(seconds)}"
+        print(text + (f"  {detail}" if detail else ""), file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,76 @@
+"""Checkpoints of one model's training state, by Orbax (v1)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import jax
+
+from jaxup.errors import UserError
+from jaxup.model.decoder import Params
+from jaxup.training.step import TrainState
+
+
+class Checkpoints:
+    """`directory/STEP/`, the newest `keep` of them; written in the background, atomically.
+
+    What a killed writer left behind is removed on opening. Restoring gives the arrays bit for bit,
+    laid out over whatever mesh the abstract state names.
+    """
+
+    def __init__(self, directory: os.PathLike | str, *, keep: int):
+        from orbax.checkpoint import v1 as ocp
+
+        # Orbax reports its internals at INFO and its own deprecations at WARNING.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._directory = directory
+        self._checkpointer = ocp.training.Checkpointer(
+            os.fspath(directory),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._checkpointer.close()  # waits for the write in flight
+
+    @property
+    def latest(self) -> int | None:
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts writing `state`; returns once the arrays are copied, so the state may be donated."""
+        if step != self.latest:
+            self._checkpointer.save_async(step, _tree(state), force=True)
+
+    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+        return TrainState(**self._load(step, _tree(abstract_state)), halted=jax.numpy.bool_(False))
+
+    def restore_params(self, step: int, abstract_params: Params) -> Params:
+        """Reads the parameters only, not the optimizer's state."""
+        from orbax.checkpoint import v1 as ocp
+
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return self._load(step, {"params": abstract_params})["params"]
+
+    def _load(self, step: int, tree: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._checkpointer.load(step, tree)
+        except Exception as error:  # Orbax raises many kinds for a damaged or foreign checkpoint
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{self._directory}/{step}: cannot restore this checkpoint: {reason[:300]}; "
+                "remove it to go on from the one before"
+            ) from error
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    # `halted` is not stored: a halted state is never saved.
+    return {"params": state.params, "opt_state": state.opt_state, "step": state.step}

@@ -1,0 +1,319 @@
+"""The loop: trains one model to its last step, or to a signal, and leaves a checkpoint and a result.
+
+How a model's state is decided, first match wins:
+  1. `checkpoints/MODEL/result.json` is there: the model is finished, its result is read.
+  2. `checkpoints/MODEL/STEP` is there: training goes on from the newest.
+  3. Otherwise from what `initialise` gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxup.data.batches import Batches, TokenData, validation_batches
+from jaxup.errors import NonFinite, Stopped
+from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.decoder import Params, abstract, count_params, init
+from jaxup.progress import Progress
+from jaxup.training.checkpoint import Checkpoints
+from jaxup.training.metrics import MetricsLog, peak_flops
+from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxup.training.rundir import read_json, write_atomically
+from jaxup.training.sharding import BATCH_AXES, local_rows, param_shardings, place_batch, state_shardings
+from jaxup.training.signals import StopRequest
+from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all models of a run have in common."""
+
+    seed: int
+    batch_size: int  # rows of the global batch
+    optimizer: OptimizerConfig
+    step: StepConfig
+    compute: Compute
+    eval_interval: int
+    eval_rows: int  # the first so many validation rows; 0 = all
+    eval_batch_size: int
+    log_interval: int
+    checkpoint_interval: int
+    keep_checkpoints: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where and with what a run's models are trained."""
+
+    directory: Path
+    settings: Settings
+    mesh: Mesh
+    data: TokenData
+    log: MetricsLog
+    stop: StopRequest
+    sample: Callable[[ModelConfig, Params], str]  # a short text by the model, for the summary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    name: str
+    origin: str  # how it was initialised, in words
+    layers: int
+    params: int
+    steps: int
+    tokens: int
+    val_loss: float  # nats a token
+    seconds: float  # spent training in the process that finished it
+    sample: str
+
+
+class _Program(NamedTuple):
+    train_step: Callable
+    eval_step: Callable
+    init_state: Callable[[Params], TrainState]
+    abstract_state: TrainState
+
+
+def random_params(run: Run, model: ModelConfig) -> Params:
+    """Fresh float32 parameters, a pure function of the run's seed and the model, laid out on the mesh."""
+    return jax.jit(lambda: init(model, run.settings.seed), out_shardings=param_shardings(model, run.mesh))()
+
+
+def load_trained(run: Run, name: str, model: ModelConfig) -> Params:
+    """The parameters of a finished model of this run."""
+    with Checkpoints(run.directory / "checkpoints" / name, keep=run.settings.keep_checkpoints) as checkpoints:
+        return checkpoints.restore_params(checkpoints.latest, abstract_params(model, run.mesh))
+
+
+def abstract_params(model: ModelConfig, mesh: Mesh) -> Params:
+    """The params tree as ShapeDtypeStructs with their shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract(model)[1],
+        param_shardings(model, mesh),
+    )
+
+
+@functools.lru_cache(maxsize=4)  # a target and its control are one program, compiled once
+def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh) -> _Program:
+    optimizer = make_optimizer(settings.optimizer, steps)
+    compute = dataclasses.replace(settings.compute, batch_axes=BATCH_AXES)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    params = param_shardings(model, mesh)
+
+    def init_state(params: Params) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.bool_(False))
+
+    abstract_state = jax.eval_shape(init_state, abstract(model)[1])
+    moments = state_shardings(optimizer, abstract_state.opt_state, params, mesh)
+    shardings = TrainState(params, moments, replicated, replicated)
+    return _Program(
+        train_step=jax.jit(
+            make_train_step(model, compute, optimizer, settings.step),
+            donate_argnums=0,
+            out_shardings=(shardings, replicated),
+        ),
+        eval_step=jax.jit(make_eval_step(model, compute, settings.step), out_shardings=replicated),
+        init_state=jax.jit(init_state, out_shardings=shardings),
+        abstract_state=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract_state,
+            shardings,
+        ),
+    )
+
+
+def evaluate(run: Run, model: ModelConfig, params: Params, steps: int) -> float:
+    """Mean cross-entropy in nats over the fixed validation rows."""
+    with jax.set_mesh(run.mesh):
+        return _evaluate(run, _program(model, run.settings, steps, run.mesh), params)
+
+
+def _evaluate(run: Run, program: _Program, params: Params) -> float:
+    size = run.settings.eval_batch_size
+    sums = np.zeros(2)
+    for batch in validation_batches(
+        run.data.validation, batch_size=size, max_rows=run.settings.eval_rows, isolate_eos=run.data.isolate_eos,
+        part=local_rows(size, run.mesh),
+    ):  # fmt: skip
+        placed = place_batch(batch, size, run.mesh)
+        # Added in float64 on the host: a large validation set is more than float32 can count.
+        sums += jax.device_get(program.eval_step(params, placed))
+        if run.stop.signum is not None and jax.process_count() == 1:
+            raise _StopNow
+    return float(sums[0] / sums[1])
+
+
+class _StopNow(Exception):
+    """A signal came in the middle of an evaluation; the state is whole and can be saved."""
+
+
+def train_model(
+    run: Run, name: str, model: ModelConfig, *, steps: int, origin: str, initialise: Callable[[], Params]
+) -> Result:
+    """Trains to `steps` updates and returns the result; raises Stopped after saving on a signal.
+
+    A call for a model that is finished returns its stored result; one for a model that was begun
+    goes on where its newest checkpoint is, bit for bit as if it had never stopped.
+    """
+    directory = run.directory / "checkpoints" / name
+    if stored := read_json(directory / "result.json"):
+        print(f"{name}: finished before, validation loss {stored['val_loss']:.4f}", flush=True)
+        return Result(**stored)
+
+    began = time.monotonic()
+    with jax.set_mesh(run.mesh), Checkpoints(directory, keep=run.settings.keep_checkpoints) as checkpoints:
+        program = _program(model, run.settings, steps, run.mesh)
+        start = checkpoints.latest or 0
+        if start:
+            print(f"{name}: resumes at step {start} of {steps} ({origin})", flush=True)
+            state = checkpoints.restore(start, program.abstract_state)
+        else:
+            print(f"{name}: {origin}; {model.num_layers} layers, {count_params(model):,} parameters", flush=True)
+            state = program.init_state(initialise())
+        if jax.process_index() == 0:
+            run.log.rewind(name, start)
+        run.stop.deferred = True
+        try:
+            state, val_loss = _train(run, name, model, steps, program, state, start, checkpoints)
+        finally:
+            run.stop.deferred = False
+    result = Result(
+        name=name, origin=origin, layers=model.num_layers, params=count_params(model), steps=steps,
+        tokens=steps * run.settings.batch_size * run.data.seq_len, val_loss=val_loss,
+        seconds=round(time.monotonic() - began, 1), sample=run.sample(model, state.params),
+    )  # fmt: skip
+    if jax.process_index() == 0:
+        write_atomically(directory / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
+    return result
+
+
+def _train(run, name, model, steps, program, state, start, checkpoints) -> tuple[TrainState, float]:
+    s = run.settings
+    batches = run.data.batches(batch_size=s.batch_size, seed=s.seed)
+    losses = {r["step"]: r["val_loss"] for r in run.log.read() if r["model"] == name and "val_loss" in r}
+    meter = _Meter(run, name, model, steps)
+    step, pending = start, None
+
+    mine = local_rows(s.batch_size, run.mesh)
+
+    def read_batch(step: int) -> dict[str, jax.Array]:
+        batch = batches(step, mine)
+        if jax.process_count() > 1:
+            # One process's signal reaches all through the step itself, so all stop at the same one.
+            batch["stop"] = np.full(mine.stop - mine.start, run.stop.signum is not None)
+        return place_batch(batch, s.batch_size, run.mesh)
+
+    with ThreadPoolExecutor(1) as reader, Progress(name, total=steps, unit="steps", start=start) as progress:
+        ahead = reader.submit(read_batch, step)
+        try:
+            while True:
+                if (step % s.eval_interval == 0 or step == steps) and step not in losses:
+                    meter.check(pending, batches)
+                    losses[step] = _evaluate(run, program, state.params)
+                    meter.log_validation(step, losses[step])
+                    meter.restart()
+                if step and step != start and (step % s.checkpoint_interval == 0 or step == steps):
+                    meter.check(pending, batches)
+                    checkpoints.save(step, state)
+                    meter.restart()
+                if step == steps:
+                    return state, losses[step]
+                batch = ahead.result()
+                with jax.transfer_guard("disallow"):
+                    state, metrics = program.train_step(state, batch)
+                step += 1
+                ahead = reader.submit(read_batch, step)
+                # Read one step late: the device already works on the next one.
+                stop = meter.check(pending, batches)
+                pending = (step, metrics)
+                progress.update(step, meter.detail)
+                if stop or (run.stop.signum is not None and jax.process_count() == 1):
+                    raise _StopNow
+        except _StopNow:
+            meter.check(pending, batches)
+            checkpoints.save(step, state)
+            raise Stopped(
+                f"{name}: saved at step {step} of {steps}; the same command resumes", run.stop.exit_code
+            ) from None
+        except _Halted as halted:
+            # The guarded step kept the state it was given, so this is the one before it.
+            checkpoints.save(halted.step - 1, state)
+            raise NonFinite(str(halted)) from None
+
+
+class _Halted(Exception):
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
+class _Meter:
+    """Reads a step's metrics, logs them, and measures speed between evaluations and saves."""
+
+    def __init__(self, run: Run, name: str, model: ModelConfig, steps: int):
+        self._run, self._name, self._steps = run, name, steps
+        self._schedule = learning_rate(run.settings.optimizer, steps)
+        self._flops_per_token = model.flops_per_token(run.data.seq_len)
+        self._peak = peak_flops()
+        self._checked = 0
+        self.detail, self._validation = "", ""
+        self.restart()
+
+    def restart(self) -> None:
+        self._since, self._tokens = time.monotonic(), 0
+
+    def check(self, pending: tuple[int, dict[str, jax.Array]] | None, batches: Batches) -> bool:
+        """Waits for that step; raises if it was not finite; True if any process asked to stop."""
+        if pending is None or pending[0] <= self._checked:
+            return False
+        step, metrics = pending[0], jax.device_get(pending[1])
+        self._checked = step
+        if metrics["halted"]:
+            rows = ", ".join(map(str, batches.rows_of(step - 1)[:8]))
+            raise _Halted(
+                f"{self._name}: step {step}: loss {metrics['loss']} and gradient norm {metrics['gradient_norm']} are "
+                f"not finite; the update was not made and step {step - 1} is saved (rows {rows}, ...)",
+                step,
+            )
+        self._tokens += self._run.settings.batch_size * self._run.data.seq_len
+        if step % self._run.settings.log_interval == 0 or step in (1, self._steps):
+            self._log(step, metrics)
+        return bool(metrics.get("stop", False))
+
+    def _log(self, step: int, metrics: dict[str, Any]) -> None:
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rate = self._tokens / seconds
+        flops = rate * self._flops_per_token / jax.device_count()
+        self.detail = f"loss {metrics['loss']:.3f}{self._validation} {rate:,.0f} tokens/s"
+        self.restart()
+        self._write(
+            step,
+            loss=float(metrics["loss"]),
+            gradient_norm=float(metrics["gradient_norm"]),
+            gradient_norm_layers=[float(f"{n:.5g}") for n in metrics["gradient_norm_layers"]],
+            learning_rate=float(self._schedule(step - 1)),
+            tokens_per_second=round(rate, 1),
+            tflops_per_device=float(f"{flops / 1e12:.4g}"),
+            mfu=None if self._peak is None else float(f"{flops / self._peak:.4g}"),
+        )
+
+    def log_validation(self, step: int, loss: float) -> None:
+        self._validation = f" val {loss:.3f}"
+        self._write(step, val_loss=loss)
+
+    def _write(self, step: int, **values: Any) -> None:
+        if jax.process_index() == 0:
+            self._run.log.write(self._name, step, **values)

@@ -1,0 +1,104 @@
+"""`metrics.jsonl`, optional trackers, and the peak speed that MFU is a share of."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxup.errors import UserError
+
+# Dense bf16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
+}  # fmt: skip
+
+
+def peak_flops() -> float | None:
+    """Of one device here, or None where no data sheet says (a CPU): then there is no MFU to report."""
+    kind = jax.devices()[0].device_kind
+    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+class MetricsLog:
+    """Appends one JSON object a line; every line has `model` and `step`.
+
+    Steps that a killed run logged after its last checkpoint are taken again, so `rewind` drops
+    their lines first: the file is always that of an uninterrupted run, in order.
+    """
+
+    def __init__(self, path: Path, trackers: tuple[str, ...] = (), *, name: str = "", config: dict | None = None):
+        self._path, self._began = path, time.time()
+        self._trackers = [_TRACKERS[t](path.parent, name, config or {}) for t in _known(trackers)]
+
+    def read(self) -> list[dict[str, Any]]:
+        records = []
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue  # the torn last line of a killed run
+        return records
+
+    def rewind(self, model: str, step: int) -> None:
+        """Forgets what was logged of `model` after `step`."""
+        from jaxup.training.rundir import write_atomically
+
+        kept = [r for r in self.read() if r["model"] != model or r["step"] <= step]
+        if self._path.exists():
+            write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def write(self, model: str, step: int, **values: Any) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"model": model, "step": step, **values}) + "\n")
+        for track in self._trackers:
+            track({f"{model}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}, step)
+
+
+def _known(trackers: tuple[str, ...]) -> tuple[str, ...]:
+    from jaxup.errors import suggest
+
+    for name in trackers:
+        if name not in _TRACKERS:
+            raise UserError(f"log.trackers: unknown {name!r}{suggest(name, _TRACKERS)}")
+    return trackers
+
+
+def _tensorboard(directory: Path, name: str, config: dict):
+    try:
+        from tensorboard.summary import Writer
+    except ImportError:
+        raise UserError('log.trackers: tensorboard is not installed; pip install "jaxup[track]"') from None
+    writer = Writer(os.fspath(directory / "tensorboard"))
+
+    def track(values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return track
+
+
+def _wandb(directory: Path, name: str, config: dict):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('log.trackers: wandb is not installed; pip install "jaxup[track]"') from None
+    run = wandb.init(project="jaxup", name=name, dir=directory, config=config, id=name, resume="allow")
+
+    def track(values: dict[str, float], step: int) -> None:
+        # Each model of a run has steps of its own, so the step is a value, not W&B's counter.
+        run.log({**values, "step": step})
+
+    return track
+
+
+_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}

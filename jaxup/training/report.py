@@ -1,0 +1,83 @@
+"""What a finished run leaves for people: SUMMARY.md and the picture of its validation losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxup.training.loop import Result
+from jaxup.training.rundir import write_atomically
+
+
+def write_summary(directory: Path, title: str, results: Sequence[Result], plan_text: str, notes: Sequence[str]) -> str:
+    """Writes and returns SUMMARY.md; the first result is the reference the others are compared with."""
+    reference = results[0]
+    lines = [f"# {title}", "", *notes, ""]
+    lines += ["| model | layers | parameters | steps | tokens | validation loss | to the reference |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+    for r in results:
+        difference = "" if r is reference else f"{r.val_loss - reference.val_loss:+.4f}"
+        lines.append(
+            f"| {r.name} | {r.layers} | {r.params:,} | {r.steps:,} | {r.tokens:,} | {r.val_loss:.4f} | {difference} |"
+        )
+    lines += ["", "![validation loss](plots/validation_loss.png)", "", "How each model began:", ""]
+    lines += [f"- **{r.name}**: {r.origin}" for r in results]
+    lines += ["", "## The final target's plan", "", "```", plan_text.strip(), "```", "", "## Samples", ""]
+    for r in results:
+        # A fence longer than any run of backticks in the text cannot be closed by it.
+        fence = "`" * max(3, 1 + max((len(run) for run in _backticks(r.sample)), default=0))
+        lines += [f"**{r.name}**", "", f"{fence}text", r.sample.rstrip(), fence, ""]
+    text = "\n".join(lines)
+    write_atomically(directory / "SUMMARY.md", text)
+    return text
+
+
+def plot_validation(directory: Path, title: str, results: Sequence[Result], records: Sequence[dict[str, Any]]) -> Path:
+    """Draws validation loss against steps, all models in one picture; returns the PNG's path."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    reference = results[0]
+    axes.axhline(reference.val_loss, color="0.6", linestyle="--", linewidth=1)
+    low = high = reference.val_loss
+    last = max([r.steps for r in results] + [1])
+    for index, result in enumerate(results):
+        points = sorted((r["step"], r["val_loss"]) for r in records if r["model"] == result.name and "val_loss" in r)
+        if not points:
+            continue
+        label = f"{result.name} ({result.layers} layers): {result.val_loss:.3f}"
+        style = {"linestyle": ":"} if result.name.startswith("control") else {}
+        axes.plot(*zip(*points), label=label, color=f"C{index}", marker=".", linewidth=1.8, **style)
+        # The untrained models' loss at step 0, ln(vocabulary), would flatten everything else.
+        shown = [loss for step, loss in points if step >= 0.1 * result.steps]
+        low, high = min([low, *shown]), max([high, *shown])
+    margin = 0.06 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_xlim(0, last * 1.02)
+    axes.annotate(
+        f"reference, {reference.val_loss:.3f}", (last * 0.01, reference.val_loss), textcoords="offset points",
+        xytext=(0, -11), fontsize=8, color="0.4",
+    )  # fmt: skip
+    axes.set(xlabel="steps", ylabel="validation loss (nats per token)", title=title)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    path = directory / "plots" / "validation_loss.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return path
+
+
+def _backticks(text: str) -> list[str]:
+    runs, current = [], ""
+    for character in text:
+        if character == "`":
+            current += character
+        elif current:
+            runs.append(current)
+            current = ""
+    return [*runs, current]

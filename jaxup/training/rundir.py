@@ -1,0 +1,84 @@
+"""The run directory: one writer at a time, one configuration, nothing half written.
+
+config.json  plan.yaml  metrics.jsonl  checkpoints/MODEL/STEP/  plots/  export/  SUMMARY.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxup.errors import UserError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Whoever reads `path` sees the old text or the new, whatever kills the writer."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def writer_lock(directory: Path) -> Iterator[None]:
+    """Holds `directory/.lock`; UserError naming the holder if another process does.
+
+    The operating system lets go of the lock when its holder dies, however it dies, so a stale one
+    cannot exist.
+    """
+    with open(directory / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{directory}: in use by {holder}; wait for it or choose another --workdir") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield
+
+
+def check_directory(directory: Path, config: dict[str, Any]) -> None:
+    """Refuses a directory that holds a run of another configuration, or something else altogether."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: is a file, not a run directory")
+    stored = read_json(directory / "config.json")
+    if stored is not None:
+        differences = list(_differences(stored, json.loads(json.dumps(config))))
+        if differences:
+            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+            raise UserError(
+                f"{directory}: holds a run of another configuration: {'; '.join(differences[:3])}{more}; "
+                "choose another --workdir, or give the same configuration to resume"
+            )
+    elif directory.is_dir() and any(p.name != ".lock" for p in directory.iterdir()):
+        raise UserError(f"{directory}: not empty and not a run directory (no config.json); choose another --workdir")
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file, or None if there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
+    for key in sorted(old.keys() | new.keys()):
+        name, a, b = f"{prefix}{key}", old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{name}.")
+        elif a != b:
+            yield f"{name} was {a!r}, now {b!r}"

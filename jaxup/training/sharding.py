@@ -1,0 +1,106 @@
+"""One mesh of three axes, and one rule table from the names of a parameter's axes to its sharding."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxup.errors import UserError
+from jaxup.model.config import ModelConfig
+from jaxup.model.decoder import Params, abstract, named_axes
+
+# A parameter's axis -> the mesh axis that splits it. `fsdp` splits every matrix once more along
+# its hidden axis; XLA gathers a layer just before the scan uses it. Axes not named stay whole.
+RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+
+# Rows of a batch are split over both: fsdp is data parallelism that also splits the parameters.
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    data: int  # one of the three may be -1: all the devices that are left
+    fsdp: int
+    tensor: int
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh (data, fsdp, tensor) over all devices of all processes; UserError if they do not fit."""
+    sizes, devices = [config.data, config.fsdp, config.tensor], jax.device_count()
+    known = math.prod(s for s in sizes if s != -1)
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise UserError(f"mesh: data, fsdp and tensor must be positive, or one of them -1; got {sizes}")
+    sizes = [devices // known if s == -1 else s for s in sizes]
+    if math.prod(sizes) != devices:
+        raise UserError(f"mesh: data x fsdp x tensor = {' x '.join(map(str, sizes))} is not the {devices} devices here")
+    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def check_batch(name: str, size: int, mesh: Mesh, accumulation: int = 1) -> None:
+    """Refuses a batch whose rows do not divide evenly over the mesh and the micro-batches."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if size < 1 or size % (parts * accumulation):
+        splits = f"data x fsdp = {parts} devices" + (f" and {accumulation} micro-batches" if accumulation > 1 else "")
+        wanted = math.ceil(max(size, 1) / (parts * accumulation)) * parts * accumulation
+        raise UserError(f"{name}={size} does not divide over {splits}; {wanted} would")
+
+
+def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The rule table applied to one parameter.
+
+    An axis whose size the mesh axis does not divide stays whole: 50257 tokens do not split in two,
+    nor do 4 key/value heads over 8 devices, and neither is worth refusing a run for.
+    """
+    names = (RULES.get(axis) for axis in axes)
+    return PartitionSpec(*(n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape)))
+
+
+def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:
+    """A NamedSharding for each parameter."""
+    return jax.tree.map(
+        lambda leaf, axes: NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh)),
+        abstract(model)[1],
+        named_axes(model),
+    )
+
+
+def state_shardings(optimizer: optax.GradientTransformation, opt_state: Any, params: Params, mesh: Mesh) -> Any:
+    """Shardings of an optimizer state: moments lie where their parameters do, the rest is replicated."""
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        opt_state,
+        params,
+        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def local_rows(size: int, mesh: Mesh) -> slice:
+    """The rows of a global batch of `size` that this process's devices hold."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    bounds = [index[0].indices(size)[:2] for index in indices]
+    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+
+
+def place_batch(local: dict[str, np.ndarray], size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """The global batch of `size` rows on the mesh, from each process's `local_rows` of it."""
+    sharding, first = batch_sharding(mesh), local_rows(size, mesh).start
+
+    def place(array: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            return array[start - first : stop - first]
+
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, shard)
+
+    return {name: place(array) for name, array in local.items()}

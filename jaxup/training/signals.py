@@ -1,0 +1,39 @@
+"""SIGTERM and Ctrl-C: the first asks, so that the loop can save; a second Ctrl-C insists."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from jaxup.errors import Stopped
+
+
+class StopRequest:
+    """Context in which SIGTERM and SIGINT set `signum` instead of ending the process.
+
+    Outside the training loop there is nothing to save, so `deferred = False` (the initial state)
+    lets the signal end the program at once, cleanly, through an exception.
+    """
+
+    def __init__(self):
+        self.signum: int | None = None
+        self.deferred = False
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.signum or signal.SIGTERM)
+
+    def _handle(self, signum, frame) -> None:
+        again, self.signum = self.signum is not None, signum
+        if not self.deferred or (again and signum == signal.SIGINT):
+            raise Stopped(f"stopped by {signal.Signals(signum).name}", self.exit_code)
+        if not again:
+            print(f"jaxup: {signal.Signals(signum).name}: saving, then leaving", file=sys.stderr, flush=True)

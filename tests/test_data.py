@@ -1,0 +1,682 @@
+"""Text -> token rows -> batches: every kind of source, the store's bytes, resuming, and the batch's purity."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxup.data import prepare as prepare_module
+from jaxup.data import sources, store
+from jaxup.data.batches import Batches, DataConfig, Rows, open_data, validation_batches
+from jaxup.data.prepare import Position
+from jaxup.data.sources import open_source
+from jaxup.data.tokenizer import load_tokenizer, tokenizer_hash, train_bpe
+from jaxup.errors import UserError
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta def return import self lambda".split()  # noqa: SIM905
+ODD = "tabs\tand  spaces\r\nnew lines\n\n, ümläut, 世界, 🎉, don't, <|endoftext|>, \u00a0end "
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [f"document {i}: " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for i in range(count)]
+
+
+def write_jsonl(path, documents):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return str(path)
+
+
+def read_meta(data):
+    return json.loads(Path(data.store, "meta.json").read_text())
+
+
+def opened(spec, val_fraction=0.25, seed=0):
+    return open_source(str(spec), val_fraction=val_fraction, seed=seed)
+
+
+def both(source):
+    return list(source.documents("train")), list(source.documents("validation"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_bpe([*texts(50), ODD], 400).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_jsonl(tmp_path / "corpus.jsonl", [*texts(300), ODD])
+
+
+@pytest.fixture
+def config(corpus, tokenizer_dir):
+    return DataConfig(
+        source=corpus,
+        tokenizer=tokenizer_dir,
+        seq_len=16,
+        val_fraction=0.2,
+        fraction=1.0,
+        isolate_documents=False,
+        store="",
+        seed=0,
+    )
+
+
+def stream_rows(source, tokenizer, split, seq_len):
+    """The rows of a split, computed the plain way."""
+    stream = []
+    for text in source.documents(split):
+        stream += tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+        stream.append(tokenizer.eos_token_id)
+    return np.array([stream[i : i + seq_len + 1] for i in range(0, len(stream) - seq_len, seq_len)])
+
+
+# Sources
+
+
+def test_python_source_is_real_and_its_splits_are_disjoint():
+    source = opened("python", val_fraction=0.1)
+    train, validation = both(source)
+    # Not quite none: the library has files that are copies of another.
+    assert sum(map(len, set(train) & set(validation))) < 1000
+    assert sum(map(len, train)) > 4e6
+    assert sum(map(len, validation)) > 1e5
+    assert any("class ArgumentParser" in text for text in train + validation)
+    assert source.name == "python"
+    assert source.fingerprint == opened("python", val_fraction=0.5).fingerprint
+
+
+def test_text_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "long.txt"
+    text = "".join(f"line {i} {'x' * (i % 70)}\r\n" for i in range(20000))
+    path.write_bytes(text.encode() + b"\xff undecodable")
+    train, validation = both(opened(path))
+    pieces = sorted(train + validation, key=lambda piece: int(piece.split()[1]))
+    assert "".join(pieces) == text + "\ufffd undecodable"
+    assert len(pieces) > 5
+    assert all(piece.endswith("\r\n") and len(piece) < 70000 for piece in pieces[:-1])
+
+
+def test_a_very_long_line_is_still_cut(tmp_path):
+    (tmp_path / "line.txt").write_text("ab" * 500_000)
+    train, validation = both(opened(tmp_path / "line.txt"))
+    assert sum(map(len, train + validation)) == 10**6
+    assert max(map(len, train + validation)) <= 2 * 64 * 1024
+
+
+def test_directory_of_mixed_files(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    documents = texts(120)
+    (tmp_path / "deep").mkdir()
+    write_jsonl(tmp_path / "deep" / "a.jsonl", documents[:50])
+    pq.write_table(pa.table({"text": [*documents[50:110], None], "n": range(61)}), tmp_path / "b.parquet")
+    for i, text in enumerate(documents[110:]):
+        (tmp_path / f"c{i}.md").write_text(text)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "x.txt").write_text("hidden")
+    (tmp_path / "image.png").write_bytes(b"\0\1")
+    source = opened(tmp_path)
+    train, validation = both(source)
+    assert sorted(train + validation) == sorted(documents)
+    assert train
+    assert validation
+    assert both(opened(tmp_path)) == (train, validation)
+    assert both(opened(tmp_path, seed=7)) == (train, validation)
+    before = source.fingerprint
+    (tmp_path / "c0.md").write_text("other")
+    assert opened(tmp_path).fingerprint != before == source.fingerprint
+
+
+def test_fingerprint_of_a_big_file_sees_its_size_head_and_tail(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "WHOLE_HASH_BYTES", 10)
+    monkeypatch.setattr(sources, "MIB", 4)
+    path, seen = tmp_path / "a.txt", set()
+    for content in ("aaaa-middle-zzzz", "baaa-middle-zzzz", "aaaa-middle-zzzy", "aaaa-middle--zzzz"):
+        path.write_text(content)
+        seen.add(opened(path).fingerprint)
+    assert len(seen) == 4
+
+
+def test_datasets_saved_to_disk(tmp_path):
+    import datasets
+
+    documents = texts(40)
+    whole = datasets.Dataset.from_dict({"text": documents})
+    whole.save_to_disk(tmp_path / "one")
+    listing = sorted(os.listdir(tmp_path / "one"))
+    source = opened(tmp_path / "one")
+    train, validation = both(source)
+    assert len(validation) == 10
+    assert sorted(train + validation) == sorted(documents)
+    expected = whole.train_test_split(test_size=0.25, seed=0, shuffle=True)
+    assert (train, validation) == (list(expected["train"]["text"]), list(expected["test"]["text"]))
+    assert (source.seed, source.val_fraction) == (0, 0.25)
+    assert both(opened(tmp_path / "one", seed=1))[1] != validation
+    assert sorted(os.listdir(tmp_path / "one")) == listing, "the user's directory was written to"
+    assert source.fingerprint == opened(tmp_path / "one").fingerprint
+    assert int(source.fingerprint, 16)
+
+    parts = {"train": whole.select(range(30)), "validation": whole.select(range(30, 40))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "two")
+    source = opened(tmp_path / "two")
+    assert both(source) == (documents[:30], documents[30:])
+    assert (source.seed, source.val_fraction) == (None, None)
+
+    datasets.Dataset.from_dict({"content": documents}).save_to_disk(tmp_path / "three")
+    with pytest.raises(UserError, match='no column "text" of strings; its columns: content'):
+        opened(tmp_path / "three")
+
+
+def test_hub_dataset_by_name_and_config(monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(name, config):
+        calls.append((name, config))
+        if name == "nobody/nothing":
+            raise datasets.exceptions.DatasetNotFoundError("gone\nfor good")
+        if name == "broken":
+            raise ConnectionError("no network\nat all")
+        return datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts(8)})})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = opened("user/corpus:small")
+    assert calls == [("user/corpus", "small")]
+    assert source.name == "user-corpus-small"
+    assert [len(part) for part in both(source)] == [6, 2]
+    with pytest.raises(UserError, match=r"^data.source: no such file .*: nobody/nothing, and no such dataset.*hub$"):
+        opened("nobody/nothing")
+    with pytest.raises(UserError, match=r"cannot be loaded: ConnectionError: no network$"):
+        opened("broken")
+
+
+@pytest.mark.parametrize(
+    "spec", ["./nothing", "/no/where", "~/no-such-thing-here", "corpus.txt", "gs://b/x", "a b", ""]
+)
+def test_missing_path_never_asks_the_hub(spec):
+    with pytest.raises(UserError) as error:
+        opened(spec)
+    assert str(error.value) == f"data.source: no such file or directory: {spec}"
+
+
+def test_near_misses_of_python_are_recognised():
+    with pytest.raises(UserError, match="no such file or directory: pyton; did you mean 'python'"):
+        opened("pyton")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not a line of JSON"),
+        ('{"text": "a"}\n\n{"body": "b"}\n', r'bad\.jsonl:3: no string under the key "text"'),
+        ('{"text": 3}\n', r"bad\.jsonl:1: no string"),
+        ('["text"]\n', r"bad\.jsonl:1: no string"),
+    ],
+)
+def test_bad_jsonl_names_file_and_line(tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        both(opened(tmp_path / "bad.jsonl"))
+    assert "\n" not in str(error.value)
+
+
+def test_sources_without_text(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "one.txt").write_text("a single document")
+    (tmp_path / "binary.txt").write_bytes(b"PK\0\0")
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
+    for name in ("empty", "empty.txt"):
+        with pytest.raises(UserError, match=rf"data.source: .*{name}: no text found"):
+            opened(tmp_path / name)
+    with pytest.raises(UserError, match=r"one.txt: no text found in its validation split with data.val_fraction=1e-09"):
+        both(opened(tmp_path / "one.txt", val_fraction=1e-9))
+    with pytest.raises(UserError, match="not a text file"):
+        both(opened(tmp_path / "binary.txt"))
+    with pytest.raises(UserError, match="not a parquet file"):
+        both(opened(tmp_path / "bad.parquet"))
+    with pytest.raises(UserError, match=r"val_fraction=1\.5"):
+        opened("python", val_fraction=1.5)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r'pip install "jaxup\[data\]"'):
+        both(opened(tmp_path / "bad.parquet"))
+
+
+# Tokenizers
+
+
+def test_tokenizer_round_trips(tmp_path, tokenizer_dir):
+    tokenizer = train_bpe([*texts(50), ODD], 400)
+    assert 257 < len(tokenizer) <= 400
+    assert tokenizer.eos_token == "<|endoftext|>"
+    text = ODD + "never seen: \x00 żółć ∀x 𝔘"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(train_bpe([*texts(50), ODD], 400))
+    assert tokenizer_hash(tokenizer) != tokenizer_hash(train_bpe([*texts(50), ODD], 300))
+    loaded = load_tokenizer(tokenizer_dir)
+    assert tokenizer_hash(loaded) == tokenizer_hash(tokenizer)
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    loaded(["a", "b c"], padding=False, truncation=True, max_length=3)  # leaves its traces in the backend
+    assert tokenizer_hash(loaded) == tokenizer_hash(tokenizer)
+    loaded.save_pretrained(tmp_path / "again")
+    assert tokenizer_hash(load_tokenizer(str(tmp_path / "again"))) == tokenizer_hash(tokenizer)
+
+
+def test_tokenizers_that_will_not_load(tmp_path):
+    (tmp_path / "empty").mkdir()
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}})
+    )
+    (code / "mine.py").write_text("raise SystemExit('code from a tokenizer directory was run')")
+    for spec, message in {
+        "bpe:abc": "write bpe:N",
+        "bpe:100": "N >= 257",
+        "bpe:512": "trained when a token store is made",
+        "./nowhere": "no such directory: ./nowhere",
+        str(tmp_path / "empty"): "cannot load",
+        str(code): "cannot load",
+    }.items():
+        with pytest.raises(UserError, match=message) as error:
+            load_tokenizer(spec)
+        assert "\n" not in str(error.value)
+        assert str(error.value).startswith("data.tokenizer: ")
+    with pytest.raises(UserError, match="at least 257"):
+        train_bpe(["a"], 100)
+
+
+def test_tokenizer_without_eos_is_refused(tmp_path, config):
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "no-eos")
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        open_data(dataclasses.replace(config, tokenizer=str(tmp_path / "no-eos")), root=str(tmp_path / "root"))
+
+
+# Stores
+
+
+def test_store_rows_equal_the_plain_computation(tmp_path, config, monkeypatch, capsys):
+    monkeypatch.setattr(store, "SHARD_ROWS", 64)
+    monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 7)
+    data = open_data(config, root=str(tmp_path))
+    source, tokenizer = opened(config.source, 0.2), load_tokenizer(config.tokenizer)
+    for split, rows in (("train", data.train), ("validation", data.validation)):
+        expected = stream_rows(source, tokenizer, split, 16)
+        got = rows.read(np.arange(len(rows)))
+        assert got.dtype == np.int32
+        assert len(rows) > 64 * (split == "train")
+        assert rows.num_tokens == 16 * len(rows)
+        np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(got[1:, 0], got[:-1, -1])
+        picked = np.array([3, 0, len(rows) - 1, 3])
+        np.testing.assert_array_equal(rows.read(picked), got[picked])
+        assert rows.read(picked[:0]).shape == (0, 17)
+        with pytest.raises(IndexError):
+            rows.read(np.array([len(rows)]))
+    assert (data.vocab_size, data.eos_id, data.seq_len) == (len(tokenizer), tokenizer.eos_token_id, 16)
+    meta = read_meta(data)
+    assert meta["dtype"] == "uint16"
+    assert meta["splits"]["train"]["rows"] == len(data.train)
+    assert sorted(os.listdir(data.store)) == ["lock", "meta.json", "tokenizer", "train", "validation"]
+    assert "train tokens" in capsys.readouterr().err
+    again = open_data(config, root=str(tmp_path))
+    assert again.store == data.store
+    assert len(again.train) == len(data.train)
+    assert capsys.readouterr().err == "", "a complete store was prepared again"
+
+
+def test_text_that_spells_the_special_token_stays_text(tmp_path, config):
+    path = write_jsonl(tmp_path / "odd.jsonl", [ODD] * 60)
+    data = open_data(dataclasses.replace(config, source=path), root=str(tmp_path))
+    tokens = np.concatenate([data.train.read(np.array([0]))[0]] + [r[1:] for r in data.train.read(np.arange(1, 40))])
+    first = tokens[: int(np.argmax(tokens == data.eos_id))]
+    assert data.tokenizer.decode(first) == ODD
+
+
+def test_documents_are_not_lost_between_rows(tmp_path, config):
+    data = open_data(config, root=str(tmp_path))
+    rows = data.train.read(np.arange(len(data.train)))
+    text = data.tokenizer.decode(np.concatenate([rows[0], rows[1:, 1:].ravel()]))
+    documents = list(opened(config.source, 0.2).documents("train"))
+    assert "<|endoftext|>".join(documents).startswith(text[: len(text) - 20])
+    assert len(text) > 10000
+
+
+class Interrupted(Exception):
+    """Stands for kill -9: nothing in the code catches it."""
+
+
+def interrupt_after(monkeypatch, count):
+    """The documents of FileSource end in `Interrupted` after `count` of them, over all splits."""
+    original, seen = sources.FileSource._documents, [0]
+
+    def documents(self, split):
+        for text in original(self, split):
+            seen[0] += 1
+            if seen[0] > count:
+                raise Interrupted
+            yield text
+
+    monkeypatch.setattr(sources.FileSource, "_documents", documents)
+
+
+def tree(path):
+    files = [os.path.join(d, name) for d, _, names in os.walk(path) for name in names if name != "lock"]
+    return {os.path.relpath(file, path): Path(file).read_bytes() for file in files}
+
+
+@pytest.mark.parametrize(
+    ("spec", "counts"),
+    # Within: validation, training three times / the vocabulary's training, validation, training twice.
+    [("directory", (20, 100, 170, 220)), ("bpe:300", (20, 260, 170, 220))],
+)
+def test_resuming_gives_the_same_bytes(tmp_path, config, monkeypatch, spec, counts):
+    monkeypatch.setattr(store, "SHARD_ROWS", 8)
+    monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 3)
+    if spec != "directory":
+        config = dataclasses.replace(config, tokenizer=spec)
+    straight = open_data(dataclasses.replace(config, store=str(tmp_path / "straight")), root="")
+    broken = dataclasses.replace(config, store=str(tmp_path / "broken"))
+    progress, reached = tmp_path / "broken" / "progress.json", []
+    for count in counts:
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, count)
+            with pytest.raises(Interrupted):
+                open_data(broken, root="")
+        splits = json.loads(progress.read_text())["splits"] if progress.exists() else {}
+        reached.append(sum(split["rows"] for split in splits.values()))
+    assert reached == sorted(reached), reached
+    assert reached[-1] > reached[-2] > 100, reached
+    with pytest.raises(UserError, match="seq_len=16, not 8"):
+        open_data(dataclasses.replace(broken, seq_len=8), root="")
+    # Killed between the write of a shard and its record: the rows are there, the record is older.
+    record = json.loads(progress.read_text())
+    first = Position(documents=0, skip=0, rows=0)
+    record["splits"]["train"] = dataclasses.asdict(first)
+    progress.write_text(json.dumps(record))
+    resumed = open_data(broken, root="")
+    assert tree(straight.store) == tree(resumed.store)
+
+
+def test_a_store_of_other_tokens_is_refused(tmp_path, config, tokenizer_dir):
+    config = dataclasses.replace(config, store=str(tmp_path / "store"))
+    open_data(config, root="")
+    other_source = write_jsonl(tmp_path / "other.jsonl", texts(200, seed=1))
+    other_tokenizer = tmp_path / "other-tokenizer"
+    train_bpe(texts(50), 300).save_pretrained(other_tokenizer)
+    for change, message in [
+        ({"seq_len": 32}, "seq_len=16, not 32"),
+        ({"val_fraction": 0.5}, "val_fraction=0.2, not 0.5"),
+        ({"source": other_source}, r"source=.*corpus.jsonl \(\w{8}\), not .*other.jsonl \(\w{8}\)"),
+        ({"tokenizer": str(other_tokenizer)}, r"tokenizer=.* \(\w{8}\), not .*other-tokenizer \(\w{8}\)"),
+        ({"tokenizer": "bpe:300"}, r"tokenizer=.*, not bpe:300"),
+    ]:
+        with pytest.raises(UserError, match=message) as error:
+            open_data(dataclasses.replace(config, **change), root="")
+        text = str(error.value)
+        assert "\n" not in text
+        assert config.store in text
+        assert "choose another data.store or delete it" in text
+    open_data(dataclasses.replace(config, seed=5, fraction=0.5, isolate_documents=True), root="")
+
+
+def test_default_stores_are_named_after_what_decides_the_tokens(tmp_path, config):
+    config = dataclasses.replace(config, tokenizer="bpe:300")
+    names = {os.path.basename(open_data(config, root=str(tmp_path)).store)}
+    for change in ({"seq_len": 8}, {"val_fraction": 0.3}, {"tokenizer": "bpe:280"}):
+        names.add(os.path.basename(open_data(dataclasses.replace(config, **change), root=str(tmp_path)).store))
+    assert len(names) == 4, names
+    assert all(name.startswith("corpus-bpe") for name in names), names
+    for change in ({"seed": 3}, {"fraction": 0.1}, {"isolate_documents": True}):
+        names.add(os.path.basename(open_data(dataclasses.replace(config, **change), root=str(tmp_path)).store))
+    assert len(names) == 4
+
+
+def test_a_named_complete_store_outlives_its_source(tmp_path, config, capsys):
+    config = dataclasses.replace(config, tokenizer="bpe:300", store=str(tmp_path / "store"))
+    data = open_data(config, root="")
+    os.remove(config.source)
+    again = open_data(config, root="")
+    assert len(again.train) == len(data.train)
+    assert "unchecked" in capsys.readouterr().err
+    with pytest.raises(UserError, match="seq_len=16, not 8"):
+        open_data(dataclasses.replace(config, seq_len=8), root="")
+    with pytest.raises(UserError, match="no such file or directory"):
+        open_data(dataclasses.replace(config, store=str(tmp_path / "other")), root="")
+
+
+def test_object_stores_take_the_same_path(config):
+    config = dataclasses.replace(config, tokenizer="bpe:300")
+    remote = open_data(config, root="memory://bucket/data")
+    assert remote.store.startswith("memory://bucket/data/corpus-bpe300-")
+    assert open_data(dataclasses.replace(config, store=remote.store), root="").vocab_size == remote.vocab_size
+    assert remote.train.read(np.array([1, 0])).shape == (2, 17)
+    with pytest.raises(UserError, match="unsupported URL scheme"):
+        open_data(dataclasses.replace(config, store="ftp://x/y"), root="")
+
+
+def test_a_second_preparation_is_refused(tmp_path, config):
+    config = dataclasses.replace(config, store=str(tmp_path / "store"))
+    with store.Store(config.store).lock(), pytest.raises(UserError) as error:
+        open_data(config, root="")
+    assert f"is being prepared by process {os.getpid()}; wait" in str(error.value)
+    open_data(config, root="")
+    with store.Store(config.store).lock():  # a complete store needs no lock
+        open_data(config, root="")
+
+
+def test_bad_settings_and_places_write_nothing(tmp_path, config):
+    (tmp_path / "mine" / "train").mkdir(parents=True)
+    (tmp_path / "mine" / "train" / "thesis.tex").write_text("do not touch")
+    (tmp_path / "file").write_text("x")
+    for change, message in [
+        ({"seq_len": 0}, "data.seq_len=0"),
+        ({"fraction": 0.0}, "data.fraction=0.0"),
+        ({"store": str(tmp_path / "mine")}, "not empty and not a token store"),
+        ({"store": str(tmp_path / "file" / "x")}, "data.store: .*/file/x: "),
+        ({"seq_len": 10**6, "store": str(tmp_path / "short")}, "validation split has .* tokens, data.seq_len=1000000"),
+    ]:
+        with pytest.raises(UserError, match=message) as error:
+            open_data(dataclasses.replace(config, **change), root=str(tmp_path / "root"))
+        assert "\n" not in str(error.value)
+    assert tree(tmp_path / "mine") == {"train/thesis.tex": b"do not touch"}
+    assert tree(tmp_path / "short") == {}
+    assert not (tmp_path / "root").exists()
+    open_data(dataclasses.replace(config, store=str(tmp_path / "short")), root="")
+
+
+def test_a_damaged_store_is_noticed(tmp_path, config):
+    data = open_data(config, root=str(tmp_path))
+    (shard,) = [f for f in tree(data.store) if f.startswith("validation/c/")]
+    content = bytearray(tree(data.store)[shard])
+    content[5] ^= 1
+    Path(data.store, shard).write_bytes(content)
+    with pytest.raises(UserError, match="/validation: "):
+        open_data(config, root=str(tmp_path)).validation.read(np.arange(len(data.validation)))
+    Path(data.store, "meta.json").write_text("{}")
+    with pytest.raises(UserError, match=r"meta\.json is not what this version"):
+        open_data(config, root=str(tmp_path))
+
+
+def test_nanogpt_tokens(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(prepare_module, "TOKEN_SLICE", 100)
+    monkeypatch.setattr(store, "SHARD_ROWS", 4)
+    rng = np.random.default_rng(0)
+    streams = {"train": rng.integers(0, 257, 1234), "val": rng.integers(0, 257, 161)}
+    (tmp_path / "bins").mkdir()
+    for name, stream in streams.items():
+        stream.astype(np.uint16).tofile(tmp_path / "bins" / f"{name}.bin")
+    config = dataclasses.replace(config, source=str(tmp_path / "bins"))
+    source = opened(config.source)
+    assert source.is_tokens
+    assert isinstance(source.tokens("train"), np.memmap)
+    data = open_data(config, root=str(tmp_path))
+    for rows, stream in ((data.train, streams["train"]), (data.validation, streams["val"])):
+        expected = [stream[i : i + 17] for i in range(0, len(stream) - 16, 16)]
+        np.testing.assert_array_equal(rows.read(np.arange(len(rows))), expected)
+    with pytest.raises(UserError, match="holds tokens; name the tokenizer"):
+        open_data(dataclasses.replace(config, tokenizer="bpe:300"), root=str(tmp_path))
+    np.full(100, 60000, np.uint16).tofile(tmp_path / "bins" / "val.bin")
+    with pytest.raises(UserError, match=r"token 60000 is outside the vocabulary of .*, which has"):
+        open_data(config, root=str(tmp_path))
+    (tmp_path / "bins" / "val.bin").write_bytes(b"abc")
+    with pytest.raises(UserError, match="size of 3 bytes is odd"):
+        open_data(config, root=str(tmp_path))
+
+
+def test_big_vocabularies_are_stored_as_uint32(tmp_path, config):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {name: i for i, name in enumerate(["end", "and", *(f"word{i}" for i in range(66000))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="end"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="end").save_pretrained(tmp_path / "big")
+    path = write_jsonl(tmp_path / "words.jsonl", [f"word{i} and word{65999 - i}" for i in range(64)])
+    data = open_data(dataclasses.replace(config, source=path, tokenizer=str(tmp_path / "big")), root=str(tmp_path))
+    assert read_meta(data)["dtype"] == "uint32"
+    tokens = data.train.read(np.arange(len(data.train)))
+    assert tokens.max() > 2**16
+    assert "word65" in data.tokenizer.decode(tokens[0])
+
+
+# Batches
+
+
+class FakeRows(Rows):
+    """Rows whose content is known: row r holds r * seq_len + [0 .. seq_len]."""
+
+    def __init__(self, count, seq_len=4):
+        self.count, self.seq_len, self.reads = count, seq_len, []
+
+    def __len__(self):
+        return self.count
+
+    def read(self, indices):
+        self.reads.append(np.array(indices))
+        return (np.asarray(indices)[:, None] * self.seq_len + np.arange(self.seq_len + 1)).astype(np.int32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**63), st.floats(0.01, 1.0))
+def test_every_epoch_visits_each_row_once(count, batch_size, seed, fraction):
+    batches = Batches(FakeRows(count), batch_size=batch_size, seed=seed, fraction=fraction)
+    epochs = 3
+    steps = -(-epochs * batches.num_rows // batch_size)
+    rows = np.concatenate([batches.rows_of(step) for step in range(steps)])
+    assert rows.dtype == np.int64
+    first = np.sort(rows[: batches.num_rows])
+    assert len(set(first)) == batches.num_rows == max(1, round(fraction * count) if fraction < 1 else count)
+    for epoch in range(epochs):
+        part = rows[epoch * batches.num_rows : (epoch + 1) * batches.num_rows]
+        np.testing.assert_array_equal(np.sort(part), first)
+    # Pure: another object, asked in another order, gives the same.
+    other = Batches(FakeRows(count), batch_size=batch_size, seed=seed, fraction=fraction)
+    for step in reversed(range(steps)):
+        np.testing.assert_array_equal(other.rows_of(step), rows[step * batch_size : (step + 1) * batch_size])
+
+
+def test_the_order_is_what_it_has_always_been():
+    """A change here would silently alter every resumed run."""
+    assert Batches(FakeRows(10), batch_size=12, seed=1).rows_of(0).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4, 0, 6]
+
+
+def test_epochs_and_seeds_differ():
+    batches = Batches(FakeRows(50), batch_size=50, seed=1)
+    assert not np.array_equal(batches.rows_of(0), batches.rows_of(1))
+    assert not np.array_equal(batches.rows_of(0), Batches(FakeRows(50), batch_size=50, seed=2).rows_of(0))
+
+
+def test_fractions_are_fixed_nested_and_depend_on_the_seed():
+    def subset(fraction, seed=0, batch_size=7):
+        batches = Batches(FakeRows(1000), batch_size=batch_size, seed=seed, fraction=fraction)
+        return {int(r) for step in range(1 + batches.num_rows // batch_size) for r in batches.rows_of(step)}
+
+    assert len(subset(0.1)) == 100
+    assert len(subset(0.0001)) == 1
+    assert subset(0.1) == subset(0.1, batch_size=13) != subset(0.1, seed=1)
+    assert subset(0.01) < subset(0.1)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_read_their_share_of_the_same_batch(processes):
+    whole = Batches(FakeRows(30), batch_size=8, seed=3, isolate_eos=21)
+    for step in (0, 3, 11):
+        expected, share, parts = whole(step), 8 // processes, []
+        for process in range(processes):
+            rows = FakeRows(30)
+            batches = Batches(rows, batch_size=8, seed=3, isolate_eos=21)
+            parts.append(batches(step, slice(process * share, (process + 1) * share)))
+            assert [len(read) for read in rows.reads] == [share]
+        assert set(expected) == {"tokens", "targets", "loss_weights", "segment_ids", "positions"}
+        for key, value in expected.items():
+            np.testing.assert_array_equal(value, np.concatenate([part[key] for part in parts]))
+
+
+def test_fields_without_isolation():
+    batch = Batches(FakeRows(9), batch_size=4, seed=0)(0)
+    assert {key: (value.dtype, value.shape) for key, value in batch.items()} == {
+        "tokens": (np.int32, (4, 4)),
+        "targets": (np.int32, (4, 4)),
+        "loss_weights": (np.float32, (4, 4)),
+    }
+    np.testing.assert_array_equal(batch["targets"], batch["tokens"] + 1)
+    assert batch["loss_weights"].all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=8, max_size=8), min_size=1, max_size=5))
+def test_isolation_against_a_naive_loop(rows):
+    table = np.array(rows, np.int32)
+    fake = FakeRows(len(rows), 7)
+    fake.read = lambda indices: table[indices]
+    (batch,) = validation_batches(fake, batch_size=len(rows), max_rows=0, isolate_eos=0)
+    for row, ids, positions, weights in zip(
+        rows, batch["segment_ids"].tolist(), batch["positions"].tolist(), batch["loss_weights"].tolist()
+    ):
+        segment, position = 1, 0
+        for i, token in enumerate(row[:-1]):
+            assert (ids[i], positions[i], weights[i]) == (segment, position, 0.0 if token == 0 else 1.0)
+            position += 1
+            if token == 0:
+                segment, position = segment + 1, 0
+    assert {value.dtype for key, value in batch.items() if key != "loss_weights"} == {np.dtype(np.int32)}
+
+
+def test_validation_batches_are_padded_to_one_shape():
+    rows = FakeRows(10)
+    batches = list(validation_batches(rows, batch_size=4, max_rows=0, isolate_eos=None))
+    assert [b["tokens"].shape for b in batches] == [(4, 4)] * 3
+    assert sum(float(b["loss_weights"].sum()) for b in batches) == 40
+    np.testing.assert_array_equal(np.concatenate([b["tokens"][:, 0] for b in batches])[:10], 4 * np.arange(10))
+    assert batches[-1]["loss_weights"][2:].max() == 0
+    assert len(list(validation_batches(rows, batch_size=4, max_rows=3, isolate_eos=None))) == 1
+    halves = [list(validation_batches(rows, batch_size=4, max_rows=9, isolate_eos=2, part=p)) for p in np.s_[:2, 2:]]
+    for whole, *parts in zip(validation_batches(rows, batch_size=4, max_rows=9, isolate_eos=2), *halves):
+        for key in whole:
+            np.testing.assert_array_equal(whole[key], np.concatenate([part[key] for part in parts]))
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, jaxup.data.batches; "
+        "print([m for m in ('jax', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

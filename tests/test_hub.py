@@ -1,0 +1,583 @@
+"""Models on disk: both directions against transformers, every refusal, and writers that die."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxup.errors import UserError
+from jaxup.hub import staging as staging_module
+from jaxup.hub.families import FAMILIES, config_from_hf, config_to_hf
+from jaxup.hub.layouts import flatten
+from jaxup.hub.reader import load_config, load_params
+from jaxup.hub.writer import save
+from jaxup.model.config import ModelConfig
+from jaxup.model.decoder import abstract
+
+GPT2 = ModelConfig.gpt2(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, bias=True)
+BIASLESS = dataclasses.replace(GPT2, norm_bias=False, qkv_bias=False, o_bias=False, mlp_bias=False)
+LLAMA = ModelConfig(
+    vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
+    max_positions=32, norm="rmsnorm", norm_eps=1e-6, positions="rope", rope_theta=500.0, activation="silu",
+    gated_mlp=True, tie_embeddings=False,
+)  # fmt: skip
+CONFIGS = {
+    "gpt2": GPT2,
+    "gpt2-biasless": BIASLESS,
+    "gpt2-untied-scaled": dataclasses.replace(GPT2, tie_embeddings=False, depth_scaled_attention=True),
+    "llama": LLAMA,
+    "llama-qkv-bias-only": dataclasses.replace(LLAMA, qkv_bias=True, tie_embeddings=True),
+    "mistral": dataclasses.replace(LLAMA, sliding_window=3),
+    "mistral-odd-heads": dataclasses.replace(LLAMA, num_heads=3, num_kv_heads=1),
+}
+configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def make(config, seed=0):
+    """Params whose every leaf matters: biases are not zero, norms are not one."""
+    rng = np.random.default_rng(seed)
+    shapes = {path: leaf.shape for path, leaf in flatten(abstract(config)[1]).items()}
+    params = {p: 0.2 * rng.standard_normal(shape, dtype=np.float32) for p, shape in shapes.items()}
+    params = {p: leaf + 1 if p.endswith("scale") else leaf for p, leaf in params.items()}
+    nested = {}
+    for path, leaf in params.items():
+        node = nested
+        *parents, name = path.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return nested
+
+
+def write_hf(directory, tensors, config):
+    """A directory written by nobody we know, to be damaged."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    out = tmp_path_factory.mktemp("hub") / "model"
+    save(out, LLAMA, make(LLAMA))
+    return out
+
+
+@pytest.fixture
+def model(saved, tmp_path):
+    """A copy without a manifest, to damage."""
+    shutil.copytree(saved, tmp_path / "model")
+    (tmp_path / "model" / "jaxup_manifest.json").unlink()
+    return tmp_path / "model"
+
+
+def refused(call, *words):
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert len(message) < 1000
+    for word in words:
+        assert word in message, message
+
+
+def load(directory):
+    return load_params(directory, load_config(directory))
+
+
+# ---- both directions
+
+
+@configs
+def test_transformers_loads_an_export_and_agrees(config, torch, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    params = make(config)
+    save(tmp_path / "out", config, params)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = np.random.default_rng(0).integers(0, 40, (2, 13), dtype=np.int32)
+    ours = jax.jit(lambda params, tokens: nnx.merge(abstract(config)[0], params)(tokens))(params, tokens)
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    error = np.abs(ours - theirs).max()
+    print(f"EXPORT {model.config.model_type} logits={error:.1e}")
+    assert error < 1e-4
+    # What transformers saves of it is what we saved, names and bytes.
+    model.save_pretrained(tmp_path / "again")
+    a, b = (safetensors.numpy.load_file(tmp_path / d / "model.safetensors") for d in ("out", "again"))
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@configs
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_loading_and_saving_keeps_every_byte(config, dtype, tmp_path):
+    save(tmp_path / "a", config, make(config), dtype=dtype, max_shard_size=3000)
+    assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 2
+    read = load_config(tmp_path / "a")
+    params = load_params(tmp_path / "a", read)
+    assert {str(leaf.dtype) for leaf in flatten(params).values()} == {dtype}
+    save(tmp_path / "b", read, params, dtype=dtype, max_shard_size=3000)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    assert {leaf.dtype for leaf in flatten(load_params(tmp_path / "a", read, dtype=np.float32)).values()} == {
+        np.dtype(np.float32)
+    }
+
+
+def test_params_come_back_equal(tmp_path):
+    for name, config in CONFIGS.items():
+        params = make(config)
+        save(tmp_path / name, config, params)
+        back = flatten(load(tmp_path / name))
+        for path, leaf in flatten(params).items():
+            np.testing.assert_array_equal(back.pop(path), leaf)
+        assert all(path.endswith(".bias") and not leaf.any() for path, leaf in back.items())
+
+
+@configs
+def test_config_round_trip(config):
+    hf = config_to_hf(config, dtype="float32", eos_token_id=1, bos_token_id=0)
+    back = config_from_hf(hf)
+    assert config_from_hf(config_to_hf(back, dtype="float32", eos_token_id=1, bos_token_id=0)) == back
+    biases = ("norm_bias", "qkv_bias", "o_bias", "mlp_bias")
+    assert dataclasses.replace(back, **{b: getattr(config, b) for b in biases}) == config
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_absent_keys_take_the_defaults_of_transformers(model_type, torch):
+    from transformers import AutoConfig
+
+    documented = json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False))
+    assert config_from_hf({"model_type": model_type}) == config_from_hf(documented)
+
+
+def test_names_without_the_prefix_and_old_buffers_are_read(saved, tmp_path):
+    save(tmp_path / "a", GPT2, make(GPT2))
+    tensors = safetensors.numpy.load_file(tmp_path / "a" / "model.safetensors")
+    bare = {k.removeprefix("transformer."): v for k, v in tensors.items()}
+    bare |= {f"h.{i}.attn.bias": np.ones((1, 1, 32, 32), np.uint8) for i in range(2)}
+    bare |= {f"h.{i}.attn.masked_bias": np.array(-1e9, np.float32) for i in range(2)}
+    bare["lm_head.weight"] = bare["wte.weight"]
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    write_hf(tmp_path / "b", bare, config)
+    for path, leaf in flatten(load(tmp_path / "b")).items():
+        np.testing.assert_array_equal(leaf, flatten(load(tmp_path / "a"))[path])
+    bare["lm_head.weight"] = bare["wte.weight"] + 1
+    write_hf(tmp_path / "b", bare, config)
+    refused(lambda: load(tmp_path / "b"), "lm_head.weight", "ties")
+    bare["transformer.wte.weight"] = bare["wte.weight"]
+    write_hf(tmp_path / "b", bare, config)
+    refused(lambda: load(tmp_path / "b"), "wte.weight", "same parameter")
+
+
+def test_a_tokenizer_is_saved_with_the_model(torch, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel()
+    core.train_from_iterator(["one two three two one"], trainers.BpeTrainer(vocab_size=30, special_tokens=["<e>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>", bos_token="<e>")
+    save(tmp_path / "m", GPT2, make(GPT2), tokenizer=tokenizer, extra_files={"README.md": "hello", "b.bin": b"\0"})
+    back = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert back("two one")["input_ids"] == tokenizer("two one")["input_ids"]
+    assert back.eos_token_id == tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert (tmp_path / "m" / "README.md").read_text() == "hello"
+    small = dataclasses.replace(GPT2, vocab_size=1)
+    tokenizer.eos_token = "one" if "one" in tokenizer.get_vocab() else next(t for t, i in core.get_vocab().items() if i)
+    refused(lambda: save(tmp_path / "n", small, make(small), tokenizer=tokenizer), "eos_token_id", "vocab_size=1")
+    bad_extra = {"tokenizer.json": "{}"}
+    refused(lambda: save(tmp_path / "n", GPT2, make(GPT2), tokenizer=back, extra_files=bad_extra), "tokenizer.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "word"),
+    [
+        ("gtp2", {}, "did you mean 'gpt2'"),
+        ("bert", {}, "gpt2, llama, mistral"),
+        (["x\n"], {}, "model_type"),
+        ("gpt2", {"activation_function": "gelu_10"}, "activation_function"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("gpt2", {"add_cross_attention": 0}, "add_cross_attention"),
+        ("gpt2", {"n_head": 7}, "n_head"),
+        ("gpt2", {"n_layers": 7}, "did you mean 'n_layer'"),
+        ("gpt2", {"n_layer": 10**9}, "n_layer"),
+        ("gpt2", {"n_layer": True}, "n_layer"),
+        ("gpt2", {"n_embd": 2**63}, "n_embd"),
+        ("gpt2", {"vocab_size": "5"}, "vocab_size"),
+        ("gpt2", {"layer_norm_epsilon": -1}, "layer_norm_epsilon"),
+        ("gpt2", {"tie_word_embeddings": None}, "tie_word_embeddings"),
+        ("gpt2", {"rope_theta": 1.0}, "rope_theta"),
+        ("gpt2", {"utterly new": 1}, "utterly new"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "factor": 2}}, "rope_parameters"),
+        ("llama", {"rope_parameters": [], "rope_theta": 1.0}, "rope_parameters"),
+        ("llama", {"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 6.0}, "contradicts"),
+        ("llama", {"rope_theta": "x" * 5000}, "rope_theta"),
+        ("llama", {"hidden_act": "relu2"}, "hidden_act"),
+        ("llama", {"num_key_value_heads": 5}, "num_kv_heads"),
+        ("llama", {"head_dim": 7}, "head_dim"),
+        ("llama", {"sliding_window": 5}, "sliding_window"),
+        ("llama", {"auto_map": {"AutoModel": "evil.py"}}, "auto_map"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("mistral", {"sliding_window": 0}, "sliding_window"),
+        ("mistral", {"layer_types": ["full_attention"]}, "layer_types"),
+    ],
+)
+def test_configs_that_cannot_be_represented_are_refused(model_type, change, word, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **change}))
+    refused(lambda: load_config(tmp_path), word, str(tmp_path))
+
+
+def test_accepted_spellings():
+    assert config_from_hf({"model_type": "llama", "rope_theta": 7}).rope_theta == 7.0
+    both = {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "rope_scaling": None}
+    assert config_from_hf({"model_type": "llama", "_private": 1, **both}).rope_theta == 7.0
+    assert config_from_hf({"model_type": "llama", "num_attention_heads": 8}).num_kv_heads == 8
+    assert config_from_hf({"model_type": "gpt2", "n_inner": 5, "reorder_and_upcast_attn": True}).intermediate_size == 5
+    assert config_from_hf({"model_type": "mistral", "sliding_window": None}).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"norm_bias": True}, {"depth_scaled_attention": True}, {"norm": "layernorm"}, {"gated_mlp": False},
+        {"sliding_window": 4, "mlp_bias": True}, {"num_heads": 6, "qkv_bias": True},
+    ],
+)  # fmt: skip
+def test_models_that_no_family_computes_are_not_exported(change, tmp_path):
+    config = dataclasses.replace(LLAMA, **change)
+    refused(lambda: save(tmp_path / "out", config, {}), "no transformers family")
+    assert not list(tmp_path.iterdir())
+
+
+def edit_tensors(change):
+    def damage(model):
+        tensors = safetensors.numpy.load_file(model / "model.safetensors")
+        change(tensors)
+        safetensors.numpy.save_file(tensors, model / "model.safetensors")
+
+    return damage
+
+
+def replace_file(name, content):
+    return lambda model: (model / name).write_bytes(content)
+
+
+def index(weight_map):
+    def damage(model):
+        os.rename(model / "model.safetensors", model / "a.safetensors")
+        real = dict.fromkeys(safetensors.numpy.load_file(model / "a.safetensors"), "a.safetensors")
+        text = weight_map if isinstance(weight_map, str) else json.dumps({"weight_map": real | weight_map})
+        (model / "model.safetensors.index.json").write_text(text)
+
+    return damage
+
+
+def link_outside(name):
+    def damage(model):
+        os.rename(model / name, model.parent / "elsewhere")
+        (model / name).symlink_to("../elsewhere")
+
+    return damage
+
+
+def pickle_only(model):
+    os.rename(model / "model.safetensors", model / "pytorch_model.bin")
+
+
+def pipe(model):
+    (model / "model.safetensors").unlink()
+    os.mkfifo(model / "model.safetensors")
+
+
+NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
+DAMAGE = {
+    "missing tensor": (edit_tensors(lambda t: t.pop(NORM)), [NORM, "missing"]),
+    "a layer too few": (edit_tensors(lambda t: [t.pop(k) for k in list(t) if ".1." in k]), ["and 6 more"]),
+    "unexpected": (edit_tensors(lambda t: t.update({"z\nz": t[NORM]})), ["unexpected", "z\\nz"]),
+    "transposed": (edit_tensors(lambda t: t.update({DOWN: t[DOWN].T.copy()})), [DOWN, "[24, 16]", "[16, 24]"]),
+    "float64": (edit_tensors(lambda t: t.update({NORM: t[NORM].astype(np.float64)})), [NORM, "F64"]),
+    "NaN": (edit_tensors(lambda t: t.update({NORM: t[NORM] * np.nan})), [NORM, "NaN"]),
+    "empty": (replace_file("model.safetensors", b""), ["not a safetensors"]),
+    "header too long": (replace_file("model.safetensors", b"\xff" * 64), ["not a safetensors"]),
+    "pickle only": (pickle_only, ["pytorch_model.bin"]),
+    "no tensors": (lambda model: (model / "model.safetensors").unlink(), ["no model.safetensors"]),
+    "pipe": (pipe, ["regular file"]),
+    "no config": (lambda model: (model / "config.json").unlink(), ["config.json"]),
+    "corrupt config": (replace_file("config.json", b'{"a": \n\n'), ["config.json", "JSON"]),
+    "config not text": (replace_file("config.json", b"\xff\xfe"), ["config.json", "JSON"]),
+    "config a list": (replace_file("config.json", b"[]"), ["config.json", "object"]),
+    "config twice": (replace_file("config.json", b'{"a": 1, "a": 1}'), ["'a'", "twice"]),
+    "config deep": (replace_file("config.json", b'{"a":' * 100_000), ["config.json"]),
+    "config NaN": (replace_file("config.json", b'{"rope_theta": NaN}'), ["NaN"]),
+    "config linked outside": (link_outside("config.json"), ["config.json", "leaves"]),
+    "tensors linked outside": (link_outside("model.safetensors"), ["leaves"]),
+    "index absolute": (index({NORM: "/etc/passwd"}), ["/etc/passwd"]),
+    "index up": (index({NORM: "../a.safetensors"}), ["../a.safetensors"]),
+    "index not Unicode": (index({NORM: "\ud800.safetensors"}), ["safetensors"]),
+    "index of nothing": (index({NORM: "b.safetensors"}), ["b.safetensors"]),
+    "index of more": (index({"more": "a.safetensors"}), ["more"]),
+    "index corrupt": (index("{"), ["index.json"]),
+    "index without map": (index("{}"), ["weight_map"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_directories_are_refused(damage, model):
+    change, words = DAMAGE[damage]
+    change(model)
+    refused(lambda: load(model), str(model), *words)
+
+
+def test_index_must_tell_the_truth(model):
+    index({})(model)
+    assert load(model)
+    index_path = model / "model.safetensors.index.json"
+    weights = json.loads(index_path.read_text())
+    del weights["weight_map"][NORM]
+    index_path.write_text(json.dumps(weights))
+    refused(lambda: load(model), NORM)
+
+
+def test_missing_directory(tmp_path):
+    refused(lambda: load_config(tmp_path / "none"), "no such directory")
+
+
+def test_hub_cache_links_are_followed(saved, tmp_path):
+    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(saved / name, blobs / f"hash-{name}")
+        (snapshot / name).symlink_to(f"../../blobs/hash-{name}")
+    assert load(snapshot)
+
+
+def test_flipped_bits_are_noticed(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    data = path.read_bytes()
+    config = load_config(saved)
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, len(data), 40):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        refused(lambda: load_params(tmp_path / "m", config), "model.safetensors")
+    path.write_bytes(data)
+    text = (tmp_path / "m" / "config.json").read_text()
+    (tmp_path / "m" / "config.json").write_text(text.replace("500.0", "501.0"))
+    refused(lambda: load_config(tmp_path / "m"), "config.json", "manifest")
+
+
+def header_of(path):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def write_raw(path, header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def edit_entry(**fields):
+    return lambda header, data: (header | {NORM: header[NORM] | fields}, data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edit_entry(dtype="F99"), edit_entry(dtype=3), edit_entry(shape=[2**62, 2**62]), edit_entry(shape=[-16]),
+        edit_entry(shape=[True] * 16), edit_entry(shape=[16.0]), edit_entry(shape="16"), edit_entry(shape=[1] * 99),
+        edit_entry(data_offsets=[0, 64]), edit_entry(data_offsets=[64, 0]), edit_entry(data_offsets=[9**9, 9**9 + 64]),
+        edit_entry(data_offsets=[0]), edit_entry(data_offsets=None), edit_entry(more=1),
+        lambda header, data: (header, data + b"\0"),
+        lambda header, data: (header, data[:-1]),
+        lambda header, data: (header | {NORM: 3}, data),
+        lambda header, data: (header | {"__metadata__": {"a": 1}}, data),
+        lambda header, data: (header | {"__metadata__": []}, data),
+        lambda header, data: (b" " + json.dumps(header).encode(), data),
+        lambda header, data: (b"[" * 200_000, data),
+        lambda header, data: (b'{"a":' * 200_000, data),
+        lambda header, data: (json.dumps(header).encode()[:-1] + b',"%s":0}' % NORM.encode(), data),
+        lambda header, data: (b'{"a": ' + b"9" * 5000 + b"}", data),
+        lambda header, data: ({k: v for k, v in header.items() if k != NORM}, data),
+    ],
+)  # fmt: skip
+def test_malformed_headers_are_refused(change, model):
+    path = model / "model.safetensors"
+    write_raw(path, *change(*header_of(path)))
+    refused(lambda: load(model), "model.safetensors")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@given(st.data())
+def test_fuzzed_headers_load_alike_or_are_refused(saved, tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("fuzz")
+    shutil.copy(saved / "config.json", directory)
+    original = (saved / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(original[:8], "little")
+    mutated = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 3))):
+        position = data.draw(st.integers(0, end - 1))
+        kind = data.draw(st.sampled_from(["set", "insert", "delete"]))
+        if kind == "set":
+            mutated[position] = data.draw(st.sampled_from(b'0123456789{}[]",: \0\xff') | st.integers(0, 255))
+        elif kind == "insert":
+            mutated.insert(position, data.draw(st.sampled_from(b'019{}[]",: ')))
+        else:
+            del mutated[position]
+    (directory / "model.safetensors").write_bytes(mutated)
+    try:
+        params = load(directory)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
+        return
+    expected = flatten(load(saved))
+    for path, leaf in flatten(params).items():
+        np.testing.assert_array_equal(leaf, expected[path])
+
+
+# ---- writers that are refused or die
+
+
+def test_params_must_be_the_configs(tmp_path):
+    params = make(LLAMA)
+    refused(lambda: save(tmp_path / "o", GPT2, params), "params")
+    params["norm"]["scale"] = params["norm"]["scale"][:-1]
+    refused(lambda: save(tmp_path / "o", LLAMA, params), "norm.scale", "[15]", "[16]")
+    params["norm"]["scale"] = np.full(16, 1e30, np.float32)
+    refused(lambda: save(tmp_path / "o", LLAMA, params, dtype="float16"), "model.norm.weight", "infinity")
+    refused(lambda: save(tmp_path / "o", LLAMA, params, dtype="float8"), "float8")
+    for name in ("../x", "/x", "config.json", "a/b", ".."):
+        refused(lambda name=name: save(tmp_path / "o", LLAMA, make(LLAMA), extra_files={name: ""}), name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_output_is_refused_and_replaced_by_force(tmp_path):
+    out = tmp_path / "out"
+    save(out, LLAMA, make(LLAMA), extra_files={"old": ""})
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    refused(lambda: save(out, LLAMA, make(LLAMA, 1)), "exists already")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    save(out, LLAMA, make(LLAMA, 1), force=True)
+    assert not (out / "old").exists()
+    np.testing.assert_array_equal(load(out)["norm"]["scale"], make(LLAMA, 1)["norm"]["scale"])
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_force_replaces_only_models(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("home")
+    for name in ("home", "file", "link"):
+        refused(lambda name=name: save(tmp_path / name, LLAMA, make(LLAMA), force=True), "not be replaced")
+    refused(lambda: save(tmp_path / "none" / "out", LLAMA, make(LLAMA)), "parent")
+    refused(lambda: save(tmp_path / "file" / "out", LLAMA, make(LLAMA)), "parent")
+    assert sorted(os.listdir(tmp_path)) == ["file", "home", "link"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("target", [(os, "fsync"), (os, "rename"), (safetensors.numpy, "save_file")])
+def test_a_failing_write_leaves_what_was_there(error, existing, target, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    if existing:
+        save(out, LLAMA, make(LLAMA))
+    before = {p.name: p.read_bytes() for p in out.iterdir()} if existing else None
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, fail)
+        with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
+            save(out, LLAMA, make(LLAMA, 1), force=True)
+    assert os.listdir(tmp_path) == (["out"] if existing else [])
+    assert before is None or {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+KILLED = """
+import os, sys
+from jaxup.hub import staging
+when, out = sys.argv[1:]
+calls = {"rename": 0}
+def kill(): os.kill(os.getpid(), 9)
+real = os.rename
+def rename(a, b):
+    if when == f"rename{calls['rename']}": kill()
+    calls["rename"] += 1
+    real(a, b)
+os.rename = rename
+staging.shutil.rmtree = (lambda *a, **k: kill()) if when == "delete" else staging.shutil.rmtree
+with staging.staged_directory(out, force=True, marks=("mark",)) as directory:
+    (directory / "mark").write_text("new")
+    (directory / "data").write_text("new")
+    if when == "write": kill()
+"""
+
+
+@pytest.mark.parametrize(("when", "left"), [("write", "old"), ("rename0", "old"), ("rename1", None), ("delete", "new")])
+def test_a_killed_writer_leaves_old_or_new_and_the_next_cleans_up(when, left, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mark").write_text("old")
+    (out / "data").write_text("old")
+    root = Path(staging_module.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", KILLED, when, str(out)], env=os.environ | {"PYTHONPATH": str(root)})
+    assert done.returncode == -signal.SIGKILL
+    if left is None:  # between the two renames; the old one is whole, and comes back
+        assert not out.exists()
+    else:
+        assert {p.read_text() for p in out.iterdir()} == {left}
+    with pytest.raises(UserError, match="exists already"), staging_module.staged_directory(out, force=False, marks=()):
+        pass
+    assert {p.read_text() for p in out.iterdir()} == {left or "old"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_second_writer_is_told_of_the_first(tmp_path):
+    with staging_module.staged_directory(tmp_path / "out", force=False, marks=()) as directory:
+        (directory / "x").write_text("")
+        with (
+            pytest.raises(UserError, match=str(os.getpid())),
+            staging_module.staged_directory(tmp_path / "out", force=True, marks=()),
+        ):
+            pass
+    assert (tmp_path / "out" / "x").exists()
+
+
+def test_bfloat16_is_read_bit_for_bit(tmp_path):
+    params = make(LLAMA)
+    save(tmp_path / "m", LLAMA, params, dtype="bfloat16")
+    for path, leaf in flatten(load(tmp_path / "m")).items():
+        np.testing.assert_array_equal(leaf, flatten(params)[path].astype(ml_dtypes.bfloat16))

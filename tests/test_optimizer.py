@@ -1,0 +1,83 @@
+"""Schedules against their closed forms, and AdamW with clipping against torch's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxup.errors import UserError
+from jaxup.training.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer
+
+BASE = dict(
+    learning_rate=1e-2, end_learning_rate=1e-3, schedule="constant", warmup_steps=0, decay_fraction=0.2,
+    b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0,
+)  # fmt: skip
+
+
+def rates(steps, **changes):
+    schedule = learning_rate(OptimizerConfig(**{**BASE, **changes}), steps)
+    return np.array([float(schedule(s)) for s in range(steps)])
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd"])
+def test_schedule_closed_form(kind, warmup):
+    steps, peak, end = 100, 1e-2, 1e-3
+    expected = []
+    for s in range(steps):
+        t = min(1.0, max(0.0, (s - warmup) / (steps - 1 - warmup)))
+        if s < warmup:
+            expected.append(peak * (s + 1) / warmup)
+        elif kind == "constant":
+            expected.append(peak)
+        elif kind == "linear":
+            expected.append(peak + (end - peak) * t)
+        elif kind == "cosine":
+            expected.append(end + (peak - end) * 0.5 * (1 + np.cos(np.pi * t)))
+        else:  # the last 20 steps fall linearly to the end
+            expected.append(peak + (end - peak) * max(0.0, (s - (steps - 1 - 20)) / 20))
+    np.testing.assert_allclose(rates(steps, schedule=kind, warmup_steps=warmup), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"schedule": "cosin"}, "did you mean 'cosine'"), ({"warmup_steps": 11}, "does not fit a run of 10 steps")],
+)
+def test_schedule_refusals(changes, message):
+    with pytest.raises(UserError, match=message):
+        rates(10, **changes)
+
+
+def test_adamw_equals_torch():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    start = {"a": {"kernel": rng.normal(size=(7, 5))}, "b": {"scale": rng.normal(size=5)}}
+    # The second half is small enough not to be clipped.
+    gradients = [
+        jax.tree.map(lambda p, i=i: rng.normal(size=p.shape) * (3.0 if i < 5 else 0.05), start) for i in range(10)
+    ]
+
+    optimizer = make_optimizer(OptimizerConfig(**{**BASE, "schedule": "cosine", "warmup_steps": 3}), 10)
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), start)
+    assert decay_mask(params) == {"a": {"kernel": True}, "b": {"scale": False}}
+    state = optimizer.init(params)
+    for g in gradients:
+        updates, state = optimizer.update(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g), state, params)
+        params = optax.apply_updates(params, updates)
+
+    kernel, scale = (torch.nn.Parameter(torch.tensor(start[m][n])) for m, n in (("a", "kernel"), ("b", "scale")))
+    oracle = torch.optim.AdamW(
+        [{"params": [kernel], "weight_decay": 0.1}, {"params": [scale], "weight_decay": 0.0}],
+        betas=(0.9, 0.95), eps=1e-8,
+    )  # fmt: skip
+    for g, rate in zip(gradients, rates(10, schedule="cosine", warmup_steps=3), strict=True):
+        kernel.grad, scale.grad = torch.tensor(g["a"]["kernel"]), torch.tensor(g["b"]["scale"])
+        torch.nn.utils.clip_grad_norm_([kernel, scale], 1.0)
+        for group in oracle.param_groups:
+            group["lr"] = rate
+        oracle.step()
+    # The oracle runs in float64; ten float32 updates round to a few parts in 1e7, and torch's clip
+    # divides by norm + 1e-6.
+    np.testing.assert_allclose(params["a"]["kernel"], kernel.detach(), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(params["b"]["scale"], scale.detach(), rtol=2e-5, atol=1e-6)

@@ -1,0 +1,161 @@
+"""The training step: what it optimises does not depend on how the batch is cut or where it lies."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxup.errors import UserError
+from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.decoder import init
+from jaxup.training.optimizer import OptimizerConfig, make_optimizer
+from jaxup.training.sharding import (
+    BATCH_AXES,
+    MeshConfig,
+    batch_sharding,
+    check_batch,
+    local_rows,
+    make_mesh,
+    param_shardings,
+    place_batch,
+    state_shardings,
+)
+from jaxup.training.step import StepConfig, TrainState, gradient_norms, make_train_step
+
+MODEL = ModelConfig.gpt2(vocab_size=64, hidden_size=16, num_layers=3, num_heads=4, max_positions=16, bias=True)
+ROWS, SEQ = 16, 12
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-2, end_learning_rate=1e-3, schedule="constant", warmup_steps=0, decay_fraction=0.0,
+    b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0,
+)  # fmt: skip
+
+
+def make_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 64, (ROWS, SEQ + 1)).astype(np.int32)
+    # Uneven weights: a mean of micro-batch means would differ from the mean over all loss tokens.
+    weights = (rng.random((ROWS, SEQ)) < rng.random((ROWS, 1))).astype(np.float32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": weights}
+
+
+@functools.cache
+def program(accumulation, compute=Compute()):  # noqa: B008 frozen
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    config = StepConfig(accumulation=accumulation, loss_chunk=5, z_loss=1e-3)
+    return optimizer, jax.jit(make_train_step(MODEL, compute, optimizer, config))
+
+
+def fresh(optimizer):
+    params = init(MODEL, 0)
+    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.bool_(False))
+
+
+def run(accumulation, steps=2, compute=Compute()):  # noqa: B008 frozen
+    optimizer, step = program(accumulation, compute)
+    state = fresh(optimizer)
+    for i in range(steps):
+        state, metrics = step(state, make_batch(i))
+    return state, metrics
+
+
+def assert_close(a, b, rtol=2e-5, atol=2e-6):
+    # float32 sums in another order: a few parts in 1e7 a step, amplified where Adam divides by a small moment.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 16])
+def test_accumulation_does_not_change_the_gradient(accumulation):
+    one, many = run(1, steps=1), run(accumulation, steps=1)
+    # Adam's first moment after one step is (1 - b1) times the clipped gradient itself.
+    assert_close(one[0].opt_state[1].mu, many[0].opt_state[1].mu, rtol=1e-5, atol=1e-7)
+    assert_close(one[1], many[1])
+
+
+@pytest.mark.parametrize("mesh_config", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)])
+def test_mesh_does_not_change_the_step(mesh_config):
+    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), mesh_config))))
+    compute = Compute(batch_axes=BATCH_AXES)
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    params = param_shardings(MODEL, mesh)
+    state = fresh(optimizer)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shardings = TrainState(params, state_shardings(optimizer, state.opt_state, params, mesh), replicated, replicated)
+    with jax.set_mesh(mesh):
+        step = jax.jit(
+            make_train_step(MODEL, compute, optimizer, StepConfig(accumulation=2, loss_chunk=5, z_loss=1e-3)),
+            out_shardings=(shardings, replicated),
+        )
+        state = jax.device_put(state, shardings)
+        batch = make_batch()
+        assert local_rows(ROWS, mesh) == slice(0, ROWS)
+        placed = place_batch(batch, ROWS, mesh)
+        assert placed["tokens"].sharding == batch_sharding(mesh)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), batch)
+        state, metrics = step(state, placed)
+    expected_state, expected_metrics = run(2, steps=1)
+    assert_close(expected_state.opt_state[1].mu, state.opt_state[1].mu, rtol=1e-5, atol=1e-7)
+    assert_close(expected_metrics, metrics)
+    q = state.params["blocks"]["self_attn"]["q_proj"]["kernel"]
+    split = {"fsdp": mesh_config[1], "tensor": mesh_config[2]}
+    assert q.sharding.shard_shape(q.shape) == (3, 16 // split["fsdp"], 4 // split["tensor"], 4)
+
+
+def test_gradient_norms_per_layer():
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), init(MODEL, 0))
+    norm, layers = gradient_norms(grads)
+    blocks = [np.asarray(g, np.float64) for g in jax.tree.leaves(grads["blocks"])]
+    expected = [np.sqrt(sum((g[layer] ** 2).sum() for g in blocks)) for layer in range(3)]
+    np.testing.assert_allclose(layers, expected, rtol=1e-6)
+    everything = [np.asarray(g, np.float64) for g in jax.tree.leaves(grads)]
+    np.testing.assert_allclose(norm, np.sqrt(sum((g**2).sum() for g in everything)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing(bad):
+    _, step = program(2)
+    state, _ = run(2, steps=1)
+    batch = make_batch(1)
+    batch["loss_weights"] = batch["loss_weights"] * np.float32(1)
+    batch["loss_weights"][3, 4] = bad
+    halted, metrics = step(state, batch)
+    assert metrics["halted"]
+    jax.tree.map(np.testing.assert_array_equal, tuple(state[:3]), tuple(halted[:3]))
+    # The host looks one step late: the step dispatched meanwhile, on a good batch, changes nothing either.
+    after, metrics = step(halted, make_batch(2))
+    assert metrics["halted"]
+    jax.tree.map(np.testing.assert_array_equal, tuple(state[:3]), tuple(after[:3]))
+
+
+def test_bfloat16_compute_keeps_float32_state():
+    state, metrics = run(1, compute=Compute(dtype="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+    _, reference = run(1)
+    # bfloat16 has 8 bits of mantissa: 2^-9 relative rounding, averaged over the tokens.
+    np.testing.assert_allclose(metrics["loss"], reference["loss"], rtol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: make_mesh(MeshConfig(data=3, fsdp=1, tensor=1)), "3 x 1 x 1 is not the 8 devices"),
+        (lambda m: make_mesh(MeshConfig(data=-1, fsdp=-1, tensor=1)), "one of them -1"),
+        (lambda m: check_batch("batch_size", 12, m), "batch_size=12 does not divide over data x fsdp = 8 devices; 16"),
+        (lambda m: check_batch("batch_size", 8, m, 2), "and 2 micro-batches; 16 would"),
+    ],
+)
+def test_mesh_refusals(call, message):
+    with pytest.raises(UserError, match=message):
+        call(make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1)))
+
+
+def test_flops_count_the_matrix_products():
+    # By hand: 6 x weights of every product plus causal attention at half.
+    per_layer = 16 * 16 * 4 + 2 * 16 * 64
+    expected = 6 * (3 * per_layer + 16 * 64) + 3 * 12 * 16 * 12 / 2
+    assert MODEL.flops_per_token(12) == expected
+    gated = dataclasses.replace(MODEL, gated_mlp=True)
+    assert gated.flops_per_token(12) == expected + 6 * 3 * 16 * 64

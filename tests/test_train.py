@@ -1,0 +1,345 @@
+"""The main job as a user runs it: resumed, interrupted, misused; and what it leaves behind."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxup import generate, train
+from jaxup.errors import NonFinite, UserError
+
+TINY = (
+    "--config=inherit_gpt2.py:smoke --config.steps=8 --config.batch_size=8 --config.model.num_layers=4 "
+    "--config.model.hidden_size=16 --config.model.num_heads=2 --config.model.max_positions=32 --config.data.seq_len=32 "
+    "--config.data.tokenizer=bpe:300 --config.eval.interval=4 --config.eval.rows=8 --config.eval.batch_size=8 "
+    "--config.checkpoint.interval=2 --config.log.interval=1 --config.optimizer.warmup_steps=2 --config.sample.tokens=8"
+).split()
+ONE_LINE = r"\A[^\n]+\Z"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A few kilobytes of this project's own text."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for file in sorted((Path(train.__file__).parent / "training").glob("*.py")):
+        (folder / file.with_suffix(".txt").name).write_text(file.read_text())
+    return folder
+
+
+def arguments(corpus, workdir, *more):
+    return [*TINY, f"--config.data.source={corpus}", "--config.data.val_fraction=0.3", f"--workdir={workdir}", *more]
+
+
+def run(*args):
+    train.main(["train", *args])
+
+
+def spawn(*args):
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.Popen([sys.executable, "-m", "jaxup.train", *args], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """An uninterrupted run, in a process of its own with one device."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    process = spawn(*arguments(corpus, workdir))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return workdir, out
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    """Everything in metrics.jsonl that does not depend on how fast the machine was."""
+    timed = {"tokens_per_second", "tflops_per_device", "mfu"}
+    return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(workdir)]
+
+
+def test_the_run_directory(finished, corpus):
+    workdir, out = finished
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["steps"] == 8
+    assert out.count("learning_rate") == 1, "the resolved config is printed once"
+    summary = (workdir / "SUMMARY.md").read_text()
+    rows = re.findall(
+        r"^\| (\w+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ?([-+.\d]*) \|$", summary, re.M
+    )
+    names = [row[0] for row in rows]
+    assert names[:2] == ["reference", "target_2"]
+    assert names[-1] == "control"
+    assert [row[1] for row in rows][:2] == ["4", "2"]
+    assert {row[4] for row in rows} == {f"{8 * 8 * 32:,}"}
+    for name in names:
+        results = json.loads((workdir / "checkpoints" / name / "result.json").read_text())
+        assert results["sample"].startswith("def ")
+    assert (workdir / "plots" / "validation_loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "plan.yaml").read_text() == (workdir / "export" / "jaxup_plan.yaml").read_text()
+    records = [r for r in read_metrics(workdir) if r["model"] == "reference"]
+    assert [r["step"] for r in records if "val_loss" in r] == [0, 4, 8]
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 9))
+    assert all(len(r["gradient_norm_layers"]) == 4 and r["tokens_per_second"] > 0 for r in steps)
+    assert not list(workdir.rglob("*.tmp*"))
+
+
+def test_export_has_the_logits_of_the_checkpoint(finished):
+    torch = pytest.importorskip("torch")
+    import jax
+    from flax import nnx
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from jaxup.hub import reader
+    from jaxup.model.decoder import abstract
+    from jaxup.training.checkpoint import Checkpoints
+
+    workdir, _ = finished
+    export = workdir / "export"
+    model, info = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    ids = tokenizer("def f(x):\n    return x", return_tensors="np")["input_ids"]
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)).logits.numpy()
+    config = reader.load_config(export)
+    graphdef, params = abstract(config)
+    target = sorted(p for p in (workdir / "checkpoints").glob("target_*"))[-1]
+    # The export has the zero biases that GPT-2 in transformers always has; the checkpoint has none.
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: None if path[-1].key == "bias" else leaf, params, is_leaf=lambda x: x is None
+    )
+    params = _without_none(params)
+    with Checkpoints(target, keep=2) as checkpoints:
+        params = checkpoints.restore_params(checkpoints.latest, params)
+    bare = nnx.merge(abstract(_without_bias(config))[0], params)
+    np.testing.assert_allclose(bare(ids), expected, atol=1e-4)
+    assert tokenizer.decode(ids[0]) == "def f(x):\n    return x"
+
+
+def _without_bias(config):
+    import dataclasses
+
+    return dataclasses.replace(config, norm_bias=False, qkv_bias=False, o_bias=False, mlp_bias=False)
+
+
+def _without_none(tree):
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in tree.items() if v is not None}
+
+
+def test_generate_from_the_run(finished, capsys):
+    workdir, _ = finished
+    argv = ["generate", str(workdir), "--prompt", "def f", "--max-tokens", "10", "--seed", "3"]
+    generate.main(argv)
+    first = capsys.readouterr()
+    generate.main(argv)
+    assert capsys.readouterr().out == first.out
+    assert first.out.startswith("def f")
+    assert "tokens/s" in first.err
+
+
+def wait_for(path_glob, workdir, process, timeout=240):
+    deadline = time.monotonic() + timeout
+    while not list(workdir.glob(path_glob)):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_killed_and_resumed_ends_with_the_same_numbers(finished, corpus, tmp_path):
+    workdir = tmp_path / "killed"
+    process = spawn(*arguments(corpus, workdir))
+    wait_for("checkpoints/target_2/4", workdir, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write('{"model": "target_2", "step": 7, "lo')  # what a machine that dies while writing leaves
+    process = spawn(*arguments(corpus, workdir))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "reference: finished before" in out
+    assert "target_2: resumes at step" in out
+    # Bit for bit: the losses are printed with all their digits.
+    assert losses(workdir) == losses(finished[0])
+    table = lambda d: re.findall(r"^\|.*$", (d / "SUMMARY.md").read_text(), re.M)  # noqa: E731
+    assert table(workdir) == table(finished[0])
+    same = lambda d: (d / "export" / "model.safetensors").read_bytes()  # noqa: E731
+    assert same(workdir) == same(finished[0])
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(signum, code, corpus, tmp_path):
+    workdir = tmp_path / "stopped"
+    more = ["--config.steps=100000", "--config.checkpoint.interval=100000", "--config.eval.interval=100000"]
+    process = spawn(*arguments(corpus, workdir, *more))
+    wait_for("metrics.jsonl", workdir, process)
+    while len((workdir / "metrics.jsonl").read_text().splitlines()) < 5:
+        time.sleep(0.05)
+    second = spawn(*arguments(corpus, workdir, *more))
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert f"in use by process {process.pid}" in err.strip().splitlines()[-1]
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    saved = int(re.search(r"saved at step (\d+) of 100000", err).group(1))
+    assert (workdir / "checkpoints" / "reference" / str(saved)).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--config.steps=9"], "config.*another configuration: steps was 8, now 9"),
+        (["--config.optimizer.b1=0.8"], "optimizer.b1 was 0.9, now 0.8"),
+    ],
+)
+def test_a_changed_config_is_refused(finished, corpus, more, message):
+    workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    with pytest.raises(UserError, match=message):
+        run(*arguments(corpus, workdir, *more))
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--config.data.source=/nowhere/at/all.txt"], "/nowhere/at/all.txt"),
+        (["--config.data.tokenizer=bpe:many"], "bpe"),
+        (["--config.inherit.layers=5"], "inherit: 5 layers asked of 'reference', which has 4"),
+        (["--config.inherit.parts=attention,mpl"], "did you mean 'mlp'"),
+        (["--config.inherit.which=fist"], "neither 'first', 'last'"),
+        (["--config.batch_size=12"], "batch_size=12 does not divide over data x fsdp = 8 devices; 16 would"),
+        (["--config.mesh.tensor=3"], "is not the 8 devices"),
+        (["--config.compute.dtype=float16"], "float16"),
+        (["--config.optimizer.schedule=cosin"], "did you mean 'cosine'"),
+        (["--config.data.seq_len=64"], "seq_len=64 exceeds the model's 32 positions"),
+        (["--config.model.num_heads=3"], "not a multiple of num_heads=3"),
+        (["--config.reference.path=/nowhere/model"], "/nowhere/model"),
+        (["--config.log.trackers=tensorbord"], "did you mean 'tensorboard'"),
+        (["--config.steps=0"], "steps"),
+    ],
+)
+def test_mistakes_write_nothing(corpus, tmp_path, more, message):
+    # In a folder of their own: not even the tokens of a good source are written before all else is checked.
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        run(*arguments(corpus, tmp_path / "runs" / "run", *more))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs" / "run").exists()
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    with pytest.raises(UserError, match="no text"):
+        run(*arguments(tmp_path / "corpus", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_directory_is_refused(corpus, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a run directory"):
+        run(*arguments(corpus, tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_other_tokens_in_the_store_are_refused(finished, corpus, tmp_path):
+    store = next((finished[0].parent / "data").iterdir())
+    with pytest.raises(UserError, match=r"tokenizer") as error:
+        run(*arguments(corpus, tmp_path / "run", f"--config.data.store={store}", "--config.data.tokenizer=bpe:310"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(corpus, tmp_path):
+    # Adam's second moment overflows float32 with such a rate, and the loss after it.
+    more = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.schedule=constant", "--config.batch_size=16"]
+    with pytest.raises(NonFinite, match=r"reference: step (\d+): .* is saved") as error:
+        run(*arguments(corpus, tmp_path / "run", *more))
+    step = int(re.search(r"step (\d+)", str(error.value)).group(1))
+    assert (tmp_path / "run" / "checkpoints" / "reference" / str(step - 1)).is_dir()
+
+
+def test_inheriting_from_a_hugging_face_directory(finished, corpus, tmp_path, capsys):
+    """The exported target of one run is the reference of another; parts and last layers; TensorBoard."""
+    export = finished[0] / "export"
+    more = [
+        f"--config.reference.path={export}", "--config.data.tokenizer=", "--config.inherit.which=last",
+        "--config.inherit.layers=1", "--config.inherit.parts=attention,norms,embed_tokens", "--config.inherit.control=2",
+        "--config.inherit.tolerance=100.0", "--config.log.trackers=tensorboard", "--config.mesh.fsdp=2",
+    ]  # fmt: skip
+    run(*arguments(corpus, tmp_path / "run", *more))
+    summary = (tmp_path / "run" / "SUMMARY.md").read_text()
+    assert [m for m in re.findall(r"^\| (\w+) \|", summary, re.M)][1:] == [
+        "reference",
+        "target_1",
+        "control",
+        "control_2x",
+    ]
+    last = json.loads((export / "config.json").read_text())["n_layer"] - 1
+    assert f"layers {last} of the reference (attention, norms, embed_tokens)" in summary
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    stored = json.loads((tmp_path / "run" / "checkpoints" / "control_2x" / "result.json").read_text())
+    assert stored["steps"] == 16
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def readme_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if "jaxup." in line]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_parse(command):
+    """Each command line of the README names an entry point, files, variants and keys that exist."""
+    from jaxup import experiment
+
+    words = shlex.split(command[command.index("-m jaxup.") :])
+    if words[1] == "jaxup.train":
+        args, overrides = train.parse_args(words[1:])
+        experiment.load(args.config, overrides)
+    else:
+        assert words[1] == "jaxup.generate"
+        with pytest.raises(UserError, match="runs/inherit_gpt2"):
+            generate.main(words[1:])
+
+
+def test_readme_flags_exist():
+    from jaxup import experiment
+
+    config = experiment.load("inherit_gpt2.py")
+    keys = re.findall(r"--config\.([\w.]+)", README)
+    assert len(keys) > 5
+    for key in keys:
+        node = config
+        for part in key.split("."):
+            node = node[part]
+
+
+@pytest.mark.parametrize("module", ["jaxup", "jaxup.train", "jaxup.generate", "jaxup.__main__", "jaxup.experiment"])
+def test_start_up_imports_nothing_heavy(module):
+    heavy = "jax flax numpy torch transformers orbax tensorstore matplotlib datasets"
+    code = f"import sys, {module}; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize(("args", "code"), [(["--help"], 0), (["trian"], 2), (["train", "--config=no_such.py"], 2)])
+def test_console_command(args, code):
+    done = subprocess.run([sys.executable, "-m", "jaxup", *args], capture_output=True, text=True)
+    assert done.returncode == code
+    assert (len(done.stderr.splitlines()), "Traceback" in done.stderr) == (1 if code else 0, False)
