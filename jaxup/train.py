@@ -65,13 +65,14 @@ def train(config: ConfigDict, workdir: Path, title: str) -> None:
     from jaxup.training import rundir
     from jaxup.training.inherit import InheritConfig, check, run_inherit
     from jaxup.training.loop import Run
-    from jaxup.training.metrics import MetricsLog
+    from jaxup.training.metrics import MetricsLog, check_trackers
     from jaxup.training.sharding import MeshConfig, check_batch, make_mesh
     from jaxup.training.signals import StopRequest
 
     start_processes()
     import jax
     import yaml
+    from jax.experimental import multihost_utils
 
     with StopRequest() as stop:
         # Everything that can be wrong is looked at before anything is written.
@@ -84,10 +85,20 @@ def train(config: ConfigDict, workdir: Path, title: str) -> None:
         pretrained = config.reference.path
         # A reference that is given brings its tokenizer.
         data_config = experiment.section(DataConfig, config.data, tokenizer=config.data.tokenizer or pretrained)
-        model = read_pretrained(pretrained) if pretrained else None
-        check(inherit, model.num_layers if model else config.model.num_layers)
-        data = open_data(data_config, root=str(workdir.parent / "data"))
-        model = check_model(model or read_model(config, data), data)
+        check_trackers(tuple(config.log.trackers))
+        model = read_model(config)
+        check(inherit, model.num_layers)
+        if model.positions == "learned" and model.max_positions < data_config.seq_len:
+            raise UserError(f"data.seq_len={data_config.seq_len} exceeds the model's {model.max_positions} positions")
+        # One process makes the tokens if they are not there; the others find them made.
+        for turn in range(2):
+            if (jax.process_index() > 0) == turn:
+                data = open_data(data_config, root=str(workdir.parent / "data"))
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices(f"data {turn}")
+        model = read_model(config, data.vocab_size)
+        if model.vocab_size < data.vocab_size:
+            raise UserError(f"data: the tokenizer has {data.vocab_size} tokens, the model only {model.vocab_size}")
 
         workdir.mkdir(parents=True, exist_ok=True)
         with rundir.writer_lock(workdir) if jax.process_index() == 0 else open(os.devnull):
@@ -178,27 +189,19 @@ def read_settings(config: ConfigDict) -> tuple[Any, int]:
     return settings, config.steps
 
 
-def read_model(config: ConfigDict, data: Any) -> Any:
-    """The reference's ModelConfig; vocab_size 0 means the tokenizer's, rounded up to a multiple of 64."""
+def read_model(config: ConfigDict, tokens: int = 1) -> Any:
+    """The reference's ModelConfig: of its directory, else of the `model` section.
+
+    vocab_size 0 there means that of the tokenizer, `tokens`, rounded up to a multiple of 64.
+    """
+    from jaxup.hub import reader
     from jaxup.model.config import ModelConfig
 
+    if config.reference.path:
+        return reader.load_config(config.reference.path)
     values = config.model.to_dict()
-    values["vocab_size"] = values["vocab_size"] or -(-data.vocab_size // 64) * 64
+    values["vocab_size"] = values["vocab_size"] or -(-tokens // 64) * 64
     return ModelConfig.gpt2(**values)
-
-
-def check_model(model: Any, data: Any) -> Any:
-    if model.vocab_size < data.vocab_size:
-        raise UserError(f"data: the tokenizer has {data.vocab_size} tokens, the model only {model.vocab_size}")
-    if model.positions == "learned" and model.max_positions < data.seq_len:
-        raise UserError(f"data.seq_len={data.seq_len} exceeds the model's {model.max_positions} positions")
-    return model
-
-
-def read_pretrained(path: str) -> Any:
-    from jaxup.hub import reader
-
-    return reader.load_config(path)
 
 
 def load_pretrained(path: str, model: Any) -> Any:

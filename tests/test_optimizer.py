@@ -49,8 +49,7 @@ def test_schedule_refusals(changes, message):
         rates(10, **changes)
 
 
-def test_adamw_equals_torch():
-    torch = pytest.importorskip("torch")
+def test_adamw_equals_torch(torch):
     rng = np.random.default_rng(0)
     start = {"a": {"kernel": rng.normal(size=(7, 5))}, "b": {"scale": rng.normal(size=5)}}
     # The second half is small enough not to be clipped.

@@ -1,5 +1,6 @@
 """The main job as a user runs it: resumed, interrupted, misused; and what it leaves behind."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,12 +17,13 @@ import pytest
 from jaxup import generate, train
 from jaxup.errors import NonFinite, UserError
 
-TINY = (
-    "--config=inherit_gpt2.py:smoke --config.steps=8 --config.batch_size=8 --config.model.num_layers=4 "
-    "--config.model.hidden_size=16 --config.model.num_heads=2 --config.model.max_positions=32 --config.data.seq_len=32 "
-    "--config.data.tokenizer=bpe:300 --config.eval.interval=4 --config.eval.rows=8 --config.eval.batch_size=8 "
-    "--config.checkpoint.interval=2 --config.log.interval=1 --config.optimizer.warmup_steps=2 --config.sample.tokens=8"
-).split()
+TINY = [
+    "--config=inherit_gpt2.py:smoke", "--config.steps=8", "--config.batch_size=8", "--config.model.num_layers=4",
+    "--config.model.hidden_size=16", "--config.model.num_heads=2", "--config.model.max_positions=32",
+    "--config.data.seq_len=32", "--config.data.tokenizer=bpe:300", "--config.eval.interval=4",
+    "--config.eval.rows=8", "--config.eval.batch_size=8", "--config.checkpoint.interval=2",
+    "--config.log.interval=1", "--config.optimizer.warmup_steps=2", "--config.sample.tokens=8",
+]  # fmt: skip
 ONE_LINE = r"\A[^\n]+\Z"
 
 
@@ -72,7 +74,7 @@ def test_the_run_directory(finished, corpus):
     workdir, out = finished
     config = json.loads((workdir / "config.json").read_text())
     assert config["steps"] == 8
-    assert out.count("learning_rate") == 1, "the resolved config is printed once"
+    assert len(re.findall(r"\blearning_rate: ", out)) == 1, "the resolved config is printed once"
     summary = (workdir / "SUMMARY.md").read_text()
     rows = re.findall(
         r"^\| (\w+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ?([-+.\d]*) \|$", summary, re.M
@@ -95,15 +97,16 @@ def test_the_run_directory(finished, corpus):
     assert not list(workdir.rglob("*.tmp*"))
 
 
-def test_export_has_the_logits_of_the_checkpoint(finished):
-    torch = pytest.importorskip("torch")
-    import jax
+def test_export_has_the_logits_of_the_checkpoint(finished, torch):
+    import jax.numpy as jnp
     from flax import nnx
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from jaxup.hub import reader
     from jaxup.model.decoder import abstract
     from jaxup.training.checkpoint import Checkpoints
+    from jaxup.training.loop import abstract_params
+    from jaxup.training.sharding import MeshConfig, make_mesh
 
     workdir, _ = finished
     export = workdir / "export"
@@ -114,29 +117,17 @@ def test_export_has_the_logits_of_the_checkpoint(finished):
     ids = tokenizer("def f(x):\n    return x", return_tensors="np")["input_ids"]
     with torch.no_grad():
         expected = model(torch.tensor(ids)).logits.numpy()
-    config = reader.load_config(export)
-    graphdef, params = abstract(config)
-    target = sorted(p for p in (workdir / "checkpoints").glob("target_*"))[-1]
     # The export has the zero biases that GPT-2 in transformers always has; the checkpoint has none.
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: None if path[-1].key == "bias" else leaf, params, is_leaf=lambda x: x is None
+    config = dataclasses.replace(
+        reader.load_config(export), norm_bias=False, qkv_bias=False, o_bias=False, mlp_bias=False
     )
-    params = _without_none(params)
+    target = max((workdir / "checkpoints").glob("target_*"))
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     with Checkpoints(target, keep=2) as checkpoints:
-        params = checkpoints.restore_params(checkpoints.latest, params)
-    bare = nnx.merge(abstract(_without_bias(config))[0], params)
-    np.testing.assert_allclose(bare(ids), expected, atol=1e-4)
+        params = checkpoints.restore_params(checkpoints.latest, abstract_params(config, mesh))
+    decoder = nnx.merge(abstract(config)[0], params)
+    np.testing.assert_allclose(decoder(jnp.asarray(ids)), expected, atol=1e-4)
     assert tokenizer.decode(ids[0]) == "def f(x):\n    return x"
-
-
-def _without_bias(config):
-    import dataclasses
-
-    return dataclasses.replace(config, norm_bias=False, qkv_bias=False, o_bias=False, mlp_bias=False)
-
-
-def _without_none(tree):
-    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in tree.items() if v is not None}
 
 
 def test_generate_from_the_run(finished, capsys):
@@ -163,7 +154,7 @@ def test_killed_and_resumed_ends_with_the_same_numbers(finished, corpus, tmp_pat
     process = spawn(*arguments(corpus, workdir))
     wait_for("checkpoints/target_2/4", workdir, process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"model": "target_2", "step": 7, "lo')  # what a machine that dies while writing leaves
     process = spawn(*arguments(corpus, workdir))
@@ -202,7 +193,7 @@ def test_a_signal_saves_and_leaves(signum, code, corpus, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--config.steps=9"], "config.*another configuration: steps was 8, now 9"),
+        (["--config.steps=9"], "another configuration: steps was 8, now 9"),
         (["--config.optimizer.b1=0.8"], "optimizer.b1 was 0.9, now 0.8"),
     ],
 )
@@ -277,8 +268,9 @@ def test_inheriting_from_a_hugging_face_directory(finished, corpus, tmp_path, ca
     export = finished[0] / "export"
     more = [
         f"--config.reference.path={export}", "--config.data.tokenizer=", "--config.inherit.which=last",
-        "--config.inherit.layers=1", "--config.inherit.parts=attention,norms,embed_tokens", "--config.inherit.control=2",
-        "--config.inherit.tolerance=100.0", "--config.log.trackers=tensorboard", "--config.mesh.fsdp=2",
+        "--config.inherit.layers=1", "--config.inherit.parts=attention,norms,embed_tokens",
+        "--config.inherit.control=2", "--config.inherit.tolerance=100.0",
+        "--config.log.trackers=tensorboard", "--config.mesh.fsdp=2",
     ]  # fmt: skip
     run(*arguments(corpus, tmp_path / "run", *more))
     summary = (tmp_path / "run" / "SUMMARY.md").read_text()

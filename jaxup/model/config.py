@@ -103,9 +103,9 @@ _CHOICES = {
 class Compute:
     """How a decoder is run: changes speed, memory and rounding, never the function."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; params keep their own
-    attention: Literal["auto", "xla", "blocked", "cudnn"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
+    dtype: str = "float32"  # of activations, or "bfloat16"; params keep their own
+    attention: str = "auto"  # see jaxup.model.attention
+    remat: str = "none"  # what the backward pass computes again: none, dots (all but products), full
     unroll: int = 1  # layers per iteration of the scan; 0 = all, which is faster on CPU
     batch_axes: tuple[str, ...] = ()  # mesh axes that split the batch; () = no mesh
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxup.errors import UserError
+from jaxup.errors import UserError, suggest
+from jaxup.training.rundir import write_atomically
 
 # Dense bf16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -35,8 +36,8 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, trackers: tuple[str, ...] = (), *, name: str = "", config: dict | None = None):
-        self._path, self._began = path, time.time()
-        self._trackers = [_TRACKERS[t](path.parent, name, config or {}) for t in _known(trackers)]
+        self._path = path
+        self._trackers = [_TRACKERS[t](path.parent, name, config or {}) for t in trackers]
 
     def read(self) -> list[dict[str, Any]]:
         records = []
@@ -50,8 +51,6 @@ class MetricsLog:
 
     def rewind(self, model: str, step: int) -> None:
         """Forgets what was logged of `model` after `step`."""
-        from jaxup.training.rundir import write_atomically
-
         kept = [r for r in self.read() if r["model"] != model or r["step"] <= step]
         if self._path.exists():
             write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept))
@@ -63,20 +62,18 @@ class MetricsLog:
             track({f"{model}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}, step)
 
 
-def _known(trackers: tuple[str, ...]) -> tuple[str, ...]:
-    from jaxup.errors import suggest
-
+def check_trackers(trackers: tuple[str, ...]) -> None:
+    """UserError for a tracker that is unknown or not installed."""
     for name in trackers:
         if name not in _TRACKERS:
             raise UserError(f"log.trackers: unknown {name!r}{suggest(name, _TRACKERS)}")
-    return trackers
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f'log.trackers: {name} is not installed; pip install "jaxup[track]"')
 
 
 def _tensorboard(directory: Path, name: str, config: dict):
-    try:
-        from tensorboard.summary import Writer
-    except ImportError:
-        raise UserError('log.trackers: tensorboard is not installed; pip install "jaxup[track]"') from None
+    from tensorboard.summary import Writer
+
     writer = Writer(os.fspath(directory / "tensorboard"))
 
     def track(values: dict[str, float], step: int) -> None:
@@ -88,10 +85,8 @@ def _tensorboard(directory: Path, name: str, config: dict):
 
 
 def _wandb(directory: Path, name: str, config: dict):
-    try:
-        import wandb
-    except ImportError:
-        raise UserError('log.trackers: wandb is not installed; pip install "jaxup[track]"') from None
+    import wandb
+
     run = wandb.init(project="jaxup", name=name, dir=directory, config=config, id=name, resume="allow")
 
     def track(values: dict[str, float], step: int) -> None:
