@@ -31,11 +31,11 @@ def get_config(arg: str = "") -> ConfigDict:
         seed=0,
     )
     small, smoke = v["size"] not in PAPER, v["size"] == "smoke"
-    layers, hidden, heads, rows, peak = PAPER.get(v["size"], (8, 128, 4, 16, 2e-3))
+    layers, hidden, heads, rows, peak = PAPER.get(v["size"], (4 if smoke else 6, 128, 2, 16, 2e-3))
 
     c = ConfigDict()
     c.seed = v["seed"]
-    c.steps = 30 if smoke else 400 if small else 100_000
+    c.steps = 20 if smoke else 300 if small else 100_000
     c.batch_size = rows
 
     c.reference = ConfigDict()
@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.num_layers = layers
     c.model.hidden_size = hidden
     c.model.num_heads = heads
-    c.model.max_positions = 256 if small else 1024
+    c.model.max_positions = 128 if small else 1024
     c.model.vocab_size = 0 if small else 50304  # 0 = the tokenizer's, rounded up to a multiple of 64
     c.model.bias = False
     c.model.depth_scaled_attention = v["depth_scaled"]
@@ -73,7 +73,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.learning_rate = peak
     c.optimizer.end_learning_rate = peak / 10 if small else 1e-5
     c.optimizer.schedule = "cosine"  # constant | linear | cosine | wsd
-    c.optimizer.warmup_steps = 5 if smoke else 40 if small else 2000
+    c.optimizer.warmup_steps = 5 if smoke else 30 if small else 2000
     c.optimizer.decay_fraction = 0.2
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
@@ -98,14 +98,14 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh.tensor = 1
 
     c.eval = ConfigDict()
-    c.eval.interval = 10 if smoke else 50 if small else 1000
-    c.eval.rows = 32 if smoke else 256 if small else 2400
-    c.eval.batch_size = 16 if small else 96
+    c.eval.interval = 10 if smoke else 60 if small else 1000
+    c.eval.rows = 32 if smoke else 128 if small else 2400
+    c.eval.batch_size = 32 if small else 96
     c.log = ConfigDict()
     c.log.interval = 10
     c.log.trackers = ()  # "tensorboard", "wandb"
     c.checkpoint = ConfigDict()
-    c.checkpoint.interval = 10 if smoke else 50 if small else 1000
+    c.checkpoint.interval = 10 if smoke else 60 if small else 1000
     c.checkpoint.keep = 2
     c.sample = ConfigDict()
     c.sample.prompt = "def " if small else "The"

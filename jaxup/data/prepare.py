@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from jaxup.data.sources import SPLITS, Source, Split
 from jaxup.data.store import META, PROGRESS, Store, check_same
 from jaxup.data.tokenizer import Encoder, bpe_vocab_size, tokenizer_hash, train_bpe
 from jaxup.errors import UserError
+from jaxup.progress import Progress
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -32,7 +33,6 @@ BATCH_DOCUMENTS = 1024  # and no more than so many of them
 TOKEN_SLICE = 2**20  # a source of tokens is read in slices of this many
 # A vocabulary is trained on the first so many characters of the training split: enough, and bounded.
 TRAINING_CHARACTERS = 200_000_000
-SECONDS_PER_LINE = 10.0  # of progress, where there is no terminal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,8 +100,9 @@ def _fill(
         position = Position(**progress["splits"].get(split, {}))
         if not position.done:
             array = store.open_for_writing(split, seq_len=made["seq_len"], dtype=made["dtype"])
-            with _Display(f"{source.name} {split}") as display:
-                documents = display.watch(_token_documents(source, split, tokenizer, made, position.documents))
+            start = position.documents
+            with Progress(f"tokenising {source.name}, {split}", total=None, unit="documents", start=start) as bar:
+                documents = _watched(_token_documents(source, split, tokenizer, made, start), bar, start)
                 for reached in _write_rows(array, documents, position):
                     position = reached
                     progress["splits"][split] = dataclasses.asdict(position)
@@ -202,40 +203,13 @@ def _write_rows(array: ts.TensorStore, documents: Iterator[np.ndarray], position
     yield dataclasses.replace(position, tokens=position.rows * seq_len + max(0, held), done=True)
 
 
-class _Display:
-    """Progress on stderr: one live line on a terminal, else a plain line every SECONDS_PER_LINE."""
-
-    def __init__(self, label: str):
-        self._label = label
-        self._live: Callable[[str], None] | None = None
-        self._status = None
-
-    def __enter__(self) -> _Display:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.status import Status
-
-            self._status = Status(f"tokenising {self._label}", console=Console(stderr=True))
-            self._live = self._status.__enter__().update
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._status is not None:
-            self._status.__exit__(*exception)
-
-    def watch(self, documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Passes `documents` through, counting."""
-        started = said = time.monotonic()
-        tokens = 0
-        for count, document in enumerate(documents, 1):
-            yield document
-            tokens += len(document)
-            now = time.monotonic()
-            if now - said >= (0.2 if self._live else SECONDS_PER_LINE):
-                said = now
-                speed = tokens / (now - started) / 1e6
-                line = f"tokenising {self._label}: {count:,} documents, {tokens:,} tokens, {speed:.2f} million/s"
-                (self._live or _say)(line)
+def _watched(documents: Iterable[np.ndarray], progress: Progress, done: int) -> Iterator[np.ndarray]:
+    """Passes `documents` through, counting from `done` on."""
+    tokens = 0
+    for count, document in enumerate(documents, done + 1):
+        yield document
+        tokens += len(document)
+        progress.update(count, f"{tokens:,} tokens")
 
 
 def _say(message: str) -> None:

@@ -237,10 +237,10 @@ def _train(run, name, model, steps, program, state, start, checkpoints) -> tuple
                 step += 1
                 ahead = reader.submit(read_batch, step)
                 # Read one step late: the device already works on the next one.
-                stop = meter.check(pending, batches)
+                meter.check(pending, batches)
                 pending = (step, metrics)
                 progress.update(step, meter.detail)
-                if stop or (run.stop.signum is not None and jax.process_count() == 1):
+                if meter.stop or (run.stop.signum is not None and jax.process_count() == 1):
                     raise _StopNow
         except _StopNow:
             meter.check(pending, batches)
@@ -269,16 +269,17 @@ class _Meter:
         self._flops_per_token = model.flops_per_token(run.data.seq_len)
         self._peak = peak_flops()
         self._checked = 0
+        self.stop = False  # a process, this one or another, was asked to stop
         self.detail, self._validation = "", ""
         self.restart()
 
     def restart(self) -> None:
         self._since, self._tokens = time.monotonic(), 0
 
-    def check(self, pending: tuple[int, dict[str, jax.Array]] | None, batches: Batches) -> bool:
-        """Waits for that step; raises if it was not finite; True if any process asked to stop."""
+    def check(self, pending: tuple[int, dict[str, jax.Array]] | None, batches: Batches) -> None:
+        """Waits for that step and takes note of it; raises if it was not finite."""
         if pending is None or pending[0] <= self._checked:
-            return False
+            return
         step, metrics = pending[0], jax.device_get(pending[1])
         self._checked = step
         if metrics["halted"]:
@@ -291,7 +292,7 @@ class _Meter:
         self._tokens += self._run.settings.batch_size * self._run.data.seq_len
         if step % self._run.settings.log_interval == 0 or step in (1, self._steps):
             self._log(step, metrics)
-        return bool(metrics.get("stop", False))
+        self.stop |= bool(metrics.get("stop", False))
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         seconds = max(time.monotonic() - self._since, 1e-9)
