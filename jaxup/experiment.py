@@ -43,7 +43,12 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     if module_spec is None:
         raise UserError(f"--config: {path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
+    except ImportError as error:
+        raise UserError(f"{path}: {error}") from None
     if not hasattr(module, "get_config"):
         raise UserError(f"--config: {path} defines no get_config(arg)")
     try:

@@ -100,7 +100,10 @@ def train(config: ConfigDict, workdir: Path, title: str) -> None:
         if model.vocab_size < data.vocab_size:
             raise UserError(f"data: the tokenizer has {data.vocab_size} tokens, the model only {model.vocab_size}")
 
-        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from None
         with rundir.writer_lock(workdir) if jax.process_index() == 0 else open(os.devnull):
             if jax.process_index() == 0:
                 rundir.check_directory(workdir, config.to_dict())

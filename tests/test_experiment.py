@@ -65,6 +65,18 @@ def test_mistakes(spec, overrides, message):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [("x = 1\ndef get_config(:\n", r"mine.py:2: invalid syntax"), ("import nosuchmodule", "mine.py: No module named"),
+     ("x = 1", "defines no get_config")],
+)  # fmt: skip
+def test_a_broken_file_is_one_line(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        experiment.load(str(tmp_path / "mine.py"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "argv", [["t"], ["t", "--confg=x"], ["t", "--config=x", "extra"], ["t", "--config=x", "--config.a"]]
 )
 def test_bad_flags(argv):

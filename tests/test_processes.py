@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-
 from test_train import arguments, corpus, losses  # noqa: F401
 
 pytestmark = pytest.mark.slow

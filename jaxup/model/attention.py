@@ -32,19 +32,20 @@ def attention(
 
     Implementations: `xla` materialises [S, T] logits; `blocked` does so for blocks of queries and
     skips the keys that causality hides, half the work (needs S == T); `cudnn` is the GPU's flash
-    attention (16-bit, no segments); `auto` takes the fastest that fits.
+    attention (16-bit); `auto` takes the fastest that fits. Where the one asked for cannot do what
+    is asked (decoding, and segments for cudnn), `xla` does it.
     """
     S, T = q_BSNH.shape[1], k_BTKH.shape[1]
     self_attention = isinstance(q_start, int) and q_start == 0 and S == T
     if implementation == "auto":
         implementation = _choose(q_BSNH.dtype, self_attention, S, segment_ids is not None)
-    if implementation == "cudnn":
+    if implementation == "cudnn" and self_attention and segment_ids is None:
         return jax.nn.dot_product_attention(
             q_BSNH, k_BTKH, v_BTKH, scale=1.0, is_causal=True, implementation="cudnn",
             local_window_size=None if window is None else (window - 1, 0),
         )  # fmt: skip
 
-    if implementation == "xla" or not self_attention:
+    if implementation != "blocked" or not self_attention:
         return _dense(q_BSNH, k_BTKH, v_BTKH, _mask(q_start + jnp.arange(S), jnp.arange(T), window, segment_ids))
     blocks = []
     for start in range(0, S, _BLOCK):

@@ -50,8 +50,9 @@ def writer_lock(directory: Path) -> Iterator[None]:
 
 def check_directory(directory: Path, config: dict[str, Any]) -> None:
     """Refuses a directory that holds a run of another configuration, or something else altogether."""
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory}: is a file, not a run directory")
+    for path in (directory, *directory.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file, not a directory for runs")
     stored = read_json(directory / "config.json")
     if stored is not None:
         differences = list(_differences(stored, json.loads(json.dumps(config))))
