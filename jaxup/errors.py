@@ -12,6 +12,7 @@ Every `python -m jaxup.NAME` runs under `entry_point`, so exit codes mean the sa
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import sys
@@ -32,6 +33,13 @@ class Stopped(Exception):
 
 class NonFinite(Exception):
     """A loss or gradient was NaN or infinite; the message names the model and the step."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser for which a wrong flag is a user's mistake like any other: one line."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str:

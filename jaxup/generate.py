@@ -11,16 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-from jaxup.errors import UserError, entry_point
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
+from jaxup.errors import Parser, UserError, entry_point
 
 
 def main(argv: list[str]) -> None:
-    parser = _Parser(prog="python -m jaxup.generate", description=__doc__, allow_abbrev=False,
+    parser = Parser(prog="python -m jaxup.generate", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help="model directory or run directory")
     parser.add_argument("--prompt", required=True, help="the text to go on from")

@@ -14,19 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxup import experiment
-from jaxup.errors import UserError, entry_point, suggest
+from jaxup.errors import Parser, UserError, entry_point, suggest
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m jaxup.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,7 +82,7 @@ def train(config: ConfigDict, workdir: Path, title: str) -> None:
         data_config = experiment.section(DataConfig, config.data, tokenizer=config.data.tokenizer or pretrained)
         check_trackers(tuple(config.log.trackers))
         model = read_model(config)
-        check(inherit, model.num_layers)
+        check(inherit, model)
         if model.positions == "learned" and model.max_positions < data_config.seq_len:
             raise UserError(f"data.seq_len={data_config.seq_len} exceeds the model's {model.max_positions} positions")
         # One process makes the tokens if they are not there; the others find them made.

@@ -212,6 +212,7 @@ def test_a_changed_config_is_refused(finished, corpus, more, message):
         (["--config.data.tokenizer=bpe:many"], "bpe"),
         (["--config.inherit.layers=5"], "inherit: 5 layers asked of 'reference', which has 4"),
         (["--config.inherit.parts=attention,mpl"], "did you mean 'mlp'"),
+        (["--config.inherit.parts=attention,lm_head"], "the head of this model is its embed_tokens"),
         (["--config.inherit.which=fist"], "neither 'first', 'last'"),
         (["--config.batch_size=12"], "batch_size=12 does not divide over data x fsdp = 8 devices; 16 would"),
         (["--config.mesh.tensor=3"], "is not the 8 devices"),

@@ -46,11 +46,13 @@ class Outcome:
     target_model: ModelConfig
 
 
-def check(config: InheritConfig, reference_layers: int) -> DepthPlan:
+def check(config: InheritConfig, model: ModelConfig) -> DepthPlan:
     """The first target's plan; UserError for anything about `config` that cannot work."""
+    if model.tie_embeddings and "lm_head" in config.parts and "embed_tokens" not in config.parts:
+        raise UserError("inherit.parts: the head of this model is its embed_tokens; name embed_tokens to inherit it")
     if config.grow_by < 1:
         raise UserError(f"inherit.grow_by must be at least 1, not {config.grow_by}")
-    return _plan(config, reference_layers, config.layers or max(1, reference_layers // 2))
+    return _plan(config, model.num_layers, config.layers or max(1, model.num_layers // 2))
 
 
 def _plan(config: InheritConfig, reference_layers: int, n: int) -> DepthPlan:
@@ -79,7 +81,7 @@ def run_inherit(
     `model` is the reference's configuration. With `pretrained`, its weights are given and only
     evaluated.
     """
-    plan = check(config, model.num_layers)
+    plan = check(config, model)
     if pretrained is None:
         reference = train_model(
             run, REFERENCE, model, steps=steps, origin=f"random, seed {run.settings.seed}",
