@@ -44,9 +44,10 @@ def run(*args):
     train.main(["train", *args])
 
 
-def spawn(*args):
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    return subprocess.Popen([sys.executable, "-m", "jaxup.train", *args], env=environment, text=True,
+def spawn(*args, cwd=None):
+    package = str(Path(train.__file__).parent.parent)
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": package}
+    return subprocess.Popen([sys.executable, "-m", "jaxup.train", *args], env=environment, text=True, cwd=cwd,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def spawn(*args):
 def finished(corpus, tmp_path_factory):
     """An uninterrupted run, in a process of its own with one device."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    process = spawn(*arguments(corpus, workdir))
+    process = spawn(*arguments(corpus, workdir.name), cwd=workdir.parent)  # a relative path, as by default
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return workdir, out

@@ -27,7 +27,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._directory = directory
         self._checkpointer = ocp.training.Checkpointer(
-            os.fspath(directory),
+            os.path.abspath(directory),  # Orbax refuses relative paths
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
