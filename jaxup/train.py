@@ -8,6 +8,7 @@ codes: 0 done, 2 a mistake in the command, configuration or data, 3 a non-finite
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -99,15 +100,17 @@ def train(config: ConfigDict, workdir: Path, title: str) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from None
-        with rundir.writer_lock(workdir) if jax.process_index() == 0 else open(os.devnull):
-            if jax.process_index() == 0:
+        writes = jax.process_index() == 0
+        with rundir.writer_lock(workdir) if writes else contextlib.nullcontext():
+            if writes:
                 rundir.check_directory(workdir, config.to_dict())
                 resolved = json.dumps(config.to_dict(), indent=1)
                 rundir.write_atomically(workdir / "config.json", resolved + "\n")
                 print(yaml.safe_dump(json.loads(resolved), sort_keys=False, default_flow_style=None), flush=True)
                 print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}; {data}; "
                       f"run directory: {workdir}", flush=True)  # fmt: skip
-            log = MetricsLog(workdir / "metrics.jsonl", tuple(config.log.trackers), name=title, config=config.to_dict())
+            trackers = tuple(config.log.trackers) if writes else ()
+            log = MetricsLog(workdir / "metrics.jsonl", trackers, name=title, config=config.to_dict())
             run = Run(workdir, settings, mesh, data, log, stop, make_sampler(config, data))
             outcome = run_inherit(
                 run, inherit, model, steps,
