@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Queries per block of the "blocked" implementation. 128 keeps a block's logits in cache on CPU.
+# Queries per block of the "blocked" implementation.
 _BLOCK = 128
 
 
@@ -32,8 +32,8 @@ def attention(
 
     Implementations: `xla` materialises [S, T] logits; `blocked` does so for blocks of queries and
     skips the keys that causality hides, half the work (needs S == T); `cudnn` is the GPU's flash
-    attention (16-bit); `auto` takes the fastest that fits. Where the one asked for cannot do what
-    is asked (decoding, and segments for cudnn), `xla` does it.
+    attention (16-bit); `auto` takes cudnn, then blocked, then xla, the first that fits. Where the
+    one asked for cannot do what is asked (decoding, and segments for cudnn), `xla` does it.
     """
     S, T = q_BSNH.shape[1], k_BTKH.shape[1]
     self_attention = isinstance(q_start, int) and q_start == 0 and S == T
@@ -60,7 +60,7 @@ def attention(
 def _choose(dtype, self_attention: bool, seq_len: int, segmented: bool) -> str:
     if jax.default_backend() == "gpu" and dtype != jnp.float32 and self_attention and not segmented:
         return "cudnn"
-    # More than 16 blocks would unroll into a program too large to compile quickly.
+    # Blocks are unrolled: a bound on the size of the program.
     return "blocked" if self_attention and seq_len <= 16 * _BLOCK else "xla"
 
 
