@@ -8,6 +8,7 @@ L is the number of layers of a source, M that of the result.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from jaxup.depth.plan import ENDS, MODULE_PARTS, DepthPlan
 from jaxup.errors import UserError, suggest
+from jaxup.model.config import ModelConfig
 
 Params = dict[str, Any]  # nested dict of arrays
 INIT = None  # the name, among the sources, of the freshly initialised tree
@@ -64,6 +66,40 @@ def apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None = 
     result["blocks"] = jax.tree_util.tree_map_with_path(
         lambda path, *leaves: _leaf(plan, _path(path), dict(zip(names, leaves))), *blocks.values()
     )
+    return result
+
+
+def result_config(plan: DepthPlan, configs: Mapping[str, ModelConfig]) -> ModelConfig:
+    """The configuration of what `plan` makes from models of these configurations.
+
+    Layers bring their own attention window along. UserError if a source is missing, has another
+    depth than the plan says, or differs from the others in anything but depth and windows.
+    """
+    for name, depth in plan.sources:
+        if name not in configs:
+            raise UserError(f"plan: the configuration of source {name!r} is not given{suggest(name, configs)}")
+        if configs[name].num_layers != depth:
+            raise UserError(f"plan: source {name!r} has {configs[name].num_layers} layers, but the plan says {depth}")
+    used = {row.source: configs[row.source] for row in plan.rows}
+    windows = [configs[row.source].window_of(row.layer) for row in plan.rows]
+    sizes = sorted({window for window in windows if window is not None})
+    if len(sizes) > 1:
+        raise UserError(f"plan: its layers have sliding windows of {', '.join(map(str, sizes))}; a model has one")
+
+    def at_this_depth(config: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(
+            config,
+            num_layers=plan.num_layers,
+            sliding_window=sizes[0] if sizes else None,
+            layer_types=tuple("full_attention" if w is None else "sliding_attention" for w in windows),
+        )
+
+    (first, result), *others = [(name, at_this_depth(config)) for name, config in used.items()]
+    for name, other in others:
+        for field in dataclasses.fields(ModelConfig):
+            a, b = getattr(result, field.name), getattr(other, field.name)
+            if a != b:
+                raise UserError(f"plan: {field.name} is {a!r} in {first!r} and {b!r} in {name!r}")
     return result
 
 

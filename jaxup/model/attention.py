@@ -22,13 +22,15 @@ def attention(
     q_start: int | Int[Array, ""] = 0,
     window: int | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
+    first: Int[Array, " batch"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Causal attention of `softmax(q k^T) v`; the caller has scaled `q` already.
 
     Query i stands at position `q_start + i` of the keys and sees the keys up to it, the last
-    `window` of them if given, and only those of its own segment if `segment_ids` is given (then
-    queries and keys are the same positions). Softmax is float32 whatever the inputs are.
+    `window` of them if given, those of its own segment if `segment_ids` is given (then queries and
+    keys are the same positions), and none before its row's `first`. Softmax is float32 whatever the
+    inputs are; a query that sees nothing gets some average.
 
     Implementations: `xla` materialises [S, T] logits; `blocked` does so for blocks of queries and
     skips the keys that causality hides, half the work (needs S == T); `cudnn` is the GPU's flash
@@ -36,7 +38,7 @@ def attention(
     one asked for cannot do what is asked (decoding, and segments for cudnn), `xla` does it.
     """
     S, T = q_BSNH.shape[1], k_BTKH.shape[1]
-    self_attention = isinstance(q_start, int) and q_start == 0 and S == T
+    self_attention = isinstance(q_start, int) and q_start == 0 and S == T and first is None
     if implementation == "auto":
         implementation = _choose(q_BSNH.dtype, self_attention, S, segment_ids is not None)
     if implementation == "cudnn" and self_attention and segment_ids is None:
@@ -46,7 +48,7 @@ def attention(
         )  # fmt: skip
 
     if implementation != "blocked" or not self_attention:
-        return _dense(q_BSNH, k_BTKH, v_BTKH, _mask(q_start + jnp.arange(S), jnp.arange(T), window, segment_ids))
+        return _dense(q_BSNH, k_BTKH, v_BTKH, _mask(q_start + jnp.arange(S), jnp.arange(T), window, segment_ids, first))
     blocks = []
     for start in range(0, S, _BLOCK):
         stop = min(start + _BLOCK, S)
@@ -64,7 +66,7 @@ def _choose(dtype, self_attention: bool, seq_len: int, segmented: bool) -> str:
     return "blocked" if self_attention and seq_len <= 16 * _BLOCK else "xla"
 
 
-def _mask(q_index_S, k_index_T, window, segment_ids_BT):
+def _mask(q_index_S, k_index_T, window, segment_ids_BT, first_B=None):
     """Boolean [1 or B, 1, 1, S, T]: may query s see key t?"""
     distance_ST = q_index_S[:, None] - k_index_T[None, :]
     mask = distance_ST >= 0
@@ -75,6 +77,8 @@ def _mask(q_index_S, k_index_T, window, segment_ids_BT):
         # The queries are the last positions of the keys' slice.
         segment_ids_BS = segment_ids_BT[:, -q_index_S.shape[0] :]
         mask = mask & (segment_ids_BS[:, :, None] == segment_ids_BT[:, None, :])
+    if first_B is not None:
+        mask = mask & (k_index_T[None, None, :] >= first_B[:, None, None])
     return mask[:, None, None]
 
 

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxup.model.config import Compute, ModelConfig
-from jaxup.model.layers import Block, Linear, Norm, normal
+from jaxup.model.layers import Block, Linear, block_norm, normal
 
 Params = dict[str, Any]  # nested dict of arrays: the pure form of a Decoder's nnx state
 
@@ -58,7 +58,7 @@ class Decoder(nnx.Module):
             return Block(config, self.compute, rngs=rngs)
 
         self.blocks = create(rngs.split(config.num_layers))
-        self.norm = Norm(config)
+        self.norm = block_norm(config)
         self.lm_head = (
             None if config.tie_embeddings else Linear((D, V), ("embed", "vocab"), bias=False, std=std, rngs=rngs)
         )
@@ -75,22 +75,29 @@ class Decoder(nnx.Module):
 
     def hidden(self, tokens_BS, *, positions_BS=None, segment_ids_BS=None) -> Float[Array, "batch seq hidden"]:
         """What the head is applied to: the final norm's output."""
-        return self._run(tokens_BS, positions_BS, segment_ids_BS, None)[0]
+        return self._run(tokens_BS, positions_BS, segment_ids_BS)[0]
 
     def decode(
-        self, tokens_BS: Int[Array, "batch seq"], cache: KVCache
-    ) -> tuple[Float[Array, "batch seq vocab"], KVCache]:
-        """Logits of the next `seq` tokens after those in `cache`, and the cache with them added."""
-        x_BSD, cache = self._run(tokens_BS, None, None, cache)
-        return x_BSD @ self.head_kernel().astype(x_BSD.dtype), cache
+        self, tokens_BS: Int[Array, "batch seq"], cache: KVCache, first_B: Int[Array, " batch"] | None = None
+    ) -> tuple[Float[Array, "batch vocab"], KVCache]:
+        """Logits after the last of the next `seq` tokens, and the cache with these tokens added.
+
+        `first_B` counts the slots at each row's beginning that hold no token of it: rows of several
+        lengths are padded on the left, so that they end together.
+        """
+        x_BSD, cache = self._run(tokens_BS, cache=cache, first_B=first_B)
+        x_BD = x_BSD[:, -1]
+        return x_BD @ self.head_kernel().astype(x_BD.dtype), cache
 
     def head_kernel(self) -> Float[Array, "hidden vocab"]:
         return self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
-    def _run(self, tokens_BS, positions_BS, segment_ids_BS, cache):
+    def _run(self, tokens_BS, positions_BS=None, segment_ids_BS=None, cache=None, first_B=None):
         start = 0 if cache is None else cache.length
         if positions_BS is None:
             positions_BS = start + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
+            if first_B is not None:
+                positions_BS = jnp.maximum(positions_BS - first_B[:, None], 0)
         dtype = jnp.dtype(self.compute.dtype)
         # Cast after the look-up: the rows that are read, not the whole table.
         x_BSD = self.embed_tokens[...][tokens_BS].astype(dtype)
@@ -103,20 +110,21 @@ class Decoder(nnx.Module):
             x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(self.compute.batch_axes))
 
         def body(x_BSD, layer):
-            block, index, block_cache = layer
+            block, index, full, block_cache = layer
             return block(
-                x_BSD, layer=index, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS,
-                cache=block_cache, start=start,
+                x_BSD, layer=index, full=full, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS,
+                cache=block_cache, start=start, first_B=first_B,
             )  # fmt: skip
 
         if self.compute.remat != "none":
             body = jax.checkpoint(body, policy=_REMAT[self.compute.remat])
-        layers = (
-            self.blocks, jnp.arange(self.config.num_layers), None if cache is None else (cache.k_LBTKH, cache.v_LBTKH)
-        )  # fmt: skip
+        num_layers = self.config.num_layers
+        full_L = jnp.asarray([t == "full_attention" for t in self.config.layer_types or [""] * num_layers])
+        caches = None if cache is None else (cache.k_LBTKH, cache.v_LBTKH)
         x_BSD, kv = jax.lax.scan(
-            body, x_BSD, layers, unroll=min(self.compute.unroll, self.config.num_layers) or self.config.num_layers
-        )
+            body, x_BSD, (self.blocks, jnp.arange(num_layers), full_L, caches),
+            unroll=min(self.compute.unroll, num_layers) or num_layers,
+        )  # fmt: skip
         if cache is not None:
             cache = KVCache(*kv, cache.length + tokens_BS.shape[1])
         return self.norm(x_BSD), cache
@@ -147,14 +155,11 @@ def init(config: ModelConfig, seed: int | Array) -> Params:
 def named_axes(config: ModelConfig) -> Params:
     """The params tree with, in place of each array, the tuple of its axes' names."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-    axes: Params = {}
-    for path, param in nnx.to_flat_state(nnx.state(model)):
-        node = axes
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        # The stack's axis comes from vmap, so the block itself does not know of it.
-        node[path[-1]] = (("layers",) if path[0] == "blocks" else ()) + param.get_metadata("axes")
-    return axes
+    # The stack's axis comes from vmap, so the block itself does not know of it.
+    return traverse_util.unflatten_dict({
+        path: (("layers",) if path[0] == "blocks" else ()) + param.get_metadata("axes")
+        for path, param in nnx.to_flat_state(nnx.state(model))
+    })  # fmt: skip
 
 
 def count_params(config: ModelConfig) -> int:

@@ -10,10 +10,12 @@ Shape suffixes: B batch, S sequence, D hidden, N heads, H head_dim, F MLP width.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -46,32 +48,68 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """LayerNorm or RMSNorm over the hidden axis, computed in float32."""
+    """LayerNorm or RMSNorm over the last axis, computed in float32."""
 
-    def __init__(self, config: ModelConfig):
-        self.kind, self.eps = config.norm, config.norm_eps
-        self.scale = nnx.Param(jnp.ones(config.hidden_size), axes=("norm",))
-        self.bias = nnx.Param(jnp.zeros(config.hidden_size), axes=("norm",)) if config.norm_bias else None
+    def __init__(self, kind: str, size: int, eps: float, *, bias: bool = False):
+        self.kind, self.eps = kind, eps
+        self.scale = nnx.Param(jnp.ones(size), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros(size), axes=("norm",)) if bias else None
 
-    def __call__(self, x_BSD: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
-        y = x_BSD.astype(jnp.float32)
+    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        y = x.astype(jnp.float32)
         if self.kind == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y = y * self.scale[...][None, None]
+        batch = range(x.ndim - 1)
+        y = y * jnp.expand_dims(self.scale[...], batch)
         if self.bias is not None:
-            y = y + self.bias[...][None, None]
-        return y.astype(x_BSD.dtype)
+            y = y + jnp.expand_dims(self.bias[...], batch)
+        return y.astype(x.dtype)
+
+
+def block_norm(config: ModelConfig) -> Norm:
+    return Norm(config.norm, config.hidden_size, config.norm_eps, bias=config.norm_bias)
+
+
+def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """(radians per position [head_dim / 2], factor of the cosines and sines), by `RopeScaling`.
+
+    In float64: the frequencies are a constant of the compiled program.
+    """
+    half, theta, scaling = config.head_dim // 2, config.rope_theta, config.rope_scaling
+    frequency_H = theta ** (-np.arange(half) / half)
+    if scaling is None:
+        return frequency_H, 1.0
+    if scaling.kind == "linear":
+        return frequency_H / scaling.factor, 1.0
+    original = scaling.original_max_positions
+    if scaling.kind == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        turns_H = original * frequency_H / (2 * np.pi)
+        kept_H = np.clip((turns_H - low) / (high - low), 0, 1)
+        return frequency_H * (kept_H + (1 - kept_H) / scaling.factor), 1.0
+
+    def dimension(turns: float) -> float:  # which one turns this often within the original context
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
+
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    # transformers' guard against a division by zero, which decides between kept and divided.
+    ramp_H = (np.arange(half) - first) / (last - first if last != first else 0.001)
+    kept_H = 1 - np.clip(ramp_H, 0, 1)
+    return frequency_H * (kept_H + (1 - kept_H) / scaling.factor), scaling.attention_factor
 
 
 def rotary(
-    x_BSNH: Float[Array, "batch seq heads head_dim"], positions_BS: Int[Array, "#batch seq"], *, theta: float
+    x_BSNH: Float[Array, "batch seq heads head_dim"], positions_BS: Int[Array, "#batch seq"], config: ModelConfig
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Rotary positions (Su et al. 2021), in the half-split layout of transformers' LLaMA."""
-    half = x_BSNH.shape[-1] // 2
-    frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency_H, factor = rotary_frequencies(config)
+    frequency_H = jnp.asarray(frequency_H, jnp.float32)
     angle_BS1H = positions_BS[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
-    cos, sin = jnp.cos(angle_BS1H), jnp.sin(angle_BS1H)
+    cos, sin = factor * jnp.cos(angle_BS1H), factor * jnp.sin(angle_BS1H)
     a, b = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSNH.dtype)
 
@@ -90,13 +128,21 @@ class Attention(nnx.Module):
         self.o_proj = Linear(
             (N, H, D), ("heads", "head_dim", "embed"), inputs=2, bias=config.o_bias, std=residual_std, rngs=rngs
         )
+        self.q_norm = Norm("rmsnorm", H, config.norm_eps) if config.qk_norm else None
+        self.k_norm = Norm("rmsnorm", H, config.norm_eps) if config.qk_norm else None
 
-    def __call__(self, x_BSD, *, layer, positions_BS, segment_ids_BS, cache=None, start=0):
-        """Returns the output and, when decoding, this layer's updated (k, v) cache."""
+    def __call__(self, x_BSD, *, layer, full, positions_BS, segment_ids_BS, cache=None, start=0, first_B=None):
+        """Returns the output and, when decoding, this layer's updated (k, v) cache.
+
+        `full` is a boolean scalar: this layer ignores the sliding window. It matters in models with
+        layers of both types only.
+        """
         c = self.config
         q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if c.positions == "rope":
-            q, k = (rotary(y, positions_BS, theta=c.rope_theta) for y in (q, k))
+            q, k = (rotary(y, positions_BS, c) for y in (q, k))
         scale = c.head_dim**-0.5
         if c.depth_scaled_attention:
             scale = scale / (layer + 1).astype(jnp.float32)
@@ -105,10 +151,19 @@ class Attention(nnx.Module):
             k, v = (jax.lax.dynamic_update_slice_in_dim(c, y.astype(c.dtype), start, axis=1)
                     for c, y in zip(cache, (k, v), strict=True))  # fmt: skip
             cache = (k, v)
-        out = attention(
-            q, k.astype(q.dtype), v.astype(q.dtype), q_start=start, window=c.sliding_window,
-            segment_ids=segment_ids_BS, implementation=self.compute.attention,
-        )  # fmt: skip
+
+        def attend(window: int | None, q, k, v):
+            return attention(
+                q, k.astype(q.dtype), v.astype(q.dtype), q_start=start, window=window, segment_ids=segment_ids_BS,
+                first=first_B, implementation=self.compute.attention,
+            )  # fmt: skip
+
+        windowed = functools.partial(attend, c.sliding_window)
+        if c.layer_types is None:
+            out = windowed(q, k, v)
+        else:
+            # The window decides which program runs, so a layer's own is chosen among the two.
+            out = jax.lax.cond(full, functools.partial(attend, None), windowed, q, k, v)
         return self.o_proj(out), cache
 
 
@@ -138,9 +193,9 @@ class Block(nnx.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
-        self.input_layernorm = Norm(config)
+        self.input_layernorm = block_norm(config)
         self.self_attn = Attention(config, compute, rngs=rngs)
-        self.post_attention_layernorm = Norm(config)
+        self.post_attention_layernorm = block_norm(config)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x_BSD, **attention_inputs):

@@ -58,8 +58,8 @@ def _compiled(config: ModelConfig, dtype: str, temperature: float, top_k: int, v
     graphdef, _ = abstract(config, Compute(dtype=dtype))
 
     def next_token(params: Params, tokens_BS, cache: KVCache, key):
-        logits_BSV, cache = nnx.merge(graphdef, params).decode(tokens_BS, cache)
-        logits_BV = logits_BSV[:, -1, :vocab_size].astype(jnp.float32)
+        logits_BV, cache = nnx.merge(graphdef, params).decode(tokens_BS, cache)
+        logits_BV = logits_BV[:, :vocab_size].astype(jnp.float32)
         if temperature == 0:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
         if 0 < top_k < vocab_size:

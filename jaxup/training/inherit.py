@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import jax
 
-from jaxup.depth.apply import apply
+from jaxup.depth.apply import apply, result_config
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import inherit
 from jaxup.errors import UserError
@@ -101,7 +101,7 @@ def run_inherit(
     results = [reference]
     while True:
         n = plan.num_layers
-        target_model = dataclasses.replace(model, num_layers=n)
+        target_model = result_config(plan, {REFERENCE: model})
         target = train_model(
             run, f"target_{n}", target_model, steps=steps, origin=_describe(plan, config),
             initialise=lambda plan=plan, target_model=target_model: build(run, plan, target_model, source()),
