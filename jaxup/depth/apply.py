@@ -80,7 +80,8 @@ def result_config(plan: DepthPlan, configs: Mapping[str, ModelConfig]) -> ModelC
             raise UserError(f"plan: the configuration of source {name!r} is not given{suggest(name, configs)}")
         if configs[name].num_layers != depth:
             raise UserError(f"plan: source {name!r} has {configs[name].num_layers} layers, but the plan says {depth}")
-    used = {row.source: configs[row.source] for row in plan.rows}
+    names = [*(row.source for row in plan.rows), *filter(None, (getattr(plan, end) for end in ENDS))]
+    used = {name: configs[name] for name in names}
     windows = [configs[row.source].window_of(row.layer) for row in plan.rows]
     sizes = sorted({window for window in windows if window is not None})
     if len(sizes) > 1:
