@@ -11,6 +11,7 @@ import pytest
 from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import init
+from jaxup.model.sharding import param_shardings
 from jaxup.training.optimizer import OptimizerConfig, make_optimizer
 from jaxup.training.sharding import (
     BATCH_AXES,
@@ -19,7 +20,6 @@ from jaxup.training.sharding import (
     check_batch,
     local_rows,
     make_mesh,
-    param_shardings,
     place_batch,
     state_shardings,
 )

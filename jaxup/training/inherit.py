@@ -22,8 +22,8 @@ from jaxup.depth.recipes import inherit
 from jaxup.errors import UserError
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params, count_params, init
+from jaxup.model.sharding import param_shardings
 from jaxup.training.loop import Result, Run, evaluate, load_trained, random_params, train_model
-from jaxup.training.sharding import param_shardings
 
 REFERENCE = "reference"
 

@@ -26,12 +26,13 @@ from jaxup.data.batches import Batches, TokenData, validation_batches
 from jaxup.errors import NonFinite, Stopped
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract, count_params, init
+from jaxup.model.sharding import param_shardings
 from jaxup.progress import Progress
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.metrics import MetricsLog, peak_flops
 from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxup.training.rundir import read_json, write_atomically
-from jaxup.training.sharding import BATCH_AXES, local_rows, param_shardings, place_batch, state_shardings
+from jaxup.training.sharding import BATCH_AXES, local_rows, place_batch, state_shardings
 from jaxup.training.signals import StopRequest
 from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step
 

@@ -1,4 +1,4 @@
-"""One mesh of three axes, and one rule table from the names of a parameter's axes to its sharding."""
+"""One mesh of three axes, and how batches and optimizer states lie on it; for params see `jaxup.model.sharding`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxup.errors import UserError
-from jaxup.model.config import ModelConfig
-from jaxup.model.decoder import Params, abstract, named_axes
-
-# A parameter's axis -> the mesh axis that splits it. `fsdp` splits every matrix once more along
-# its hidden axis; XLA gathers a layer just before the scan uses it. Axes not named stay whole.
-RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+from jaxup.model.decoder import Params
 
 # Rows of a batch are split over both: fsdp is data parallelism that also splits the parameters.
 BATCH_AXES = ("data", "fsdp")
@@ -49,25 +44,6 @@ def check_batch(name: str, size: int, mesh: Mesh, accumulation: int = 1) -> None
         splits = f"data x fsdp = {parts} devices" + (f" and {accumulation} micro-batches" if accumulation > 1 else "")
         wanted = math.ceil(max(size, 1) / (parts * accumulation)) * parts * accumulation
         raise UserError(f"{name}={size} does not divide over {splits}; {wanted} would")
-
-
-def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The rule table applied to one parameter.
-
-    An axis whose size the mesh axis does not divide stays whole: 50257 tokens do not split in two,
-    nor do 4 key/value heads over 8 devices, and neither is worth refusing a run for.
-    """
-    names = (RULES.get(axis) for axis in axes)
-    return PartitionSpec(*(n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape)))
-
-
-def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:
-    """A NamedSharding for each parameter."""
-    return jax.tree.map(
-        lambda leaf, axes: NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh)),
-        abstract(model)[1],
-        named_axes(model),
-    )
 
 
 def state_shardings(optimizer: optax.GradientTransformation, opt_state: Any, params: Params, mesh: Mesh) -> Any:

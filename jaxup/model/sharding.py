@@ -1,0 +1,35 @@
+"""From the names of a parameter's axes to its sharding, by one rule table."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxup.model.config import ModelConfig
+from jaxup.model.decoder import Params, abstract, named_axes
+
+# A parameter's axis -> the mesh axis that splits it. `fsdp` splits every matrix once more along
+# its hidden axis; XLA gathers a layer just before the scan uses it. Axes not named stay whole, as
+# do those whose mesh axis is not there.
+RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+
+
+def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The rule table applied to one parameter.
+
+    An axis whose size the mesh axis does not divide stays whole: 50257 tokens do not split in two,
+    nor do 4 key/value heads over 8 devices, and neither is worth refusing a run for.
+    """
+    names = (RULES.get(axis) for axis in axes)
+    return PartitionSpec(
+        *(n if n in mesh.shape and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape))
+    )
+
+
+def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:
+    """A NamedSharding for each parameter."""
+    return jax.tree.map(
+        lambda leaf, axes: NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh)),
+        abstract(model)[1],
+        named_axes(model),
+    )
