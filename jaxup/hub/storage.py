@@ -1,0 +1,210 @@
+"""Where a model directory lies: a local path, a Hugging Face Hub id, or gs://, s3://, https://.
+
+All that reading a model needs is in `Storage`: does a file exist, does it reach so far, and these
+bytes of it. A model directory is untrusted input: names of files come from its index.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from jaxup.errors import UserError, suggest
+
+SCHEMES = ("gs", "s3", "https", "http", "file")
+_SMALL = 16 * 2**20  # bytes of any file that is read whole: JSON, tokenizers of 250,000 tokens
+
+
+class Storage(Protocol):
+    name: str  # as the user knows it, for messages
+
+    def exists(self, file: str) -> bool: ...
+
+    def reaches(self, file: str, size: int) -> bool:
+        """Whether the file has at least `size` bytes."""
+
+    def read(self, file: str, start: int, stop: int) -> np.ndarray:
+        """uint8 [stop - start]; UserError if that cannot be read."""
+
+    def whole(self, file: str, limit: int = _SMALL) -> bytes:
+        """All of a small file; UserError if it is larger than `limit`."""
+
+
+def open_storage(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Storage:
+    """The storage that a path, URL or hub id names; UserError if it cannot be any of them."""
+    text = os.fspath(path_or_id)
+    scheme, separator, _ = text.partition("://")
+    if separator:
+        if scheme not in SCHEMES:
+            raise UserError(f"{text}: cannot read {scheme}://{suggest(scheme, SCHEMES)}")
+        if revision is not None:
+            raise UserError(f"{text}: a revision goes with a hub id, not with a URL")
+        return _Remote(text)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise UserError(f"{text}: a revision goes with a hub id, and this is a directory")
+        return Local(path)
+    if os.path.lexists(path):
+        raise UserError(f"{path}: not a directory")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) or ".." in text:
+        raise UserError(f"{path}: no such directory")
+    return _Hub(text, revision)
+
+
+class Local:
+    """A directory. Files must be regular and lie inside it, links followed."""
+
+    def __init__(self, root: str | os.PathLike):
+        self.root = Path(root)
+        self.name = str(root)
+
+    def exists(self, file: str) -> bool:
+        return os.path.lexists(self.root / file)
+
+    def reaches(self, file: str, size: int) -> bool:
+        return self.path(file).stat().st_size >= size
+
+    def read(self, file: str, start: int, stop: int) -> np.ndarray:
+        # Not mapped: pages of a map count as memory of this process until they are dropped.
+        buffer = np.empty(stop - start, np.uint8)
+        view, done = memoryview(buffer), 0
+        try:
+            with open(self.path(file), "rb", buffering=0) as opened:
+                while done < len(view):
+                    count = os.preadv(opened.fileno(), [view[done:]], start + done)
+                    if count == 0:
+                        raise UserError(f"{self.name}: {file} ends before byte {stop}")
+                    done += count
+        except OSError as error:
+            raise UserError(f"{self.name}: {file} cannot be read: {error.strerror}") from error
+        return buffer
+
+    def whole(self, file: str, limit: int = _SMALL) -> bytes:
+        if self.reaches(file, limit + 1):
+            raise UserError(f"{self.name}: {file} is larger than {limit} bytes")
+        return self.read(file, 0, self.path(file).stat().st_size).tobytes()
+
+    def path(self, file: str) -> Path:
+        """Where the file is, if it is a regular file that lies here, or in the blobs of a hub cache."""
+        path, root = self.root / file, self.root.resolve()
+        try:
+            real = path.resolve(strict=True)
+            mode = real.stat().st_mode
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name that is not Unicode
+            raise UserError(
+                f"{self.name}: {file} cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from None
+        allowed = [root]
+        if root.parent.name == "snapshots":  # a hub cache: snapshots/COMMIT/NAME -> ../../blobs/DIGEST
+            allowed.append(root.parent.parent / "blobs")
+        if not any(real.is_relative_to(place) for place in allowed):
+            raise UserError(f"{self.name}: {file} is a link that leaves the directory")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+            raise UserError(f"{self.name}: {file} is not a regular file")
+        return path
+
+
+class _Hub(Local):
+    """A model on the Hugging Face Hub, each file fetched into its cache when first asked for.
+
+    Token, endpoint, cache and offline mode are huggingface_hub's own: HF_TOKEN, HF_ENDPOINT,
+    HF_HUB_CACHE, HF_HUB_OFFLINE.
+    """
+
+    def __init__(self, repo: str, revision: str | None):
+        self.name, self._repo = repo if revision is None else f"{repo} at {revision}", repo
+        self._fetched: dict[str, Path | None] = {}
+        self._revision = revision
+        config = self._fetch("config.json")
+        if config is None:
+            raise UserError(f"{self.name}: no such directory, and the model on the Hub has no config.json")
+        # All further files come from the commit that this one came from.
+        self.root, self._revision = config.parent, config.parent.name
+
+    def exists(self, file: str) -> bool:
+        return self._fetch(file) is not None
+
+    def path(self, file: str) -> Path:
+        if self._fetch(file) is None:
+            raise UserError(f"{self.name}: the model on the Hub has no {file}")
+        return super().path(file)
+
+    def _fetch(self, file: str) -> Path | None:
+        if file not in self._fetched:
+            self._fetched[file] = self._download(file)
+        return self._fetched[file]
+
+    def _download(self, file: str) -> Path | None:
+        from huggingface_hub import constants, errors, hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self._repo, file, revision=self._revision))
+        except errors.GatedRepoError:
+            reason = "it is gated: accept its terms on its page and set HF_TOKEN"
+        except errors.RepositoryNotFoundError:
+            reason = "no such directory, and no such model on the Hub (a private one needs HF_TOKEN)"
+        except errors.RevisionNotFoundError:
+            reason = "the model on the Hub has no such revision"
+        except errors.LocalEntryNotFoundError:
+            if file != "config.json" and constants.HF_HUB_OFFLINE:
+                return None
+            reason = f"no such directory, and {file} is not in the Hub's cache and could not be fetched"
+        except errors.EntryNotFoundError:
+            return None
+        except (errors.HFValidationError, OSError) as error:  # requests' and httpx's errors are OSErrors or so
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{self.name}: {reason}")
+
+
+class _Remote:
+    """A directory that TensorStore's key-value stores reach; credentials are the driver's own."""
+
+    def __init__(self, url: str):
+        import tensorstore as ts
+
+        self.name = url.rstrip("/")
+        try:
+            self._files = ts.KvStore.open(self.name + "/").result()
+        except ValueError as error:
+            raise UserError(f"{url}: {_first_line(error)}") from None
+
+    def exists(self, file: str) -> bool:
+        return self._read(file, slice(0, 0)) is not None
+
+    def reaches(self, file: str, size: int) -> bool:
+        # No driver tells a size: a byte that is not there is out of range.
+        return size == 0 or self._read(file, slice(size - 1, size)) is not None
+
+    def read(self, file: str, start: int, stop: int) -> np.ndarray:
+        value = self._read(file, slice(start, stop)) if stop > start else b""
+        if value is None or len(value) != stop - start:
+            raise UserError(f"{self.name}: {file} is missing, or ends before byte {stop}")
+        return np.frombuffer(value, np.uint8)
+
+    def whole(self, file: str, limit: int = _SMALL) -> bytes:
+        if self.reaches(file, limit + 1):
+            raise UserError(f"{self.name}: {file} is larger than {limit} bytes")
+        value = self._read(file, None)
+        if value is None:
+            raise UserError(f"{self.name}: {file} is missing")
+        return value
+
+    def _read(self, file: str, byte_range: slice | None) -> bytes | None:
+        """None if the file is missing or does not reach so far."""
+        try:
+            result = self._files.read(file, byte_range=byte_range).result()
+        except ValueError as error:
+            if str(error).startswith("OUT_OF_RANGE"):
+                return None
+            raise UserError(f"{self.name}: {file} cannot be read: {_first_line(error)}") from None
+        return result.value if result.state == "value" else None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
