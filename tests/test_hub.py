@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from jaxup.errors import UserError
 from jaxup.hub import staging as staging_module
-from jaxup.hub.families import FAMILIES, config_from_hf, config_to_hf
 from jaxup.hub.layouts import flatten
 from jaxup.hub.reader import load_config, load_params
 from jaxup.hub.writer import save
@@ -150,23 +149,6 @@ def test_params_come_back_equal(tmp_path):
         assert all(path.endswith(".bias") and not leaf.any() for path, leaf in back.items())
 
 
-@configs
-def test_config_round_trip(config):
-    hf = config_to_hf(config, dtype="float32", eos_token_id=1, bos_token_id=0)
-    back = config_from_hf(hf)
-    assert config_from_hf(config_to_hf(back, dtype="float32", eos_token_id=1, bos_token_id=0)) == back
-    biases = ("norm_bias", "qkv_bias", "o_bias", "mlp_bias")
-    assert dataclasses.replace(back, **{b: getattr(config, b) for b in biases}) == config
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_absent_keys_take_the_defaults_of_transformers(model_type, torch):
-    from transformers import AutoConfig
-
-    documented = json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False))
-    assert config_from_hf({"model_type": model_type}) == config_from_hf(documented)
-
-
 def test_names_without_the_prefix_and_old_buffers_are_read(saved, tmp_path):
     save(tmp_path / "a", GPT2, make(GPT2))
     tensors = safetensors.numpy.load_file(tmp_path / "a" / "model.safetensors")
@@ -210,70 +192,6 @@ def test_a_tokenizer_is_saved_with_the_model(torch, tmp_path):
 
 
 # ---- refusals
-
-
-@pytest.mark.parametrize(
-    ("model_type", "change", "word"),
-    [
-        ("gtp2", {}, "did you mean 'gpt2'"),
-        ("bert", {}, "gpt2, llama, mistral"),
-        (["x\n"], {}, "model_type"),
-        ("gpt2", {"activation_function": "gelu_10"}, "activation_function"),
-        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
-        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
-        ("gpt2", {"add_cross_attention": 0}, "add_cross_attention"),
-        ("gpt2", {"n_head": 7}, "n_head"),
-        ("gpt2", {"n_layers": 7}, "did you mean 'n_layer'"),
-        ("gpt2", {"n_layer": 10**9}, "n_layer"),
-        ("gpt2", {"n_layer": True}, "n_layer"),
-        ("gpt2", {"n_embd": 2**63}, "n_embd"),
-        ("gpt2", {"vocab_size": "5"}, "vocab_size"),
-        ("gpt2", {"layer_norm_epsilon": -1}, "layer_norm_epsilon"),
-        ("gpt2", {"tie_word_embeddings": None}, "tie_word_embeddings"),
-        ("gpt2", {"rope_theta": 1.0}, "rope_theta"),
-        ("gpt2", {"utterly new": 1}, "utterly new"),
-        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
-        ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
-        ("llama", {"rope_parameters": {"rope_type": "default", "factor": 2}}, "rope_parameters"),
-        ("llama", {"rope_parameters": [], "rope_theta": 1.0}, "rope_parameters"),
-        ("llama", {"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 6.0}, "contradicts"),
-        ("llama", {"rope_theta": "x" * 5000}, "rope_theta"),
-        ("llama", {"hidden_act": "relu2"}, "hidden_act"),
-        ("llama", {"num_key_value_heads": 5}, "num_kv_heads"),
-        ("llama", {"head_dim": 7}, "head_dim"),
-        ("llama", {"sliding_window": 5}, "sliding_window"),
-        ("llama", {"auto_map": {"AutoModel": "evil.py"}}, "auto_map"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
-        ("mistral", {"attention_bias": True}, "attention_bias"),
-        ("mistral", {"sliding_window": 0}, "sliding_window"),
-        ("mistral", {"layer_types": ["full_attention"]}, "layer_types"),
-    ],
-)
-def test_configs_that_cannot_be_represented_are_refused(model_type, change, word, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **change}))
-    refused(lambda: load_config(tmp_path), word, str(tmp_path))
-
-
-def test_accepted_spellings():
-    assert config_from_hf({"model_type": "llama", "rope_theta": 7}).rope_theta == 7.0
-    both = {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "rope_scaling": None}
-    assert config_from_hf({"model_type": "llama", "_private": 1, **both}).rope_theta == 7.0
-    assert config_from_hf({"model_type": "llama", "num_attention_heads": 8}).num_kv_heads == 8
-    assert config_from_hf({"model_type": "gpt2", "n_inner": 5, "reorder_and_upcast_attn": True}).intermediate_size == 5
-    assert config_from_hf({"model_type": "mistral", "sliding_window": None}).sliding_window is None
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"norm_bias": True}, {"depth_scaled_attention": True}, {"norm": "layernorm"}, {"gated_mlp": False},
-        {"sliding_window": 4, "mlp_bias": True}, {"num_heads": 6, "qkv_bias": True},
-    ],
-)  # fmt: skip
-def test_models_that_no_family_computes_are_not_exported(change, tmp_path):
-    config = dataclasses.replace(LLAMA, **change)
-    refused(lambda: save(tmp_path / "out", config, {}), "no transformers family")
-    assert not list(tmp_path.iterdir())
 
 
 def edit_tensors(change):

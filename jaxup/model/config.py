@@ -104,6 +104,8 @@ class ModelConfig:
             raise UserError(f"model: rotary positions need an even head_dim, not {self.head_dim}")
         if self.positions == "learned" and self.rope_scaling is not None:
             raise UserError("model: rope_scaling needs positions='rope'")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and not self.rope_theta > 1:
+            raise UserError(f"model: rope_scaling yarn needs a rope_theta above 1, not {self.rope_theta}")
         self._check_layer_types()
         for field in dataclasses.fields(self):
             choices = _CHOICES.get(field.name)
