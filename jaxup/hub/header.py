@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxup.errors import UserError
+from safetensors import SafetensorError, safe_open
 
-# A header of a thousand layers takes about 2 MB; parsing costs some ten times its size in memory.
-_MAX_HEADER = 16 * 2**20
+from jaxup.errors import UserError
+from jaxup.hub.storage import Local, Storage
+
+# Thirty thousand tensors in one file; parsing costs some fifteen times its size in memory.
+_MAX_HEADER = 4 * 2**20
 _MAX_RANK = 16
 
 _BITS = {
@@ -27,25 +28,22 @@ _BITS = {
 class TensorInfo(NamedTuple):
     """Where one tensor lies."""
 
-    file: Path
+    file: str
     dtype: str  # safetensors' name, e.g. "BF16"
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
 
 
-def read_header(path: Path, shown: str) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, by name; UserError (starting with `shown`) if malformed."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise UserError(f"{shown}: not a safetensors file: its header would not fit ({size} bytes in all)")
-            text = file.read(length)
-    except OSError as error:
-        raise UserError(f"{shown}: cannot be read: {error.strerror}") from error
-    if len(text) != length or not text.startswith(b"{"):
+def read_header(storage: Storage, file: str) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, by name; UserError if it is malformed. Reads the header only."""
+    shown = f"{storage.name}: {file}"
+    if not storage.reaches(file, 10):
+        raise UserError(f"{shown}: not a safetensors file: it is too short")
+    length = int.from_bytes(storage.read(file, 0, 8).tobytes(), "little")
+    if not 2 <= length <= _MAX_HEADER or not storage.reaches(file, 8 + length):
+        raise UserError(f"{shown}: not a safetensors file: its header would have {length} bytes")
+    text = storage.read(file, 8, 8 + length).tobytes()
+    if not text.startswith(b"{"):
         raise UserError(f"{shown}: not a safetensors file: the header is not a JSON object")
     header = parse_json(text, shown)
     metadata = header.pop("__metadata__", {})
@@ -57,15 +55,24 @@ def read_header(path: Path, shown: str) -> dict[str, TensorInfo]:
         if problem:
             raise UserError(f"{shown}: malformed safetensors header: tensor {name[:200]!r}: {problem}")
         spans.append((begin, end, name))
-        infos[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
+        infos[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
             kind = "overlaps the one before" if begin < position else "leaves a hole before it"
             raise UserError(f"{shown}: malformed safetensors header: tensor {name[:200]!r} {kind}")
         position = end
-    if position != size - 8 - length:
-        raise UserError(f"{shown}: holds {size - 8 - length} bytes of tensors, its header describes {position}")
+    end = 8 + length + position
+    if not storage.reaches(file, end):
+        raise UserError(f"{shown}: truncated: its header describes {end} bytes")
+    if storage.reaches(file, end + 1):
+        raise UserError(f"{shown}: goes on after the {end} bytes that its header describes")
+    if isinstance(storage, Local):  # a second opinion
+        try:
+            with safe_open(storage.path(file), "np"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{shown}: malformed safetensors header: {error}") from None
     return infos
 
 

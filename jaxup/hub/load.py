@@ -1,23 +1,415 @@
-"""`jaxup.load`: a Hugging Face model, from wherever it lies, as a Decoder on whatever devices."""
+"""`jaxup.load`: a Hugging Face model, from wherever it lies, through a plan, onto whatever devices.
+
+Every tensor of the files is split by rows over all devices, read by each process for its own devices
+only, put there, and then moved, transposed to our layout, into its place in the stack of layers by
+one compiled program per kind of tensor. So each byte is read by one process, ranges are contiguous
+however the params are sharded, and a process holds a few pieces of tensors more than it keeps.
+"""
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxup.depth.apply import result_config
+from jaxup.depth.plan import DepthPlan
+from jaxup.depth.recipes import identity
+from jaxup.errors import UserError, suggest
 from jaxup.hub import reader
-from jaxup.model.config import Compute
-from jaxup.model.decoder import Decoder, abstract
+from jaxup.hub.header import TensorInfo
+from jaxup.hub.layouts import Tensor, TensorRow, flatten
+from jaxup.hub.reader import Checkpoint, dtype_of, is_finite, open_checkpoint
+from jaxup.hub.storage import Local, open_storage
+from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.decoder import Decoder, abstract, init
+from jaxup.model.sharding import param_shardings
+from jaxup.progress import Progress
+
+DTYPES = ("float32", "bfloat16", "float16")
+_READ_AHEAD = 64 * 2**20  # bytes
+
+# What a model directory may have besides config and tensors, and keeps when the model is saved again.
+CARRIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_LARGEST_CARRIED = 100 * 2**20  # bytes
 
 
-def load(path_or_id: str, *, dtype: str | None = None, strict: bool = False, progress: bool = False) -> Decoder:
-    config = reader.load_config(path_or_id)
-    params = reader.load_params(path_or_id, config, dtype=None if dtype is None else np.dtype(dtype))
-    return nnx.merge(abstract(config, Compute())[0], params)
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a loaded model came from: what saving it again needs to know."""
+
+    path: str  # directory, URL or hub id; of several sources, the one with the embedding
+    revision: str | None
+    model_type: str  # transformers' name of the family
+    token_ids: tuple[tuple[str, Any], ...]  # bos_token_id, eos_token_id, pad_token_id of config.json
+    plan: DepthPlan | None
 
 
-def tokenizer_directory(path_or_id: str, *, revision: str | None = None) -> Path:
-    """A local directory with the model's tokenizer and chat template files."""
-    return Path(path_or_id)
+def load(
+    path_or_id: str | os.PathLike | Mapping[str, str | os.PathLike],
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    plan: DepthPlan | None = None,
+    revision: str | None = None,
+    strict: bool = False,
+    allow_pickle: bool = False,
+    progress: bool = False,
+) -> Decoder:
+    """The model of a directory, a Hub id, or a gs://, s3:// or https:// directory.
+
+    Calling the result on int32 tokens [batch, seq] gives logits [batch, seq, vocab]. It computes in
+    bfloat16 if its params are bfloat16, else in float32.
+
+    Args:
+      path_or_id: a local directory if there is one, else a Hub id, fetched through huggingface_hub's
+        cache (HF_TOKEN and HF_HUB_OFFLINE hold). With a plan of several sources: a mapping from
+        their names. No code that lies beside a model is ever run.
+      dtype: of the params: "float32", "bfloat16" or "float16". None keeps what is stored (layers
+        stored in several dtypes take the one that holds them all).
+      mesh: the params are laid out by `jaxup.model.sharding.RULES` over its axes "fsdp" and
+        "tensor". Every process of the mesh must call this. None: the default device.
+      plan: which layers of the sources make up the result, applied while loading: what it drops is
+        not read, what it repeats is read once. What it does not inherit is `init(config, seed 0)`.
+      revision: branch, tag or commit of a Hub id.
+      strict: NaN or infinite weights are an error instead of a warning.
+      allow_pickle: read pytorch_model.bin if there is no safetensors file; needs torch >= 2.10.
+      progress: show it on stderr.
+
+    Raises:
+      UserError: before anything is allocated, if the files are not exactly the model that
+        config.json describes, a config says what no `ModelConfig` can represent, a header is
+        malformed, or a link leaves the directory. After reading, if a file is not the one that its
+        jaxup manifest describes (looked at where one process loads a local directory).
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} cannot be loaded{suggest(dtype, DTYPES)}")
+    paths = _paths(path_or_id, plan)
+    checkpoints = {
+        name: open_checkpoint(path, revision=revision, allow_pickle=allow_pickle) for name, path in paths.items()
+    }
+    if plan is None:
+        (name, checkpoint), = checkpoints.items()  # fmt: skip
+        plan, config = identity(name, checkpoint.config.num_layers), checkpoint.config
+        recorded = None
+    else:
+        config = result_config(plan, {name: checkpoint.config for name, checkpoint in checkpoints.items()})
+        recorded = plan
+    if mesh is None:
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: device, abstract(config)[1])
+    else:
+        shardings = param_shardings(config, mesh)
+
+    moves = list(_moves(plan, config, checkpoints))
+    leaves = _read(moves, plan, config, flatten(shardings), dtype, checkpoints, strict=strict, progress=progress)
+    compute = Compute(dtype="bfloat16" if leaves["embed_tokens"].dtype == jnp.bfloat16 else "float32")
+    model = nnx.merge(abstract(config, compute)[0], traverse_util.unflatten_dict(leaves, sep="."))
+    main = plan.embed_tokens if plan.embed_tokens is not None else next(iter(checkpoints))
+    hf = checkpoints[main].hf
+    ids = tuple((key, _hashable(hf[key])) for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf)
+    model.origin = Origin(str(paths[main]), revision, hf["model_type"], ids, recorded)
+    return model
+
+
+def load_config(path_or_id: str | os.PathLike, *, revision: str | None = None) -> ModelConfig:
+    """The ModelConfig of a model, from wherever `load` takes one; reads config.json only."""
+    return reader.load_config(path_or_id, revision=revision)
+
+
+def carried_files(path_or_id: str | os.PathLike, revision: str | None = None) -> dict[str, bytes]:
+    """Tokenizer, chat template and generation config of a model directory, by file name; text only, never run."""
+    storage = open_storage(path_or_id, revision=revision)
+    return {file: storage.whole(file, _LARGEST_CARRIED) for file in CARRIED if storage.exists(file)}
+
+
+def tokenizer_directory(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
+    """A local directory with the model's tokenizer and chat template.
+
+    A local model's own; for any other a temporary one, which disappears with the process.
+    """
+    storage = open_storage(path_or_id, revision=revision)
+    if type(storage) is Local:
+        return storage.root
+    directory = tempfile.TemporaryDirectory(prefix="jaxup-tokenizer-")
+    _temporary.append(directory)
+    for file in ("config.json", *CARRIED):
+        if storage.exists(file):
+            Path(directory.name, file).write_bytes(storage.whole(file, _LARGEST_CARRIED))
+    return Path(directory.name)
+
+
+_temporary: list[tempfile.TemporaryDirectory] = []
+
+
+def _paths(path_or_id: Any, plan: DepthPlan | None) -> dict[str, str | os.PathLike]:
+    """Source name -> path."""
+    if isinstance(path_or_id, Mapping):
+        if plan is None:
+            raise UserError("load: several models make one only by a plan")
+        for name, _ in plan.sources:
+            if name not in path_or_id:
+                raise UserError(f"load: the plan's source {name!r} is not given{suggest(name, path_or_id)}")
+        return {name: path_or_id[name] for name, _ in plan.sources}
+    if plan is None:
+        return {str(path_or_id): path_or_id}
+    if len(plan.sources) != 1:
+        names = ", ".join(repr(name) for name, _ in plan.sources)
+        raise UserError(f"load: the plan takes from {names}; give a mapping from these names to models")
+    return {plan.sources[0][0]: path_or_id}
+
+
+class _Move(NamedTuple):
+    """A tensor of a file and the places in the result that it is put into."""
+
+    checkpoint: Checkpoint
+    tensor: Tensor
+    info: TensorInfo
+    targets: tuple[tuple[str, int | None, int, float], ...]  # (leaf, layer, index among the tensor's paths, scale)
+
+
+def _moves(plan: DepthPlan, config: ModelConfig, checkpoints: Mapping[str, Checkpoint]) -> Iterator[_Move]:
+    """What is to be read, in the order in which it lies in the files."""
+    leaves = flatten(abstract(config)[1])
+    placed = collections.defaultdict(list)
+    for position, row in enumerate(plan.rows):
+        placed[row.source, row.layer].append((position, row))
+    for name, checkpoint in checkpoints.items():
+        for tensor, info in sorted(checkpoint.tensors, key=lambda pair: (pair[1].file, pair[1].offset)):
+            targets = []
+            for part, path in enumerate(tensor.paths):
+                if tensor.layer is None:
+                    if path in leaves and getattr(plan, path.split(".")[0]) == name:
+                        targets.append((path, None, part, 1.0))
+                    continue
+                inside = path.removeprefix("blocks.")
+                for position, row in placed[name, tensor.layer]:
+                    # A parameter that is scaled by zero stays as the stack begins, and is not read.
+                    if row.inherits(inside) and row.scale(inside):
+                        targets.append((path, position, part, row.scale(inside)))
+            if targets:
+                yield _Move(checkpoint, tensor, info, tuple(targets))
+
+
+def _read(
+    moves: list[_Move], plan: DepthPlan, config: ModelConfig, shardings: Mapping[str, Any], dtype: str | None,
+    checkpoints: Mapping[str, Checkpoint], *, strict: bool, progress: bool,
+) -> dict[str, jax.Array]:  # fmt: skip
+    """The leaves of the result by dotted path."""
+    mesh = getattr(next(iter(shardings.values())), "mesh", None)
+    alone = jax.process_count() == 1
+    # Elsewhere a process would have to read what belongs to others.
+    digests = [_in_background(checkpoint.check_digests) for checkpoint in checkpoints.values()] if alone else []
+    leaves = _initial(plan, config, shardings, _leaf_dtypes(plan, shardings, checkpoints, dtype))
+    finite = np.ones(len(moves), bool)
+    total, done = sum(_nbytes(move.info) for move in moves), 0
+    # Over a network it is the requests in flight that make the speed; here, more threads cost memory.
+    local = all(isinstance(checkpoint.storage, Local) for checkpoint in checkpoints.values())
+    with (
+        concurrent.futures.ThreadPoolExecutor(2 if local else 16) as pool,
+        Progress("load", total=total // 10**6, unit="MB") if progress else contextlib.nullcontext() as shown,
+    ):
+        for i, (move, fetched) in enumerate(_read_ahead(pool, moves, mesh)):
+            array, finite[i] = fetched.result()
+            for path, layer, part, scale in move.targets:
+                leaf, sharding = leaves[path], shardings[path]
+                if layer is None and (array.shape, array.dtype, array.sharding) == (leaf.shape, leaf.dtype, sharding):
+                    leaves[path] = array
+                    continue
+                place = _placer(move.tensor.row, move.tensor.part_shapes, part, scale, leaf.dtype, sharding)
+                leaves[path] = place(None if layer is None else leaf, array, np.int32(layer or 0))
+            # One tensor at a time on the device: the next ones are read meanwhile.
+            jax.block_until_ready([leaves[path] for path, *_ in move.targets])
+            done += _nbytes(move.info)
+            if shown:
+                shown.update(done // 10**6)
+    if not alone:
+        finite = multihost_utils.process_allgather(finite).all(axis=0)
+    for digest in digests:
+        digest.result()
+    if not finite.all():
+        _report([move for move, ok in zip(moves, finite, strict=True) if not ok], strict)
+    return leaves
+
+
+def _leaf_dtypes(
+    plan: DepthPlan, paths: Iterable[str], checkpoints: Mapping[str, Checkpoint], dtype: str | None
+) -> dict[str, np.dtype]:
+    if dtype is not None:
+        return dict.fromkeys(paths, jnp.dtype(dtype))
+    stored = {name: reader.common_dtypes(checkpoint.tensors) for name, checkpoint in checkpoints.items()}
+    dtypes = {}
+    for path in paths:
+        inside = path.removeprefix("blocks.")
+        sources = (
+            {getattr(plan, path.split(".")[0])} - {None}
+            if inside == path
+            else {row.source for row in plan.rows if row.inherits(inside)}
+        )
+        found = [stored[name][path] for name in sources]
+        dtypes[path] = functools.reduce(np.promote_types, found) if found else jnp.dtype("float32")
+    return dtypes
+
+
+def _initial(
+    plan: DepthPlan, config: ModelConfig, shardings: Mapping[str, Any], dtypes: Mapping[str, np.dtype]
+) -> dict[str, Any]:
+    """What the tensors are put into: zeros, or fresh parameters where the plan inherits nothing.
+
+    What is wholly replaced is a ShapeDtypeStruct only.
+    """
+    shapes = flatten(abstract(config)[1])
+    leaves = {path: jax.ShapeDtypeStruct(shape.shape, dtypes[path]) for path, shape in shapes.items()}
+    fresh = {path for path in leaves if _is_fresh(plan, path)}
+    made = fresh | {path for path in leaves if path.startswith("blocks.")}
+
+    def make() -> dict[str, jax.Array]:
+        values = flatten(init(config, 0)) if fresh else {}
+        result = {path: values[path] if path in fresh else jnp.zeros(leaves[path].shape) for path in made}
+        for path in fresh:
+            if path.startswith("blocks."):
+                inside = path.removeprefix("blocks.")
+                scales = np.array([0 if row.inherits(inside) else row.scale(inside) for row in plan.rows], np.float32)
+                scales = scales.reshape(-1, *[1] * (result[path].ndim - 1))
+                result[path] = jnp.where(scales == 0, 0, result[path] * scales)
+        return {path: leaf.astype(dtypes[path]) for path, leaf in result.items()}
+
+    return leaves | jax.jit(make, out_shardings={path: shardings[path] for path in made})()
+
+
+def _is_fresh(plan: DepthPlan, path: str) -> bool:
+    inside = path.removeprefix("blocks.")
+    if inside == path:
+        return getattr(plan, path.split(".")[0]) is None
+    return not all(row.inherits(inside) for row in plan.rows)
+
+
+def _read_ahead(pool, moves: Iterable[_Move], mesh: Mesh | None) -> Iterator[tuple[_Move, concurrent.futures.Future]]:
+    """Starts reading a few tensors before they are asked for."""
+    queue, size = collections.deque(), 0
+    share = 1 if mesh is None else jax.process_count()
+    for move in moves:
+        queue.append((move, pool.submit(_fetch, move, mesh)))
+        size += _nbytes(move.info) // share
+        while size > _READ_AHEAD:
+            size -= _nbytes(queue[0][0].info) // share
+            yield queue.popleft()
+    yield from queue
+
+
+def _fetch(move: _Move, mesh: Mesh | None) -> tuple[jax.Array, bool]:
+    """A tensor on the devices, inputs first, and whether what this process read of it is finite.
+
+    Matrices are split over all devices of the mesh, along the rows of the file, of which the last
+    device may get fewer: zeros make up for them. Vectors are everywhere.
+    """
+    shape, transposed = move.info.shape, move.tensor.row.layout == "linear"
+    if mesh is None:
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
+    else:
+        names = [mesh.axis_names] if len(shape) == 2 else []
+        sharding = NamedSharding(mesh, PartitionSpec(*([None] * transposed + names)))
+        if len(shape) == 2:
+            shape = (-(-shape[0] // mesh.size) * mesh.size, shape[1])
+    if transposed:
+        shape = shape[::-1]
+    devices = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        start, stop, _ = index[-1 if transposed else 0].indices(shape[-1 if transposed else 0])
+        devices[start, stop].append(device)
+    arrays, finite = {}, True
+    for (start, stop), group in devices.items():
+        rows = slice(min(start, move.info.shape[0]), min(stop, move.info.shape[0]))
+        piece = move.checkpoint.read(move.info, rows)
+        finite = finite and is_finite(piece)
+        if move.tensor.paths == ("embed_tokens",):
+            reader.check_tied(move.checkpoint, piece, rows)
+        if len(piece) < stop - start:
+            piece = np.concatenate([piece, np.zeros((stop - start - len(piece), *piece.shape[1:]), piece.dtype)])
+        # Transposed by the transfer: XLA's is several times as fast as numpy's, or its own on a CPU.
+        arrays |= {device: jax.device_put(piece.T if transposed else piece, device) for device in group}
+    jax.block_until_ready(list(arrays.values()))
+    ordered = [arrays[device] for device in sharding.addressable_devices_indices_map(shape)]
+    return jax.make_array_from_single_device_arrays(shape, sharding, ordered), finite
+
+
+@functools.lru_cache(maxsize=256)
+def _placer(row: TensorRow, part_shapes: tuple[tuple[int, ...], ...], part: int, scale: float, dtype, sharding):
+    """A compiled (leaf [L, ...] or None, fetched tensor, layer) -> leaf with one of the tensor's parts in it."""
+    first = 0 if row.layout == "flat" else row.inputs
+    sizes = [math.prod(shape[first:]) for shape in part_shapes]
+    start = sum(sizes[:part])
+
+    def place(leaf, array, layer):
+        if isinstance(sharding, NamedSharding):
+            # Gathered whole, then split anew: between splits along different axes XLA does the same,
+            # and says so at length.
+            array = jax.lax.with_sharding_constraint(array, NamedSharding(sharding.mesh, PartitionSpec()))
+        if row.layout == "same":
+            x = array[: part_shapes[0][0]]
+        else:
+            inputs = array.shape[:-1] if row.layout == "flat" else (math.prod(part_shapes[part][:first]),)
+            x = array[..., start : start + sizes[part]][tuple(slice(n) for n in inputs)]
+        x = x.reshape(part_shapes[part]).astype(dtype)
+        if scale != 1:
+            x = (x.astype(jnp.promote_types(dtype, jnp.float32)) * scale).astype(dtype)
+        if leaf is None:
+            return x
+        # As integers: XLA's CPU updates a bfloat16 array by converting all of it to float32 and back.
+        leaf, x = (jax.lax.bitcast_convert_type(a, f"uint{8 * dtype.itemsize}") for a in (leaf, x))
+        leaf = jax.lax.dynamic_update_index_in_dim(leaf, x, layer, 0)
+        return jax.lax.bitcast_convert_type(leaf, dtype)
+
+    return jax.jit(place, donate_argnums=0, out_shardings=sharding)
+
+
+def _report(moves: list[_Move], strict: bool) -> None:
+    names = [f"{move.tensor.name}" for move in moves]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    message = f"{moves[0].checkpoint.storage.name}: NaN or infinity in {', '.join(names[:3])}{more}"
+    if strict:
+        raise UserError(message)
+    warnings.warn(message, stacklevel=4)
+
+
+def _in_background(call: Callable[[], Any]) -> concurrent.futures.Future:
+    """Not in a pool: hashing takes long, and must not keep an interrupted process alive."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _nbytes(info: TensorInfo) -> int:
+    return dtype_of(info).itemsize * math.prod(info.shape)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -10,16 +10,17 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxup.errors import UserError, suggest
 
 SCHEMES = ("gs", "s3", "https", "http", "file")
-_SMALL = 16 * 2**20  # bytes of any file that is read whole: JSON, tokenizers of 250,000 tokens
+_SMALL = 4 * 2**20  # bytes; a config, or the index of 30,000 tensors
 
 
+@runtime_checkable
 class Storage(Protocol):
     name: str  # as the user knows it, for messages
 
