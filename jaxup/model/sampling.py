@@ -1,70 +1,155 @@
-"""Generation with a key/value cache, compiled once for a prompt's length."""
+"""Generation with a key/value cache: ragged prompts as one batch, two programs for all of them.
+
+Shape suffixes: B batch, S sequence, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import KVCache, Params, abstract
 
+# Prompts are padded, and the cache is made, to a multiple of it: lengths nearby share their programs.
+_BUCKET = 64
+
 
 def generate(
     config: ModelConfig,
     params: Params,
-    prompt: np.ndarray,
+    prompts: np.ndarray | Sequence[Sequence[int]],
     *,
     max_tokens: int,
     temperature: float,
     top_k: int,
     seed: int,
     vocab_size: int,
+    top_p: float = 1.0,
+    eos_ids: Collection[int] = (),
     dtype: str = "float32",
 ) -> Iterator[np.ndarray]:
-    """Yields int32 [batch] next tokens, `max_tokens` times, after `prompt` int32 [batch, seq].
+    """Yields int32 [batch] next tokens, at most `max_tokens` times, after `prompts` of any lengths.
 
-    `temperature` 0 is greedy; `top_k` 0 samples from all tokens. Token ids from `vocab_size` on
-    (a table padded beyond its tokenizer) are never drawn. The tokens are a pure function of the
-    arguments. UserError if prompt and `max_tokens` exceed the model's positions.
+    A row ends with the first of `eos_ids` that it draws, and is -1 from there on; when all rows have
+    ended, so does the iteration. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 sample from all
+    tokens. Token ids from `vocab_size` on (a table padded beyond its tokenizer) are never drawn.
+
+    The tokens of a row are a function of its prompt, its index in the batch, `seed` and the other
+    keywords: not of the other rows, up to the rounding of the padding they bring. `params` may lie
+    on a mesh; every process then gets all tokens.
+
+    UserError for an empty prompt, a token that the model does not have, and more positions than the
+    model has.
     """
-    batch, length = prompt.shape
-    if length == 0:
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths, default=0)
+    if min(lengths, default=0) == 0:
         raise UserError("generate: the prompt has no tokens")
-    if length + max_tokens > config.max_positions and config.positions == "learned":
+    if longest + max_tokens > config.max_positions and config.positions == "learned":
+        room = config.max_positions - longest
         raise UserError(
-            f"generate: a prompt of {length} tokens and {max_tokens} new ones exceed the model's "
-            f"{config.max_positions} positions; at most {config.max_positions - length} new tokens fit"
+            f"generate: a prompt of {longest} tokens and {max_tokens} new ones exceed the model's "
+            f"{config.max_positions} positions; " + (f"at most {room} new tokens fit" if room > 0 else "none fits")
         )
-    prefill, decode = _compiled(config, dtype, temperature, top_k, vocab_size)
-    cache = KVCache.empty(config, batch, length + max_tokens, jnp.dtype(dtype))
-    key = jax.random.key(seed)
-    tokens, cache = prefill(params, jnp.asarray(prompt, jnp.int32), cache, key)
-    for i in range(1, max_tokens + 1):
-        # The next step is dispatched before this one's tokens are read.
-        following = decode(params, tokens[:, None], cache, jax.random.fold_in(key, i)) if i < max_tokens else None
-        yield np.asarray(tokens)
-        if following is not None:
-            tokens, cache = following
+    # Padded on the left, so that all rows end together.
+    tokens_BS = np.zeros((len(lengths), _padded(longest)), np.int32)
+    for row, prompt in zip(tokens_BS, prompts, strict=True):
+        row[-len(prompt) :] = prompt
+    if not 0 <= tokens_BS.min() <= tokens_BS.max() < config.vocab_size:
+        wrong = tokens_BS.min() if tokens_BS.min() < 0 else tokens_BS.max()
+        raise UserError(
+            f"generate: the prompt has the token {wrong}, the model those up to {config.vocab_size - 1}; "
+            "is this another model's tokenizer?"
+        )
+    first_B = tokens_BS.shape[1] - np.asarray(lengths, np.int32)
+    # Parameters in host memory would be sent to the device for every token.
+    params = jax.tree.map(jnp.asarray, params)
+    sharding = jax.tree.leaves(params)[0].sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    prefill, decode = _programs(config, dtype, temperature, top_k, top_p, vocab_size, mesh)
+
+    def steps():
+        ended_B = np.zeros(len(lengths), bool)
+        if max_tokens < 1:
+            return
+        length = tokens_BS.shape[1] + _padded(max_tokens)
+        next_B, state = prefill(params, tokens_BS, first_B, np.uint32(seed), length=length)
+        for i in range(1, max_tokens + 1):
+            # The next step is dispatched before this one's tokens are read.
+            following = decode(params, next_B, state) if i < max_tokens else None
+            drawn_B = np.where(ended_B, np.int32(-1), np.asarray(next_B))
+            yield drawn_B
+            ended_B |= np.isin(drawn_B, list(eos_ids))
+            if following is None or ended_B.all():
+                return
+            next_B, state = following
+
+    return steps()
+
+
+def _padded(length: int) -> int:
+    return -(-length // _BUCKET) * _BUCKET
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(config: ModelConfig, dtype: str, temperature: float, top_k: int, vocab_size: int):
+def _programs(
+    config: ModelConfig, dtype: str, temperature: float, top_k: int, top_p: float, vocab_size: int, mesh
+) -> tuple[Callable, Callable]:
     graphdef, _ = abstract(config, Compute(dtype=dtype))
 
-    def next_token(params: Params, tokens_BS, cache: KVCache, key):
-        logits_BV, cache = nnx.merge(graphdef, params).decode(tokens_BS, cache)
+    def step(params, tokens_BS, state):
+        cache, first_B, key_B = state
+        logits_BV, cache = nnx.merge(graphdef, params).decode(tokens_BS, cache, first_B)
         logits_BV = logits_BV[:, :vocab_size].astype(jnp.float32)
         if temperature == 0:
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
-        if 0 < top_k < vocab_size:
-            least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-            logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-        return jax.random.categorical(key, logits_BV / temperature).astype(jnp.int32), cache
+            next_B = jnp.argmax(logits_BV, axis=-1)
+        else:
+            # A row's own position, which no other row's length shifts.
+            position_B = cache.length - first_B
+            logits_BV = restrict(logits_BV / temperature, top_k, top_p)
+            next_B = jax.vmap(jax.random.categorical)(jax.vmap(jax.random.fold_in)(key_B, position_B), logits_BV)
+        return next_B.astype(jnp.int32), (cache, first_B, key_B)
 
-    return jax.jit(next_token), jax.jit(next_token, donate_argnums=2)
+    def prefill(params, tokens_BS, first_B, seed, *, length):
+        batch = tokens_BS.shape[0]
+        key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+        cache = KVCache.empty(config, batch, length, jnp.dtype(dtype))
+        return step(params, tokens_BS, (cache, first_B, key_B))
+
+    def decode(params, tokens_B, state):
+        return step(params, tokens_B[:, None], state)
+
+    # Every process reads the tokens; how the cache is split follows from the parameters.
+    out = None if mesh is None else (NamedSharding(mesh, PartitionSpec()), None)
+    return (
+        jax.jit(prefill, static_argnames="length", out_shardings=out),
+        jax.jit(decode, donate_argnums=2, out_shardings=out),
+    )
+
+
+def restrict(logits_BV: Float[Array, "batch vocab"], top_k: int, top_p: float) -> Float[Array, "batch vocab"]:
+    """-inf for all but the `top_k` likeliest tokens, then for all but the fewest that hold `top_p` of the rest.
+
+    As transformers' TopKLogitsWarper and TopPLogitsWarper in turn: of equal logits at the border
+    top-k keeps all, top-p as many as it needs. 0 and 1 restrict nothing.
+    """
+    batch, vocab = logits_BV.shape
+    if 0 < top_k < vocab:
+        least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if top_p < 1:
+        order_BV = jnp.argsort(logits_BV, axis=-1)
+        sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
+        unlikely_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) <= 1 - top_p
+        sorted_BV = jnp.where(unlikely_BV.at[:, -1].set(False), -jnp.inf, sorted_BV)
+        logits_BV = jnp.zeros_like(sorted_BV).at[jnp.arange(batch)[:, None], order_BV].set(sorted_BV)
+    return logits_BV
