@@ -97,7 +97,7 @@ def test_loaded_params_are_those_of_the_files(models, name, stored, dtype):
 @pytest.mark.parametrize(
     ("name", "shape"), [("llama", (8, 1)), ("llama", (2, 2, 2)), ("gpt2", (4, 2)), ("gpt2-untied", (1, 8))]
 )
-def test_a_mesh_gets_the_same_params_in_its_layout(models, name, shape):
+def test_a_mesh_gets_the_same_params_in_its_layout(models, name, shape, capfd):
     """41 tokens, 20 rows and 6 dimensions divide over none of these: the last rows are padded."""
     mesh = make_mesh(*shape)
     model = load(models / f"{name}-bfloat16", mesh=mesh)
@@ -105,6 +105,7 @@ def test_a_mesh_gets_the_same_params_in_its_layout(models, name, shape):
     assert_same(params, flatten(load_params(models / f"{name}-bfloat16", CONFIGS[name])))
     for path, sharding in flatten(param_shardings(CONFIGS[name], mesh)).items():
         assert params[path].sharding == sharding, path
+    assert "rematerialization" not in capfd.readouterr().err  # XLA's word for a needless copy of all of it
 
 
 @contextlib.contextmanager

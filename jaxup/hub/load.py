@@ -35,7 +35,7 @@ from jaxup.depth.recipes import identity
 from jaxup.errors import UserError, suggest
 from jaxup.hub import reader
 from jaxup.hub.header import TensorInfo
-from jaxup.hub.layouts import Tensor, TensorRow, flatten
+from jaxup.hub.layouts import Tensor, flatten
 from jaxup.hub.reader import Checkpoint, dtype_of, is_finite, open_checkpoint
 from jaxup.hub.storage import Local, open_storage
 from jaxup.model.config import Compute, ModelConfig
@@ -217,7 +217,6 @@ def _read(
     checkpoints: Mapping[str, Checkpoint], *, strict: bool, progress: bool,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """The leaves of the result by dotted path."""
-    mesh = getattr(next(iter(shardings.values())), "mesh", None)
     alone = jax.process_count() == 1
     # Elsewhere a process would have to read what belongs to others.
     digests = [_in_background(checkpoint.check_digests) for checkpoint in checkpoints.values()] if alone else []
@@ -230,14 +229,16 @@ def _read(
         concurrent.futures.ThreadPoolExecutor(2 if local else 16) as pool,
         Progress("load", total=total // 10**6, unit="MB") if progress else contextlib.nullcontext() as shown,
     ):
-        for i, (move, fetched) in enumerate(_read_ahead(pool, moves, mesh)):
+        for i, (move, fetched) in enumerate(_read_ahead(pool, moves, shardings)):
             array, finite[i] = fetched.result()
             for path, layer, part, scale in move.targets:
                 leaf, sharding = leaves[path], shardings[path]
                 if layer is None and (array.shape, array.dtype, array.sharding) == (leaf.shape, leaf.dtype, sharding):
                     leaves[path] = array
                     continue
-                place = _placer(move.tensor.row, move.tensor.part_shapes, part, scale, leaf.dtype, sharding)
+                # One program for all layers.
+                like = move.tensor._replace(name="", layer=None if layer is None else 0)
+                place = _placer(like, part, scale, leaf.dtype, sharding)
                 leaves[path] = place(None if layer is None else leaf, array, np.int32(layer or 0))
             # One tensor at a time on the device: the next ones are read meanwhile.
             jax.block_until_ready([leaves[path] for path, *_ in move.targets])
@@ -305,12 +306,13 @@ def _is_fresh(plan: DepthPlan, path: str) -> bool:
     return not all(row.inherits(inside) for row in plan.rows)
 
 
-def _read_ahead(pool, moves: Iterable[_Move], mesh: Mesh | None) -> Iterator[tuple[_Move, concurrent.futures.Future]]:
+def _read_ahead(
+    pool: concurrent.futures.Executor, moves: Iterable[_Move], shardings: Mapping[str, Any]
+) -> Iterator[tuple[_Move, concurrent.futures.Future]]:
     """Starts reading a few tensors before they are asked for."""
-    queue, size = collections.deque(), 0
-    share = 1 if mesh is None else jax.process_count()
+    queue, size, share = collections.deque(), 0, jax.process_count()
     for move in moves:
-        queue.append((move, pool.submit(_fetch, move, mesh)))
+        queue.append((move, pool.submit(_fetch, move, shardings[move.targets[0][0]])))
         size += _nbytes(move.info) // share
         while size > _READ_AHEAD:
             size -= _nbytes(queue[0][0].info) // share
@@ -318,19 +320,20 @@ def _read_ahead(pool, moves: Iterable[_Move], mesh: Mesh | None) -> Iterator[tup
     yield from queue
 
 
-def _fetch(move: _Move, mesh: Mesh | None) -> tuple[jax.Array, bool]:
+def _fetch(move: _Move, target: Any) -> tuple[jax.Array, bool]:
     """A tensor on the devices, inputs first, and whether what this process read of it is finite.
 
     Matrices are split over all devices of the mesh, along the rows of the file, of which the last
-    device may get fewer: zeros make up for them. Vectors are everywhere.
+    device may get fewer: zeros make up for them. Vectors are everywhere. `target` is the sharding
+    of the leaf that the tensor becomes part of.
     """
     shape, transposed = move.info.shape, move.tensor.row.layout == "linear"
-    if mesh is None:
-        sharding = SingleDeviceSharding(jax.local_devices()[0])
-    else:
-        names = [mesh.axis_names] if len(shape) == 2 else []
-        sharding = NamedSharding(mesh, PartitionSpec(*([None] * transposed + names)))
-        if len(shape) == 2:
+    sharding = target
+    if isinstance(target, NamedSharding):
+        mesh, matrix = target.mesh, len(shape) == 2
+        rows = [_axes(move.tensor, target).all_rows] if matrix else []
+        sharding = NamedSharding(mesh, PartitionSpec(*([None] * transposed + rows)))
+        if matrix:
             shape = (-(-shape[0] // mesh.size) * mesh.size, shape[1])
     if transposed:
         shape = shape[::-1]
@@ -354,24 +357,40 @@ def _fetch(move: _Move, mesh: Mesh | None) -> tuple[jax.Array, bool]:
     return jax.make_array_from_single_device_arrays(shape, sharding, ordered), finite
 
 
+class _Axes(NamedTuple):
+    """Mesh axes that split a matrix of the file: along its rows, along its columns, and those that do not."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    others: tuple[str, ...]
+
+    @property
+    def all_rows(self) -> tuple[str, ...]:
+        """The rows split over all: in this order every step to the leaf's own layout moves the last axis only."""
+        return self.rows + self.columns + self.others
+
+
+def _axes(tensor: Tensor, target: NamedSharding) -> _Axes:
+    spec = tuple(target.spec)[0 if tensor.layer is None else 1 :]
+    first, second = spec[: tensor.row.inputs], spec[tensor.row.inputs :]
+    rows, columns = (second, first) if tensor.row.layout == "linear" else (first, second)
+    rows, columns = (tuple(name for name in names if name is not None) for names in (rows, columns))
+    return _Axes(rows, columns, tuple(name for name in target.mesh.axis_names if name not in rows + columns))
+
+
 @functools.lru_cache(maxsize=256)
-def _placer(row: TensorRow, part_shapes: tuple[tuple[int, ...], ...], part: int, scale: float, dtype, sharding):
+def _placer(tensor: Tensor, part: int, scale: float, dtype: np.dtype, target: Any):
     """A compiled (leaf [L, ...] or None, fetched tensor, layer) -> leaf with one of the tensor's parts in it."""
-    first = 0 if row.layout == "flat" else row.inputs
-    sizes = [math.prod(shape[first:]) for shape in part_shapes]
-    start = sum(sizes[:part])
+    row, shapes = tensor.row, tensor.part_shapes
+    shape, transposed = shapes[part], row.layout == "linear"
 
     def place(leaf, array, layer):
-        if isinstance(sharding, NamedSharding):
-            # Gathered whole, then split anew: between splits along different axes XLA does the same,
-            # and says so at length.
-            array = jax.lax.with_sharding_constraint(array, NamedSharding(sharding.mesh, PartitionSpec()))
-        if row.layout == "same":
-            x = array[: part_shapes[0][0]]
+        if row.layout == "flat":
+            sizes = [math.prod(s) for s in shapes]
+            x = array[sum(sizes[:part]) :][: sizes[part]]
         else:
-            inputs = array.shape[:-1] if row.layout == "flat" else (math.prod(part_shapes[part][:first]),)
-            x = array[..., start : start + sizes[part]][tuple(slice(n) for n in inputs)]
-        x = x.reshape(part_shapes[part]).astype(dtype)
+            x = matrix(array)
+        x = x.reshape(shape).astype(dtype)
         if scale != 1:
             x = (x.astype(jnp.promote_types(dtype, jnp.float32)) * scale).astype(dtype)
         if leaf is None:
@@ -381,7 +400,26 @@ def _placer(row: TensorRow, part_shapes: tuple[tuple[int, ...], ...], part: int,
         leaf = jax.lax.dynamic_update_index_in_dim(leaf, x, layer, 0)
         return jax.lax.bitcast_convert_type(leaf, dtype)
 
-    return jax.jit(place, donate_argnums=0, out_shardings=sharding)
+    def matrix(x):
+        """The part's [inputs, outputs], from all the file's rows on all devices to the leaf's layout."""
+        inputs = math.prod(shape[: row.inputs])
+        outputs = [math.prod(s[row.inputs :]) for s in shapes]
+        start = sum(outputs[:part])
+        if not isinstance(target, NamedSharding):
+            return x[:, start : start + outputs[part]]
+        axes = _axes(tensor, target)
+        if len(shapes) > 1 or x.shape != (inputs, outputs[part]):
+            x = split(x, (), ())[:inputs, start : start + outputs[part]]
+        else:
+            x = split(x, axes.rows + axes.columns, ())
+        return split(x, axes.rows, axes.columns)
+
+    def split(x, rows: tuple[str, ...], columns: tuple[str, ...]):
+        # XLA finds the way to each of these, but not to the last at once.
+        spec = PartitionSpec(*((columns, rows) if transposed else (rows, columns)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(target.mesh, spec))
+
+    return jax.jit(place, donate_argnums=0, out_shardings=target)
 
 
 def _report(moves: list[_Move], strict: bool) -> None:

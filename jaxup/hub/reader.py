@@ -45,10 +45,9 @@ class Checkpoint:
         dtype = dtype_of(info)
         start, stop, _ = rows.indices(info.shape[0] if info.shape else 1)
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
-        row = dtype.itemsize * int(np.prod(info.shape[1:], dtype=np.int64))
-        return (
-            self.storage.read(info.file, info.offset + start * row, info.offset + stop * row).view(dtype).reshape(shape)
-        )
+        row = dtype.itemsize * math.prod(info.shape[1:])  # bytes
+        data = self.storage.read(info.file, info.offset + start * row, info.offset + stop * row)
+        return data.view(dtype).reshape(shape)
 
     def check_digests(self) -> None:
         """UserError if a file is not the one its jaxup manifest describes; reads all of a local directory."""
