@@ -109,20 +109,22 @@ class Decoder(nnx.Module):
             # may leave the activations split along the hidden axis instead.
             x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(self.compute.batch_axes))
 
-        def body(x_BSD, layer):
-            block, index, full, block_cache = layer
+        def body(carry, layer):
+            x_BSD, kv = carry
+            block, index, full = layer
             return block(
                 x_BSD, layer=index, full=full, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS,
-                cache=block_cache, start=start, first_B=first_B,
-            )  # fmt: skip
+                cache=kv, start=start, first_B=first_B,
+            ), None  # fmt: skip
 
         if self.compute.remat != "none":
             body = jax.checkpoint(body, policy=_REMAT[self.compute.remat])
         num_layers = self.config.num_layers
         full_L = jnp.asarray([t == "full_attention" for t in self.config.layer_types or [""] * num_layers])
-        caches = None if cache is None else (cache.k_LBTKH, cache.v_LBTKH)
-        x_BSD, kv = jax.lax.scan(
-            body, x_BSD, (self.blocks, jnp.arange(num_layers), full_L, caches),
+        # Carried, not scanned over: XLA writes to a carry in place, where each step would copy the cache.
+        kv = None if cache is None else (cache.k_LBTKH, cache.v_LBTKH)
+        (x_BSD, kv), _ = jax.lax.scan(
+            body, (x_BSD, kv), (self.blocks, jnp.arange(num_layers), full_L),
             unroll=min(self.compute.unroll, num_layers) or num_layers,
         )  # fmt: skip
         if cache is not None:

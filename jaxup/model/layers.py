@@ -132,7 +132,7 @@ class Attention(nnx.Module):
         self.k_norm = Norm("rmsnorm", H, config.norm_eps) if config.qk_norm else None
 
     def __call__(self, x_BSD, *, layer, full, positions_BS, segment_ids_BS, cache=None, start=0, first_B=None):
-        """Returns the output and, when decoding, this layer's updated (k, v) cache.
+        """Returns the output and, when decoding, all layers' (k, v) cache with this one's updated.
 
         `full` is a boolean scalar: this layer ignores the sliding window. It matters in models with
         layers of both types only.
@@ -148,9 +148,9 @@ class Attention(nnx.Module):
             scale = scale / (layer + 1).astype(jnp.float32)
         q = (q * scale).astype(x_BSD.dtype)
         if cache is not None:
-            k, v = (jax.lax.dynamic_update_slice_in_dim(c, y.astype(c.dtype), start, axis=1)
-                    for c, y in zip(cache, (k, v), strict=True))  # fmt: skip
-            cache = (k, v)
+            cache = tuple(jax.lax.dynamic_update_slice(c, y.astype(c.dtype)[None], (layer, 0, start, 0, 0))
+                          for c, y in zip(cache, (k, v), strict=True))  # fmt: skip
+            k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
 
         def attend(window: int | None, q, k, v):
             return attention(
