@@ -25,7 +25,7 @@ from jaxup.depth.apply import apply, result_config
 from jaxup.depth.plan import DepthPlan, Row
 from jaxup.depth.recipes import inherit
 from jaxup.errors import UserError
-from jaxup.hub import load as load_module
+from jaxup.hub import reader
 from jaxup.hub.layouts import flatten
 from jaxup.hub.load import carried_files, load, tokenizer_directory
 from jaxup.hub.reader import is_finite, load_params
@@ -112,7 +112,7 @@ def test_a_mesh_gets_the_same_params_in_its_layout(models, name, shape, capfd):
 def counting(monkeypatch):
     """Counts the bytes of tensors read, by file."""
     counts = {}
-    original = load_module.Checkpoint.read
+    original = reader.Checkpoint.read
 
     def read(self, info, rows=slice(None)):
         array = original(self, info, rows)
@@ -121,7 +121,7 @@ def counting(monkeypatch):
         return array
 
     with monkeypatch.context() as patch:
-        patch.setattr(load_module.Checkpoint, "read", read)
+        patch.setattr(reader.Checkpoint, "read", read)
         yield counts
 
 
