@@ -16,6 +16,7 @@ import argparse
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 
 
@@ -53,6 +54,7 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
 
 def entry_point(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Runs `main(argv)` and exits the process with the code that its outcome calls for."""
+    warnings.formatwarning = lambda message, *_: f"jaxup: warning: {message}\n"  # no file and line of ours
     try:
         code = main(sys.argv if argv is None else argv) or 0
     except UserError as error:

@@ -43,6 +43,8 @@ class Decoder(nnx.Module):
     [batch, seq, vocab] in the compute dtype.
     """
 
+    origin: Any = None  # where the params came from: set by whoever loads them
+
     def __init__(self, config: ModelConfig, compute: Compute | None = None, *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute or Compute()
         D, V, std = config.hidden_size, config.vocab_size, config.init_std
