@@ -9,6 +9,7 @@ from jaxup.errors import UserError, entry_point, suggest
 COMMANDS = {
     "train": "train models as an experiment file describes, for example inherit and grow a GPT-2",
     "generate": "write text with a Hugging Face model directory or a finished run",
+    "export": "write a model of a run, or a model in another dtype, as a Hugging Face model directory",
 }
 
 

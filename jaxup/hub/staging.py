@@ -50,7 +50,7 @@ def _create(out: Path, force: bool, marks: tuple[str, ...]) -> tuple[Path, int]:
         # Between creating a staging directory and locking it, it looks like a killed writer's.
         fcntl.flock(parent, fcntl.LOCK_EX)
         _clean_up(out)
-        _check_replaceable(out, force, marks)
+        check_replaceable(out, force, marks)
         staging = out.parent / f".{out.name}.jaxup-new-{os.getpid()}"
         staging.mkdir()
         lock = os.open(staging, os.O_RDONLY)
@@ -83,7 +83,7 @@ def _siblings(out: Path, kind: str) -> list[Path]:
     return sorted(path for path in out.parent.iterdir() if path.name.startswith(prefix))
 
 
-def _check_replaceable(out: Path, force: bool, marks: tuple[str, ...]) -> None:
+def check_replaceable(out: Path, force: bool, marks: tuple[str, ...]) -> None:
     if not os.path.lexists(out):
         return
     if not force:
@@ -96,7 +96,7 @@ def _check_replaceable(out: Path, force: bool, marks: tuple[str, ...]) -> None:
 
 
 def _publish(staging: Path, out: Path, force: bool, marks: tuple[str, ...]) -> None:
-    _check_replaceable(out, force, marks)  # it may have appeared meanwhile
+    check_replaceable(out, force, marks)  # it may have appeared meanwhile
     aside = out.parent / f".{out.name}.jaxup-old-{os.getpid()}"
     replacing = os.path.lexists(out)
     if replacing:

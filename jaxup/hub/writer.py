@@ -1,27 +1,42 @@
-"""Writes a model as a directory that transformers loads; see `staging` for why it is never half there."""
+"""Writes a model as a directory that transformers loads; see `staging` for why it is never half there.
+
+Tensors are taken off the devices, cast and written one at a time. Where the arrays span processes,
+every process calls `save`: each tensor is gathered by all and written by process 0.
+"""
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import functools
 import json
-from collections.abc import Mapping
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from jaxup.errors import UserError, suggest
 from jaxup.hub import manifest
 from jaxup.hub.families import config_to_hf, with_family_biases
 from jaxup.hub.layouts import Tensor, expected_tensors, flatten, to_file
-from jaxup.hub.reader import INDEX, SINGLE
+from jaxup.hub.reader import INDEX, SINGLE, is_finite
+from jaxup.hub.shards import DTYPES, Stored, parse_size, split, write_shard
 from jaxup.hub.staging import staged_directory
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params, abstract
+from jaxup.progress import Progress
 
-_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+CARD, PLAN = "README.md", "jaxup_plan.yaml"
+# One of these makes a directory a model's, which `force` may replace. A config.json is not enough: runs have one.
+MARKS = (manifest.NAME, SINGLE, INDEX)
+_OWN = ("config.json", SINGLE, INDEX, manifest.NAME)
+
+Fetch = Callable[[Tensor], list[np.ndarray]]
 
 
 def save(
@@ -30,50 +45,94 @@ def save(
     params: Params,
     *,
     tokenizer: Any = None,
-    dtype: str = "float32",
+    dtype: str | None = "float32",
+    model_type: str | None = None,
+    carried: Mapping[str, bytes] | None = None,
+    hf_extra: Mapping[str, Any] | None = None,
+    card: str | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
     force: bool = False,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int | str = "5GB",
+    progress: bool = False,
 ) -> None:
     """Writes the directory `out`; UserError, and nothing written, if that cannot be done.
 
-    `params` is the tree of `abstract(config)`, of numpy or jax arrays, cast to `dtype`. Biases that
-    the transformers family has and the model lacks are written as zeros. `tokenizer` is one of
-    transformers' (its eos and bos go into the configs); `extra_files` maps plain file names to
-    contents. Shards hold at most `max_shard_size` bytes unless one tensor is larger. An existing
-    `out` is refused, or with `force` replaced if it holds a model.
+    Args:
+      params: the tree of `abstract(config)`, of numpy or jax arrays. Biases that the transformers
+        family has and the model lacks are written as zeros. If jax arrays span processes, all
+        processes must call this, and all return or raise together; else whoever calls it writes.
+      tokenizer: one of transformers'; it is saved, and its eos and bos go into the configs.
+      dtype: of the tensors; None keeps what each has, and config.json names that of most.
+      model_type: the family to prefer where several can express the model.
+      carried: files of the model that this one comes from, written as they are: the tokenizer's,
+        the chat template, generation_config.json. A `tokenizer` takes their place.
+      hf_extra: keys of that model's config.json to keep: bos_token_id, eos_token_id, pad_token_id.
+        A `tokenizer` takes their place.
+      card: the text of README.md.
+      extra_files: plain file names and their contents.
+      force: replaces `out` if it is empty or holds a model.
+      max_shard_size: bytes, or such as "5GB"; only a larger tensor makes a larger file.
+      progress: show it on stderr.
+
+    Raises:
+      UserError: any of these does not fit the others; `out` exists, or is being written; the disk
+        is too small or fills up; a value is NaN or infinite, or too large for `dtype`.
     """
-    extra_files = extra_files or {}
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype {dtype!r} cannot be saved{suggest(dtype, _DTYPES)}")
-    eos, bos = (_token_id(tokenizer, name, config) for name in ("eos_token_id", "bos_token_id"))
-    hf = config_to_hf(config, dtype=dtype, eos_token_id=eos, bos_token_id=bos)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} cannot be saved{suggest(dtype, DTYPES)}")
+    max_shard_size = parse_size(max_shard_size)
     leaves = _checked(config, params)
-    family, exported = with_family_biases(config)
+    family, exported = with_family_biases(config, model_type)
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(abstract(exported)[1]).items()}
-    tensors = list(expected_tensors(family.tensors, shapes))
-    for name in extra_files:
-        if Path(name).name != name or name in ("config.json", "generation_config.json", SINGLE, INDEX, manifest.NAME):
+    most = dtype or main_dtype(params)
+    tensors = [
+        Stored(tensor, DTYPES[dtype or _widest(tensor, leaves, most)])
+        for tensor in expected_tensors(family.tensors, shapes)
+    ]
+    shards = split(tensors, max_shard_size)
+
+    texts: dict[str, bytes] = {}
+    if tokenizer is None:
+        texts |= carried or {}
+        ids = {"bos_token_id": None, "eos_token_id": None, **(hf_extra or {})}
+    else:
+        ids = {name: _token_id(tokenizer, name, config) for name in ("bos_token_id", "eos_token_id")}
+    hf = config_to_hf(
+        config, dtype=most, eos_token_id=ids["eos_token_id"], bos_token_id=ids["bos_token_id"], model_type=model_type
+    )
+    hf |= ids
+    texts.setdefault("generation_config.json", _json({k: ids[k] for k in ("bos_token_id", "eos_token_id")}))
+    for name, content in [*([] if card is None else [(CARD, card)]), *(extra_files or {}).items()]:
+        if name in texts:
+            raise UserError(f"extra file {name!r} is not a plain file name of its own")
+        texts[name] = content.encode() if isinstance(content, str) else content
+    for name in texts:
+        if Path(name).name != name or name in _OWN or name in shards:
             raise UserError(f"extra file {name!r} is not a plain file name of its own")
 
-    with staged_directory(out, force=force, marks=("config.json", manifest.NAME)) as directory:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
-        for name, content in extra_files.items():
-            if (directory / name).exists():
-                raise UserError(f"extra file {name!r} is one that the tokenizer writes")
-            (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        _write_json(directory / "config.json", hf)
-        _write_json(directory / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
-        _write_tensors(directory, tensors, leaves, _DTYPES[dtype], max_shard_size)
-        manifest.write_manifest(directory)
+    def write(fetch: Fetch) -> None:
+        with staged_directory(out, force=force, marks=MARKS) as directory:
+            _check_space(directory, out, sum(stored.nbytes for stored in tensors) + sum(map(len, texts.values())))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+            for name, content in texts.items():
+                if (directory / name).exists():
+                    raise UserError(f"extra file {name!r} is one that the tokenizer writes")
+                (directory / name).write_bytes(content)
+            (directory / "config.json").write_bytes(_json(hf))
+            if len(shards) > 1:
+                (directory / INDEX).write_bytes(_index(shards))
+            digests = _write_shards(directory, shards, fetch, progress=progress)
+            manifest.write_manifest(directory, digests)
+
+    fetch = functools.partial(_fetch, leaves)
+    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in leaves.values()):
+        _together(write, fetch, [stored.tensor for shard in shards.values() for stored in shard])
+    else:
+        write(fetch)
 
 
-def _token_id(tokenizer: Any, name: str, config: ModelConfig) -> int | None:
-    token = None if tokenizer is None else getattr(tokenizer, name)
-    if token is not None and not 0 <= token < config.vocab_size:
-        raise UserError(f"the tokenizer's {name}={token} is not below the model's vocab_size={config.vocab_size}")
-    return token
+# ---- what is checked before anything is written
 
 
 def _checked(config: ModelConfig, params: Params) -> dict[str, Any]:
@@ -88,47 +147,157 @@ def _checked(config: ModelConfig, params: Params) -> dict[str, Any]:
     return leaves
 
 
-def _write_tensors(
-    directory: Path, tensors: list[Tensor], leaves: dict[str, Any], dtype: np.dtype, max_shard_size: int
-) -> None:
-    size = lambda tensor: int(np.prod(tensor.shape)) * dtype.itemsize  # noqa: E731
-    shards: list[list[Tensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + size(tensor) > max_shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += size(tensor)
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(size(tensor) for tensor in tensors)
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for name, shard in zip(names, shards, strict=True):
-        arrays = {tensor.name: _cast(tensor, leaves, dtype) for tensor in shard}
-        try:
-            safetensors.numpy.save_file(arrays, directory / name, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:  # how it reports a full disk
-            raise UserError(f"{directory}: {name} could not be written: {error}") from error
+def main_dtype(params: Params) -> str:
+    """The dtype of most parameters; UserError if one of them has a dtype that cannot be kept."""
+    counts: collections.Counter[str] = collections.Counter()
+    for path, leaf in flatten(params).items():
+        if leaf.dtype.name not in DTYPES:
+            raise UserError(f"params: {path} is {leaf.dtype.name}, not {', '.join(DTYPES)}; say which dtype to save")
+        counts[leaf.dtype.name] += math.prod(leaf.shape)
+    return counts.most_common(1)[0][0]
 
 
-def _cast(tensor: Tensor, leaves: dict[str, Any], dtype: np.dtype) -> np.ndarray:
-    """The contiguous array that the file holds, one layer taken off the device at a time."""
-    parts = []
-    for path, shape in zip(tensor.paths, tensor.part_shapes, strict=True):
-        if path not in leaves:  # a bias that only the transformers family has
-            parts.append(np.zeros(shape, dtype))
-            continue
-        leaf = leaves[path]
-        parts.append(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]))
+def _widest(tensor: Tensor, leaves: Mapping[str, Any], default: str) -> str:
+    dtypes = [leaves[path].dtype for path in tensor.paths if path in leaves]
+    return functools.reduce(np.promote_types, dtypes).name if dtypes else default
+
+
+def _token_id(tokenizer: Any, name: str, config: ModelConfig) -> int | None:
+    token = getattr(tokenizer, name)
+    if token is not None and not 0 <= token < config.vocab_size:
+        raise UserError(f"the tokenizer's {name}={token} is not below the model's vocab_size={config.vocab_size}")
+    return token
+
+
+def _check_space(directory: Path, out: str | Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(f"{out}: needs {needed / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free there")
+
+
+# ---- tensors
+
+
+def _fetch(leaves: Mapping[str, Any], tensor: Tensor) -> list[np.ndarray]:
+    """The params of one tensor, without their layer axis, on the host."""
+    return [
+        _on_host(leaves[path], tensor.layer) if path in leaves else np.zeros(shape, np.float32)
+        for path, shape in zip(tensor.paths, tensor.part_shapes, strict=True)
+    ]
+
+
+def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
+    if isinstance(leaf, jax.Array):
+        if not leaf.is_fully_addressable:
+            sharding = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+            return np.asarray(
+                _replicated(sharding)(leaf) if layer is None else _replicated_layer(sharding)(leaf, layer)
+            )
+        if {device.platform for device in leaf.devices()} != {"cpu"} or len(leaf.devices()) > 1:
+            # Of the layer only: what is taken off a device whole stays on the host as long as the array.
+            return np.asarray(leaf if layer is None else leaf[layer])
+        leaf = np.asarray(leaf)  # a view
+    return leaf if layer is None else leaf[layer]
+
+
+@functools.cache
+def _replicated(sharding: jax.sharding.NamedSharding) -> Callable:
+    return jax.jit(lambda leaf: leaf, out_shardings=sharding)
+
+
+@functools.cache
+def _replicated_layer(sharding: jax.sharding.NamedSharding) -> Callable:
+    return jax.jit(lambda leaf, i: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), out_shardings=sharding)
+
+
+def _write_shards(
+    directory: Path, shards: Mapping[str, list[Stored]], fetch: Fetch, *, progress: bool
+) -> dict[str, str]:
+    """The digests of the files written."""
+    total, done, began = sum(stored.nbytes for shard in shards.values() for stored in shard), 0, time.monotonic()
+    bar = Progress("saving", total=math.ceil(total / 1e6), unit="MB") if progress else contextlib.nullcontext()
+
+    def arrays(shard: Iterable[Stored]) -> Iterator[np.ndarray]:
+        nonlocal done
+        for stored in shard:
+            yield _cast(stored, fetch(stored.tensor))
+            done += stored.nbytes
+            if progress:
+                bar.update(math.ceil(done / 1e6), f"{done / 1e6 / (time.monotonic() - began):,.0f} MB/s")
+
+    with bar:
+        return {name: write_shard(directory / name, shard, arrays(shard)) for name, shard in shards.items()}
+
+
+def _cast(stored: Stored, parts: list[np.ndarray]) -> np.ndarray:
+    """The contiguous array that the file holds."""
     with np.errstate(over="ignore"):  # a value beyond the dtype becomes infinite and is refused below
-        array = np.ascontiguousarray(to_file(tensor, parts).astype(dtype))
-    if not np.isfinite(array).all():
-        raise UserError(f"params: {tensor.name} would hold NaN or infinity as {dtype.name}")
+        array = to_file(stored.tensor, parts, stored.dtype)
+    if not is_finite(array):
+        raise UserError(f"params: {stored.tensor.name} would hold NaN or infinity as {stored.dtype.name}")
     return array
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+def _index(shards: Mapping[str, list[Stored]]) -> bytes:
+    everything = [stored for shard in shards.values() for stored in shard]
+    total = {
+        "total_parameters": sum(math.prod(stored.tensor.shape) for stored in everything),
+        "total_size": sum(stored.nbytes for stored in everything),
+    }
+    weight_map = {stored.tensor.name: name for name, shard in shards.items() for stored in shard}
+    return _json({"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+# ---- several processes
+
+_NEXT, _DONE, _FAILED = range(3)
+
+
+def _together(write: Callable[[Fetch], None], fetch: Fetch, tensors: list[Tensor]) -> None:
+    """Process 0 writes; the others take part in each gather, until it says how the writing ended.
+
+    A refusal or a full disk is process 0's alone to notice: without its word the others would wait
+    in the next gather for ever.
+    """
+    if jax.process_index() != 0:
+        for tensor in tensors:
+            if not _goes_on():
+                return
+            fetch(tensor)
+        _goes_on()
+        return
+    ending, text = _FAILED, "process 0 was interrupted"
+
+    def lead(tensor: Tensor) -> list[np.ndarray]:
+        _broadcast(_NEXT)
+        return fetch(tensor)
+
+    try:
+        write(lead)
+        ending, text = _DONE, ""
+    except Exception as error:
+        text = str(error)
+        raise
+    finally:
+        _broadcast(ending, text)
+
+
+def _goes_on() -> bool:
+    status, text = _broadcast()
+    if status == _FAILED:
+        raise UserError(text)
+    return status == _NEXT
+
+
+def _broadcast(status: int = _NEXT, text: str = "") -> tuple[int, str]:
+    from jax.experimental import multihost_utils
+
+    message = np.zeros(1024, np.uint8)
+    sent = bytes([status]) + text.encode()[:1000]
+    message[: len(sent)] = np.frombuffer(sent, np.uint8)
+    message = np.asarray(multihost_utils.broadcast_one_to_all(message))
+    return int(message[0]), message[1:].tobytes().rstrip(b"\0").decode(errors="replace")

@@ -1,0 +1,220 @@
+"""Write a model as a Hugging Face model directory: `python -m jaxup.export RUN OUT`.
+
+RUN is a run directory, finished or not, of which the newest checkpoint of the last target is taken
+(or another: --model, --step); or a Hugging Face model, directory or id, which is written again in
+another dtype or other shards. Nothing is at OUT until all of it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxup.errors import Parser, UserError, entry_point, suggest
+
+if TYPE_CHECKING:
+    from jaxup.depth.plan import DepthPlan
+    from jaxup.model.config import ModelConfig
+    from jaxup.model.decoder import Params
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m jaxup.export", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("source", metavar="RUN", help="run directory, or Hugging Face model directory or id")
+    parser.add_argument("out", metavar="OUT", help="directory to be made")
+    parser.add_argument("--model", metavar="NAME",
+                        help="of the run: reference, target_3, control, ... (default: the last target)")  # fmt: skip
+    parser.add_argument("--step", type=int, metavar="N", help="of the model's checkpoints (default: the newest)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the tensors (default: as is)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it holds a model")
+    args = parser.parse_args(argv[1:])
+
+    from jaxup.hub.shards import parse_size
+    from jaxup.hub.staging import check_replaceable
+    from jaxup.hub.writer import MARKS
+
+    # All that can be known to fail is looked at before the model is read.
+    size = parse_size(args.max_shard_size)
+    source, out = Path(args.source).expanduser(), Path(args.out).expanduser()
+    _check_apart(source, out)
+    check_replaceable(Path(os.path.abspath(out)), args.force, MARKS)
+    options = {"dtype": args.dtype, "max_shard_size": size, "force": args.force, "progress": True}
+    if _is_run(source):
+        export_run(source, out, name=args.model, step=args.step, **options)
+    elif args.model is not None or args.step is not None:
+        raise UserError(f"{args.source}: is not a run directory, so it has no --model or --step to choose")
+    else:
+        rewrite(args.source if not source.is_dir() else str(source), out, **options)
+    print(f"wrote {out}", flush=True)
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    """An output may lie in a run directory, but not over what is read or among its checkpoints."""
+    here, there = source.resolve(), out.resolve()
+    if not source.exists():
+        return
+    if here.is_relative_to(there) or there.is_relative_to(here / "checkpoints"):
+        raise UserError(f"{out}: would overwrite what is read, {source}; choose another place")
+
+
+def _is_run(source: Path) -> bool:
+    if (source / "checkpoints").is_dir():
+        return True
+    if source.is_dir() and not (source / "config.json").exists():
+        raise UserError(f"{source}: neither a run directory nor a model: it has no config.json")
+    if not source.exists() and re.match(r"[/.~]", str(source)):
+        raise UserError(f"{source}: no such run or model directory")
+    from jaxup.training.rundir import read_json
+
+    config = read_json(source / "config.json") if source.is_dir() else None
+    if isinstance(config, dict) and "model_type" not in config:
+        raise UserError(f"{source}: this run has no checkpoints yet")
+    return False
+
+
+# ---- a run's checkpoint
+
+
+class _Trained(NamedTuple):
+    """What `checkpoints/NAME/model.json` holds."""
+
+    model: ModelConfig
+    store: str  # of the tokens, with the tokenizer
+    plan: DepthPlan | None
+
+
+def export_run(run: Path, out: Path, *, name: str | None, step: int | None, dtype: str | None, **options: Any) -> None:
+    from jaxup.hub import writer
+    from jaxup.hub.card import model_card
+
+    steps = _checkpoints(run)
+    if name is None:
+        name = max((n for n in steps if re.fullmatch(r"target_\d+", n)), key=lambda n: int(n[7:]), default=None)
+        if name is None:
+            raise UserError(f"{run}: no target yet; choose with --model among {', '.join(steps)}")
+    elif name not in steps:
+        raise UserError(f"{run}: no checkpoints of a model {name!r}{suggest(name, steps)}")
+    if step is None:
+        step = max(steps[name])
+    elif step not in steps[name]:
+        raise UserError(f"{run}: no checkpoint of {name} at step {step}; there are {', '.join(map(str, steps[name]))}")
+    trained = _read_about(run, name)
+    params = _restore(run / "checkpoints" / name / str(step), trained.model)
+    source = f"{name} at step {step} of the run {run.resolve().name}"
+    card = model_card(
+        trained.model, title=out.name, dtype=dtype or writer.main_dtype(params), plan=trained.plan, source=source
+    )
+    extra = {} if trained.plan is None else {writer.PLAN: trained.plan.to_yaml()}
+    writer.save(
+        out, trained.model, params, dtype=dtype, tokenizer=_tokenizer(run, trained.store), card=card,
+        extra_files=extra, **options,
+    )  # fmt: skip
+
+
+def _checkpoints(run: Path) -> dict[str, list[int]]:
+    """The steps of every model that has a checkpoint. What Orbax has not finished has another name."""
+    found = {}
+    for directory in sorted((run / "checkpoints").iterdir()):
+        steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
+        if steps:
+            found[directory.name] = steps
+    if not found:
+        raise UserError(f"{run}: this run has no checkpoints yet")
+    return found
+
+
+def _read_about(run: Path, name: str) -> _Trained:
+    from jaxup.depth.plan import DepthPlan
+    from jaxup.model.config import ModelConfig, RopeScaling
+    from jaxup.training.rundir import read_json
+
+    path = run / "checkpoints" / name / "model.json"
+    about = read_json(path)
+    if about is None:
+        raise UserError(f"{path}: is not there; the command that made the run writes it when it is given again")
+    try:
+        fields = dict(about["model"])
+        if fields["rope_scaling"] is not None:
+            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        if fields["layer_types"] is not None:
+            fields["layer_types"] = tuple(fields["layer_types"])
+        model = ModelConfig(**fields)
+        plan = DepthPlan.from_yaml(about["plan"]) if about["plan"] else None
+        return _Trained(model, str(about["store"]), plan)
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"{path}: not what this version of jaxup writes: {error}") from None
+
+
+def _restore(path: Path, model: ModelConfig) -> Params:
+    """The params as numpy arrays: no device is needed, however many the run had. The run may be going on."""
+    import logging
+
+    import jax
+    import numpy as np
+    from orbax.checkpoint import v1 as ocp
+
+    from jaxup.model.decoder import abstract
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its internals
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract(model)[1])
+    try:
+        with context:
+            return ocp.load(path.resolve(), {"params": wanted})["params"]
+    except Exception as error:  # Orbax raises many kinds for a damaged or foreign checkpoint
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{path}: cannot restore this checkpoint: {reason[:300]}; choose another --step") from None
+
+
+def _tokenizer(run: Path, store: str) -> Any:
+    """Of the finished run's export, which moves with it; else of the store that it reads."""
+    from jaxup.data.store import META, Store
+    from jaxup.data.tokenizer import load_tokenizer
+
+    if (run / "export" / "tokenizer_config.json").exists():
+        return load_tokenizer(str(run / "export"))
+    if "://" not in store and not Path(store).is_dir():
+        raise UserError(f"{run}: its tokenizer is gone with its token store {store}")
+    opened = Store(store)
+    meta = opened.read_json(META)
+    if meta is None:
+        raise UserError(f"{run}: its token store {store} is not complete, so there is no tokenizer")
+    return opened.load_tokenizer(meta["tokenizer"]["hash"])
+
+
+# ---- a Hugging Face model
+
+
+def rewrite(source: str, out: Path, *, dtype: str | None, **options: Any) -> None:
+    from jaxup.hub import writer
+    from jaxup.hub.card import model_card
+    from jaxup.hub.load import carried_files
+    from jaxup.hub.reader import load_params, open_checkpoint
+
+    opened = open_checkpoint(source)
+    config, hf = opened.config, opened.hf
+    params = load_params(source, config)
+    carried = carried_files(source)
+    card = model_card(
+        config, title=out.name, dtype=dtype or writer.main_dtype(params), source=source,
+        base_models=[] if Path(source).is_dir() else [source],
+    )  # fmt: skip
+    ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf}
+    writer.save(
+        out, config, params, dtype=dtype, model_type=hf["model_type"], carried=carried, hf_extra=ids, card=card,
+        **options,
+    )  # fmt: skip
+
+
+def cli() -> None:
+    entry_point(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,75 @@
+"""The model card: README.md with the front matter that the Hugging Face Hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import yaml
+
+from jaxup.depth.plan import DepthPlan
+from jaxup.model.config import ModelConfig
+from jaxup.model.decoder import count_params
+
+
+def model_card(
+    config: ModelConfig, *, title: str, dtype: str, source: str, plan: DepthPlan | None = None,
+    base_models: Iterable[str] = (),
+) -> str:  # fmt: skip
+    """README.md: what the model is, its sizes, and where every layer came from.
+
+    `source` is the model or run that it was made from, in words; without a `plan` its layers are the
+    source's. `base_models` that are not Hub ids are left out of the front matter, where the Hub
+    would refuse them. Names may hold anything.
+    """
+    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["jaxup"]}
+    if bases := [name for name in base_models if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII)]:
+        front["base_model"] = bases
+    gated = f"{config.activation}, gated" if config.gated_mlp else config.activation
+    rows = [
+        ("layers", str(config.num_layers)),
+        ("parameters", f"{count_params(config):,}"),
+        ("dtype", dtype),
+        ("hidden size", f"{config.hidden_size:,}"),
+        ("MLP size", f"{config.intermediate_size:,} ({gated})"),
+        ("heads", f"{config.num_heads} of {config.head_dim}, {config.num_kv_heads} for keys and values"),
+        ("vocabulary", f"{config.vocab_size:,}"),
+        ("positions", f"{config.max_positions:,} ({config.positions})"),
+    ]
+    lines = [
+        "---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "",
+        f"# {_code(title)}", "",
+        f"Made with jaxup from {_code(source)}.", "",
+        "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "",
+        "## Layers", "",
+    ]  # fmt: skip
+    if plan is None:
+        lines.append(f"Layers as in {_code(source)}.")
+    else:
+        lines += [
+            "`0` original, `X` copy, `z` zeroed copy, `p` partly inherited, `n` new.",
+            "",
+            _block(plan.describe()),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """On one line, between more backticks than it holds in a row: nothing in it is markdown or HTML."""
+    text = " ".join(_printable(text).split())[:200] or "?"
+    fence = _fence(text, 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
+
+
+def _block(text: str) -> str:
+    fence = _fence(text, 3)
+    return f"{fence}text\n{_printable(text)}\n{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    return "`" * max(least, longest + 1)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)

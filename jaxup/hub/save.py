@@ -1,0 +1,71 @@
+"""`jaxup.save`: a Decoder as a Hugging Face model directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from jaxup.hub import writer
+from jaxup.hub.card import model_card
+from jaxup.model.decoder import Decoder
+
+
+def save(
+    model: Decoder,
+    out: str | os.PathLike,
+    *,
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+    progress: bool = False,
+) -> None:
+    """Writes the directory `out`, which transformers and `jaxup.load` read.
+
+    A model that `jaxup.load` gave takes its tokenizer, chat template, generation config and special
+    token ids along, and stays of its family. If its arrays span processes, every process calls this.
+    One tensor at a time is taken off the devices.
+
+    Args:
+      model: its params may have any sharding.
+      tokenizer: one of transformers', or a directory or Hub id that holds one; replaces that which
+        the model came with.
+      dtype: of the tensors: "float32", "bfloat16" or "float16". None keeps what each has.
+      max_shard_size: of a file: bytes, or such as "5GB" (10^9) or "2GiB" (2^30).
+      force: replaces `out` if it is empty or holds a model.
+      progress: show it on stderr.
+
+    Raises:
+      UserError: and `out` is as it was: it exists, no transformers family computes the model, a
+        value is NaN or infinite or too large for `dtype`, or the disk is too small.
+    """
+    from jaxup.hub.load import carried_files
+
+    origin = getattr(model, "origin", None)
+    if isinstance(tokenizer, str | os.PathLike):
+        from jaxup.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(os.fspath(tokenizer))
+    carried = {} if origin is None or tokenizer is not None else carried_files(origin.path, origin.revision)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    plan = None if origin is None else origin.plan
+    card = model_card(
+        model.config, title=Path(out).name, dtype=dtype or writer.main_dtype(params), plan=plan,
+        source=origin.path if origin else "a model made in Python", base_models=base_models(origin),
+    )  # fmt: skip
+    writer.save(
+        out, model.config, params, tokenizer=tokenizer, dtype=dtype,
+        model_type=origin.model_type if origin else None, carried=carried,
+        hf_extra={name: list(i) if isinstance(i, tuple) else i for name, i in origin.token_ids} if origin else None,
+        card=card, extra_files={writer.PLAN: plan.to_yaml()} if plan else None, force=force,
+        max_shard_size=max_shard_size, progress=progress,
+    )  # fmt: skip
+
+
+def base_models(origin: Any) -> list[str]:
+    """What may be Hub ids among the model's sources."""
+    names = [] if origin is None else [origin.path, *(name for name, _ in (origin.plan.sources if origin.plan else ()))]
+    return [name for name in dict.fromkeys(names) if not os.path.exists(name)]

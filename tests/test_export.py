@@ -1,0 +1,196 @@
+"""`jaxup.export`: any model of a run, finished or not, and models written again."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jaxup import export, train
+from jaxup.depth.plan import DepthPlan
+from jaxup.errors import UserError
+from jaxup.hub.layouts import flatten
+from jaxup.hub.reader import load_config, load_params
+
+TINY = [
+    "--config=inherit_gpt2.py:smoke", "--config.steps=2", "--config.batch_size=8", "--config.model.num_layers=2",
+    "--config.model.hidden_size=16", "--config.model.num_heads=2", "--config.model.max_positions=16",
+    "--config.data.seq_len=16", "--config.data.tokenizer=bpe:260", "--config.eval.interval=2", "--config.eval.rows=8",
+    "--config.eval.batch_size=8", "--config.checkpoint.interval=1", "--config.log.interval=1",
+    "--config.optimizer.warmup_steps=1", "--config.sample.tokens=2", "--config.inherit.control=0",
+    "--config.inherit.tolerance=100.0", "--config.inherit.layers=2",  # as the reference: compiled once
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("export")
+    (root / "text").mkdir()
+    for file in (Path(train.__file__).parent / "training").glob("*.py"):
+        (root / "text" / file.with_suffix(".txt").name).write_text(file.read_text())
+    train.main(
+        ["train", *TINY, f"--config.data.source={root / 'text'}", "--config.data.val_fraction=0.4",
+         f"--workdir={root / 'runs' / 'r'}"]
+    )  # fmt: skip
+    return root / "runs" / "r"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy without its export: what an unfinished run has. The tokens stay where they are."""
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "export")
+    (tmp_path / "run" / "plan.yaml").unlink()
+    return tmp_path / "run"
+
+
+def main(*args):
+    export.main(["export", *map(str, args)])
+
+
+def refused(*args):
+    with pytest.raises(UserError) as caught:
+        main(*args)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def weights(directory):
+    return {
+        name: tensor
+        for path in sorted(directory.glob("*.safetensors"))
+        for name, tensor in safetensors.numpy.load_file(path).items()
+    }
+
+
+def test_the_last_target_is_what_the_run_exported(finished, run, tmp_path, torch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    main(run, tmp_path / "out")
+    ours, theirs = weights(tmp_path / "out"), weights(finished / "export")
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    text = "def f(x):\n    return x"
+    a, b = (AutoTokenizer.from_pretrained(path)(text)["input_ids"] for path in (tmp_path / "out", finished / "export"))
+    assert a == b
+    assert (tmp_path / "out" / "jaxup_plan.yaml").read_text() == (finished / "plan.yaml").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert DepthPlan.from_yaml((finished / "plan.yaml").read_text()).strip() in card
+    assert "target_2 at step 2 of the run run" in card
+
+
+def test_other_models_steps_dtypes_and_shards(run, tmp_path):
+    main(run, tmp_path / "new", "--model", "reference")
+    main(run, tmp_path / "old", "--model", "reference", "--step", "1", "--dtype", "bfloat16", "--max-shard-size", "9KB")
+    main(run, tmp_path / "target")
+    assert not np.array_equal(*(weights(tmp_path / d)["transformer.wte.weight"] for d in ("new", "target")))
+    assert len(list((tmp_path / "old").glob("model-*"))) > 2
+    new, old = (flatten(load_params(tmp_path / d, load_config(tmp_path / d))) for d in ("new", "old"))
+    assert {str(leaf.dtype) for leaf in old.values()} == {"bfloat16"}
+    moved = np.abs(old["embed_tokens"].astype(np.float32) - new["embed_tokens"]).max()
+    # An update of Adam moves by the learning rate, more than rounding to bfloat16 does.
+    assert 1e-4 < moved < 1e-1
+    assert not (tmp_path / "new" / "jaxup_plan.yaml").exists()
+
+
+def test_the_number_of_devices_does_not_matter(run, tmp_path):
+    """Eight devices wrote the checkpoints; one reads them, in a process of its own, as a user would."""
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(export.__file__).parents[1])}
+    command = [sys.executable, "-m", "jaxup.export", run, tmp_path / "out", "--model", "target_2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(jax.devices()) == 8
+    main(run, tmp_path / "here")
+    for name, tensor in weights(tmp_path / "out").items():
+        np.testing.assert_array_equal(tensor, weights(tmp_path / "here")[name])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"jaxup: .*exists already.*\n", done.stderr)
+
+
+def test_help_is_quick():
+    environment = {**os.environ, "PYTHONPATH": str(Path(export.__file__).parents[1])}
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "jaxup.export", "--help"], env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0
+    assert not re.search(r"\| +(jax|numpy|transformers|flax)$", done.stderr, re.M)
+    assert time.monotonic() - began < 3  # 0.2 s on a quiet machine
+
+
+def test_a_model_is_written_again(run, tmp_path):
+    main(run, tmp_path / "a")
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
+    main(tmp_path / "a", tmp_path / "b", "--dtype", "float16", "--max-shard-size", "10KB")
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        np.testing.assert_array_equal(tensor.astype(np.float16), b[name])
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    hf = [json.loads((tmp_path / d / "config.json").read_text()) for d in "ab"]
+    assert hf[1]["eos_token_id"] == hf[0]["eos_token_id"] is not None
+    assert "Layers as in" in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_what_is_wrong_is_one_line(run, tmp_path):
+    out = tmp_path / "out"
+    assert "no such" in refused(tmp_path / "nothing", out)
+    (tmp_path / "empty").mkdir()
+    assert "neither" in refused(tmp_path / "empty", out)
+    (tmp_path / "early").mkdir()
+    shutil.copy(run / "config.json", tmp_path / "early")
+    assert "no checkpoints" in refused(tmp_path / "early", out)
+    (tmp_path / "early" / "checkpoints").mkdir()
+    assert "no checkpoints" in refused(tmp_path / "early", out)
+    assert "did you mean 'target_2'" in refused(run, out, "--model", "target_1")
+    assert "reference, target_2" in refused(run, out, "--model", "zzz")
+    assert "there are 1, 2" in refused(run, out, "--step", "7")
+    assert "--dtype" in refused(run, out, "--dtype", "int8")
+    assert "max_shard_size" in refused(run, out, "--max-shard-size", "5")
+    before = sorted(run.rglob("*"))
+    for place in (run, run / "checkpoints", run / "checkpoints" / "x", tmp_path):
+        assert "overwrite" in refused(run, place, "--force")
+    assert sorted(run.rglob("*")) == before
+    (run / "checkpoints" / "target_2" / "model.json").rename(tmp_path / "model.json")
+    assert "model.json" in refused(run, out)
+    about = json.loads((tmp_path / "model.json").read_text())
+    (run / "checkpoints" / "target_2" / "model.json").write_text(json.dumps(about | {"store": str(tmp_path / "gone")}))
+    assert "gone with its token store" in refused(run, out)
+    about["model"]["hidden_size"] = 32
+    (run / "checkpoints" / "target_2" / "model.json").write_text(json.dumps(about))
+    assert "the config needs [2, 32]" in refused(run, out)
+    shutil.rmtree(run / "checkpoints" / "target_2")
+    assert "choose with --model among reference" in refused(run, out)
+    for path in (run / "checkpoints" / "reference" / "2").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(b"")
+    assert "cannot restore" in refused(run, out, "--model", "reference")
+    assert not out.exists()
+
+
+def test_model_configs_come_back(tmp_path):
+    from jaxup.model.config import ModelConfig, RopeScaling
+
+    model = dataclasses.replace(
+        ModelConfig.llama(vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2, num_kv_heads=1,
+                          max_positions=8),
+        sliding_window=3, layer_types=("full_attention", "sliding_attention"),
+        rope_scaling=RopeScaling(kind="linear", factor=2.0),
+    )  # fmt: skip
+    (tmp_path / "checkpoints" / "x").mkdir(parents=True)
+    about = {"model": dataclasses.asdict(model), "store": "s", "plan": None}
+    (tmp_path / "checkpoints" / "x" / "model.json").write_text(json.dumps(about))
+    assert export._read_about(tmp_path, "x").model == model
