@@ -99,13 +99,13 @@ def count_bytes(path: str) -> dict[str, float]:
     )
     from jax.sharding import AxisType
 
-    import jaxup
+    from jaxup import load
 
     mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
     jax.jit(lambda x: x + 1)(1.0).block_until_ready()
     read = lambda: int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])  # noqa: E731
     before, memory = read(), resident()
-    model = jaxup.load(path, mesh=mesh)
+    model = load(path, mesh=mesh)
     after = read()
     kept = sum(shard.data.nbytes for leaf in jax.tree.leaves(model) for shard in leaf.addressable_shards)
     return {"read": after - before, "kept": kept, "memory": peak() - memory}

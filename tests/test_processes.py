@@ -3,28 +3,37 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import safetensors.numpy
+from flax import traverse_util
 from test_train import arguments, corpus, losses  # noqa: F401
+
+from jaxup.hub.layouts import flatten
+from jaxup.hub.writer import save
+from jaxup.model.config import ModelConfig
+from jaxup.model.decoder import abstract
 
 pytestmark = pytest.mark.slow
 
 
-def spawn_two(*args):
+def spawn_two(*args, command=("-m", "jaxup.train"), devices=2):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     environment = {
-        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        **os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
     }  # fmt: skip
     return [
-        subprocess.Popen([sys.executable, "-m", "jaxup.train", *args], text=True, stdout=subprocess.PIPE,
+        subprocess.Popen([sys.executable, *command, *args], text=True, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, env={**environment, "JAX_PROCESS_ID": str(rank)})
         for rank in range(2)
     ]  # fmt: skip
@@ -62,3 +71,57 @@ def test_a_signal_to_one_stops_both_at_the_same_step(corpus, tmp_path):  # noqa:
     assert len(steps) == 1
     assert (tmp_path / "run" / "checkpoints" / "reference" / steps.pop()).is_dir()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 100000
+
+
+LOAD = """
+import json, os, sys
+import jax, numpy as np
+from jax.sharding import AxisType
+jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], 2, int(os.environ["JAX_PROCESS_ID"]))
+from flax import nnx
+from jaxup import UserError, load
+from jaxup.hub.layouts import flatten
+from jaxup.hub.reader import load_config, load_params
+good, bad = sys.argv[1:]
+mesh = jax.make_mesh((2, 4), ("tensor", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+load(good, mesh=mesh)  # compiles, and imports what is imported late
+read = lambda: int(open("/proc/self/io").read().split("rchar: ")[1].split()[0])
+before = read()
+model = load(good, mesh=mesh)
+after = read()
+expected = flatten(load_params(good, load_config(good)))
+leaves = flatten(nnx.to_pure_dict(nnx.state(model)))
+for path, leaf in leaves.items():
+    for shard in leaf.addressable_shards:
+        np.testing.assert_array_equal(shard.data, expected[path][shard.index], err_msg=path)
+kept = sum(shard.data.nbytes for leaf in leaves.values() for shard in leaf.addressable_shards)
+try:
+    load(bad, mesh=mesh, strict=True)
+    refused = ""
+except UserError as error:
+    refused = str(error)
+print(json.dumps({"read": after - before, "kept": kept, "refused": refused}))
+"""
+
+
+def test_each_of_two_processes_reads_its_share(tmp_path):
+    rng = np.random.default_rng(0)
+    config = ModelConfig.llama(
+        vocab_size=2048, hidden_size=256, intermediate_size=512, num_layers=3, num_heads=8, num_kv_heads=2,
+        max_positions=64,
+    )  # fmt: skip
+    leaves = {p: rng.standard_normal(a.shape, dtype=np.float32) for p, a in flatten(abstract(config)[1]).items()}
+    save(tmp_path / "good", config, traverse_util.unflatten_dict(leaves, sep="."))
+    shutil.copytree(tmp_path / "good", tmp_path / "bad", ignore=shutil.ignore_patterns("jaxup_manifest.json"))
+    # One number, in a row that only one of the two reads: both must refuse, or the other waits for ever.
+    tensors = safetensors.numpy.load_file(tmp_path / "bad" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = np.nan
+    safetensors.numpy.save_file(tensors, tmp_path / "bad" / "model.safetensors")
+    processes = spawn_two(str(tmp_path / "good"), str(tmp_path / "bad"), command=("-c", LOAD), devices=4)
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        result = json.loads(out.splitlines()[-1])
+        # What it keeps and a twentieth: headers, config, and the vectors, which all read.
+        assert result["read"] <= 1.05 * result["kept"], result
+        assert "model.layers.1.mlp.up_proj.weight" in result["refused"]
