@@ -38,25 +38,7 @@ def torch():
 @pytest.fixture(scope="session")
 def hf_model(torch):
     """make(model_type, seed=0, **config) -> a small transformers model with far from trivial weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import parity
 
-    sizes = {
-        "gpt2": dict(vocab_size=61, n_embd=24, n_layer=3, n_head=3, n_positions=64),
-        "llama": dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
-                      num_attention_heads=3, num_key_value_heads=3, max_position_embeddings=64),
-    }  # fmt: skip
-    sizes["mistral"] = sizes["llama"] | {"sliding_window": 5}
-    ids = {"bos_token_id": 0, "eos_token_id": 1}
-
-    def make(model_type, seed=0, **config):
-        torch.manual_seed(seed)
-        hf = AutoConfig.for_model(model_type, **{**sizes[model_type], **ids, **config})
-        hf._attn_implementation = "eager"
-        model = AutoModelForCausalLM.from_config(hf).eval()
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                # Norms around one and not at one; biases not at zero: a mix-up must show.
-                p.normal_(1.0 if "ln_" in name or "norm" in name else 0.0, 0.15)
-        return model
-
-    return make
+    torch.set_num_threads(1)  # tiny models: several threads only wait for each other
+    return parity.hf_model

@@ -1,4 +1,4 @@
-"""The decoder and its loss against torch, and against itself run in other ways."""
+"""The decoder against itself run in other ways, and its loss; see test_parity for torch."""
 
 import dataclasses
 import functools
@@ -8,41 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from parity import SEQ, loss_and_grad, relative, tokens_for
 from scipy.special import logsumexp
 
-from jaxup.hub.layouts import expected_tensors, flatten, to_file
-from jaxup.hub.reader import load_config, load_params
+from jaxup.hub.layouts import flatten
 from jaxup.model.attention import attention
 from jaxup.model.config import Compute, ModelConfig, RopeScaling
 from jaxup.model.decoder import KVCache, abstract, count_params, init, named_axes
 from jaxup.training.loss import cross_entropy
-
-SEQ = 17  # odd, longer than the sliding windows
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def forward(config, compute, params, tokens, segment_ids=None):
     graphdef, _ = abstract(config, compute)
     return nnx.merge(graphdef, params)(tokens, segment_ids_BS=segment_ids)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 5))
-@functools.partial(jax.value_and_grad, argnums=2, has_aux=True)
-def loss_and_grad(config, compute, params, tokens, segment_ids=None, chunk=8):
-    """((mean loss, logits), gradients), compiled as one."""
-    graphdef, _ = abstract(config, compute)
-    model = nnx.merge(graphdef, params)
-    targets = jnp.roll(tokens, -1, axis=1)
-    weights = jnp.ones(tokens.shape).at[:, -1].set(0)
-    hidden = model.hidden(tokens, segment_ids_BS=segment_ids)
-    loss, _ = cross_entropy(hidden, model.head_kernel(), targets, weights, chunk=chunk, z_loss=0.0)
-    return loss / weights.sum(), hidden @ model.head_kernel().astype(hidden.dtype)
-
-
-def tokens_for(config, seed=0, batch=2, seq=SEQ):
-    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, seq), dtype=np.int32)
 
 
 def noisy(config, seed=0):
@@ -54,112 +33,6 @@ def noisy(config, seed=0):
         return jnp.asarray(values + 1 if path[-1].key == "scale" else values)
 
     return jax.tree_util.tree_map_with_path(draw, abstract(config)[1])
-
-
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)
-
-
-def check_against_torch(torch, model, directory, record_property):
-    model.save_pretrained(directory)
-    config = load_config(directory)
-    params = load_params(directory, config)
-    tokens = tokens_for(config)
-
-    batch = torch.tensor(tokens, dtype=torch.long)
-    output = model(batch, labels=batch)
-    output.loss.backward()
-    (loss, logits), grads = loss_and_grad(config, Compute(), params, tokens)
-    logits_error = np.abs(logits - output.logits.detach().numpy()).max()
-    loss_error = abs(float(loss) - output.loss.item()) / output.loss.item()
-
-    flat = flatten(jax.tree.map(np.asarray, grads))
-    from jaxup.hub.families import FAMILIES
-
-    table = FAMILIES[model.config.model_type].tensors
-    ours = {
-        t.name: to_file(t, [flat[p] if t.layer is None else flat[p][t.layer] for p in t.paths])
-        for t in expected_tensors(table, {p: g.shape for p, g in flat.items()})
-    }
-    theirs = {name: p.grad.numpy() for name, p in model.named_parameters()}
-    assert ours.keys() == theirs.keys()
-    # Adding a constant to all keys leaves softmax as it is: the gradient of a key bias is zero but
-    # for rounding, and is measured against the whole model's instead of its own.
-    scale = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in theirs.values()))
-    grad_error = 0.0
-    for name, g in theirs.items():
-        error = np.linalg.norm(ours[name] - g) / (scale if "k_proj.bias" in name else np.linalg.norm(g))
-        assert error < 1e-4, name
-        grad_error = max(grad_error, error)
-    record_property("errors", (float(logits_error), float(loss_error), float(grad_error)))
-    print(f"PARITY {model.config.model_type} logits={logits_error:.1e} loss={loss_error:.1e} grads={grad_error:.1e}")
-    assert np.abs(logits).max() > 0.3  # small logits would agree whatever the weights
-    assert logits_error < 1e-4
-    assert loss_error < 1e-4
-
-
-CASES = {
-    "gpt2": ("gpt2", {}),
-    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 28, "layer_norm_epsilon": 1e-3}),
-    "gpt2-depth-scaled": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"}),
-    "gpt2-upcast": ("gpt2", {"reorder_and_upcast_attn": True, "activation_function": "gelu"}),
-    "llama-mha": ("llama", {}),
-    "llama-gqa-tied": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "llama-mqa-wide-heads": ("llama", {"num_key_value_heads": 1, "head_dim": 10}),
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-2}),
-    "llama-theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
-    "mistral-window": ("mistral", {"num_key_value_heads": 1}),
-    "mistral-no-window": ("mistral", {"sliding_window": None, "head_dim": 6}),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_logits_loss_and_gradients_equal_torch(case, torch, hf_model, tmp_path, record_property):
-    model_type, config = CASES[case]
-    check_against_torch(torch, hf_model(model_type, **config), tmp_path, record_property)
-
-
-@settings(max_examples=4, deadline=None, derandomize=True, database=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
-@given(
-    kv_heads=st.integers(1, 2), groups=st.integers(1, 3), half_dim=st.integers(1, 5), layers=st.integers(1, 3),
-    tied=st.booleans(), bias=st.booleans(), window=st.none() | st.integers(1, SEQ + 2), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_random_models_equal_torch(
-    torch, hf_model, tmp_path_factory, record_property, kv_heads, groups, half_dim, layers, tied, bias, window, seed
-):
-    heads = kv_heads * groups
-    config = dict(
-        hidden_size=4 * heads, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=2 * half_dim,
-        num_hidden_layers=layers, tie_word_embeddings=tied,
-    )  # fmt: skip
-    if window is None:
-        config |= {"attention_bias": bias, "mlp_bias": not bias}
-    else:
-        config["sliding_window"] = window
-    model = hf_model("llama" if window is None else "mistral", seed=seed, **config)
-    check_against_torch(torch, model, tmp_path_factory.mktemp("model"), record_property)
-
-
-def test_greedy_decoding_equals_torch(torch, hf_model, tmp_path):
-    model = hf_model("gpt2")
-    model.save_pretrained(tmp_path)
-    config = load_config(tmp_path)
-    graphdef, _ = abstract(config)
-    params = load_params(tmp_path, config)
-    prompt = tokens_for(config, batch=1, seq=6)
-    expected = model.generate(
-        torch.tensor(prompt, dtype=torch.long), attention_mask=torch.ones(1, 6, dtype=torch.long),
-        max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=1, eos_token_id=None,
-    )  # fmt: skip
-    decode = jax.jit(lambda params, tokens, cache: nnx.merge(graphdef, params).decode(tokens, cache))
-    cache, tokens, out = KVCache.empty(config, 1, 40, jnp.float32), jnp.asarray(prompt), []
-    for _ in range(32):
-        logits, cache = decode(params, tokens, cache)
-        tokens = jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32)
-        out.append(int(tokens[0, 0]))
-    assert out == expected[0, 6:].tolist()
 
 
 GPT2 = ModelConfig.gpt2(vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, max_positions=300, bias=True)
