@@ -1,4 +1,4 @@
-"""Models on disk: both directions against transformers, every refusal, and writers that die."""
+"""Model directories read: spellings of old files, every refusal, fuzzed headers, flipped bits."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax import nnx
+from flax import nnx, traverse_util
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,14 +45,7 @@ def make(config, seed=0):
     shapes = {path: leaf.shape for path, leaf in flatten(abstract(config)[1]).items()}
     params = {p: 0.2 * rng.standard_normal(shape, dtype=np.float32) for p, shape in shapes.items()}
     params = {p: leaf + 1 if p.endswith("scale") else leaf for p, leaf in params.items()}
-    nested = {}
-    for path, leaf in params.items():
-        node = nested
-        *parents, name = path.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return nested
+    return traverse_util.unflatten_dict(params, sep=".")
 
 
 def write_hf(directory, tensors, config):
