@@ -82,17 +82,24 @@ def to_file(tensor: Tensor, parts: list[np.ndarray], dtype: np.dtype | None = No
         part = part.reshape(-1) if layout == "flat" else part.reshape(math.prod(part.shape[:inputs]), -1)
         begin, end = end, end + part.shape[-1]
         if layout == "linear":
-            _transpose(part, array[begin:end])
+            transpose(part, array[begin:end])
         else:
             array[..., begin:end] = part
     return array
 
 
-def _transpose(matrix: np.ndarray, out: np.ndarray) -> None:
-    """Rows at a time and as integers: four times as fast as numpy's own copy of a transposed bfloat16."""
-    bits = np.dtype(f"u{out.itemsize}")
-    for i in range(0, len(matrix), 64):
-        rows = matrix[i : i + 64].astype(out.dtype, copy=False)
+def transpose(matrix: np.ndarray, out: np.ndarray) -> None:
+    """`out[...] = matrix.T`, cast to the dtype of `out`, five times as fast as numpy does it for 16 bits.
+
+    Strips of rows are first copied to where they lie an odd number of cache lines apart: rows whose
+    length is a power of two would drive each other out of the cache.
+    """
+    height, width = matrix.shape
+    strip = np.empty((64, width + 64 // out.itemsize), out.dtype)[:, :width]
+    bits = f"u{out.itemsize}"  # numpy copies integers faster than bfloat16
+    for i in range(0, height, 64):
+        rows = strip[: min(64, height - i)]
+        rows[...] = matrix[i : i + 64]
         out.view(bits)[:, i : i + 64] = rows.view(bits).T
 
 

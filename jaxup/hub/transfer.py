@@ -1,9 +1,10 @@
-"""From checked files to sharded params, through a plan.
+"""From checked files to params on devices, through a plan.
 
-Every tensor of the files is split by rows over all devices, read by each process for its own devices
-only, put there, and then moved, transposed to our layout, into its place in the stack of layers by
-one compiled program per kind of tensor. So each byte is read by one process, ranges are contiguous
-however the params are sharded, and a process holds a few pieces of tensors more than it keeps.
+On accelerators and meshes every tensor of the files is split by rows over all devices, read by each
+process for its own devices only, put there, and then moved, transposed to our layout, into its place
+in the stack of layers by one compiled program per kind of tensor. So each byte is read by one
+process, ranges are contiguous however the params are sharded, and a process holds a few pieces of
+tensors more than it keeps. For one CPU the stacks are filled in place, and become its arrays.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
 from jaxup.hub import reader
 from jaxup.hub.header import TensorInfo
-from jaxup.hub.layouts import Tensor, flatten
+from jaxup.hub.layouts import Tensor, flatten, from_file, transpose
 from jaxup.hub.reader import Checkpoint, dtype_of, is_finite
-from jaxup.hub.storage import Local
+from jaxup.hub.storage import Local, aligned
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract, init
 from jaxup.progress import Progress
@@ -47,7 +48,10 @@ def transfer(
     alone = jax.process_count() == 1
     # Elsewhere a process would have to read what belongs to others.
     digests = [_in_background(checkpoint.check_digests) for checkpoint in checkpoints.values()] if alone else []
-    leaves = _initial(plan, config, shardings, _leaf_dtypes(plan, shardings, checkpoints, dtype))
+    dtypes = _leaf_dtypes(plan, shardings, checkpoints, dtype)
+    sharding = next(iter(shardings.values()))
+    on_host = isinstance(sharding, SingleDeviceSharding) and next(iter(sharding.device_set)).platform == "cpu"
+    target = (_Host if on_host else _Devices)(plan, config, shardings, dtypes)
     finite = np.ones(len(moves), bool)
     total, done = sum(_nbytes(move.info) for move in moves), 0
     # Over a network it is the requests in flight that make the speed; here, more threads cost memory.
@@ -56,19 +60,9 @@ def transfer(
         concurrent.futures.ThreadPoolExecutor(2 if local else 16) as pool,
         Progress("load", total=total // 10**6, unit="MB") if progress else contextlib.nullcontext() as shown,
     ):
-        for i, (move, fetched) in enumerate(_read_ahead(pool, moves, shardings)):
+        for i, (move, fetched) in enumerate(_read_ahead(pool, moves, target.fetch)):
             array, finite[i] = fetched.result()
-            for path, layer, part, scale in move.targets:
-                leaf, sharding = leaves[path], shardings[path]
-                if layer is None and (array.shape, array.dtype, array.sharding) == (leaf.shape, leaf.dtype, sharding):
-                    leaves[path] = array
-                    continue
-                # One program for all layers.
-                like = move.tensor._replace(name="", layer=None if layer is None else 0)
-                place = _placer(like, part, scale, leaf.dtype, sharding)
-                leaves[path] = place(None if layer is None else leaf, array, np.int32(layer or 0))
-            # One tensor at a time on the device: the next ones are read meanwhile.
-            jax.block_until_ready([leaves[path] for path, *_ in move.targets])
+            target.put(move, array)
             done += _nbytes(move.info)
             if shown:
                 shown.update(done // 10**6)
@@ -78,7 +72,7 @@ def transfer(
         digest.result()
     if not finite.all():
         _report([move for move, ok in zip(moves, finite, strict=True) if not ok], strict)
-    return leaves
+    return target.finish()
 
 
 class _Move(NamedTuple):
@@ -132,30 +126,25 @@ def _leaf_dtypes(
     return dtypes
 
 
-def _initial(
+def _fresh(
     plan: DepthPlan, config: ModelConfig, shardings: Mapping[str, Any], dtypes: Mapping[str, np.dtype]
-) -> dict[str, Any]:
-    """What the tensors are put into: zeros, or fresh parameters where the plan inherits nothing.
-
-    What is wholly replaced is a ShapeDtypeStruct only.
-    """
-    shapes = flatten(abstract(config)[1])
-    leaves = {path: jax.ShapeDtypeStruct(shape.shape, dtypes[path]) for path, shape in shapes.items()}
-    fresh = {path for path in leaves if _is_fresh(plan, path)}
-    made = fresh | {path for path in leaves if path.startswith("blocks.")}
+) -> dict[str, jax.Array]:
+    """Newly initialised leaves of which the plan inherits nothing, or not in every layer."""
+    paths = {path for path in shardings if _is_fresh(plan, path)}
+    if not paths:
+        return {}
 
     def make() -> dict[str, jax.Array]:
-        values = flatten(init(config, 0)) if fresh else {}
-        result = {path: values[path] if path in fresh else jnp.zeros(leaves[path].shape) for path in made}
-        for path in fresh:
+        leaves = {path: leaf for path, leaf in flatten(init(config, 0)).items() if path in paths}
+        for path, leaf in leaves.items():
             if path.startswith("blocks."):
                 inside = path.removeprefix("blocks.")
                 scales = np.array([0 if row.inherits(inside) else row.scale(inside) for row in plan.rows], np.float32)
-                scales = scales.reshape(-1, *[1] * (result[path].ndim - 1))
-                result[path] = jnp.where(scales == 0, 0, result[path] * scales)
-        return {path: leaf.astype(dtypes[path]) for path, leaf in result.items()}
+                scales = scales.reshape(-1, *[1] * (leaf.ndim - 1))
+                leaves[path] = jnp.where(scales == 0, 0, leaf * scales)
+        return {path: leaf.astype(dtypes[path]) for path, leaf in leaves.items()}
 
-    return leaves | jax.jit(make, out_shardings={path: shardings[path] for path in made})()
+    return jax.jit(make, out_shardings={path: shardings[path] for path in paths})()
 
 
 def _is_fresh(plan: DepthPlan, path: str) -> bool:
@@ -166,12 +155,12 @@ def _is_fresh(plan: DepthPlan, path: str) -> bool:
 
 
 def _read_ahead(
-    pool: concurrent.futures.Executor, moves: Iterable[_Move], shardings: Mapping[str, Any]
+    pool: concurrent.futures.Executor, moves: Iterable[_Move], fetch: Callable[[_Move], Any]
 ) -> Iterator[tuple[_Move, concurrent.futures.Future]]:
     """Starts reading a few tensors before they are asked for."""
     queue, size, share = collections.deque(), 0, jax.process_count()
     for move in moves:
-        queue.append((move, pool.submit(_fetch, move, shardings[move.targets[0][0]])))
+        queue.append((move, pool.submit(fetch, move)))
         size += _nbytes(move.info) // share
         while size > _READ_AHEAD:
             size -= _nbytes(queue[0][0].info) // share
@@ -179,41 +168,109 @@ def _read_ahead(
     yield from queue
 
 
-def _fetch(move: _Move, target: Any) -> tuple[jax.Array, bool]:
-    """A tensor on the devices, inputs first, and whether what this process read of it is finite.
+def _rows(move: _Move, rows: slice) -> tuple[np.ndarray, bool]:
+    """Rows of the tensor, and whether they are finite."""
+    piece = move.checkpoint.read(move.info, rows)
+    if move.tensor.paths == ("embed_tokens",):
+        reader.check_tied(move.checkpoint, piece, rows)
+    return piece, is_finite(piece)
 
-    Matrices are split over all devices of the mesh, along the rows of the file, of which the last
-    device may get fewer: zeros make up for them. Vectors are everywhere. `target` is the sharding
-    of the leaf that the tensor becomes part of.
-    """
-    shape, transposed = move.info.shape, move.tensor.row.layout == "linear"
-    sharding = target
-    if isinstance(target, NamedSharding):
-        mesh, matrix = target.mesh, len(shape) == 2
-        rows = [_axes(move.tensor, target).all_rows] if matrix else []
-        sharding = NamedSharding(mesh, PartitionSpec(*([None] * transposed + rows)))
-        if matrix:
-            shape = (-(-shape[0] // mesh.size) * mesh.size, shape[1])
-    if transposed:
-        shape = shape[::-1]
-    devices = collections.defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        start, stop, _ = index[-1 if transposed else 0].indices(shape[-1 if transposed else 0])
-        devices[start, stop].append(device)
-    arrays, finite = {}, True
-    for (start, stop), group in devices.items():
-        rows = slice(min(start, move.info.shape[0]), min(stop, move.info.shape[0]))
-        piece = move.checkpoint.read(move.info, rows)
-        finite = finite and is_finite(piece)
-        if move.tensor.paths == ("embed_tokens",):
-            reader.check_tied(move.checkpoint, piece, rows)
-        if len(piece) < stop - start:
-            piece = np.concatenate([piece, np.zeros((stop - start - len(piece), *piece.shape[1:]), piece.dtype)])
-        # Transposed by the transfer: XLA's is several times as fast as numpy's, or its own on a CPU.
-        arrays |= {device: jax.device_put(piece.T if transposed else piece, device) for device in group}
-    jax.block_until_ready(list(arrays.values()))
-    ordered = [arrays[device] for device in sharding.addressable_devices_indices_map(shape)]
-    return jax.make_array_from_single_device_arrays(shape, sharding, ordered), finite
+
+class _Host:
+    """Leaves in the memory of this process, filled by the threads that read."""
+
+    def __init__(self, plan, config, shardings, dtypes):
+        shapes = flatten(abstract(config)[1])
+        fresh = _fresh(plan, config, shardings, dtypes)
+        self._shardings = shardings
+        self._leaves = {path: aligned(shape.shape, dtypes[path]) for path, shape in shapes.items()}
+        for path, leaf in self._leaves.items():
+            if path in fresh:
+                leaf[...] = fresh[path]
+            elif not all(row.scale(path.removeprefix("blocks.")) for row in plan.rows):
+                leaf[...] = 0
+
+    def fetch(self, move: _Move) -> tuple[None, bool]:
+        piece, finite = _rows(move, slice(None))
+        tensor = move.tensor
+        for path, layer, part, scale in move.targets:
+            leaf = self._leaves[path]
+            if layer is None and tensor.row.layout == "same" and piece.dtype == leaf.dtype:
+                self._leaves[path] = piece
+                continue
+            leaf = leaf[... if layer is None else layer]
+            if tensor.row.layout == "linear":
+                sizes = [math.prod(shape[tensor.row.inputs :]) for shape in tensor.part_shapes]
+                start = sum(sizes[:part])
+                transpose(piece[start : start + sizes[part]], leaf.reshape(-1, sizes[part]))
+            else:
+                leaf[...] = from_file(tensor, piece)[part]
+            if scale != 1:
+                leaf[...] = leaf.astype(np.promote_types(leaf.dtype, np.float32)) * np.float32(scale)
+        return None, finite
+
+    def put(self, move: _Move, array: None) -> None:
+        pass
+
+    def finish(self) -> dict[str, jax.Array]:
+        # No copies: they are aligned as XLA wants them.
+        return {path: jax.device_put(leaf, self._shardings[path]) for path, leaf in self._leaves.items()}
+
+
+class _Devices:
+    """Leaves on the devices of a mesh, or on one accelerator."""
+
+    def __init__(self, plan, config, shardings, dtypes):
+        shapes = flatten(abstract(config)[1])
+        self._shardings = shardings
+        self._leaves = {path: jax.ShapeDtypeStruct(shape.shape, dtypes[path]) for path, shape in shapes.items()}
+        fresh = _fresh(plan, config, shardings, dtypes)
+        stacks = [path for path in shapes if path.startswith("blocks.") and path not in fresh]
+        zeros = jax.jit(
+            lambda: {path: jnp.zeros(shapes[path].shape, dtypes[path]) for path in stacks},
+            out_shardings={path: shardings[path] for path in stacks},
+        )()
+        self._leaves |= fresh | zeros
+
+    def fetch(self, move: _Move) -> tuple[jax.Array, bool]:
+        """The tensor on the devices, and whether what this process read of it is finite.
+
+        Matrices are split by rows over all devices of the mesh, of which the last may get fewer:
+        zeros make up for them. Vectors are everywhere.
+        """
+        sharding, shape = self._shardings[move.targets[0][0]], move.info.shape
+        if isinstance(sharding, NamedSharding):
+            mesh, matrix = sharding.mesh, len(shape) == 2
+            rows = [_axes(move.tensor, sharding).all_rows] if matrix else []
+            sharding = NamedSharding(mesh, PartitionSpec(*rows))
+            if matrix:
+                shape = (-(-shape[0] // mesh.size) * mesh.size, shape[1])
+        places = collections.defaultdict(list)
+        for device, (index, *_) in sharding.addressable_devices_indices_map(shape).items():
+            places[index.indices(shape[0])[:2]].append(device)
+        arrays, finite = {}, True
+        for (start, stop), devices in places.items():
+            piece, ok = _rows(move, slice(min(start, move.info.shape[0]), min(stop, move.info.shape[0])))
+            finite = finite and ok
+            if len(piece) < stop - start:
+                padding = np.zeros((stop - start - len(piece), *piece.shape[1:]), piece.dtype)
+                piece = np.concatenate([piece, padding])
+            arrays |= {device: jax.device_put(piece, device) for device in devices}
+        ordered = [arrays[device] for device in sharding.addressable_devices_indices_map(shape)]
+        return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, ordered)), finite
+
+    def put(self, move: _Move, array: jax.Array) -> None:
+        for path, layer, part, scale in move.targets:
+            leaf, sharding = self._leaves[path], self._shardings[path]
+            # One program for all layers.
+            like = move.tensor._replace(name="", layer=None if layer is None else 0)
+            place = _placer(like, part, scale, leaf.dtype, sharding)
+            self._leaves[path] = place(None if layer is None else leaf, array, np.int32(layer or 0))
+        # One tensor at a time: the next ones are read meanwhile.
+        jax.block_until_ready([self._leaves[path] for path, *_ in move.targets])
+
+    def finish(self) -> dict[str, jax.Array]:
+        return self._leaves
 
 
 class _Axes(NamedTuple):
@@ -241,7 +298,7 @@ def _axes(tensor: Tensor, target: NamedSharding) -> _Axes:
 def _placer(tensor: Tensor, part: int, scale: float, dtype: np.dtype, target: Any):
     """A compiled (leaf [L, ...] or None, fetched tensor, layer) -> leaf with one of the tensor's parts in it."""
     row, shapes = tensor.row, tensor.part_shapes
-    shape, transposed = shapes[part], row.layout == "linear"
+    shape = shapes[part]
 
     def place(leaf, array, layer):
         if row.layout == "flat":
@@ -263,20 +320,24 @@ def _placer(tensor: Tensor, part: int, scale: float, dtype: np.dtype, target: An
         """The part's [inputs, outputs], from all the file's rows on all devices to the leaf's layout."""
         inputs = math.prod(shape[: row.inputs])
         outputs = [math.prod(s[row.inputs :]) for s in shapes]
-        start = sum(outputs[:part])
-        if not isinstance(target, NamedSharding):
-            return x[:, start : start + outputs[part]]
-        axes = _axes(tensor, target)
-        if len(shapes) > 1 or x.shape != (inputs, outputs[part]):
-            x = split(x, (), ())[:inputs, start : start + outputs[part]]
+        begin, end = sum(outputs[:part]), sum(outputs[: part + 1])
+        rows, columns = (
+            (slice(begin, end), slice(inputs)) if row.layout == "linear" else (slice(inputs), slice(begin, end))
+        )
+        if isinstance(target, NamedSharding):
+            axes = _axes(tensor, target)
+            if x[rows, columns].shape == x.shape:
+                x = split(x, axes.rows + axes.columns, ())
+            else:
+                x = split(x, (), ())[rows, columns]
+            x = split(x, axes.rows, axes.columns)
         else:
-            x = split(x, axes.rows + axes.columns, ())
-        return split(x, axes.rows, axes.columns)
+            x = x[rows, columns]
+        return x.T if row.layout == "linear" else x
 
     def split(x, rows: tuple[str, ...], columns: tuple[str, ...]):
         # XLA finds the way to each of these, but not to the last at once.
-        spec = PartitionSpec(*((columns, rows) if transposed else (rows, columns)))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(target.mesh, spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(target.mesh, PartitionSpec(rows, columns)))
 
     return jax.jit(place, donate_argnums=0, out_shardings=target)
 
