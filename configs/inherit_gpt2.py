@@ -73,12 +73,18 @@ def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
     c.seed = v["seed"]
     c.steps = 20 if smoke else 300 if small else 100_000
+    c.epochs = 0  # instead of steps: passes over the training rows that `data` leaves
     c.batch_size = rows
 
     c.reference = ConfigDict()
-    c.reference.path = ""  # a Hugging Face GPT-2 directory, to inherit from it instead of training one
+    c.reference.path = ""  # a Hugging Face model, directory, id or gs://, to inherit from instead of training one
+    c.reference.revision = ""  # of a Hub id: branch, tag or commit
+    c.reference.allow_pickle = False  # read pytorch_model.bin if there is no safetensors file
+    c.reference.steps = 0  # to train the reference for, 0 = as many as a target
+    c.reference.all_data = False  # train it on all rows, whatever part of them data.fraction or tokens leaves
 
     c.model = ConfigDict()
+    c.model.family = "gpt2"
     c.model.num_layers = layers
     c.model.hidden_size = hidden
     c.model.num_heads = heads
@@ -91,7 +97,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.inherit.layers = v["layers"]
     c.inherit.which = "first"  # or "last", or the layers themselves: "0,2,4"
     c.inherit.parts = ABLATIONS[v["ablation"]]
-    c.inherit.grow_by = 2
+    c.inherit.grow_by = 2  # 0 = no growing
+    c.inherit.sweep = ""  # instead of growing, targets of so many layers each: "4,6,8"
     c.inherit.tolerance = 0.01
     c.inherit.control = v["control"]
 
@@ -103,6 +110,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.val_fraction = 0.05 if small else 0.0005
     c.data.seed = 2357  # of the split into training and validation, where a source is split at random
     c.data.fraction = 1.0  # 0.001 = a random 0.1% of the training rows
+    c.data.tokens = 0  # instead of a fraction: so many training tokens, 0 = all
     c.data.isolate_documents = False
     c.data.store = ""  # where the tokens are kept, local or gs://; "" = beside the run directory
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxup.model.decoder import Params
 
 
-def main(argv: list[str]) -> None:
+def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m jaxup.export", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("source", metavar="RUN", help="run directory, or Hugging Face model directory or id")
@@ -32,7 +32,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the tensors (default: as is)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it holds a model")
-    args = parser.parse_args(argv[1:])
+    parser.add_argument("--revision", help="of a Hub id: branch, tag or commit")
+    parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin if there is nothing better")
+    return parser.parse_args(argv[1:])
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
 
     from jaxup.hub.shards import parse_size
     from jaxup.hub.staging import check_replaceable
@@ -49,7 +55,8 @@ def main(argv: list[str]) -> None:
     elif args.model is not None or args.step is not None:
         raise UserError(f"{args.source}: is not a run directory, so it has no --model or --step to choose")
     else:
-        rewrite(args.source if not source.is_dir() else str(source), out, **options)
+        where = str(source) if source.is_dir() else args.source
+        rewrite(where, out, revision=args.revision, allow_pickle=args.allow_pickle, **options)
     print(f"wrote {out}", flush=True)
 
 
@@ -191,25 +198,15 @@ def _tokenizer(run: Path, store: str) -> Any:
 # ---- a Hugging Face model
 
 
-def rewrite(source: str, out: Path, *, dtype: str | None, **options: Any) -> None:
-    from jaxup.hub import writer
-    from jaxup.hub.card import model_card
-    from jaxup.hub.load import carried_files
-    from jaxup.hub.reader import load_params, open_checkpoint
+def rewrite(source: str, out: Path, *, revision: str | None, allow_pickle: bool, **options: Any) -> None:
+    import jax
 
-    opened = open_checkpoint(source)
-    config, hf = opened.config, opened.hf
-    params = load_params(source, config)
-    carried = carried_files(source)
-    card = model_card(
-        config, title=out.name, dtype=dtype or writer.main_dtype(params), source=source,
-        base_models=[] if Path(source).is_dir() else [source],
-    )  # fmt: skip
-    ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf}
-    writer.save(
-        out, config, params, dtype=dtype, model_type=hf["model_type"], carried=carried, hf_extra=ids, card=card,
-        **options,
-    )  # fmt: skip
+    from jaxup.hub.load import load
+    from jaxup.hub.save import save
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it need not fit into an accelerator
+        model = load(source, revision=revision, allow_pickle=allow_pickle, strict=True, progress=True)
+    save(model, out, **options)
 
 
 def cli() -> None:

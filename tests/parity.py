@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax import nnx
+from plain import load_params
 
 from jaxup.hub.families import FAMILIES
 from jaxup.hub.layouts import expected_tensors, flatten, to_file
-from jaxup.hub.reader import load_config, load_params
+from jaxup.hub.reader import load_config
 from jaxup.hub.writer import save
 from jaxup.model.config import Compute
 from jaxup.model.decoder import KVCache, abstract

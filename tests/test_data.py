@@ -1,9 +1,8 @@
-"""Text -> token rows -> batches: every kind of source, the store's bytes, resuming, and the batch's purity."""
+"""Token rows -> batches: the store's bytes, resuming, what is refused, and the batch's purity."""
 
 import dataclasses
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,46 +11,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sources import ODD, opened, texts, tokenizer_dir, write_jsonl  # noqa: F401
 
 from jaxup.data import prepare as prepare_module
 from jaxup.data import sources, store
 from jaxup.data.batches import Batches, DataConfig, Rows, open_data, validation_batches
 from jaxup.data.prepare import Position
-from jaxup.data.sources import open_source
-from jaxup.data.tokenizer import load_tokenizer, tokenizer_hash, train_bpe
+from jaxup.data.tokenizer import load_tokenizer, train_bpe
 from jaxup.errors import UserError
-
-WORDS = "alpha beta gamma delta epsilon zeta eta theta def return import self lambda".split()  # noqa: SIM905
-ODD = "tabs\tand  spaces\r\nnew lines\n\n, ümläut, 世界, 🎉, don't, <|endoftext|>, \u00a0end "
-
-
-def texts(count: int, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    return [f"document {i}: " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for i in range(count)]
-
-
-def write_jsonl(path, documents):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return str(path)
 
 
 def read_meta(data):
     return json.loads(Path(data.store, "meta.json").read_text())
-
-
-def opened(spec, val_fraction=0.25, seed=0):
-    return open_source(str(spec), val_fraction=val_fraction, seed=seed)
-
-
-def both(source):
-    return list(source.documents("train")), list(source.documents("validation"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    train_bpe([*texts(50), ODD], 400).save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture
@@ -60,13 +31,14 @@ def corpus(tmp_path):
 
 
 @pytest.fixture
-def config(corpus, tokenizer_dir):
+def config(corpus, tokenizer_dir):  # noqa: F811
     return DataConfig(
         source=corpus,
         tokenizer=tokenizer_dir,
         seq_len=16,
         val_fraction=0.2,
         fraction=1.0,
+        tokens=0,
         isolate_documents=False,
         store="",
         seed=0,
@@ -80,232 +52,6 @@ def stream_rows(source, tokenizer, split, seq_len):
         stream += tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
         stream.append(tokenizer.eos_token_id)
     return np.array([stream[i : i + seq_len + 1] for i in range(0, len(stream) - seq_len, seq_len)])
-
-
-# Sources
-
-
-def test_python_source_is_real_and_its_splits_are_disjoint():
-    source = opened("python", val_fraction=0.1)
-    train, validation = both(source)
-    # Not quite none: the library has files that are copies of another.
-    assert sum(map(len, set(train) & set(validation))) < 1000
-    assert sum(map(len, train)) > 4e6
-    assert sum(map(len, validation)) > 1e5
-    assert any("class ArgumentParser" in text for text in train + validation)
-    assert source.name == "python"
-    assert source.fingerprint == opened("python", val_fraction=0.5).fingerprint
-
-
-def test_text_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
-    path = tmp_path / "long.txt"
-    text = "".join(f"line {i} {'x' * (i % 70)}\r\n" for i in range(20000))
-    path.write_bytes(text.encode() + b"\xff undecodable")
-    train, validation = both(opened(path))
-    pieces = sorted(train + validation, key=lambda piece: int(piece.split()[1]))
-    assert "".join(pieces) == text + "\ufffd undecodable"
-    assert len(pieces) > 5
-    assert all(piece.endswith("\r\n") and len(piece) < 70000 for piece in pieces[:-1])
-
-
-def test_a_very_long_line_is_still_cut(tmp_path):
-    (tmp_path / "line.txt").write_text("ab" * 500_000)
-    train, validation = both(opened(tmp_path / "line.txt"))
-    assert sum(map(len, train + validation)) == 10**6
-    assert max(map(len, train + validation)) <= 2 * 64 * 1024
-
-
-def test_directory_of_mixed_files(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    documents = texts(120)
-    (tmp_path / "deep").mkdir()
-    write_jsonl(tmp_path / "deep" / "a.jsonl", documents[:50])
-    pq.write_table(pa.table({"text": [*documents[50:110], None], "n": range(61)}), tmp_path / "b.parquet")
-    for i, text in enumerate(documents[110:]):
-        (tmp_path / f"c{i}.md").write_text(text)
-    (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden" / "x.txt").write_text("hidden")
-    (tmp_path / "image.png").write_bytes(b"\0\1")
-    source = opened(tmp_path)
-    train, validation = both(source)
-    assert sorted(train + validation) == sorted(documents)
-    assert train
-    assert validation
-    assert both(opened(tmp_path)) == (train, validation)
-    assert both(opened(tmp_path, seed=7)) == (train, validation)
-    before = source.fingerprint
-    (tmp_path / "c0.md").write_text("other")
-    assert opened(tmp_path).fingerprint != before == source.fingerprint
-
-
-def test_fingerprint_of_a_big_file_sees_its_size_head_and_tail(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "WHOLE_HASH_BYTES", 10)
-    monkeypatch.setattr(sources, "MIB", 4)
-    path, seen = tmp_path / "a.txt", set()
-    for content in ("aaaa-middle-zzzz", "baaa-middle-zzzz", "aaaa-middle-zzzy", "aaaa-middle--zzzz"):
-        path.write_text(content)
-        seen.add(opened(path).fingerprint)
-    assert len(seen) == 4
-
-
-def test_datasets_saved_to_disk(tmp_path):
-    import datasets
-
-    documents = texts(40)
-    whole = datasets.Dataset.from_dict({"text": documents})
-    whole.save_to_disk(tmp_path / "one")
-    listing = sorted(os.listdir(tmp_path / "one"))
-    source = opened(tmp_path / "one")
-    train, validation = both(source)
-    assert len(validation) == 10
-    assert sorted(train + validation) == sorted(documents)
-    expected = whole.train_test_split(test_size=0.25, seed=0, shuffle=True)
-    assert (train, validation) == (list(expected["train"]["text"]), list(expected["test"]["text"]))
-    assert (source.seed, source.val_fraction) == (0, 0.25)
-    assert both(opened(tmp_path / "one", seed=1))[1] != validation
-    assert sorted(os.listdir(tmp_path / "one")) == listing, "the user's directory was written to"
-    assert source.fingerprint == opened(tmp_path / "one").fingerprint
-    assert int(source.fingerprint, 16)
-
-    parts = {"train": whole.select(range(30)), "validation": whole.select(range(30, 40))}
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "two")
-    source = opened(tmp_path / "two")
-    assert both(source) == (documents[:30], documents[30:])
-    assert (source.seed, source.val_fraction) == (None, None)
-
-    datasets.Dataset.from_dict({"content": documents}).save_to_disk(tmp_path / "three")
-    with pytest.raises(UserError, match='no column "text" of strings; its columns: content'):
-        opened(tmp_path / "three")
-
-
-def test_hub_dataset_by_name_and_config(monkeypatch):
-    import datasets
-
-    calls = []
-
-    def load_dataset(name, config):
-        calls.append((name, config))
-        if name == "nobody/nothing":
-            raise datasets.exceptions.DatasetNotFoundError("gone\nfor good")
-        if name == "broken":
-            raise ConnectionError("no network\nat all")
-        return datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts(8)})})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = opened("user/corpus:small")
-    assert calls == [("user/corpus", "small")]
-    assert source.name == "user-corpus-small"
-    assert [len(part) for part in both(source)] == [6, 2]
-    with pytest.raises(UserError, match=r"^data.source: no such file .*: nobody/nothing, and no such dataset.*hub$"):
-        opened("nobody/nothing")
-    with pytest.raises(UserError, match=r"cannot be loaded: ConnectionError: no network$"):
-        opened("broken")
-
-
-@pytest.mark.parametrize(
-    "spec", ["./nothing", "/no/where", "~/no-such-thing-here", "corpus.txt", "gs://b/x", "a b", ""]
-)
-def test_missing_path_never_asks_the_hub(spec):
-    with pytest.raises(UserError) as error:
-        opened(spec)
-    assert str(error.value) == f"data.source: no such file or directory: {spec}"
-
-
-def test_near_misses_of_python_are_recognised():
-    with pytest.raises(UserError, match="no such file or directory: pyton; did you mean 'python'"):
-        opened("pyton")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not a line of JSON"),
-        ('{"text": "a"}\n\n{"body": "b"}\n', r'bad\.jsonl:3: no string under the key "text"'),
-        ('{"text": 3}\n', r"bad\.jsonl:1: no string"),
-        ('["text"]\n', r"bad\.jsonl:1: no string"),
-    ],
-)
-def test_bad_jsonl_names_file_and_line(tmp_path, content, message):
-    (tmp_path / "bad.jsonl").write_text(content)
-    with pytest.raises(UserError, match=message) as error:
-        both(opened(tmp_path / "bad.jsonl"))
-    assert "\n" not in str(error.value)
-
-
-def test_sources_without_text(tmp_path, monkeypatch):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "one.txt").write_text("a single document")
-    (tmp_path / "binary.txt").write_bytes(b"PK\0\0")
-    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
-    for name in ("empty", "empty.txt"):
-        with pytest.raises(UserError, match=rf"data.source: .*{name}: no text found"):
-            opened(tmp_path / name)
-    with pytest.raises(UserError, match=r"one.txt: no text found in its validation split with data.val_fraction=1e-09"):
-        both(opened(tmp_path / "one.txt", val_fraction=1e-9))
-    with pytest.raises(UserError, match="not a text file"):
-        both(opened(tmp_path / "binary.txt"))
-    with pytest.raises(UserError, match="not a parquet file"):
-        both(opened(tmp_path / "bad.parquet"))
-    with pytest.raises(UserError, match=r"val_fraction=1\.5"):
-        opened("python", val_fraction=1.5)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r'pip install "jaxup\[data\]"'):
-        both(opened(tmp_path / "bad.parquet"))
-
-
-# Tokenizers
-
-
-def test_tokenizer_round_trips(tmp_path, tokenizer_dir):
-    tokenizer = train_bpe([*texts(50), ODD], 400)
-    assert 257 < len(tokenizer) <= 400
-    assert tokenizer.eos_token == "<|endoftext|>"
-    text = ODD + "never seen: \x00 żółć ∀x 𝔘"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert tokenizer_hash(tokenizer) == tokenizer_hash(train_bpe([*texts(50), ODD], 400))
-    assert tokenizer_hash(tokenizer) != tokenizer_hash(train_bpe([*texts(50), ODD], 300))
-    loaded = load_tokenizer(tokenizer_dir)
-    assert tokenizer_hash(loaded) == tokenizer_hash(tokenizer)
-    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
-    loaded(["a", "b c"], padding=False, truncation=True, max_length=3)  # leaves its traces in the backend
-    assert tokenizer_hash(loaded) == tokenizer_hash(tokenizer)
-    loaded.save_pretrained(tmp_path / "again")
-    assert tokenizer_hash(load_tokenizer(str(tmp_path / "again"))) == tokenizer_hash(tokenizer)
-
-
-def test_tokenizers_that_will_not_load(tmp_path):
-    (tmp_path / "empty").mkdir()
-    code = tmp_path / "code"
-    code.mkdir()
-    (code / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}})
-    )
-    (code / "mine.py").write_text("raise SystemExit('code from a tokenizer directory was run')")
-    for spec, message in {
-        "bpe:abc": "write bpe:N",
-        "bpe:100": "N >= 257",
-        "bpe:512": "trained when a token store is made",
-        "./nowhere": "no such directory: ./nowhere",
-        str(tmp_path / "empty"): "cannot load",
-        str(code): "cannot load",
-    }.items():
-        with pytest.raises(UserError, match=message) as error:
-            load_tokenizer(spec)
-        assert "\n" not in str(error.value)
-        assert str(error.value).startswith("data.tokenizer: ")
-    with pytest.raises(UserError, match="at least 257"):
-        train_bpe(["a"], 100)
-
-
-def test_tokenizer_without_eos_is_refused(tmp_path, config):
-    tokenizer = load_tokenizer(config.tokenizer)
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(tmp_path / "no-eos")
-    with pytest.raises(UserError, match="no end-of-sequence token"):
-        open_data(dataclasses.replace(config, tokenizer=str(tmp_path / "no-eos")), root=str(tmp_path / "root"))
 
 
 # Stores
@@ -414,7 +160,7 @@ def test_resuming_gives_the_same_bytes(tmp_path, config, monkeypatch, spec, coun
     assert tree(straight.store) == tree(resumed.store)
 
 
-def test_a_store_of_other_tokens_is_refused(tmp_path, config, tokenizer_dir):
+def test_a_store_of_other_tokens_is_refused(tmp_path, config):
     config = dataclasses.replace(config, store=str(tmp_path / "store"))
     open_data(config, root="")
     other_source = write_jsonl(tmp_path / "other.jsonl", texts(200, seed=1))
@@ -488,6 +234,8 @@ def test_bad_settings_and_places_write_nothing(tmp_path, config):
     for change, message in [
         ({"seq_len": 0}, "data.seq_len=0"),
         ({"fraction": 0.0}, "data.fraction=0.0"),
+        ({"tokens": -1}, "data.tokens=-1"),
+        ({"tokens": 64, "fraction": 0.5}, "data.tokens=64 and data.fraction=0.5: give one"),
         ({"store": str(tmp_path / "mine")}, "not empty and not a token store"),
         ({"store": str(tmp_path / "file" / "x")}, "data.store: .*/file/x: "),
         ({"seq_len": 10**6, "store": str(tmp_path / "short")}, "validation split has .* tokens, data.seq_len=1000000"),
@@ -556,6 +304,14 @@ def test_big_vocabularies_are_stored_as_uint32(tmp_path, config):
     assert "word65" in data.tokenizer.decode(tokens[0])
 
 
+def test_tokenizer_without_eos_is_refused(tmp_path, config):
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "no-eos")
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        open_data(dataclasses.replace(config, tokenizer=str(tmp_path / "no-eos")), root=str(tmp_path / "root"))
+
+
 # Batches
 
 
@@ -574,20 +330,21 @@ class FakeRows(Rows):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**63), st.floats(0.01, 1.0))
-def test_every_epoch_visits_each_row_once(count, batch_size, seed, fraction):
-    batches = Batches(FakeRows(count), batch_size=batch_size, seed=seed, fraction=fraction)
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**63), st.floats(0.0, 1.0))
+def test_every_epoch_visits_each_row_once(count, batch_size, seed, part):
+    used = max(1, round(part * count))
+    batches = Batches(FakeRows(count), batch_size=batch_size, seed=seed, num_rows=used)
     epochs = 3
     steps = -(-epochs * batches.num_rows // batch_size)
     rows = np.concatenate([batches.rows_of(step) for step in range(steps)])
     assert rows.dtype == np.int64
     first = np.sort(rows[: batches.num_rows])
-    assert len(set(first)) == batches.num_rows == max(1, round(fraction * count) if fraction < 1 else count)
+    assert len(set(first)) == batches.num_rows == used
     for epoch in range(epochs):
         part = rows[epoch * batches.num_rows : (epoch + 1) * batches.num_rows]
         np.testing.assert_array_equal(np.sort(part), first)
     # Pure: another object, asked in another order, gives the same.
-    other = Batches(FakeRows(count), batch_size=batch_size, seed=seed, fraction=fraction)
+    other = Batches(FakeRows(count), batch_size=batch_size, seed=seed, num_rows=used)
     for step in reversed(range(steps)):
         np.testing.assert_array_equal(other.rows_of(step), rows[step * batch_size : (step + 1) * batch_size])
 
@@ -603,15 +360,35 @@ def test_epochs_and_seeds_differ():
     assert not np.array_equal(batches.rows_of(0), Batches(FakeRows(50), batch_size=50, seed=2).rows_of(0))
 
 
-def test_fractions_are_fixed_nested_and_depend_on_the_seed():
-    def subset(fraction, seed=0, batch_size=7):
-        batches = Batches(FakeRows(1000), batch_size=batch_size, seed=seed, fraction=fraction)
-        return {int(r) for step in range(1 + batches.num_rows // batch_size) for r in batches.rows_of(step)}
+def test_subsets_are_fixed_nested_and_depend_on_the_seed():
+    def subset(num_rows, seed=0, batch_size=7):
+        batches = Batches(FakeRows(1000), batch_size=batch_size, seed=seed, num_rows=num_rows)
+        return {int(r) for step in range(1 + num_rows // batch_size) for r in batches.rows_of(step)}
 
-    assert len(subset(0.1)) == 100
-    assert len(subset(0.0001)) == 1
-    assert subset(0.1) == subset(0.1, batch_size=13) != subset(0.1, seed=1)
-    assert subset(0.01) < subset(0.1)
+    assert len(subset(100)) == 100
+    assert subset(100) == subset(100, batch_size=13) != subset(100, seed=1)
+    assert subset(10) < subset(100)
+
+
+def test_fractions_and_tokens_choose_whole_rows(tmp_path, config):
+    whole = open_data(config, root=str(tmp_path))
+    rows = len(whole.train)
+
+    def used(**change):
+        data = open_data(dataclasses.replace(config, **change), root=str(tmp_path))
+        assert data.batches(batch_size=4, seed=1).num_rows == data.train_rows
+        assert ("of them used" in str(data)) == (data.train_rows < rows)
+        return data.train_rows
+
+    assert used() == used(tokens=16 * rows) == used(fraction=1.0) == rows
+    assert used(fraction=0.5) == round(rows / 2)
+    assert used(fraction=1e-9) == used(tokens=1) == 1
+    assert used(tokens=16 * 20) == used(tokens=16 * 20 + 7) == 20
+    half = open_data(dataclasses.replace(config, tokens=16 * 20), root=str(tmp_path))
+    assert half.whole().train_rows == rows
+    with pytest.raises(UserError, match=rf"data.tokens={16 * rows + 16:,}: .* holds {16 * rows:,} training") as error:
+        used(tokens=16 * rows + 16)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -84,33 +84,71 @@ def test_bad_flags(argv):
         parse_args(argv)
 
 
-@pytest.mark.parametrize(
-    "variant", ["", "smoke", "medium", "large,ablation=attn", "xl,control=2,depth_scaled", "layers=3"]
-)
-def test_every_shipped_variant_builds_its_settings(variant):
+GPT2 = ["", "smoke", "medium", "large,ablation=attn", "xl,control=2,depth_scaled", "layers=3"]
+GPT2 += ["ablation=mlp", "ablation=no_norm", "seed=1"]
+LLAMA = ["", "tiny", "smoke", "sweep", "tiny,sweep", "smoke,sweep", "code", "layers=8,control=2", "tiny,code,seed=1"]
+
+
+@pytest.mark.parametrize("spec", [*(f"inherit_gpt2.py:{v}" for v in GPT2), *(f"inherit_llama.py:{v}" for v in LLAMA)])
+def test_every_shipped_variant_builds_its_settings(spec):
     """Shapes and optimizers of all variants are traced, without allocating anything."""
     import jax
 
-    from jaxup.depth.recipes import inherit
-    from jaxup.model.config import ModelConfig
+    from jaxup.data.batches import DataConfig
+    from jaxup.depth.apply import result_config
     from jaxup.model.decoder import abstract
-    from jaxup.train import read_settings
+    from jaxup.train import find_tokenizer, read_model, read_settings
+    from jaxup.training.inherit import InheritConfig, check
     from jaxup.training.optimizer import make_optimizer
     from jaxup.training.step import TrainState, make_train_step
 
-    config = experiment.load(f"inherit_gpt2.py:{variant}")
-    settings, steps = read_settings(config)
-    values = config.model.to_dict()
-    values["vocab_size"] = values["vocab_size"] or 512
-    model = ModelConfig.gpt2(**values)
-    assert inherit("r", model.num_layers, config.inherit.layers or model.num_layers // 2, parts=config.inherit.parts)
-    optimizer = make_optimizer(settings.optimizer, steps)
-    params = abstract(model)[1]
-    state = TrainState(params, jax.eval_shape(optimizer.init, params), *(
-        jax.ShapeDtypeStruct((), d) for d in ("int32", "bool")
-    ))  # fmt: skip
+    config = experiment.load(spec)
+    with config.unlocked():
+        config.reference.path = ""  # there is no network: the `model` section has the same sizes
+    settings = read_settings(config)
+    experiment.section(DataConfig, config.data, **find_tokenizer(config))
+    reference = read_model(config, 512)
+    for plan in check(experiment.section(InheritConfig, config.inherit), reference):
+        model = result_config(plan, {"reference": reference})
+        optimizer = make_optimizer(settings.optimizer, config.steps or 10_000)
+        params = abstract(model)[1]
+        state = TrainState(params, jax.eval_shape(optimizer.init, params), *(
+            jax.ShapeDtypeStruct((), d) for d in ("int32", "bool")
+        ))  # fmt: skip
     shape = (settings.batch_size, config.data.seq_len)
     batch = {k: jax.ShapeDtypeStruct(shape, d) for k, d in
              (("tokens", "int32"), ("targets", "int32"), ("loss_weights", "float32"))}  # fmt: skip
     out, _ = jax.eval_shape(make_train_step(model, settings.compute, optimizer, settings.step), state, batch)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), out) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+
+
+def test_the_low_data_recipe_is_the_papers():
+    """arXiv 2404.08634 and its released code; the sizes of OpenLLaMA-3B as its config.json has them."""
+    from jaxup.hub.families import config_from_hf
+    from jaxup.model.decoder import count_params
+    from jaxup.train import read_model
+    from jaxup.training.inherit import InheritConfig, check
+
+    c = experiment.load("inherit_llama.py")
+    assert (c.reference.path, c.reference.allow_pickle) == ("openlm-research/open_llama_3b", True)
+    with c.unlocked():
+        c.reference.path = ""  # there is no network: the `model` section has the same sizes
+    model = read_model(c)
+    assert model == config_from_hf({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 3200,
+        "intermediate_size": 8640, "max_position_embeddings": 2048, "num_attention_heads": 32,
+        "num_hidden_layers": 26, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "vocab_size": 32000,
+    })  # fmt: skip
+    assert count_params(model) == 3_426_473_600  # as transformers counts it
+    (plan,) = check(experiment.section(InheritConfig, c.inherit), model)
+    assert [row.layer for row in plan.rows] == list(range(13))
+    assert (plan.embed_tokens, plan.norm, plan.lm_head) == ("reference", None, "reference")
+    rows = round(c.data.tokens / c.data.seq_len)
+    assert (c.epochs * rows, -(-c.epochs * rows // c.batch_size)) == (3_906_248, 61_036)
+    assert c.batch_size * c.data.seq_len == 131_072
+    o, code = c.optimizer, experiment.load("inherit_llama.py:code").optimizer
+    assert (o.learning_rate, o.schedule, o.warmup_steps, o.weight_decay) == (3e-4, "cosine", 1000, 0.1)
+    assert (code.learning_rate, code.schedule, code.warmup_steps, code.weight_decay) == (3e-4, "constant", 1000, 0.01)
+    assert (code.b1, code.b2, code.clip_norm) == (0.9, 0.999, 0)
+    assert experiment.load("inherit_llama.py:code").inherit.parts == ("attention", "mlp", "norms", "lm_head")
+    assert experiment.load("inherit_llama.py:sweep").inherit.sweep == "4,6,8,10,13,16,18,20"

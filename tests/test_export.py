@@ -14,12 +14,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from plain import load_params
 
 from jaxup import export, train
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
 from jaxup.hub.layouts import flatten
-from jaxup.hub.reader import load_config, load_params
+from jaxup.hub.reader import load_config
 
 TINY = [
     "--config=inherit_gpt2.py:smoke", "--config.steps=2", "--config.batch_size=8", "--config.model.num_layers=2",

@@ -19,6 +19,7 @@ from flax import nnx, traverse_util
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
+from plain import load_params
 
 import jaxup
 from jaxup.depth.apply import apply, result_config
@@ -28,7 +29,7 @@ from jaxup.errors import UserError
 from jaxup.hub import reader
 from jaxup.hub.layouts import flatten
 from jaxup.hub.load import carried_files, load, tokenizer_directory
-from jaxup.hub.reader import is_finite, load_params
+from jaxup.hub.reader import is_finite
 from jaxup.hub.writer import save
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract, init

@@ -30,7 +30,7 @@ def spawn_two(*args, command=("-m", "jaxup.train"), devices=2):
         port = s.getsockname()[1]
     environment = {
         **os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "PYTHONPATH": ":".join(sys.path),
     }  # fmt: skip
     return [
         subprocess.Popen([sys.executable, *command, *args], text=True, stdout=subprocess.PIPE,
@@ -81,7 +81,8 @@ jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], 2, int(os.envi
 from flax import nnx
 from jaxup import UserError, load
 from jaxup.hub.layouts import flatten
-from jaxup.hub.reader import load_config, load_params
+from jaxup.hub.reader import load_config
+from plain import load_params
 good, bad = sys.argv[1:]
 mesh = jax.make_mesh((2, 4), ("tensor", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 load(good, mesh=mesh)  # compiles, and imports what is imported late

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxup import generate, train
+from jaxup import export, generate, train
 from jaxup.errors import NonFinite, UserError
 
 TINY = [
@@ -307,8 +307,8 @@ def test_readme_commands_parse(command):
         args, overrides = train.parse_args(words[1:])
         experiment.load(args.config, overrides)
     else:
-        assert words[1] == "jaxup.generate"
-        assert generate.parse_args(words[1:]).model
+        modules = {"jaxup.generate": generate, "jaxup.export": export}
+        assert modules[words[1]].parse_args(words[1:])
 
 
 def test_readme_flags_exist():

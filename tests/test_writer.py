@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 import yaml
 from flax import nnx
+from plain import load_params
 from test_hub import GPT2, LLAMA, configs, load, make, refused
 
 import jaxup
@@ -29,7 +30,7 @@ from jaxup.hub import shards
 from jaxup.hub import staging as staging_module
 from jaxup.hub.card import model_card
 from jaxup.hub.layouts import flatten
-from jaxup.hub.reader import load_config, load_params
+from jaxup.hub.reader import load_config
 from jaxup.hub.writer import save
 from jaxup.model.decoder import abstract
 from jaxup.model.sharding import param_shardings
@@ -118,7 +119,8 @@ rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
 from jaxup.errors import UserError
 from jaxup.hub import writer
-from jaxup.hub.reader import load_config, load_params
+from jaxup.hub.reader import load_config
+from plain import load_params
 from jaxup.model.sharding import param_shardings
 config = load_config(out + "/host")
 params = load_params(out + "/host", config)
@@ -144,7 +146,11 @@ def test_two_processes_write_what_one_does_and_are_refused_together(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": ROOT}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+    }
     ranks = [
         subprocess.Popen([sys.executable, "-c", TWO, str(rank), str(port), str(tmp_path)], env=environment, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -26,7 +26,7 @@ from jaxup.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUBSET_EPOCH = 2**64 - 1  # the permutation that chooses the rows of a fraction; no run gets there
+SUBSET_EPOCH = 2**64 - 1  # the permutation that chooses a subset's rows; no run gets there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,11 @@ class DataConfig:
     seq_len: int
     val_fraction: float  # of the documents, where the source has no validation split
     fraction: float  # of the training rows, chosen at random; 1.0 = all
+    tokens: int  # training tokens, in whole rows chosen like those of a fraction; 0 = all
     isolate_documents: bool  # attention and loss do not cross from one document into the next
     store: str  # directory of the tokens, local or gs://; "" = one under `root` named after its contents
     seed: int  # of the split into train and validation, where a source is split at random
+    tokenizer_files: str = ""  # where the files of `tokenizer` lie, if its name does not say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,19 +52,24 @@ class TokenData:
     validation: Rows
     store: str
     seq_len: int
-    fraction: float
+    train_rows: int  # of `train`, those that are used
     isolate_eos: int | None  # the EOS id to keep documents apart, None to let attention cross them
 
     def __str__(self) -> str:
+        used = "" if self.train_rows == len(self.train) else f" ({self.train_rows * self.seq_len:,} of them used)"
         return (
-            f"{self.store}: {self.train.num_tokens:,} training and {self.validation.num_tokens:,} validation tokens, "
-            f"vocabulary {self.vocab_size:,}, rows of {self.seq_len}"
+            f"{self.store}: {self.train.num_tokens:,} training{used} and {self.validation.num_tokens:,} validation "
+            f"tokens, vocabulary {self.vocab_size:,}, rows of {self.seq_len}"
         )
+
+    def whole(self) -> TokenData:
+        """The same with all of its training rows in use."""
+        return dataclasses.replace(self, train_rows=len(self.train))
 
     def batches(self, *, batch_size: int, seed: int) -> Batches:
         """The training batches this data is configured for."""
         return Batches(
-            self.train, batch_size=batch_size, seed=seed, fraction=self.fraction, isolate_eos=self.isolate_eos
+            self.train, batch_size=batch_size, seed=seed, num_rows=self.train_rows, isolate_eos=self.isolate_eos
         )
 
 
@@ -76,6 +83,10 @@ def open_data(config: DataConfig, *, root: str) -> TokenData:
         raise UserError(f"data.seq_len={config.seq_len}: must be at least 1")
     if not 0 < config.fraction <= 1:
         raise UserError(f"data.fraction={config.fraction}: must be above 0 and at most 1")
+    if config.tokens < 0:
+        raise UserError(f"data.tokens={config.tokens}: must be positive, or 0 for all")
+    if config.tokens and config.fraction < 1:
+        raise UserError(f"data.tokens={config.tokens} and data.fraction={config.fraction}: give one of the two")
     try:
         source = open_source(config.source, val_fraction=config.val_fraction, seed=config.seed)
         is_bpe = bpe_vocab_size(config.tokenizer) is not None
@@ -83,7 +94,7 @@ def open_data(config: DataConfig, *, root: str) -> TokenData:
             raise UserError(
                 f"data.tokenizer: {config.source} holds tokens; name the tokenizer that made them (nanoGPT: gpt2)"
             )
-        tokenizer = None if is_bpe else load_tokenizer(config.tokenizer)
+        tokenizer = None if is_bpe else load_tokenizer(config.tokenizer_files or config.tokenizer)
     except UserError as error:
         return _open_without_source(config, error)
     wanted = {
@@ -120,17 +131,31 @@ def _open_without_source(config: DataConfig, error: UserError) -> TokenData:
 
 def _opened(config: DataConfig, store: Store, meta: dict[str, Any]) -> TokenData:
     tokenizer = store.load_tokenizer(meta["tokenizer"]["hash"])
+    train = store.open_rows("train", meta)
     return TokenData(
         tokenizer=tokenizer,
         vocab_size=len(tokenizer),
         eos_id=tokenizer.eos_token_id,
-        train=store.open_rows("train", meta),
+        train=train,
         validation=store.open_rows("validation", meta),
         store=store.path,
         seq_len=meta["seq_len"],
-        fraction=config.fraction,
+        train_rows=_train_rows(config, train, store.path),
         isolate_eos=tokenizer.eos_token_id if config.isolate_documents else None,
     )
+
+
+def _train_rows(config: DataConfig, train: Rows, store: str) -> int:
+    """How many rows `fraction` or `tokens` leave, at least one; UserError if there are not so many."""
+    if not config.tokens:
+        return max(1, round(config.fraction * len(train)))
+    count = max(1, round(config.tokens / train.seq_len))
+    if count > len(train):
+        raise UserError(
+            f"data.tokens={config.tokens:,}: {store} holds {train.num_tokens:,} training tokens; "
+            "give more text, or data.tokens=0 for all there are"
+        )
+    return count
 
 
 def _store_name(tokenizer: str, wanted: dict[str, Any]) -> str:
@@ -143,21 +168,20 @@ def _store_name(tokenizer: str, wanted: dict[str, Any]) -> str:
 class Batches:
     """Training batches: `Batches(...)(step)`.
 
-    `fraction` keeps a random subset of the rows that depends on `seed` alone (a smaller fraction's
-    rows are among a larger one's), at least one row. `isolate_eos`: the EOS id to keep documents
-    apart, None to let attention cross them.
+    `num_rows` keeps a random subset of the rows that depends on `seed` alone (a smaller one's rows
+    are among a larger one's). `isolate_eos`: the EOS id to keep documents apart, None to let
+    attention cross them.
     """
 
     def __init__(
-        self, rows: Rows, *, batch_size: int, seed: int, fraction: float = 1.0, isolate_eos: int | None = None
+        self, rows: Rows, *, batch_size: int, seed: int, num_rows: int | None = None, isolate_eos: int | None = None
     ):
         self.batch_size = batch_size
         self._rows, self._seed, self._isolate_eos = rows, seed, isolate_eos
         self._subset = None
-        if fraction < 1:
-            count = max(1, round(fraction * len(rows)))
-            self._subset = np.sort(_permutation(seed, SUBSET_EPOCH, len(rows))[:count])
-        self.num_rows = len(rows) if self._subset is None else len(self._subset)
+        self.num_rows = len(rows) if num_rows is None else num_rows
+        if self.num_rows < len(rows):
+            self._subset = np.sort(_permutation(seed, SUBSET_EPOCH, len(rows))[:num_rows])
         # Two: a batch may straddle two epochs. Least recently used first.
         self._permutations: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
 

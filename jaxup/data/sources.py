@@ -294,9 +294,26 @@ def _hub_source(spec: str, val_fraction: float, seed: int) -> Source:
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError):
         raise UserError(f"{missing}, and no such dataset on the Hugging Face hub") from None
     except Exception as error:  # network, quota, gated or damaged: the libraries raise all kinds
+        if "scripts are no longer supported" in str(error) and not config:
+            return _downloaded_source(spec, val_fraction)
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise UserError(f"{missing}, and the hub's dataset cannot be loaded: {reason}") from None
     return _dataset_source(spec, spec, data, val_fraction, seed)
+
+
+def _downloaded_source(spec: str, val_fraction: float) -> Source:
+    """The data files of a hub dataset whose loading script `datasets` no longer runs, read by ourselves."""
+    import huggingface_hub
+
+    try:
+        directory = Path(
+            huggingface_hub.snapshot_download(spec, repo_type="dataset", allow_patterns=["*.jsonl", "*.parquet"])
+        )
+    except Exception as error:  # as above
+        raise UserError(f"data.source: {spec}: cannot be downloaded: {_first_line(error)}") from None
+    return dataclasses.replace(
+        _file_source(spec, directory, _text_files(directory), val_fraction), name=safe_name(spec)
+    )
 
 
 def _import_datasets(spec: str) -> Any:

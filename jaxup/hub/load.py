@@ -71,7 +71,7 @@ def load(
       dtype: of the params: "float32", "bfloat16" or "float16". None keeps what is stored (layers
         stored in several dtypes take the one that holds them all).
       mesh: the params are laid out by `jaxup.model.sharding.RULES` over its axes "fsdp" and
-        "tensor". Every process of the mesh must call this. None: the default device.
+        "tensor". Every process of the mesh must call this. None: one device, `jax.default_device`.
       plan: which layers of the sources make up the result, applied while loading: what it drops is
         not read, what it repeats is read once. What it does not inherit is `init(config, seed 0)`.
       revision: branch, tag or commit of a Hub id.
@@ -99,7 +99,8 @@ def load(
         config = result_config(plan, {name: checkpoint.config for name, checkpoint in checkpoints.items()})
         recorded = plan
     if mesh is None:
-        device = SingleDeviceSharding(jax.local_devices()[0])
+        default = jax.config.jax_default_device
+        device = SingleDeviceSharding(default if isinstance(default, jax.Device) else jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, abstract(config)[1])
     else:
         shardings = param_shardings(config, mesh)

@@ -10,17 +10,16 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from flax import traverse_util
 
 from jaxup.errors import UserError
 from jaxup.hub import pickles
 from jaxup.hub.families import Family, config_from_hf, family_of_hf
 from jaxup.hub.header import TensorInfo, parse_json, read_header
-from jaxup.hub.layouts import Tensor, expected_tensors, flatten, from_file
+from jaxup.hub.layouts import Tensor, expected_tensors, flatten
 from jaxup.hub.manifest import check_manifest
 from jaxup.hub.storage import Local, Storage, open_storage
 from jaxup.model.config import ModelConfig
-from jaxup.model.decoder import Params, abstract
+from jaxup.model.decoder import abstract
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -79,34 +78,6 @@ def load_config(path_or_id: str | Path, *, revision: str | None = None) -> Model
     if isinstance(storage, Local):
         check_manifest(Path(storage.root), ["config.json"])
     return config
-
-
-def load_params(
-    path: str | Path, config: ModelConfig, *, dtype: np.dtype | type | str | None = None, verify: bool = True
-) -> Params:
-    """All params as numpy arrays on the host, in the tree of `abstract(config)`; `jaxup.load` is for devices.
-
-    `dtype` None keeps what is stored (a stack of layers stored in several dtypes takes the one that
-    holds them all). `verify` compares digests where a jaxup manifest lists them. UserError for a
-    directory that is not exactly this model, including non-finite values.
-    """
-    checkpoint = open_checkpoint(path)
-    if checkpoint.config != config:
-        raise UserError(f"{path}: config.json describes another model than the one asked for")
-    if verify:
-        checkpoint.check_digests()
-    leaf_dtypes = common_dtypes(checkpoint.tensors)
-    shapes = {p: tuple(leaf.shape) for p, leaf in flatten(abstract(config)[1]).items()}
-    leaves = {p: np.empty(shape, np.dtype(dtype) if dtype else leaf_dtypes[p]) for p, shape in shapes.items()}
-    for tensor, info in checkpoint.tensors:
-        array = checkpoint.read(info)
-        if not is_finite(array):
-            raise UserError(f"{path}: {info.file}: tensor {tensor.name!r} holds NaN or infinity")
-        for p, part in zip(tensor.paths, from_file(tensor, array), strict=True):
-            leaves[p][... if tensor.layer is None else tensor.layer] = part
-        if tensor.paths == ("embed_tokens",):
-            check_tied(checkpoint, array, slice(None))
-    return traverse_util.unflatten_dict(leaves, sep=".")
 
 
 def common_dtypes(tensors: Iterable[tuple[Tensor, TensorInfo]]) -> dict[str, np.dtype]:

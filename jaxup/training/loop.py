@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxup.data.batches import Batches, TokenData, validation_batches
+from jaxup.depth.plan import DepthPlan
 from jaxup.errors import NonFinite, Stopped
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract, count_params, init
@@ -158,18 +159,23 @@ def _evaluate(run: Run, program: _Program, params: Params) -> float:
 
 
 class _StopNow(Exception):
-    """A signal came in the middle of an evaluation; the state is whole and can be saved."""
+    """A signal came; the state is whole and can be saved."""
 
 
 def train_model(
-    run: Run, name: str, model: ModelConfig, *, steps: int, origin: str, initialise: Callable[[], Params]
-) -> Result:
+    run: Run, name: str, model: ModelConfig, *, steps: int, origin: str, initialise: Callable[[], Params],
+    plan: DepthPlan | None = None,
+) -> Result:  # fmt: skip
     """Trains to `steps` updates and returns the result; raises Stopped after saving on a signal.
 
     A call for a model that is finished returns its stored result; one for a model that was begun
     goes on where its newest checkpoint is, bit for bit as if it had never stopped.
     """
     directory = run.directory / "checkpoints" / name
+    if jax.process_index() == 0:  # what `jaxup.export` needs besides a checkpoint
+        about = {"model": dataclasses.asdict(model), "store": run.data.store, "plan": plan and plan.to_yaml()}
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / "model.json", json.dumps(about, indent=1))
     if stored := read_json(directory / "result.json"):
         print(f"{name}: finished before, validation loss {stored['val_loss']:.4f}", flush=True)
         return Result(**stored)
@@ -218,7 +224,7 @@ def _train(run, name, model, steps, program, state, start, checkpoints) -> tuple
         return place_batch(batch, s.batch_size, run.mesh)
 
     with ThreadPoolExecutor(1) as reader, Progress(name, total=steps, unit="steps", start=start) as progress:
-        ahead = reader.submit(read_batch, step)
+        ahead = reader.submit(read_batch, step) if step < steps else None
         try:
             while True:
                 if (step % s.eval_interval == 0 or step == steps) and step not in losses:
@@ -236,15 +242,16 @@ def _train(run, name, model, steps, program, state, start, checkpoints) -> tuple
                 with jax.transfer_guard("disallow"):
                     state, metrics = program.train_step(state, batch)
                 step += 1
-                ahead = reader.submit(read_batch, step)
+                ahead = reader.submit(read_batch, step) if step < steps else None
                 # Read one step late: the device already works on the next one.
                 meter.check(pending, batches)
                 pending = (step, metrics)
                 progress.update(step, meter.detail)
                 if meter.stop or (run.stop.signum is not None and jax.process_count() == 1):
+                    meter.check(pending, batches)
                     raise _StopNow
         except _StopNow:
-            meter.check(pending, batches)
+            # Whatever raised it has looked at the last step: the state is a finite one.
             checkpoints.save(step, state)
             raise Stopped(
                 f"{name}: saved at step {step} of {steps}; the same command resumes", run.stop.exit_code

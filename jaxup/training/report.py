@@ -1,4 +1,4 @@
-"""What a finished run leaves for people: SUMMARY.md and the picture of its validation losses."""
+"""What a finished run leaves for people: SUMMARY.md and pictures of its validation losses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def write_summary(directory: Path, title: str, results: Sequence[Result], plan_t
         lines.append(
             f"| {r.name} | {r.layers} | {r.params:,} | {r.steps:,} | {r.tokens:,} | {r.val_loss:.4f} | {difference} |"
         )
-    lines += ["", "![validation loss](plots/validation_loss.png)", "", "How each model began:", ""]
+    for path in sorted((directory / "plots").glob("*.png"), reverse=True):  # validation_loss before loss_by_layers
+        lines += ["", f"![{path.stem.replace('_', ' ')}](plots/{path.name})"]
+    lines += ["", "How each model began:", ""]
     lines += [f"- **{r.name}**: {r.origin}" for r in results]
     lines += ["", "## The final target's plan", "", "```", plan_text.strip(), "```", "", "## Samples", ""]
     for r in results:
@@ -66,6 +68,42 @@ def plot_validation(directory: Path, title: str, results: Sequence[Result], reco
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     path = directory / "plots" / "validation_loss.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return path
+
+
+def plot_layers(directory: Path, title: str, results: Sequence[Result]) -> Path:
+    """Draws final validation loss against layers: reference, targets, controls; returns the PNG's path."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    reference = results[0]
+    kinds = {"target": ("inherited", "C1", "-"), "control": ("control, from random", "C2", ":")}
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    axes.axhline(reference.val_loss, color="0.6", linestyle="--", linewidth=1)
+    axes.plot(
+        reference.layers, reference.val_loss, "o", color="C0",
+        label=f"reference ({reference.layers} layers): {reference.val_loss:.3f}",
+    )  # fmt: skip
+    for kind, (label, color, line) in kinds.items():
+        for steps in sorted({r.steps for r in results[1:] if r.name.startswith(kind)}):
+            points = sorted((r.layers, r.val_loss) for r in results if r.name.startswith(kind) and r.steps == steps)
+            longer = "" if steps == results[1].steps else f", {steps:,} steps"
+            axes.plot(*zip(*points), marker="o", color=color, linestyle=line, label=label + longer)
+            if kind == "target":
+                for layers, loss in points:
+                    axes.annotate(f"{loss:.3f}", (layers, loss), textcoords="offset points", xytext=(7, 5),
+                                  fontsize=8, color="0.3")  # fmt: skip
+    axes.set(xlabel="layers", ylabel="final validation loss (nats per token)", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    path = directory / "plots" / "loss_by_layers.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=140)
     plt.close(figure)

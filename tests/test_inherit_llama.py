@@ -1,0 +1,223 @@
+"""The low-data recipe on small LLaMAs: one target or a sweep, epochs of few tokens, a reference from a directory."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxup import train
+from jaxup.data.batches import Batches
+from jaxup.errors import NonFinite, Stopped, UserError
+from jaxup.training import loop
+
+# 64 rows of 32 tokens in batches of 8: eight steps are one epoch.
+TINY = [
+    "--config.model.hidden_size=16", "--config.model.intermediate_size=24", "--config.model.num_heads=2",
+    "--config.model.num_kv_heads=1", "--config.model.max_positions=32", "--config.data.seq_len=32",
+    "--config.data.tokenizer=bpe:300", "--config.data.val_fraction=0.3", "--config.data.tokens=2048",
+    "--config.epochs=1", "--config.batch_size=8", "--config.reference.steps=4", "--config.optimizer.warmup_steps=2",
+    "--config.eval.interval=4", "--config.eval.rows=16", "--config.eval.batch_size=8",
+    "--config.checkpoint.interval=3", "--config.log.interval=1", "--config.sample.tokens=4",
+]  # fmt: skip
+SWEEP = "--config.inherit.sweep=1,2"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder for runs, with a few kilobytes of this project's own text; the tokens are made once for all of them."""
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "corpus").mkdir()
+    for file in sorted((Path(train.__file__).parent / "training").glob("*.py")):
+        (folder / "corpus" / file.with_suffix(".txt").name).write_text(file.read_text())
+    return folder
+
+
+def run(runs, name, *more):
+    arguments = [*TINY, f"--config.data.source={runs / 'corpus'}", *more, f"--workdir={runs / name}"]
+    train.main(["train", "--config=inherit_llama.py:smoke", *arguments])
+    return runs / name
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    timed = {"tokens_per_second", "tflops_per_device", "mfu"}
+    return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(workdir)]
+
+
+def result(workdir, name):
+    return json.loads((workdir / "checkpoints" / name / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def swept(runs):
+    """A whole sweep, and which rows each of its models was trained on, in order."""
+    rows = []
+    with pytest.MonkeyPatch.context() as patch:
+        read = Batches.__call__
+
+        def recorded(self, step, share=slice(None)):
+            rows.append((step, self.rows_of(step)))
+            return read(self, step, share)
+
+        patch.setattr(Batches, "__call__", recorded)
+        return run(runs, "sweep", SWEEP), rows
+
+
+def test_a_sweep_trains_each_size_from_the_reference(swept):
+    workdir, _ = swept
+    summary = (workdir / "SUMMARY.md").read_text()
+    table = re.findall(r"^\| (\w+) \| (\d+) \| [\d,]+ \| (\d+) \| ([\d,]+) \| ([\d.]+) \|", summary, re.M)
+    assert [row[:4] for row in table] == [
+        ("reference", "4", "4", "1,024"), ("target_1", "1", "8", "2,048"), ("target_2", "2", "8", "2,048"),
+        ("control_1", "1", "8", "2,048"), ("control_2", "2", "8", "2,048"),
+    ]  # fmt: skip
+    for picture in ("validation_loss", "loss_by_layers"):
+        assert f"](plots/{picture}.png)" in summary
+        assert (workdir / "plots" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert "layers 0-1 of the reference (attention, mlp, norms, embed_tokens, lm_head)" in summary
+    assert "2,048 of them used" in summary
+    exported = json.loads((workdir / "export" / "config.json").read_text())
+    assert (exported["model_type"], exported["num_hidden_layers"], exported["num_key_value_heads"]) == ("llama", 2, 1)
+
+
+def test_targets_see_little_data_and_the_reference_all(swept):
+    _, rows = swept
+    # Each model reads its steps once, and none after the last.
+    assert [step for step, _ in rows] == [*range(4), *list(range(8)) * 4]
+    _, *models = np.split(np.stack([r for _, r in rows]), [4, 12, 20, 28])
+    for epoch in models:
+        assert len(np.unique(epoch)) == 64
+        np.testing.assert_array_equal(epoch, models[0])
+    assert set(np.unique(np.stack([r for _, r in rows[:4]]))) - set(np.unique(models[0]))
+
+
+def test_interrupted_and_resumed_ends_with_the_same_numbers(runs, swept, monkeypatch):
+    write = loop._Meter._write
+
+    def write_and_stop(self, step, **values):
+        write(self, step, **values)
+        if (self._name, step) == ("target_2", 5):
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Meter, "_write", write_and_stop)
+        with pytest.raises(Stopped, match=r"target_2: saved at step [56] of 8"):
+            run(runs, "resumed", SWEEP)
+    run(runs, "resumed", SWEEP)
+    assert losses(runs / "resumed") == losses(swept[0])
+    exports = [(folder / "export" / "model.safetensors").read_bytes() for folder in (runs / "resumed", swept[0])]
+    assert exports[0] == exports[1]
+
+
+def test_a_reference_from_a_directory(runs, swept, torch, monkeypatch):
+    """Reference and untrained target have the losses that transformers computes; nothing of the former stays."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from jaxup.hub import load as hub
+    from jaxup.hub import reader, writer
+    from jaxup.model.decoder import init
+
+    workdir, _ = swept
+    config = reader.load_config(workdir / "export").with_layers([0, 1, 0, 1])
+    rng = np.random.default_rng(0)
+    # Far from trivial, norms too: a part that is inherited by mistake, or is not, must show.
+    params = jax.tree.map(lambda a: np.asarray(a) + rng.normal(0, 0.1, a.shape).astype(np.float32), init(config, 3))
+    directory = runs / "model"
+    writer.save(directory, config, params, tokenizer=AutoTokenizer.from_pretrained(workdir / "export"))
+
+    left = {}
+    original = loop._train
+
+    def watched(run, name, *args):
+        left[name] = [a.shape for a in jax.live_arrays() if a.ndim >= 2 and a.shape[0] == config.num_layers]
+        return original(run, name, *args)
+
+    monkeypatch.setattr(loop, "_train", watched)
+    more = [f"--config.reference.path={directory}", "--config.data.tokenizer=", "--config.inherit.control=0"]
+    out = run(runs, "given", *more)
+    assert left == {"target_2": []}, "the reference's weights are still in memory"
+
+    oracle = AutoModelForCausalLM.from_pretrained(directory).eval()
+    (store,) = (runs / "data").glob("corpus-model-*")
+    from jaxup.data.store import META, Store
+
+    meta = Store(str(store)).read_json(META)
+    rows = torch.tensor(Store(str(store)).open_rows("validation", meta).read(np.arange(16)), dtype=torch.long)
+
+    def loss():
+        with torch.no_grad():
+            logits = oracle(rows[:, :-1]).logits.double()
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+
+    # float32 sums in another order, averaged over 512 tokens.
+    assert result(out, "reference")["val_loss"] == pytest.approx(loss(), rel=1e-5)
+    oracle.model.layers = oracle.model.layers[:2]
+    with torch.no_grad():
+        oracle.model.norm.weight.fill_(1.0)  # the final norm is not inherited
+    untrained = next(r["val_loss"] for r in read_metrics(out) if r["model"] == "target_2" and r["step"] == 0)
+    assert untrained == pytest.approx(loss(), rel=1e-5)
+    assert result(out, "target_2")["val_loss"] < untrained
+
+    monkeypatch.setattr(hub, "load", lambda *_, **__: pytest.fail("a finished run loads its reference again"))
+    assert run(runs, "given", *more) == out
+    with pytest.raises(UserError, match="revision goes with a hub id"):
+        run(runs, "revision", *more, "--config.reference.revision=main")
+
+
+def test_a_signal_at_a_step_that_is_not_finite(runs, swept, monkeypatch):
+    """It is the non-finite step that is reported, and the state before it that is saved."""
+    more = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.schedule=constant",
+            "--config.reference.steps=8"]  # fmt: skip
+    with pytest.raises(NonFinite, match=r"reference: step \d+: ") as error:
+        run(runs, "broken", *more)
+    bad = int(re.search(r"step (\d+)", str(error.value)).group(1))
+    update = loop.Progress.update
+
+    def update_and_stop(self, done, detail=""):
+        update(self, done, detail)
+        if done == bad:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Progress, "update", update_and_stop)
+    with pytest.raises(NonFinite, match=rf"reference: step {bad}: .* step {bad - 1} is saved"):
+        run(runs, "broken and stopped", *more)
+    assert (runs / "broken and stopped" / "checkpoints" / "reference" / str(bad - 1)).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([SWEEP, "--config.inherit.grow_by=2"], "inherit.sweep: goes with inherit.grow_by=0, not 2"),
+        ([SWEEP, "--config.inherit.layers=2"], "inherit.sweep: goes with inherit.layers=0, not 2"),
+        ([SWEEP, "--config.inherit.which=0,2"], "inherit.sweep: goes with inherit.which=first or last"),
+        (["--config.inherit.sweep=1,2,1"], "inherit.sweep='1,2,1': 1 is named more than once"),
+        (["--config.inherit.sweep=2,5"], "inherit: 5 layers asked of 'reference', which has 4"),
+        (["--config.inherit.sweep=0,1"], "at least one layer"),
+        (["--config.inherit.sweep=2,x"], "inherit.sweep='2,x': not numbers of layers"),
+        (["--config.inherit.grow_by=-1"], "inherit.grow_by must be at least 0"),
+        (["--config.inherit.control=-1"], "inherit.control must be at least 0"),
+        (["--config.model.family=lama"], "model.family: unknown 'lama'; did you mean 'llama'"),
+        (["--config.model.family=gpt2"], "a gpt2 model has no such setting"),
+        (["--config.steps=5"], "steps=5, epochs=1: one of them must be positive, the other 0"),
+        (["--config.epochs=0"], "steps=0, epochs=0"),
+        (["--config.epochs=-1", "--config.steps=5"], "steps=5, epochs=-1"),
+        (["--config.optimizer.warmup_steps=9", "--config.reference.steps=9"], "does not fit a run of 8 steps"),
+        (["--config.optimizer.warmup_steps=5"], "does not fit a run of 4 steps"),
+        (["--config.reference.steps=-1"], "reference.steps must be at least 0"),
+        (["--config.data.tokens=100000000"], "data.tokens=100,000,000: "),
+        (["--config.data.fraction=0.5"], "give one of the two"),
+        (["--config.reference.path=gcs://bucket/model"], "cannot read gcs://; did you mean 'gs'"),
+    ],
+)
+def test_mistakes_write_nothing(runs, swept, more, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        run(runs, "mistake", *more)
+    assert "\n" not in str(error.value)
+    assert not (runs / "mistake").exists()

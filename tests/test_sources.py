@@ -1,0 +1,283 @@
+"""Text from every kind of source, its split, its fingerprint; tokenizers loaded and trained."""
+
+import json
+import os
+import random
+import sys
+
+import pytest
+
+from jaxup.data import sources
+from jaxup.data.sources import open_source
+from jaxup.data.tokenizer import load_tokenizer, tokenizer_hash, train_bpe
+from jaxup.errors import UserError
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta def return import self lambda".split()  # noqa: SIM905
+ODD = "tabs\tand  spaces\r\nnew lines\n\n, ümläut, 世界, 🎉, don't, <|endoftext|>, \u00a0end "
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [f"document {i}: " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for i in range(count)]
+
+
+def write_jsonl(path, documents):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return str(path)
+
+
+def opened(spec, val_fraction=0.25, seed=0):
+    return open_source(str(spec), val_fraction=val_fraction, seed=seed)
+
+
+def both(source):
+    return list(source.documents("train")), list(source.documents("validation"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_bpe([*texts(50), ODD], 400).save_pretrained(path)
+    return str(path)
+
+
+# Sources
+
+
+def test_python_source_is_real_and_its_splits_are_disjoint():
+    source = opened("python", val_fraction=0.1)
+    train, validation = both(source)
+    # Not quite none: the library has files that are copies of another.
+    assert sum(map(len, set(train) & set(validation))) < 1000
+    assert sum(map(len, train)) > 4e6
+    assert sum(map(len, validation)) > 1e5
+    assert any("class ArgumentParser" in text for text in train + validation)
+    assert source.name == "python"
+    assert source.fingerprint == opened("python", val_fraction=0.5).fingerprint
+
+
+def test_text_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "long.txt"
+    text = "".join(f"line {i} {'x' * (i % 70)}\r\n" for i in range(20000))
+    path.write_bytes(text.encode() + b"\xff undecodable")
+    train, validation = both(opened(path))
+    pieces = sorted(train + validation, key=lambda piece: int(piece.split()[1]))
+    assert "".join(pieces) == text + "\ufffd undecodable"
+    assert len(pieces) > 5
+    assert all(piece.endswith("\r\n") and len(piece) < 70000 for piece in pieces[:-1])
+
+
+def test_a_very_long_line_is_still_cut(tmp_path):
+    (tmp_path / "line.txt").write_text("ab" * 500_000)
+    train, validation = both(opened(tmp_path / "line.txt"))
+    assert sum(map(len, train + validation)) == 10**6
+    assert max(map(len, train + validation)) <= 2 * 64 * 1024
+
+
+def test_directory_of_mixed_files(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    documents = texts(120)
+    (tmp_path / "deep").mkdir()
+    write_jsonl(tmp_path / "deep" / "a.jsonl", documents[:50])
+    pq.write_table(pa.table({"text": [*documents[50:110], None], "n": range(61)}), tmp_path / "b.parquet")
+    for i, text in enumerate(documents[110:]):
+        (tmp_path / f"c{i}.md").write_text(text)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "x.txt").write_text("hidden")
+    (tmp_path / "image.png").write_bytes(b"\0\1")
+    source = opened(tmp_path)
+    train, validation = both(source)
+    assert sorted(train + validation) == sorted(documents)
+    assert train
+    assert validation
+    assert both(opened(tmp_path)) == (train, validation)
+    assert both(opened(tmp_path, seed=7)) == (train, validation)
+    before = source.fingerprint
+    (tmp_path / "c0.md").write_text("other")
+    assert opened(tmp_path).fingerprint != before == source.fingerprint
+
+
+def test_fingerprint_of_a_big_file_sees_its_size_head_and_tail(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "WHOLE_HASH_BYTES", 10)
+    monkeypatch.setattr(sources, "MIB", 4)
+    path, seen = tmp_path / "a.txt", set()
+    for content in ("aaaa-middle-zzzz", "baaa-middle-zzzz", "aaaa-middle-zzzy", "aaaa-middle--zzzz"):
+        path.write_text(content)
+        seen.add(opened(path).fingerprint)
+    assert len(seen) == 4
+
+
+def test_datasets_saved_to_disk(tmp_path):
+    import datasets
+
+    documents = texts(40)
+    whole = datasets.Dataset.from_dict({"text": documents})
+    whole.save_to_disk(tmp_path / "one")
+    listing = sorted(os.listdir(tmp_path / "one"))
+    source = opened(tmp_path / "one")
+    train, validation = both(source)
+    assert len(validation) == 10
+    assert sorted(train + validation) == sorted(documents)
+    expected = whole.train_test_split(test_size=0.25, seed=0, shuffle=True)
+    assert (train, validation) == (list(expected["train"]["text"]), list(expected["test"]["text"]))
+    assert (source.seed, source.val_fraction) == (0, 0.25)
+    assert both(opened(tmp_path / "one", seed=1))[1] != validation
+    assert sorted(os.listdir(tmp_path / "one")) == listing, "the user's directory was written to"
+    assert source.fingerprint == opened(tmp_path / "one").fingerprint
+    assert int(source.fingerprint, 16)
+
+    parts = {"train": whole.select(range(30)), "validation": whole.select(range(30, 40))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "two")
+    source = opened(tmp_path / "two")
+    assert both(source) == (documents[:30], documents[30:])
+    assert (source.seed, source.val_fraction) == (None, None)
+
+    datasets.Dataset.from_dict({"content": documents}).save_to_disk(tmp_path / "three")
+    with pytest.raises(UserError, match='no column "text" of strings; its columns: content'):
+        opened(tmp_path / "three")
+
+
+def test_hub_dataset_by_name_and_config(monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(name, config):
+        calls.append((name, config))
+        if name == "nobody/nothing":
+            raise datasets.exceptions.DatasetNotFoundError("gone\nfor good")
+        if name == "broken":
+            raise ConnectionError("no network\nat all")
+        return datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts(8)})})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = opened("user/corpus:small")
+    assert calls == [("user/corpus", "small")]
+    assert source.name == "user-corpus-small"
+    assert [len(part) for part in both(source)] == [6, 2]
+    with pytest.raises(UserError, match=r"^data.source: no such file .*: nobody/nothing, and no such dataset.*hub$"):
+        opened("nobody/nothing")
+    with pytest.raises(UserError, match=r"cannot be loaded: ConnectionError: no network$"):
+        opened("broken")
+
+
+def test_hub_dataset_whose_script_is_no_longer_run(tmp_path, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    def load_dataset(name, config):
+        raise RuntimeError("Dataset scripts are no longer supported, but found corpus.py")
+
+    def snapshot_download(name, *, repo_type, allow_patterns):
+        assert (name, repo_type, "*.jsonl" in allow_patterns) == ("user/corpus", "dataset", True)
+        return str(tmp_path)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match=r"user/corpus: no text found"):
+        opened("user/corpus")
+    write_jsonl(tmp_path / "a_sample.jsonl", texts(30))
+    source = opened("user/corpus")
+    assert source.name == "user-corpus"
+    train, validation = both(source)
+    assert sorted(train + validation) == sorted(texts(30))
+    with pytest.raises(UserError, match="scripts are no longer supported"):
+        opened("user/corpus:part")  # which files a part is made of, only the script knows
+
+
+@pytest.mark.parametrize(
+    "spec", ["./nothing", "/no/where", "~/no-such-thing-here", "corpus.txt", "gs://b/x", "a b", ""]
+)
+def test_missing_path_never_asks_the_hub(spec):
+    with pytest.raises(UserError) as error:
+        opened(spec)
+    assert str(error.value) == f"data.source: no such file or directory: {spec}"
+
+
+def test_near_misses_of_python_are_recognised():
+    with pytest.raises(UserError, match="no such file or directory: pyton; did you mean 'python'"):
+        opened("pyton")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not a line of JSON"),
+        ('{"text": "a"}\n\n{"body": "b"}\n', r'bad\.jsonl:3: no string under the key "text"'),
+        ('{"text": 3}\n', r"bad\.jsonl:1: no string"),
+        ('["text"]\n', r"bad\.jsonl:1: no string"),
+    ],
+)
+def test_bad_jsonl_names_file_and_line(tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        both(opened(tmp_path / "bad.jsonl"))
+    assert "\n" not in str(error.value)
+
+
+def test_sources_without_text(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "one.txt").write_text("a single document")
+    (tmp_path / "binary.txt").write_bytes(b"PK\0\0")
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
+    for name in ("empty", "empty.txt"):
+        with pytest.raises(UserError, match=rf"data.source: .*{name}: no text found"):
+            opened(tmp_path / name)
+    with pytest.raises(UserError, match=r"one.txt: no text found in its validation split with data.val_fraction=1e-09"):
+        both(opened(tmp_path / "one.txt", val_fraction=1e-9))
+    with pytest.raises(UserError, match="not a text file"):
+        both(opened(tmp_path / "binary.txt"))
+    with pytest.raises(UserError, match="not a parquet file"):
+        both(opened(tmp_path / "bad.parquet"))
+    with pytest.raises(UserError, match=r"val_fraction=1\.5"):
+        opened("python", val_fraction=1.5)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r'pip install "jaxup\[data\]"'):
+        both(opened(tmp_path / "bad.parquet"))
+
+
+# Tokenizers
+
+
+def test_tokenizer_round_trips(tmp_path, tokenizer_dir):
+    tokenizer = train_bpe([*texts(50), ODD], 400)
+    assert 257 < len(tokenizer) <= 400
+    assert tokenizer.eos_token == "<|endoftext|>"
+    text = ODD + "never seen: \x00 żółć ∀x 𝔘"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(train_bpe([*texts(50), ODD], 400))
+    assert tokenizer_hash(tokenizer) != tokenizer_hash(train_bpe([*texts(50), ODD], 300))
+    loaded = load_tokenizer(tokenizer_dir)
+    assert tokenizer_hash(loaded) == tokenizer_hash(tokenizer)
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    loaded(["a", "b c"], padding=False, truncation=True, max_length=3)  # leaves its traces in the backend
+    assert tokenizer_hash(loaded) == tokenizer_hash(tokenizer)
+    loaded.save_pretrained(tmp_path / "again")
+    assert tokenizer_hash(load_tokenizer(str(tmp_path / "again"))) == tokenizer_hash(tokenizer)
+
+
+def test_tokenizers_that_will_not_load(tmp_path):
+    (tmp_path / "empty").mkdir()
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}})
+    )
+    (code / "mine.py").write_text("raise SystemExit('code from a tokenizer directory was run')")
+    for spec, message in {
+        "bpe:abc": "write bpe:N",
+        "bpe:100": "N >= 257",
+        "bpe:512": "trained when a token store is made",
+        "./nowhere": "no such directory: ./nowhere",
+        str(tmp_path / "empty"): "cannot load",
+        str(code): "cannot load",
+    }.items():
+        with pytest.raises(UserError, match=message) as error:
+            load_tokenizer(spec)
+        assert "\n" not in str(error.value)
+        assert str(error.value).startswith("data.tokenizer: ")
+    with pytest.raises(UserError, match="at least 257"):
+        train_bpe(["a"], 100)
