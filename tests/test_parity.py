@@ -90,7 +90,7 @@ def random_models(count):
     return decorate
 
 
-@random_models(4)
+@random_models(2)
 def test_random_models_equal_transformers(hf_model, tmp_path_factory, drawn, seed):
     model_type, config = drawn
     check(hf_model(model_type, seed=seed, **config), tmp_path_factory.mktemp("model"))

@@ -20,7 +20,7 @@ import safetensors.numpy
 import yaml
 from flax import nnx
 from plain import load_params
-from test_hub import GPT2, LLAMA, configs, load, make, refused
+from test_reader import GPT2, LLAMA, configs, load, make, refused
 
 import jaxup
 from jaxup.depth.apply import apply
