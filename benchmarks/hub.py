@@ -8,7 +8,7 @@ The files are in the page cache for both. transformers maps a file and returns b
 its load is timed until it returns, and until a byte of every page has been touched, which is when
 the weights are in memory, as jaxup's are when it returns. jaxup flushes what it saves to the disk
 and transformers does not: saves are timed until the call returns, and with an `os.sync` after it.
-Before each, another process touches as much memory as a contestant will: a virtual machine may take
+Before each, another process touches more memory than a contestant will: a virtual machine may take
 seconds to be given memory that it has not used for a while. The plain copy (`numpy.fromfile`, and
 writing that to a file) is what a program at least does that does not map the files, as jaxup cannot:
 its layers are stacked, and its matrices transposed.
@@ -181,7 +181,7 @@ def main() -> None:
         rounds: dict[str, list[dict[str, float]]] = {"jaxup": [], "transformers": [], "copy": []}
         for _ in range(a.rounds):
             for name, results in rounds.items():
-                touch(2 * size)
+                touch(4 * size)
                 results.append(finish(worker(name, path, out)))
                 shutil.rmtree(out)
         median = {
