@@ -166,17 +166,14 @@ def _restore(path: Path, model: ModelConfig) -> Params:
     from orbax.checkpoint import v1 as ocp
 
     from jaxup.model.decoder import abstract
+    from jaxup.training.checkpoint import restoring
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its internals
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract(model)[1])
-    try:
-        with context:
-            return ocp.load(path.resolve(), {"params": wanted})["params"]
-    except Exception as error:  # Orbax raises many kinds for a damaged or foreign checkpoint
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{path}: cannot restore this checkpoint: {reason[:300]}; choose another --step") from None
+    with context, restoring(str(path), "choose another --step"):
+        return ocp.load(path.resolve(), {"params": wanted})["params"]
 
 
 def _tokenizer(run: Path, store: str) -> Any:

@@ -175,11 +175,19 @@ def test_what_is_wrong_is_one_line(run, tmp_path):
     assert "the config needs [2, 32]" in refused(run, out)
     shutil.rmtree(run / "checkpoints" / "target_2")
     assert "choose with --model among reference" in refused(run, out)
+    assert not out.exists()
+
+
+def test_a_damaged_checkpoint_is_one_line(run, tmp_path):
+    """In a process of its own: Orbax would say more, and later than its exception."""
     for path in (run / "checkpoints" / "reference" / "2").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(b"")
-    assert "cannot restore" in refused(run, out, "--model", "reference")
-    assert not out.exists()
+    command = [sys.executable, "-m", "jaxup.export", str(run), str(tmp_path / "out"), "--model", "reference"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "cannot restore" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_model_configs_come_back(tmp_path):

@@ -167,8 +167,8 @@ class _Hub(Local):
             reason = f"no such directory, and {file} is not in the Hub's cache and could not be fetched"
         except errors.EntryNotFoundError:
             return None
-        except (errors.HFValidationError, OSError) as error:  # requests' and httpx's errors are OSErrors or so
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        except Exception as error:  # a name that is none, the network, a full disk: all kinds
+            reason = _first_line(error)
         raise UserError(f"{self.name}: {reason}")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -61,14 +64,27 @@ class Checkpoints:
             return self._load(step, {"params": abstract_params})["params"]
 
     def _load(self, step: int, tree: dict[str, Any]) -> dict[str, Any]:
-        try:
+        with restoring(f"{self._directory}/{step}", "remove it to go on from the one before"):
             return self._checkpointer.load(step, tree)
-        except Exception as error:  # Orbax raises many kinds for a damaged or foreign checkpoint
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"{self._directory}/{step}: cannot restore this checkpoint: {reason[:300]}; "
-                "remove it to go on from the one before"
-            ) from error
+
+
+@contextlib.contextmanager
+def restoring(checkpoint: str, advice: str) -> Iterator[None]:
+    """Turns whatever Orbax raises (there are many kinds) on a damaged or foreign checkpoint into a UserError.
+
+    When one array cannot be read Orbax leaves the reads of the others running, and their failures
+    would be reported one by one, at length, by an event loop that is closed already.
+    """
+    asyncio, level, hook = logging.getLogger("asyncio"), logging.getLogger("asyncio").level, sys.unraisablehook
+    asyncio.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda args: None if "Event loop is closed" in str(args.exc_value) else hook(args)
+    try:
+        yield
+    except Exception as error:  # and the silence stays: there is no telling when the last of them comes
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{checkpoint}: cannot restore this checkpoint: {reason[:300]}; {advice}") from None
+    asyncio.setLevel(level)
+    sys.unraisablehook = hook
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
