@@ -272,7 +272,7 @@ def test_tokenizers_that_will_not_load(tmp_path):
         "bpe:100": "N >= 257",
         "bpe:512": "trained when a token store is made",
         "./nowhere": "no such directory: ./nowhere",
-        str(tmp_path / "empty"): "cannot load",
+        str(tmp_path / "empty"): "no tokenizer",
         str(code): "cannot load",
     }.items():
         with pytest.raises(UserError, match=message) as error:

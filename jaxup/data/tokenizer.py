@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # transformers says on import that it misses PyTorch, which its tokenizers do not need.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+# What a directory with a tokenizer has at least one of.
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and END_OF_TEXT
 
@@ -45,6 +48,8 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
         raise UserError(f"data.tokenizer: {spec!r} is trained when a token store is made; there is none to load")
     path = Path(spec).expanduser()
     if path.is_dir():
+        if not any((path / file).exists() for file in _FILES):
+            raise UserError(f"data.tokenizer: no tokenizer in {spec}: none of {', '.join(_FILES)}")
         return _from_pretrained(spec, str(path))
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec):
         raise UserError(f"data.tokenizer: no such directory: {spec}")

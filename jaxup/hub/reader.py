@@ -168,7 +168,7 @@ def _headers(
     single, index = pickles.SINGLE, pickles.INDEX
     pickled = next((file for file in (single, index) if storage.exists(file)), None)
     if pickled is None or not allow_pickle:
-        hint = f"; {pickled!r} is a pickle: allow pickles to read it safely with PyTorch" if pickled else ""
+        hint = f"; {pickled!r} is a pickle: allow_pickle (--allow-pickle) reads it with PyTorch" if pickled else ""
         raise UserError(f"{storage.name}: no {SINGLE} and no {INDEX}{hint}")
     if pickled == single:
         infos, values = pickles.load(storage, single)

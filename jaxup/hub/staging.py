@@ -87,7 +87,7 @@ def check_replaceable(out: Path, force: bool, marks: tuple[str, ...]) -> None:
     if not os.path.lexists(out):
         return
     if not force:
-        raise UserError(f"{out}: exists already; choose another place or force it to be replaced")
+        raise UserError(f"{out}: exists already; choose another place, or force (--force) to replace it")
     if out.is_symlink() or not out.is_dir():
         raise UserError(f"{out}: is not a directory and will not be replaced")
     names = os.listdir(out)
