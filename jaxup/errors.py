@@ -43,6 +43,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says in its first line, or its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def suggest(name: str, candidates: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the candidate nearest to `name`, else the list of them all."""
     candidates = [str(c) for c in candidates]

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxup.errors import Parser, UserError, entry_point
+from jaxup.errors import Parser, UserError, entry_point, first_line
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -91,7 +91,7 @@ def chat_ids(tokenizer: Any, message: str, system: str | None) -> list[int]:
         # The template spells BOS itself: nothing is added to its text when it is tokenized.
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     except Exception as error:  # whatever jinja raises, or the template itself
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(f"--chat: the tokenizer's chat template: {reason}") from None
 
 
@@ -149,7 +149,8 @@ def main(argv: list[str]) -> None:
     from flax import nnx
 
     from jaxup.data.tokenizer import load_tokenizer
-    from jaxup.hub.load import load, load_config, tokenizer_directory
+    from jaxup.hub.load import load, tokenizer_directory
+    from jaxup.hub.reader import load_config
     from jaxup.model.sampling import generate
     from jaxup.progress import Progress
 

@@ -209,7 +209,7 @@ def read_model(config: ConfigDict, tokens: int = 1) -> Any:
     `model.family` names the constructor that takes the section's other keys. vocab_size 0 there
     means that of the tokenizer, `tokens`, rounded up to a multiple of 64.
     """
-    from jaxup.hub.load import load_config
+    from jaxup.hub.reader import load_config
     from jaxup.model.config import ModelConfig
 
     if config.reference.path:

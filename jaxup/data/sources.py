@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError, first_line, suggest
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -212,7 +212,7 @@ def _read_parquet(path: Path) -> Iterator[str | None]:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise UserError(f"data.source: {path}: not a parquet file ({_first_line(error)})") from None
+        raise UserError(f"data.source: {path}: not a parquet file ({first_line(error)})") from None
     with file:
         schema = file.schema_arrow
         if "text" not in schema.names or not _is_string(str(schema.field("text").type)):
@@ -279,7 +279,7 @@ def _load_from_disk(spec: str, path: Path) -> Any:
     try:
         return datasets.load_from_disk(str(path))
     except Exception as error:  # whatever a damaged directory makes pyarrow, json or datasets raise
-        raise UserError(f"data.source: {spec}: cannot load the dataset: {_first_line(error)}") from None
+        raise UserError(f"data.source: {spec}: cannot load the dataset: {first_line(error)}") from None
 
 
 def _hub_source(spec: str, val_fraction: float, seed: int) -> Source:
@@ -296,7 +296,7 @@ def _hub_source(spec: str, val_fraction: float, seed: int) -> Source:
     except Exception as error:  # network, quota, gated or damaged: the libraries raise all kinds
         if "scripts are no longer supported" in str(error) and not config:
             return _downloaded_source(spec, val_fraction)
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{missing}, and the hub's dataset cannot be loaded: {reason}") from None
     return _dataset_source(spec, spec, data, val_fraction, seed)
 
@@ -310,7 +310,7 @@ def _downloaded_source(spec: str, val_fraction: float) -> Source:
             huggingface_hub.snapshot_download(spec, repo_type="dataset", allow_patterns=["*.jsonl", "*.parquet"])
         )
     except Exception as error:  # as above
-        raise UserError(f"data.source: {spec}: cannot be downloaded: {_first_line(error)}") from None
+        raise UserError(f"data.source: {spec}: cannot be downloaded: {first_line(error)}") from None
     return dataclasses.replace(
         _file_source(spec, directory, _text_files(directory), val_fraction), name=safe_name(spec)
     )
@@ -370,7 +370,3 @@ def _near_python(spec: str, cutoff: float) -> str:
 
 def _is_string(type_name: str) -> bool:
     return type_name in ("string", "large_string", "string_view")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxup.errors import UserError
+from jaxup.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,7 +65,7 @@ def _from_pretrained(spec: str, path: str, **kwargs) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
     except Exception as error:  # OSError, ValueError, KeyError, tokenizers' bare Exception, ...
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(f"data.tokenizer: cannot load {spec}: {reason}") from None
 
 

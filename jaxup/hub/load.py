@@ -22,7 +22,7 @@ from jaxup.hub import reader
 from jaxup.hub.layouts import flatten
 from jaxup.hub.storage import Local, open_storage
 from jaxup.hub.transfer import transfer
-from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.config import Compute
 from jaxup.model.decoder import Decoder, abstract
 from jaxup.model.sharding import param_shardings
 
@@ -113,11 +113,6 @@ def load(
     ids = tuple((key, _hashable(hf[key])) for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf)
     model.origin = Origin(str(paths[main]), revision, hf["model_type"], ids, recorded)
     return model
-
-
-def load_config(path_or_id: str | os.PathLike, *, revision: str | None = None) -> ModelConfig:
-    """The ModelConfig of a model, from wherever `load` takes one; reads config.json only."""
-    return reader.load_config(path_or_id, revision=revision)
 
 
 def carried_files(path_or_id: str | os.PathLike, revision: str | None = None) -> dict[str, bytes]:

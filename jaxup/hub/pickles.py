@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxup.errors import UserError
+from jaxup.errors import UserError, first_line
 from jaxup.hub.header import TensorInfo
 from jaxup.hub.storage import Local, Storage
 
@@ -33,7 +33,7 @@ def load(storage: Storage, file: str) -> tuple[dict[str, TensorInfo], dict[str, 
         except RuntimeError:  # the format of torch before 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # UnpicklingError, EOFError, RuntimeError, ...: whatever a hostile file provokes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(f"{storage.name}: {file} cannot be read as tensors only: {reason[:200]}") from None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError, first_line, suggest
 
 SCHEMES = ("gs", "s3", "https", "http", "file")
 _SMALL = 4 * 2**20  # bytes; a config, or the index of 30,000 tensors
@@ -168,7 +168,7 @@ class _Hub(Local):
         except errors.EntryNotFoundError:
             return None
         except Exception as error:  # a name that is none, the network, a full disk: all kinds
-            reason = _first_line(error)
+            reason = first_line(error)[:300]
         raise UserError(f"{self.name}: {reason}")
 
 
@@ -182,7 +182,7 @@ class _Remote:
         try:
             self._files = ts.KvStore.open(self.name + "/").result()
         except ValueError as error:
-            raise UserError(f"{url}: {_first_line(error)}") from None
+            raise UserError(f"{url}: {first_line(error)[:300]}") from None
 
     def exists(self, file: str) -> bool:
         return self._read(file, slice(0, 0)) is not None
@@ -212,9 +212,5 @@ class _Remote:
         except ValueError as error:
             if str(error).startswith("OUT_OF_RANGE"):
                 return None
-            raise UserError(f"{self.name}: {file} cannot be read: {_first_line(error)}") from None
+            raise UserError(f"{self.name}: {file} cannot be read: {first_line(error)[:300]}") from None
         return result.value if result.state == "value" else None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -2,9 +2,9 @@
 
 On accelerators and meshes every tensor of the files is split by rows over all devices, read by each
 process for its own devices only, put there, and then moved, transposed to our layout, into its place
-in the stack of layers by one compiled program per kind of tensor. So each byte is read by one
-process, ranges are contiguous however the params are sharded, and a process holds a few pieces of
-tensors more than it keeps. For one CPU the stacks are filled in place, and become its arrays.
+in the stack of layers by one compiled program per kind of tensor. So each matrix is read once by all
+processes together, ranges are contiguous however the params are sharded, and a process holds a few
+pieces of tensors more than it keeps. For one CPU the stacks are filled in place, and become its arrays.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxup.errors import UserError
+from jaxup.errors import UserError, first_line
 from jaxup.model.decoder import Params
 from jaxup.training.step import TrainState
 
@@ -81,7 +81,7 @@ def restoring(checkpoint: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # and the silence stays: there is no telling when the last of them comes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(f"{checkpoint}: cannot restore this checkpoint: {reason[:300]}; {advice}") from None
     asyncio.setLevel(level)
     sys.unraisablehook = hook
