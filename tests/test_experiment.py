@@ -95,7 +95,7 @@ def test_every_shipped_variant_builds_its_settings(spec):
     import jax
 
     from jaxup.data.batches import DataConfig
-    from jaxup.depth.apply import result_config
+    from jaxup.depth.result import result_config
     from jaxup.model.decoder import abstract
     from jaxup.train import find_tokenizer, read_model, read_settings
     from jaxup.training.inherit import InheritConfig, check
@@ -125,7 +125,7 @@ def test_every_shipped_variant_builds_its_settings(spec):
 def test_the_low_data_recipe_is_the_papers():
     """arXiv 2404.08634 and its released code; the sizes of OpenLLaMA-3B as its config.json has them."""
     from jaxup.hub.families import config_from_hf
-    from jaxup.model.decoder import count_params
+    from jaxup.model.shapes import count_params
     from jaxup.train import read_model
     from jaxup.training.inherit import InheritConfig, check
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxup.errors import UserError
 from jaxup.hub.families import FAMILIES, config_from_hf, config_to_hf, with_family_biases
 from jaxup.model.config import LAYER_TYPES, ModelConfig, RopeScaling
-from jaxup.model.decoder import count_params
+from jaxup.model.shapes import count_params
 
 GPT2 = ModelConfig.gpt2(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, bias=True)
 LLAMA = ModelConfig(

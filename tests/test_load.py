@@ -22,9 +22,10 @@ from jax.sharding import AxisType
 from plain import load_params
 
 import jaxup
-from jaxup.depth.apply import apply, result_config
+from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan, Row
 from jaxup.depth.recipes import inherit
+from jaxup.depth.result import result_config
 from jaxup.errors import UserError
 from jaxup.hub import reader
 from jaxup.hub.layouts import flatten

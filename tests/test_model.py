@@ -14,7 +14,8 @@ from scipy.special import logsumexp
 from jaxup.hub.layouts import flatten
 from jaxup.model.attention import attention
 from jaxup.model.config import Compute, ModelConfig, RopeScaling
-from jaxup.model.decoder import KVCache, abstract, count_params, init, named_axes
+from jaxup.model.decoder import KVCache, abstract, init, named_axes
+from jaxup.model.shapes import count_params, param_shapes
 from jaxup.training.loss import cross_entropy
 
 
@@ -189,6 +190,7 @@ def test_the_tree_is_described_before_it_exists(config):
     shapes = jax.tree.map(lambda a: a.shape, abstract(config)[1])
     params = jax.jit(init, static_argnums=0)(config, 0)
     assert jax.tree.map(lambda a: a.shape, params) == shapes
+    assert param_shapes(config) == {path: leaf.shape for path, leaf in flatten(params).items()}
     assert count_params(config) == sum(p.size for p in jax.tree.leaves(params))
     axes = flatten(named_axes(config))
     assert {k: len(v) for k, v in axes.items()} == {k: v.ndim for k, v in flatten(params).items()}

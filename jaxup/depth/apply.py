@@ -8,9 +8,8 @@ L is the number of layers of a source, M that of the result.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ import numpy as np
 
 from jaxup.depth.plan import ENDS, MODULE_PARTS, DepthPlan
 from jaxup.errors import UserError, suggest
-from jaxup.model.config import ModelConfig
 
 Params = dict[str, Any]  # nested dict of arrays
 INIT = None  # the name, among the sources, of the freshly initialised tree
@@ -37,9 +35,9 @@ def apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None = 
 
     Returns:
       Params with leaves under "blocks" [M, ...]. A leaf has the dtype of its sources (promoted if
-      they differ, so that nothing inherited is rounded), whatever that of `init`. Scaling is done
-      in float32; a scale of 0 gives +0.0 and a scale of 1 a bit-exact copy. The layer axis must
-      not be sharded; the sharding of the others is kept. Blocks are new arrays; embeddings, final
+      they differ, so that nothing inherited is rounded), whatever that of `init`, unless the plan
+      says otherwise. Scaling is done in float32; a scale of 0 gives +0.0 and a scale of 1 a
+      bit-exact copy. The layer axis must not be sharded; the sharding of the others is kept. Blocks are new arrays; embeddings, final
       norm and head are the sources' own, which matters if either is donated.
 
     Raises:
@@ -66,42 +64,32 @@ def apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None = 
     result["blocks"] = jax.tree_util.tree_map_with_path(
         lambda path, *leaves: _leaf(plan, _path(path), dict(zip(names, leaves))), *blocks.values()
     )
+    if any(row.noise for row in plan.rows):
+        if init is None:
+            raise UserError("apply: layers are to be mixed with newly initialised ones, and no init is given")
+        result = add_noise(plan, result, init)
     return result
 
 
-def result_config(plan: DepthPlan, configs: Mapping[str, ModelConfig]) -> ModelConfig:
-    """The configuration of what `plan` makes from models of these configurations.
+def add_noise(plan: DepthPlan, params: Params, init: Params) -> Params:
+    """The params of the plan's result, without noise, with the noise that its rows ask for.
 
-    Layers bring their own attention window along. UserError if a source is missing, has another
-    depth than the plan says, or differs from the others in anything but depth and windows.
+    A kernel becomes (1 - noise) * inherited + noise * new, in float32, rounded to its own dtype.
     """
-    for name, depth in plan.sources:
-        if name not in configs:
-            raise UserError(f"plan: the configuration of source {name!r} is not given{suggest(name, configs)}")
-        if configs[name].num_layers != depth:
-            raise UserError(f"plan: source {name!r} has {configs[name].num_layers} layers, but the plan says {depth}")
-    names = [*(row.source for row in plan.rows), *filter(None, (getattr(plan, end) for end in ENDS))]
-    used = {name: configs[name] for name in names}
-    windows = [configs[row.source].window_of(row.layer) for row in plan.rows]
-    sizes = sorted({window for window in windows if window is not None})
-    if len(sizes) > 1:
-        raise UserError(f"plan: its layers have sliding windows of {', '.join(map(str, sizes))}; a model has one")
+    noises = np.array([row.noise for row in plan.rows], np.float32)
 
-    def at_this_depth(config: ModelConfig) -> ModelConfig:
-        return dataclasses.replace(
-            config,
-            num_layers=plan.num_layers,
-            sliding_window=sizes[0] if sizes else None,
-            layer_types=tuple("full_attention" if w is None else "sliding_attention" for w in windows),
-        )
+    def mix(keys: Any, leaf: Any, new: Any) -> Any:
+        path = _path(keys)
+        noise = np.array([row.noise if row.inherits(path) else 0 for row in plan.rows], np.float32)
+        if not path.endswith(".kernel") or not noise.any():
+            return leaf
+        noise = noise.reshape(-1, *[1] * (leaf.ndim - 1))
+        mixed = (1 - noise) * leaf.astype(jnp.float32) + noise * new.astype(jnp.float32)
+        return jnp.where(noise == 0, leaf, mixed.astype(leaf.dtype))
 
-    (first, result), *others = [(name, at_this_depth(config)) for name, config in used.items()]
-    for name, other in others:
-        for field in dataclasses.fields(ModelConfig):
-            a, b = getattr(result, field.name), getattr(other, field.name)
-            if a != b:
-                raise UserError(f"plan: {field.name} is {a!r} in {first!r} and {b!r} in {name!r}")
-    return result
+    if not noises.any():
+        return params
+    return params | {"blocks": jax.tree_util.tree_map_with_path(mix, params["blocks"], init["blocks"])}
 
 
 def _leaf(plan: DepthPlan, path: str, leaves: Mapping[str | None, Any]) -> jax.Array:
@@ -112,35 +100,58 @@ def _leaf(plan: DepthPlan, path: str, leaves: Mapping[str | None, Any]) -> jax.A
             raise UserError(f"apply: {path} of layer {i} is to be newly initialised, and no init is given")
         origins.append((row.source, row.layer) if row.inherits(path) else (INIT, i))
     names = {name for name, _ in origins}
-    dtype = jnp.result_type(*[leaves[name].dtype for name in names - {INIT} or names])
+    dtype = jnp.dtype(plan.dtype or jnp.result_type(*[leaves[name].dtype for name in names - {INIT} or names]))
 
     pieces = []
     for name, run in itertools.groupby(origins, key=lambda origin: origin[0]):
         layers = np.array([layer for _, layer in run], np.int32)
         pieces.append(jnp.asarray(leaves[name]).at[layers].get(mode="promise_in_bounds").astype(dtype))
     leaf = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+    return scale_rows(leaf, [row.factors(path) for row in plan.rows], plan.out_dtype)
 
-    scales = np.array([row.scale(path) for row in plan.rows], np.float32)
-    if np.all(scales == 1):
-        return leaf
-    scales = scales.reshape(-1, *[1] * (leaf.ndim - 1))
-    scaled = (leaf.astype(jnp.promote_types(dtype, jnp.float32)) * scales).astype(dtype)
-    # Not by multiplying: 0 * -1 is -0, 0 * inf is nan, and a product may flush small numbers.
-    return jnp.where(scales == 0, jnp.zeros((), dtype), jnp.where(scales == 1, leaf, scaled))
+
+def scale_rows(leaf: jax.Array, factors: Sequence[tuple[float, ...]], out_dtype: Any = None) -> jax.Array:
+    """Each row of a [rows, ...] leaf multiplied with its factors in turn; see `arithmetic.rescale`."""
+    dtype, zero = leaf.dtype, np.array([f == (0.0,) for f in factors])
+    rows = (-1, *[1] * (leaf.ndim - 1))
+    for step in itertools.zip_longest(*factors, fillvalue=1.0):
+        scales = np.array(step, np.float32).reshape(rows)
+        product = (leaf.astype(jnp.promote_types(dtype, jnp.float32)) * scales).astype(dtype)
+        leaf = jnp.where(scales == 1, leaf, product)
+    if zero.any():
+        # Not by multiplying: 0 * -1 is -0, and 0 * inf is nan.
+        leaf = jnp.where(zero.reshape(rows), jnp.zeros((), dtype), leaf)
+    return leaf.astype(out_dtype or dtype)
 
 
 def _end(plan: DepthPlan, end: str, trees: Mapping[str | None, Params]) -> Any | None:
-    """What the plan takes for `end`, or None where the model it is taken from has no such thing."""
+    """What the plan takes for `end`, or None where the result has no such thing."""
     name = getattr(plan, end)
+    if end == "lm_head":
+        head = plan.head({source: "lm_head" not in trees[source] for source, _ in plan.sources})
+        if head is None:
+            return None
+        part, name = head
+        if part == "embed_tokens":
+            return {"kernel": _ended(plan, "lm_head.kernel", jnp.asarray(trees[name][part]).T)}
     if name is INIT and INIT not in trees:
         if any(end in tree for tree in trees.values()):
             raise UserError(f"apply: {end} is to be newly initialised, and no init is given")
         return None
-    tied_elsewhere = end == "lm_head" and name is not INIT and plan.embed_tokens != name
-    if tied_elsewhere and end not in trees[name] and any(end in tree for tree in trees.values()):
-        # Without a head of its own the result would use another model's embedding.
-        raise UserError(f"apply: lm_head is to come from {name!r}, whose head is tied to its embed_tokens")
-    return jax.tree.map(jnp.asarray, trees[name].get(end))
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: _ended(plan, ".".join(filter(None, (end, _path(keys)))), leaf), trees[name].get(end)
+    )
+
+
+def _ended(plan: DepthPlan, path: str, leaf: Any) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    if plan.dtype:
+        leaf = leaf.astype(plan.dtype)
+    return (
+        scale_rows(leaf[None], [plan.factors(path)], plan.out_dtype)[0]
+        if plan.factors(path) or plan.out_dtype
+        else leaf
+    )
 
 
 def _check_depths(plan: DepthPlan, trees: Mapping[str | None, Params]) -> None:

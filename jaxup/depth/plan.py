@@ -7,13 +7,10 @@ printable, and YAML that a person can read and write (`jaxup.depth.plan_yaml`).
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
-import itertools
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 from jaxup.errors import UserError, suggest
 
@@ -21,6 +18,7 @@ ROLES = ("original", "copy", "new")
 PARTS = ("attention", "mlp", "norms")  # of a block
 ENDS = ("embed_tokens", "embed_positions", "norm", "lm_head")  # what is not a block
 ALL_PARTS = PARTS + ENDS
+DTYPES = ("float32", "bfloat16", "float16")
 
 # Which part of a block each of its modules belongs to.
 MODULE_PARTS = {
@@ -29,6 +27,20 @@ MODULE_PARTS = {
     "input_layernorm": "norms",
     "post_attention_layernorm": "norms",
 }
+
+# Every parameter that a block of some family has, and every one that is not of a block.
+BLOCK_PATHS = (
+    *(f"self_attn.{name}_proj.{kind}" for name in "qkvo" for kind in ("kernel", "bias")),
+    *(f"self_attn.{name}_norm.scale" for name in "qk"),
+    *(f"mlp.{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in ("kernel", "bias")),
+    *(f"{name}_layernorm.{kind}" for name in ("input", "post_attention") for kind in ("scale", "bias")),
+)
+END_PATHS = ("embed_tokens", "embed_positions", "norm.scale", "norm.bias", "lm_head.kernel")
+
+# What makes a block add nothing to the residual stream: its two projections back into it.
+ZEROED = (("o_proj", 0.0), ("down_proj", 0.0))
+
+Scales = tuple[tuple[str, float | tuple[float, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +51,21 @@ class Row:
       source, layer: the model and its layer that this one is made from.
       role: "original", "copy", or "new" for a layer that inherits nothing (`parts` is then empty).
       scales: (filter, value) pairs. A filter is a case-sensitive substring of a parameter's path
-        inside a block, such as "o_proj" of "self_attn.o_proj.kernel"; "" matches all. The first
-        match wins, no match means 1. They scale the row's parameters, inherited or new.
+        inside a block (one of BLOCK_PATHS), such as "o_proj" of "self_attn.o_proj.kernel"; "" and
+        "*" match all. The first match wins, no match means 1. A value is a factor, or several that
+        are multiplied with in turn, each product rounded to the parameter's dtype, as by plans
+        applied one after the other. They scale the row's parameters, inherited or new.
       parts: those of PARTS that come from the source; the others are newly initialised.
+      noise: the share, from 0 to 1, of freshly initialised values mixed into the row's inherited
+        kernels: (1 - noise) * inherited + noise * new. It does not go with scales.
     """
 
     source: str
     layer: int
     role: str = "original"
-    scales: tuple[tuple[str, float], ...] = ()
+    scales: Scales = ()
     parts: tuple[str, ...] = PARTS
+    noise: float = 0.0
 
     def __post_init__(self):
         if not isinstance(self.source, str) or not self.source:
@@ -62,20 +79,19 @@ class Row:
             raise UserError(f"plan: a layer of role 'new' inherits nothing, but takes {', '.join(self.parts)}")
         if self.role != "new" and not self.parts:
             raise UserError(f"plan: a layer that inherits nothing has role 'new', not {self.role!r}")
-        scales = tuple((filter, float(value)) for filter, value in self.scales)
-        for i, (filter, value) in enumerate(scales):
-            if not isinstance(filter, str) or filter in [f for f, _ in scales[:i]]:
-                raise UserError(f"plan: the filter {filter!r} of a scale is not text, or is given twice")
-            if not math.isfinite(value):
-                raise UserError(f"plan: the scale of {filter!r} must be a finite number, not {value}")
+        if not 0 <= self.noise <= 1:
+            raise UserError(f"plan: noise={self.noise!r} is not a share from 0 to 1")
+        if self.noise and self.scales:
+            raise UserError("plan: a layer has scales or noise, not both")
         # One spelling each, so that equal rows compare equal.
         object.__setattr__(self, "layer", operator.index(self.layer))
-        object.__setattr__(self, "scales", scales)
+        object.__setattr__(self, "scales", _scales(self.scales))
         object.__setattr__(self, "parts", tuple(part for part in PARTS if part in self.parts))
+        object.__setattr__(self, "noise", float(self.noise))
 
-    def scale(self, path: str) -> float:
-        """The factor of the parameter at `path` inside the block ("mlp.up_proj.kernel")."""
-        return next((value for filter, value in self.scales if filter in path), 1.0)
+    def factors(self, path: str) -> tuple[float, ...]:
+        """What multiplies the parameter at `path` inside the block: () nothing, (0.0,) it is zero."""
+        return _factors(self.scales, path)
 
     def inherits(self, path: str) -> bool:
         """Whether the parameter at `path` inside the block comes from the source."""
@@ -84,8 +100,8 @@ class Row:
     @property
     def zeroed(self) -> bool:
         """Whether the block adds nothing to the residual stream: o_proj and down_proj are zero."""
-        return not any(
-            self.scale(f"{module}.{name}")
+        return all(
+            self.factors(f"{module}.{name}") == (0.0,)
             for module in ("self_attn.o_proj", "mlp.down_proj")
             for name in ("kernel", "bias")
         )
@@ -98,9 +114,12 @@ class DepthPlan:
     Attributes:
       rows: one per layer of the result.
       embed_tokens, embed_positions, norm, lm_head: the source each is taken from; None means newly
-        initialised. They say nothing where a model has no such parameter: with tied embeddings the
-        head follows embed_tokens whatever lm_head says.
+        initialised. They say nothing where a model has no such parameter; what the head is among
+        models with tied embeddings, `head` says.
       sources: (name, number of layers) of every model the plan may take from.
+      scales: of what is not a block, as `Row.scales`, with filters on END_PATHS.
+      dtype, out_dtype: what is inherited is cast to `dtype`, scaled, and cast to `out_dtype`; None
+        keeps what it has. Products are computed in float32 and rounded to `dtype`.
 
     Raises:
       UserError: a row or an end names an unknown source, or a layer its source does not have.
@@ -112,10 +131,14 @@ class DepthPlan:
     norm: str | None
     lm_head: str | None
     sources: tuple[tuple[str, int], ...]
+    scales: Scales = ()
+    dtype: str | None = None
+    out_dtype: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "rows", tuple(self.rows))
         object.__setattr__(self, "sources", tuple((name, operator.index(n)) for name, n in self.sources))
+        object.__setattr__(self, "scales", _scales(self.scales))
         layers = dict(self.sources)
         if len(layers) != len(self.sources):
             raise UserError("plan: two sources have the same name")
@@ -138,10 +161,53 @@ class DepthPlan:
             name = getattr(self, end)
             if name is not None and name not in layers:
                 raise UserError(f"plan: {end} is taken from unknown source {name!r}{suggest(name, layers)}")
+        for dtype in (self.dtype, self.out_dtype):
+            if dtype is not None and dtype not in DTYPES:
+                raise UserError(f"plan: unknown dtype {dtype!r}{suggest(str(dtype), DTYPES)}")
 
     @property
     def num_layers(self) -> int:
         return len(self.rows)
+
+    def factors(self, path: str) -> tuple[float, ...]:
+        """What multiplies the parameter at `path`, one of END_PATHS."""
+        return _factors(self.scales, path)
+
+    def head(self, tied: Mapping[str, bool]) -> tuple[str, str | None] | None:
+        """The head of the result: (which parameter, of which source); None if it is tied to the embedding.
+
+        `tied` says of each source whether its own head is. The parameter is "lm_head", or
+        "embed_tokens" where a tied model's head goes beside another model's embedding. A source of
+        None means newly initialised.
+        """
+        both = [name for name in (self.embed_tokens, self.lm_head) if name is not None]
+        if self.lm_head is None:
+            both = [self.embed_tokens] if self.embed_tokens is not None else [name for name, _ in self.sources]
+        if all(tied[name] for name in both):
+            return None
+        if self.lm_head is None or not tied[self.lm_head]:
+            return "lm_head", self.lm_head
+        return "embed_tokens", self.lm_head
+
+    def order(self) -> tuple[int, ...]:
+        """The source's layers as they run, -1 for a layer that adds nothing; see `Decoder`.
+
+        UserError unless the result is one model's layers, whole and unscaled (a zeroed copy runs as
+        -1), between that model's own ends.
+        """
+        problem = None
+        if len({row.source for row in self.rows} | {getattr(self, end) for end in ENDS}) > 1:
+            problem = "it takes from several sources, or what it needs is newly initialised"
+        elif self.dtype or self.out_dtype or any(factors for path in END_PATHS if (factors := self.factors(path))):
+            problem = "it casts or scales"
+        for i, row in enumerate(self.rows):
+            if row.parts != PARTS or row.noise:
+                problem = f"layer {i} is not inherited whole"
+            elif not row.zeroed and any(row.factors(path) for path in BLOCK_PATHS):
+                problem = f"layer {i} is scaled"
+        if problem:
+            raise UserError(f"plan: cannot be run as an order of layers: {problem}")
+        return tuple(-1 if row.zeroed else row.layer for row in self.rows)
 
     def runs(self) -> list[tuple[Row, ...]]:
         """The rows, with those that differ only in being the next layer put together."""
@@ -167,75 +233,59 @@ class DepthPlan:
 
     def strip(self) -> str:
         """One character per layer: 0 original, X copy, z zeroed copy, p partly inherited, n new."""
-        return "".join(map(_character, self.rows))
+        from jaxup.depth import draw
+
+        return draw.strip(self)
 
     def describe(self) -> str:
         """The strip, a table of the runs, the ends, and what is unusual about the order."""
-        lines = [f"{self.num_layers} layers from {', '.join(f'{name!r} ({n})' for name, n in self.sources)}"]
-        lines += [self.strip(), *_table(self)]
-        origins: dict[str | None, list[str]] = {}
-        for end in ENDS:
-            origins.setdefault(getattr(self, end), []).append(end)
-        for name, ends in origins.items():
-            lines.append(f"{', '.join(ends)}: {'newly initialised' if name is None else f'from {name!r}'}")
-        for name, count in self.sources:
-            lines += [f"{name!r}: {remark}" for remark in _remarks(self, name, count)]
-        return "\n".join(lines)
+        from jaxup.depth import draw
+
+        return draw.describe(self)
 
     def __str__(self) -> str:
         return self.describe()
 
 
-@functools.lru_cache(maxsize=1024)
-def _character(row: Row) -> str:
-    if row.role == "new":
-        return "n"
-    if row.parts != PARTS:
-        return "p"
-    if row.role == "copy":
-        return "z" if row.zeroed else "X"
-    return "0"
+def simplest_scales(factors: Mapping[str, Sequence[float]]) -> Scales:
+    """The shortest scales that give each path its factors: what a person would write."""
+    values = {path: tuple(f) for path, f in factors.items()}
+    default = max(sorted(set(values.values())), key=list(values.values()).count, default=())
+    rest = {path: value for path, value in values.items() if value != default}
+    pairs: list[tuple[str, tuple[float, ...]]] = []
+    while rest:
+        # The name that covers most of what is left and nothing else, else one path.
+        names = {part for path in rest for part in (path, *path.split("."), path.rpartition(".")[0]) if part}
+        covers = {
+            name: [path for path in rest if name in path]
+            for name in sorted(names)
+            if len({values[path] for path in values if name in path}) == 1
+        }
+        name = min(covers, key=lambda name: (-len(covers[name]), len(name), name))
+        pairs.append((name, values[covers[name][0]]))
+        rest = {path: value for path, value in rest.items() if name not in path}
+    if default:
+        pairs.append(("", default))
+    return _scales(pairs)
 
 
-def _table(plan: DepthPlan) -> list[str]:
-    table, start = [("result", "source", "layers", "role", "parts", "scales")], 0
-    for run in plan.runs():
-        first, new = run[0], run[0].role == "new"
-        table.append((
-            _ranges(range(start, start + len(run))),
-            "-" if new else first.source,
-            "-" if new else _ranges(row.layer for row in run),
-            first.role,
-            "all" if first.parts == PARTS else ", ".join(first.parts) or "none",
-            ", ".join(f"{filter or 'all'} x {value:g}" for filter, value in first.scales),
-        ))  # fmt: skip
-        start += len(run)
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+def _scales(scales: Sequence[tuple[str, float | Sequence[float]]]) -> Scales:
+    """In one spelling: factors of 1 left out of several, 0 instead of several with a 0."""
+    result = []
+    for filter, value in scales:
+        if not isinstance(filter, str) or filter in [f for f, _ in result]:
+            raise UserError(f"plan: the filter {filter!r} of a scale is not text, or is given twice")
+        factors = tuple(float(f) for f in (value if isinstance(value, Sequence) else (value,)))
+        if not all(map(math.isfinite, factors)):
+            raise UserError(f"plan: the scale of {filter!r} must be a finite number, not {value}")
+        if 0 in factors:
+            factors = (0.0,)
+        factors = tuple(f for f in factors if f != 1) or (1.0,)
+        result.append((filter, factors[0] if len(factors) == 1 else factors))
+    return tuple(result)
 
 
-def _remarks(plan: DepthPlan, source: str, num_layers: int) -> list[str]:
-    """Which layers of a source are unused, repeated or out of order, one remark each."""
-    placed = [(i, row.layer) for i, row in enumerate(plan.rows) if row.source == source and row.parts]
-    uses = collections.Counter(layer for _, layer in placed)
-    remarks = []
-    if unused := [layer for layer in range(num_layers) if layer not in uses]:
-        remarks.append(f"unused: {_ranges(unused)}")
-    for times in sorted(set(uses.values()) - {1}):
-        remarks.append(f"used {times} times: {_ranges(layer for layer in range(num_layers) if uses[layer] == times)}")
-    back = [f"{a} -> {b} at layer {i} of the result" for (_, a), (i, b) in itertools.pairwise(placed) if b < a]
-    if back:
-        more = f" and {len(back) - 4} more" if len(back) > 4 else ""
-        remarks.append(f"goes back: {', '.join(back[:4])}{more}")
-    return remarks
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5", both ends included."""
-    ranges: list[list[int]] = []
-    for n in numbers:
-        if ranges and n == ranges[-1][1] + 1:
-            ranges[-1][1] = n
-        else:
-            ranges.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+def _factors(scales: Scales, path: str) -> tuple[float, ...]:
+    value = next((value for filter, value in scales if filter == "*" or filter in path), 1.0)
+    factors = value if isinstance(value, tuple) else (value,)
+    return () if factors == (1.0,) else factors

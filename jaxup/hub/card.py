@@ -9,7 +9,7 @@ import yaml
 
 from jaxup.depth.plan import DepthPlan
 from jaxup.model.config import ModelConfig
-from jaxup.model.decoder import count_params
+from jaxup.model.shapes import count_params
 
 
 def model_card(

@@ -37,6 +37,13 @@ class Tensor(NamedTuple):
     row: TensorRow
 
 
+def as_head(embedding: Tensor) -> Tensor:
+    """The tensor of a tied embedding as that of a head: the file's [vocab, hidden] serves both."""
+    vocab, hidden = embedding.shape
+    row = TensorRow("lm_head.weight", ("lm_head.kernel",), "linear")
+    return Tensor(row.name, (vocab, hidden), row.paths, None, ((hidden, vocab),), row)
+
+
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict from dotted path to leaf."""
     flat: dict[str, Any] = {}

@@ -14,16 +14,17 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxup.depth.apply import result_config
+from jaxup.depth.apply import add_noise
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
+from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest
 from jaxup.hub import reader
 from jaxup.hub.layouts import flatten
 from jaxup.hub.storage import Local, open_storage
 from jaxup.hub.transfer import transfer
-from jaxup.model.config import Compute
-from jaxup.model.decoder import Decoder, abstract
+from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.decoder import Decoder, abstract, init
 from jaxup.model.sharding import param_shardings
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -105,7 +106,10 @@ def load(
     else:
         shardings = param_shardings(config, mesh)
 
-    leaves = transfer(plan, config, checkpoints, flatten(shardings), dtype, strict=strict, progress=progress)
+    quiet = dataclasses.replace(plan, rows=tuple(dataclasses.replace(row, noise=0.0) for row in plan.rows))
+    leaves = transfer(quiet, config, checkpoints, flatten(shardings), dtype, strict=strict, progress=progress)
+    if quiet != plan:
+        leaves = _with_noise(plan, config, leaves)
     compute = Compute(dtype="bfloat16" if leaves["embed_tokens"].dtype == jnp.bfloat16 else "float32")
     model = nnx.merge(abstract(config, compute)[0], traverse_util.unflatten_dict(leaves, sep="."))
     main = plan.embed_tokens if plan.embed_tokens is not None else next(iter(checkpoints))
@@ -113,6 +117,14 @@ def load(
     ids = tuple((key, _hashable(hf[key])) for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf)
     model.origin = Origin(str(paths[main]), revision, hf["model_type"], ids, recorded)
     return model
+
+
+def _with_noise(plan: DepthPlan, config: ModelConfig, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def mix(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return flatten(add_noise(plan, traverse_util.unflatten_dict(leaves, sep="."), init(config, 0)))
+
+    out = {path: leaf.sharding for path, leaf in leaves.items()}
+    return jax.jit(mix, donate_argnums=0, out_shardings=out)(leaves)
 
 
 def carried_files(path_or_id: str | os.PathLike, revision: str | None = None) -> dict[str, bytes]:

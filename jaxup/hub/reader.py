@@ -15,11 +15,11 @@ from jaxup.errors import UserError
 from jaxup.hub import pickles
 from jaxup.hub.families import Family, config_from_hf, family_of_hf
 from jaxup.hub.header import TensorInfo, parse_json, read_header
-from jaxup.hub.layouts import Tensor, expected_tensors, flatten
+from jaxup.hub.layouts import Tensor, expected_tensors
 from jaxup.hub.manifest import check_manifest
 from jaxup.hub.storage import Local, Storage, open_storage
 from jaxup.model.config import ModelConfig
-from jaxup.model.decoder import abstract
+from jaxup.model.shapes import param_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -66,8 +66,7 @@ def open_checkpoint(path_or_id: str | Path, *, revision: str | None = None, allo
     storage = open_storage(path_or_id, revision=revision)
     hf, family, config = _config(storage)
     infos, files, pickled = _headers(storage, allow_pickle)
-    shapes = {p: tuple(leaf.shape) for p, leaf in flatten(abstract(config)[1]).items()}
-    found, tied = _match(storage.name, family, shapes, infos)
+    found, tied = _match(storage.name, family, param_shapes(config), infos)
     return Checkpoint(storage, hf, config, tuple(found), tied, tuple(files), pickled)
 
 

@@ -25,15 +25,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxup.depth.plan import DepthPlan
+from jaxup.depth.apply import scale_rows
+from jaxup.depth.arithmetic import rescale
+from jaxup.depth.plan import ENDS, DepthPlan
 from jaxup.errors import UserError
 from jaxup.hub import reader
 from jaxup.hub.header import TensorInfo
-from jaxup.hub.layouts import Tensor, flatten, from_file, transpose
+from jaxup.hub.layouts import Tensor, as_head, flatten, from_file, transpose
 from jaxup.hub.reader import Checkpoint, dtype_of, is_finite
 from jaxup.hub.storage import Local, aligned
 from jaxup.model.config import ModelConfig
-from jaxup.model.decoder import abstract, init
+from jaxup.model.decoder import init
+from jaxup.model.shapes import param_shapes
 from jaxup.progress import Progress
 
 _READ_AHEAD = 64 * 2**20  # bytes
@@ -48,10 +51,11 @@ def transfer(
     alone = jax.process_count() == 1
     # Elsewhere a process would have to read what belongs to others.
     digests = [_in_background(checkpoint.check_digests) for checkpoint in checkpoints.values()] if alone else []
-    dtypes = _leaf_dtypes(plan, shardings, checkpoints, dtype)
+    casts = _casts(plan, shardings, checkpoints, dtype)
+    fresh = _fresh(plan, config, shardings, casts, _origins(plan, checkpoints))
     sharding = next(iter(shardings.values()))
     on_host = isinstance(sharding, SingleDeviceSharding) and next(iter(sharding.device_set)).platform == "cpu"
-    target = (_Host if on_host else _Devices)(plan, config, shardings, dtypes)
+    target = (_Host if on_host else _Devices)(plan, config, shardings, casts, fresh)
     finite = np.ones(len(moves), bool)
     total, done = sum(_nbytes(move.info) for move in moves), 0
     # Over a network it is the requests in flight that make the speed; here, more threads cost memory.
@@ -81,12 +85,13 @@ class _Move(NamedTuple):
     checkpoint: Checkpoint
     tensor: Tensor
     info: TensorInfo
-    targets: tuple[tuple[str, int | None, int, float], ...]  # (leaf, layer, index among the tensor's paths, scale)
+    # (leaf, layer, index among the tensor's paths, factors)
+    targets: tuple[tuple[str, int | None, int, tuple[float, ...]], ...]
 
 
 def _moves(plan: DepthPlan, config: ModelConfig, checkpoints: Mapping[str, Checkpoint]) -> Iterator[_Move]:
     """What is to be read, in the order in which it lies in the files."""
-    leaves = flatten(abstract(config)[1])
+    leaves, origins = param_shapes(config), _origins(plan, checkpoints)
     placed = collections.defaultdict(list)
     for position, row in enumerate(plan.rows):
         placed[row.source, row.layer].append((position, row))
@@ -95,62 +100,87 @@ def _moves(plan: DepthPlan, config: ModelConfig, checkpoints: Mapping[str, Check
             targets = []
             for part, path in enumerate(tensor.paths):
                 if tensor.layer is None:
-                    if path in leaves and getattr(plan, path.split(".")[0]) == name:
-                        targets.append((path, None, part, 1.0))
+                    if path in leaves and origins[path.split(".")[0]] == (path.split(".")[0], name):
+                        targets.append((path, None, part, plan.factors(path)))
                     continue
                 inside = path.removeprefix("blocks.")
                 for position, row in placed[name, tensor.layer]:
                     # A parameter that is scaled by zero stays as the stack begins, and is not read.
-                    if row.inherits(inside) and row.scale(inside):
-                        targets.append((path, position, part, row.scale(inside)))
+                    if row.inherits(inside) and row.factors(inside) != (0.0,):
+                        targets.append((path, position, part, row.factors(inside)))
             if targets:
                 yield _Move(checkpoint, tensor, info, tuple(targets))
+            if tensor.paths == ("embed_tokens",) and origins["lm_head"] == ("embed_tokens", name):
+                path = "lm_head.kernel"
+                yield _Move(checkpoint, as_head(tensor), info, ((path, None, 0, plan.factors(path)),))
 
 
-def _leaf_dtypes(
+def _origins(plan: DepthPlan, checkpoints: Mapping[str, Checkpoint]) -> dict[str, tuple[str, str | None] | None]:
+    """For each end of the result, the parameter and the source that it is; None for a tied head."""
+    tied = {name: checkpoint.config.tie_embeddings for name, checkpoint in checkpoints.items()}
+    return {end: (end, getattr(plan, end)) for end in ENDS} | {"lm_head": plan.head(tied)}
+
+
+class _Casts(NamedTuple):
+    """The dtypes that a leaf's values take: before they are scaled, after, and in the end."""
+
+    before: np.dtype
+    after: np.dtype
+    leaf: np.dtype
+
+    @property
+    def one(self) -> bool:
+        return self.before == self.after == self.leaf
+
+
+def _casts(
     plan: DepthPlan, paths: Iterable[str], checkpoints: Mapping[str, Checkpoint], dtype: str | None
-) -> dict[str, np.dtype]:
-    if dtype is not None:
-        return dict.fromkeys(paths, jnp.dtype(dtype))
+) -> dict[str, _Casts]:
     stored = {name: reader.common_dtypes(checkpoint.tensors) for name, checkpoint in checkpoints.items()}
-    dtypes = {}
+    origins, casts = _origins(plan, checkpoints), {}
     for path in paths:
         inside = path.removeprefix("blocks.")
-        sources = (
-            {getattr(plan, path.split(".")[0])} - {None}
-            if inside == path
-            else {row.source for row in plan.rows if row.inherits(inside)}
-        )
-        found = [stored[name][path] for name in sources]
-        dtypes[path] = functools.reduce(np.promote_types, found) if found else jnp.dtype("float32")
-    return dtypes
+        if inside == path:
+            part, name = origins[path.split(".")[0]]
+            found = [] if name is None else [stored[name][path if path.startswith(part) else part]]
+        else:
+            found = [stored[name][path] for name in {row.source for row in plan.rows if row.inherits(inside)}]
+        widest = functools.reduce(np.promote_types, found) if found else jnp.dtype("float32")
+        before = jnp.dtype(plan.dtype or dtype or widest)
+        after = jnp.dtype(plan.out_dtype or before)
+        casts[path] = _Casts(before, after, jnp.dtype(dtype or after))
+    return casts
 
 
 def _fresh(
-    plan: DepthPlan, config: ModelConfig, shardings: Mapping[str, Any], dtypes: Mapping[str, np.dtype]
-) -> dict[str, jax.Array]:
+    plan: DepthPlan, config: ModelConfig, shardings: Mapping[str, Any], casts: Mapping[str, _Casts],
+    origins: Mapping[str, tuple[str, str | None] | None],
+) -> dict[str, jax.Array]:  # fmt: skip
     """Newly initialised leaves of which the plan inherits nothing, or not in every layer."""
-    paths = {path for path in shardings if _is_fresh(plan, path)}
+    paths = {path for path in shardings if _is_fresh(plan, path, origins)}
     if not paths:
         return {}
 
     def make() -> dict[str, jax.Array]:
         leaves = {path: leaf for path, leaf in flatten(init(config, 0)).items() if path in paths}
         for path, leaf in leaves.items():
-            if path.startswith("blocks."):
-                inside = path.removeprefix("blocks.")
-                scales = np.array([0 if row.inherits(inside) else row.scale(inside) for row in plan.rows], np.float32)
-                scales = scales.reshape(-1, *[1] * (leaf.ndim - 1))
-                leaves[path] = jnp.where(scales == 0, 0, leaf * scales)
-        return {path: leaf.astype(dtypes[path]) for path, leaf in leaves.items()}
+            inside = path.removeprefix("blocks.")
+            # What is inherited comes later: zero till then.
+            factors = [(0.0,) if row.inherits(inside) else row.factors(inside) for row in plan.rows]
+            leaf = leaf.astype(casts[path].before)
+            if inside == path:
+                leaves[path] = scale_rows(leaf[None], [plan.factors(path)], casts[path].after)[0]
+            else:
+                leaves[path] = scale_rows(leaf, factors, casts[path].after)
+        return {path: leaf.astype(casts[path].leaf) for path, leaf in leaves.items()}
 
     return jax.jit(make, out_shardings={path: shardings[path] for path in paths})()
 
 
-def _is_fresh(plan: DepthPlan, path: str) -> bool:
+def _is_fresh(plan: DepthPlan, path: str, origins: Mapping[str, tuple[str, str | None] | None]) -> bool:
     inside = path.removeprefix("blocks.")
     if inside == path:
-        return getattr(plan, path.split(".")[0]) is None
+        return origins[path.split(".")[0]][1] is None
     return not all(row.inherits(inside) for row in plan.rows)
 
 
@@ -179,34 +209,38 @@ def _rows(move: _Move, rows: slice) -> tuple[np.ndarray, bool]:
 class _Host:
     """Leaves in the memory of this process, filled by the threads that read."""
 
-    def __init__(self, plan, config, shardings, dtypes):
-        shapes = flatten(abstract(config)[1])
-        fresh = _fresh(plan, config, shardings, dtypes)
-        self._shardings = shardings
-        self._leaves = {path: aligned(shape.shape, dtypes[path]) for path, shape in shapes.items()}
+    def __init__(self, plan, config, shardings, casts, fresh):
+        self._shardings, self._casts = shardings, casts
+        self._leaves = {path: aligned(shape, casts[path].leaf) for path, shape in param_shapes(config).items()}
         for path, leaf in self._leaves.items():
             if path in fresh:
                 leaf[...] = fresh[path]
-            elif not all(row.scale(path.removeprefix("blocks.")) for row in plan.rows):
+            elif any(row.factors(path.removeprefix("blocks.")) == (0.0,) for row in plan.rows):
                 leaf[...] = 0
 
     def fetch(self, move: _Move) -> tuple[None, bool]:
         piece, finite = _rows(move, slice(None))
         tensor = move.tensor
-        for path, layer, part, scale in move.targets:
-            leaf = self._leaves[path]
-            if layer is None and tensor.row.layout == "same" and piece.dtype == leaf.dtype:
+        for path, layer, part, factors in move.targets:
+            leaf, casts = self._leaves[path], self._casts[path]
+            if (
+                layer is None
+                and tensor.row.layout == "same"
+                and piece.dtype == leaf.dtype
+                and not factors
+                and casts.one
+            ):
                 self._leaves[path] = piece
                 continue
             leaf = leaf[... if layer is None else layer]
-            if tensor.row.layout == "linear":
+            if factors or not casts.one:
+                leaf[...] = rescale(from_file(tensor, piece)[part], factors, casts.before, casts.after)
+            elif tensor.row.layout == "linear":
                 sizes = [math.prod(shape[tensor.row.inputs :]) for shape in tensor.part_shapes]
                 start = sum(sizes[:part])
                 transpose(piece[start : start + sizes[part]], leaf.reshape(-1, sizes[part]))
             else:
                 leaf[...] = from_file(tensor, piece)[part]
-            if scale != 1:
-                leaf[...] = leaf.astype(np.promote_types(leaf.dtype, np.float32)) * np.float32(scale)
         return None, finite
 
     def put(self, move: _Move, array: None) -> None:
@@ -220,14 +254,13 @@ class _Host:
 class _Devices:
     """Leaves on the devices of a mesh, or on one accelerator."""
 
-    def __init__(self, plan, config, shardings, dtypes):
-        shapes = flatten(abstract(config)[1])
-        self._shardings = shardings
-        self._leaves = {path: jax.ShapeDtypeStruct(shape.shape, dtypes[path]) for path, shape in shapes.items()}
-        fresh = _fresh(plan, config, shardings, dtypes)
+    def __init__(self, plan, config, shardings, casts, fresh):
+        shapes = param_shapes(config)
+        self._shardings, self._casts = shardings, casts
+        self._leaves = {path: jax.ShapeDtypeStruct(shape, casts[path].leaf) for path, shape in shapes.items()}
         stacks = [path for path in shapes if path.startswith("blocks.") and path not in fresh]
         zeros = jax.jit(
-            lambda: {path: jnp.zeros(shapes[path].shape, dtypes[path]) for path in stacks},
+            lambda: {path: jnp.zeros(shapes[path], casts[path].leaf) for path in stacks},
             out_shardings={path: shardings[path] for path in stacks},
         )()
         self._leaves |= fresh | zeros
@@ -260,11 +293,11 @@ class _Devices:
         return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, ordered)), finite
 
     def put(self, move: _Move, array: jax.Array) -> None:
-        for path, layer, part, scale in move.targets:
+        for path, layer, part, factors in move.targets:
             leaf, sharding = self._leaves[path], self._shardings[path]
             # One program for all layers.
             like = move.tensor._replace(name="", layer=None if layer is None else 0)
-            place = _placer(like, part, scale, leaf.dtype, sharding)
+            place = _placer(like, part, factors, self._casts[path], sharding)
             self._leaves[path] = place(None if layer is None else leaf, array, np.int32(layer or 0))
         # One tensor at a time: the next ones are read meanwhile.
         jax.block_until_ready([self._leaves[path] for path, *_ in move.targets])
@@ -295,9 +328,9 @@ def _axes(tensor: Tensor, target: NamedSharding) -> _Axes:
 
 
 @functools.lru_cache(maxsize=256)
-def _placer(tensor: Tensor, part: int, scale: float, dtype: np.dtype, target: Any):
+def _placer(tensor: Tensor, part: int, factors: tuple[float, ...], casts: _Casts, target: Any):
     """A compiled (leaf [L, ...] or None, fetched tensor, layer) -> leaf with one of the tensor's parts in it."""
-    row, shapes = tensor.row, tensor.part_shapes
+    row, shapes, dtype = tensor.row, tensor.part_shapes, casts.leaf
     shape = shapes[part]
 
     def place(leaf, array, layer):
@@ -306,9 +339,7 @@ def _placer(tensor: Tensor, part: int, scale: float, dtype: np.dtype, target: An
             x = array[sum(sizes[:part]) :][: sizes[part]]
         else:
             x = matrix(array)
-        x = x.reshape(shape).astype(dtype)
-        if scale != 1:
-            x = (x.astype(jnp.promote_types(dtype, jnp.float32)) * scale).astype(dtype)
+        x = scale_rows(x.reshape(1, *shape).astype(casts.before), [factors], casts.after)[0].astype(dtype)
         if leaf is None:
             return x
         # As integers: XLA's CPU updates a bfloat16 array by converting all of it to float32 and back.

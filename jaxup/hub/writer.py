@@ -28,7 +28,8 @@ from jaxup.hub.reader import INDEX, SINGLE, is_finite
 from jaxup.hub.shards import DTYPES, Stored, parse_size, split, write_shard
 from jaxup.hub.staging import staged_directory
 from jaxup.model.config import ModelConfig
-from jaxup.model.decoder import Params, abstract
+from jaxup.model.decoder import Params
+from jaxup.model.shapes import param_shapes
 from jaxup.progress import Progress
 
 CARD, PLAN = "README.md", "jaxup_plan.yaml"
@@ -83,11 +84,10 @@ def save(
     max_shard_size = parse_size(max_shard_size)
     leaves = _checked(config, params)
     family, exported = with_family_biases(config, model_type)
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(abstract(exported)[1]).items()}
     most = dtype or main_dtype(params)
     tensors = [
         Stored(tensor, DTYPES[dtype or _widest(tensor, leaves, most)])
-        for tensor in expected_tensors(family.tensors, shapes)
+        for tensor in expected_tensors(family.tensors, param_shapes(exported))
     ]
     shards = split(tensors, max_shard_size)
 
@@ -138,7 +138,7 @@ def save(
 def _checked(config: ModelConfig, params: Params) -> dict[str, Any]:
     """The leaves by dotted path; UserError unless they are exactly the config's."""
     leaves = flatten(params)
-    needed = {path: tuple(leaf.shape) for path, leaf in flatten(abstract(config)[1]).items()}
+    needed = param_shapes(config)
     for path in sorted(set(needed) ^ set(leaves)):
         raise UserError(f"params: {path} is {'missing' if path in needed else 'not part of the model'}")
     for path, shape in needed.items():

@@ -164,8 +164,3 @@ def named_axes(config: ModelConfig) -> Params:
         path: (("layers",) if path[0] == "blocks" else ()) + param.get_metadata("axes")
         for path, param in nnx.to_flat_state(nnx.state(model))
     })  # fmt: skip
-
-
-def count_params(config: ModelConfig) -> int:
-    """Number of parameters; a tied head counts once."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)[1]))

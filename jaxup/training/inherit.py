@@ -21,12 +21,14 @@ from collections.abc import Callable
 
 import jax
 
-from jaxup.depth.apply import apply, result_config
+from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import inherit
+from jaxup.depth.result import result_config
 from jaxup.errors import UserError
 from jaxup.model.config import ModelConfig
-from jaxup.model.decoder import Params, count_params, init
+from jaxup.model.decoder import Params, init
+from jaxup.model.shapes import count_params
 from jaxup.model.sharding import param_shardings
 from jaxup.training.loop import Result, Run, evaluate, load_trained, random_params, train_model
 from jaxup.training.rundir import read_json, write_atomically

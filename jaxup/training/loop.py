@@ -26,7 +26,8 @@ from jaxup.data.batches import Batches, TokenData, validation_batches
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import NonFinite, Stopped
 from jaxup.model.config import Compute, ModelConfig
-from jaxup.model.decoder import Params, abstract, count_params, init
+from jaxup.model.decoder import Params, abstract, init
+from jaxup.model.shapes import count_params
 from jaxup.model.sharding import param_shardings
 from jaxup.progress import Progress
 from jaxup.training.checkpoint import Checkpoints

@@ -1,0 +1,64 @@
+"""The configuration of what a plan makes, and what its sources disagree about."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxup.depth.plan import ENDS, DepthPlan
+from jaxup.errors import UserError, suggest
+from jaxup.model.config import ModelConfig
+
+# Two models may differ in these and still have layers of one function; the first one's are taken.
+_FREE = ("num_layers", "sliding_window", "layer_types", "tie_embeddings", "init_std")
+
+
+def result_config(plan: DepthPlan, configs: Mapping[str, ModelConfig], *, vocab_size: int | None = None) -> ModelConfig:
+    """The configuration of what `plan` makes from models of these configurations.
+
+    Layers bring their own attention window along, and the embeddings are tied as `DepthPlan.head`
+    has it. A given `vocab_size` takes the place of the models' own, which may then differ.
+
+    Raises:
+      UserError: a source is missing, has another depth than the plan says, or differs from the first
+        in what every layer shares.
+    """
+    for name, depth in plan.sources:
+        if name not in configs:
+            raise UserError(f"plan: the configuration of source {name!r} is not given{suggest(name, configs)}")
+        if configs[name].num_layers != depth:
+            raise UserError(f"plan: source {name!r} has {configs[name].num_layers} layers, but the plan says {depth}")
+    for field, (a, name_a), (b, name_b) in disagreements(plan, configs):
+        if field != "vocab_size" or vocab_size is None:
+            raise UserError(f"plan: {field} is {a!r} in {name_a!r} and {b!r} in {name_b!r}")
+    windows = [configs[row.source].window_of(row.layer) for row in plan.rows]
+    sizes = sorted({window for window in windows if window is not None})
+    if len(sizes) > 1:
+        raise UserError(f"plan: its layers have sliding windows of {', '.join(map(str, sizes))}; a model has one")
+    first = configs[plan.rows[0].source]
+    return dataclasses.replace(
+        first,
+        num_layers=plan.num_layers,
+        sliding_window=sizes[0] if sizes else None,
+        layer_types=tuple("full_attention" if w is None else "sliding_attention" for w in windows),
+        tie_embeddings=plan.head({name: config.tie_embeddings for name, config in configs.items()}) is None,
+        vocab_size=vocab_size or first.vocab_size,
+    )
+
+
+def disagreements(
+    plan: DepthPlan, configs: Mapping[str, ModelConfig]
+) -> Iterator[tuple[str, tuple[Any, str], tuple[Any, str]]]:
+    """Fields that must be the same in all sources used and are not: (field, (value, source), (value, source))."""
+    used = [*(row.source for row in plan.rows), *filter(None, (getattr(plan, end) for end in ENDS))]
+    first, *others = dict.fromkeys(used)
+    for other in others:
+        for field in dataclasses.fields(ModelConfig):
+            a, b = (getattr(configs[name], field.name) for name in (first, other))
+            if a == b or field.name in _FREE:
+                continue
+            # With rotary positions this is what a model was trained to, not what it computes.
+            if field.name == "max_positions" and configs[first].positions == "rope":
+                continue
+            yield field.name, (a, first), (b, other)
