@@ -37,8 +37,9 @@ def apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None = 
       Params with leaves under "blocks" [M, ...]. A leaf has the dtype of its sources (promoted if
       they differ, so that nothing inherited is rounded), whatever that of `init`, unless the plan
       says otherwise. Scaling is done in float32; a scale of 0 gives +0.0 and a scale of 1 a
-      bit-exact copy. The layer axis must not be sharded; the sharding of the others is kept. Blocks are new arrays; embeddings, final
-      norm and head are the sources' own, which matters if either is donated.
+      bit-exact copy. The layer axis must not be sharded; the sharding of the others is kept.
+      Blocks are new arrays; embeddings, final norm and head may be the sources' own, which matters
+      if either is donated.
 
     Raises:
       UserError: a source is missing or is not what the plan was made for, sources and `init` do
@@ -144,13 +145,10 @@ def _end(plan: DepthPlan, end: str, trees: Mapping[str | None, Params]) -> Any |
 
 
 def _ended(plan: DepthPlan, path: str, leaf: Any) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    if plan.dtype:
-        leaf = leaf.astype(plan.dtype)
+    leaf = jnp.asarray(leaf).astype(plan.dtype or leaf.dtype)
+    factors = plan.factors(path)
     return (
-        scale_rows(leaf[None], [plan.factors(path)], plan.out_dtype)[0]
-        if plan.factors(path) or plan.out_dtype
-        else leaf
+        scale_rows(leaf[None], [factors], plan.out_dtype)[0] if factors else leaf.astype(plan.out_dtype or leaf.dtype)
     )
 
 
