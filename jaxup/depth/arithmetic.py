@@ -11,8 +11,8 @@ import numpy as np
 def rescale(
     x: np.ndarray,
     factors: Sequence[float],
-    dtype: str | np.dtype | None = None,
-    out_dtype: str | np.dtype | None = None,
+    dtype: np.dtype | str | None = None,
+    out_dtype: np.dtype | str | None = None,
 ) -> np.ndarray:
     """The array cast to `dtype`, multiplied with each factor in turn, and cast to `out_dtype`.
 

@@ -233,7 +233,7 @@ class _Host:
                 self._leaves[path] = piece
                 continue
             leaf = leaf[... if layer is None else layer]
-            if factors or not casts.one:
+            if not as_it_is:
                 leaf[...] = rescale(from_file(tensor, piece)[part], factors, casts.before, casts.after)
             elif tensor.row.layout == "linear":
                 sizes = [math.prod(shape[tensor.row.inputs :]) for shape in tensor.part_shapes]
