@@ -146,10 +146,9 @@ def _end(plan: DepthPlan, end: str, trees: Mapping[str | None, Params]) -> Any |
 
 def _ended(plan: DepthPlan, path: str, leaf: Any) -> jax.Array:
     leaf = jnp.asarray(leaf).astype(plan.dtype or leaf.dtype)
-    factors = plan.factors(path)
-    return (
-        scale_rows(leaf[None], [factors], plan.out_dtype)[0] if factors else leaf.astype(plan.out_dtype or leaf.dtype)
-    )
+    if factors := plan.factors(path):
+        return scale_rows(leaf[None], [factors], plan.out_dtype)[0]
+    return leaf.astype(plan.out_dtype or leaf.dtype)
 
 
 def _check_depths(plan: DepthPlan, trees: Mapping[str | None, Params]) -> None:

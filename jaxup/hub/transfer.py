@@ -223,13 +223,8 @@ class _Host:
         tensor = move.tensor
         for path, layer, part, factors in move.targets:
             leaf, casts = self._leaves[path], self._casts[path]
-            if (
-                layer is None
-                and tensor.row.layout == "same"
-                and piece.dtype == leaf.dtype
-                and not factors
-                and casts.one
-            ):
+            as_it_is = casts.one and not factors
+            if as_it_is and layer is None and tensor.row.layout == "same" and piece.dtype == leaf.dtype:
                 self._leaves[path] = piece
                 continue
             leaf = leaf[... if layer is None else layer]
