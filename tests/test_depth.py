@@ -1,5 +1,6 @@
 """Plans, recipes and apply, against a naive implementation that loops over rows."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxup.depth.apply import apply
+from jaxup.depth.compose import compose
 from jaxup.depth.plan import ALL_PARTS, ENDS, MODULE_PARTS, PARTS, DepthPlan, Row
 from jaxup.depth.recipes import identity, inherit
 from jaxup.errors import UserError
@@ -59,10 +61,7 @@ def naive(plan, sources, init):
             value = at(sources[row.source] if inherited else init, ("blocks", *path))[row.layer if inherited else i]
             for name, scale in row.scales:
                 if name in ".".join(path):
-                    if scale == 0:
-                        value = np.zeros_like(value)
-                    elif scale != 1:
-                        value = (value.astype(np.float32) * np.float32(scale)).astype(value.dtype)
+                    value = scaled(value, scale)
                     break
             layers.append(value)
         out[("blocks", *path)] = np.stack(layers)
@@ -70,8 +69,19 @@ def naive(plan, sources, init):
         name = getattr(plan, end)
         value = (init if name is None else sources[name])[end]
         for key, leaf in value.items() if isinstance(value, dict) else [(None, value)]:
-            out[(end, key) if key else (end,)] = leaf
+            path = (end, key) if key else (end,)
+            scales = [scale for name, scale in plan.scales if name in ".".join(path)]
+            out[path] = scaled(leaf, scales[0]) if scales else leaf
     return out
+
+
+def scaled(value, factors):
+    for factor in factors if isinstance(factors, tuple) else (factors,):
+        if factor == 0:
+            return np.zeros_like(value)
+        if factor != 1:
+            value = (value.astype(np.float32) * np.float32(factor)).astype(value.dtype)
+    return value
 
 
 def assert_bits(a, b):
@@ -82,23 +92,26 @@ def assert_bits(a, b):
 
 names = st.text(min_size=1, max_size=8) | st.sampled_from(["model", "null", "12", "yes", "a: b", "#", "0x1", "é\n"])
 filters = st.sampled_from(["o_proj", "down_proj", "kernel", "bias", "mlp.", "", "self_attn", "nothing"])
-values = st.sampled_from([0.0, -0.0, 1.0, 0.5, -1.7, 1e-3]) | st.floats(0.01, 4) | st.floats(-4, -0.01)
+values = st.sampled_from([0.0, -0.0, 1.0, 0.5, -1.7, 1e-3, (0.7, -1.3)]) | st.floats(0.01, 4) | st.floats(-4, -0.01)
 
 
 @st.composite
-def plans(draw, names=names, filters=filters, values=values, max_rows=8):
-    sources = draw(st.dictionaries(names, st.integers(1, 6), min_size=1, max_size=3))
+def plans(draw, names=names, filters=filters, values=values, max_rows=8, sources=None, whole=False):
+    sources = sources or draw(st.dictionaries(names, st.integers(1, 6), min_size=1, max_size=3))
     rows = []
     for _ in range(draw(st.integers(1, max_rows))):
         source = draw(st.sampled_from(sorted(sources)))
-        parts = draw(st.sampled_from([PARTS, PARTS, (), ("mlp",), ("norms", "attention")]))
+        parts = PARTS if whole else draw(st.sampled_from([PARTS, PARTS, (), ("mlp",), ("norms", "attention")]))
         role = draw(st.sampled_from(["original", "copy"])) if parts else "new"
         scales = tuple(draw(st.dictionaries(filters, values, max_size=3)).items())
         first = draw(st.integers(0, sources[source] - 1))
         stop = draw(st.integers(first + 1, sources[source]))
         rows += [Row(source, layer, role, scales, parts) for layer in range(first, stop)]
-    ends = {end: draw(st.none() | st.sampled_from(sorted(sources))) for end in ENDS}
-    return DepthPlan(tuple(rows), **ends, sources=tuple(sources.items()))
+    ends = {end: draw(st.sampled_from(sorted(sources)) if whole else st.none() | st.sampled_from(sorted(sources)))
+            for end in ENDS}  # fmt: skip
+    of_ends = st.sampled_from(["embed", "norm", "lm_head", "embed_tokens", "", "kernel"])
+    scales = tuple(draw(st.dictionaries(of_ends, values, max_size=2)).items())
+    return DepthPlan(tuple(rows), **ends, sources=tuple(sources.items()), scales=scales)
 
 
 @settings(deadline=None, max_examples=8)
@@ -392,3 +405,58 @@ def test_plans_need_no_jax():
     code = "import sys, jaxup.depth.recipes as r; r.identity('m', 2).to_yaml(); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert set(ALL_PARTS) == {*PARTS, *ENDS}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_a_plan_on_the_result_of_a_plan_is_a_plan_on_the_originals(data):
+    """Bit for bit in numpy's arithmetic: products rounded to bfloat16 twice are not rounded once."""
+    inner = data.draw(plans(st.sampled_from("ab"), max_rows=3, whole=True))
+    others = {"m": inner.num_layers} | ({"a": dict(inner.sources)["a"]} if "a" in dict(inner.sources) else {})
+    outer = data.draw(plans(sources=others, max_rows=3, whole=True))
+    originals = {name: tree(n, jnp.bfloat16, seed) for seed, (name, n) in enumerate(inner.sources)}
+    assume(outer.embed_tokens == outer.lm_head)
+    both = compose(outer, {"m": inner})
+    middle = {"m": unflat(naive(inner, originals, None)), **originals}
+    want, got = naive(outer, middle, None), naive(both, originals, None)
+    assert want.keys() == got.keys()
+    for path, value in want.items():
+        assert_bits(got[path], value)
+    assert DepthPlan.from_yaml(both.to_yaml()) == both
+
+
+def test_compose_refusals():
+    plan = UPSCALE
+    on = partial(compose, inherit("m", 7, 3))
+    refused("'m' has 6 layers, but the plan on it says 7", on, {"m": identity("base", 6)})
+    assert on({"m": plan}).strip() == "000"
+    assert compose(inherit("m", 7, 7), {"m": plan}) == plan
+    fresh = inherit("base", 6, 7 * [1], parts=("mlp", *ENDS))
+    twice = DepthPlan((Row("m", 3), Row("m", 3, "copy")), *["m"] * 4, (("m", 7),))
+    refused("layer 3 of 'm' is newly initialised, and used several times", compose, twice, {"m": fresh})
+    assert on({"m": fresh}).strip() == "ppp"
+    head = DepthPlan((Row("m", 0),), "n", "n", "n", "m", (("m", 7), ("n", 2)))
+    refused("the head of 'm'", compose, head, {"m": dataclasses.replace(plan, scales=(("lm_head", 2.0),))})
+    other = dataclasses.replace(identity("base", 7), sources=(("base", 7),))
+    refused(
+        "'base' has 6 layers in one plan and 7",
+        compose,
+        dataclasses.replace(other, sources=(("m", 7), ("base", 7))),
+        {"m": plan},
+    )
+    noisy = DepthPlan((Row("base", 0, noise=0.5),) * 7, *["base"] * 4, (("base", 6),))
+    refused("layer 0 has noise", compose, dataclasses.replace(twice, rows=(Row("m", 3, "copy", ZERO),)), {"m": noisy})
+    half = dataclasses.replace(plan, dtype="float16")
+    assert on({"m": half}).dtype == "float16"
+    refused("no single plan rounds", compose, dataclasses.replace(inherit("m", 7, 3), dtype="bfloat16"), {"m": half})
+    assert compose(dataclasses.replace(inherit("m", 7, 3), out_dtype="bfloat16"), {"m": half}).out_dtype == "bfloat16"
+
+
+def unflat(leaves):
+    params = {}
+    for path, leaf in leaves.items():
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return params

@@ -164,13 +164,12 @@ def _fresh(
     def make() -> dict[str, jax.Array]:
         leaves = {path: leaf for path, leaf in flatten(init(config, 0)).items() if path in paths}
         for path, leaf in leaves.items():
-            inside = path.removeprefix("blocks.")
-            # What is inherited comes later: zero till then.
-            factors = [(0.0,) if row.inherits(inside) else row.factors(inside) for row in plan.rows]
-            leaf = leaf.astype(casts[path].before)
+            inside, leaf = path.removeprefix("blocks."), leaf.astype(casts[path].before)
             if inside == path:
                 leaves[path] = scale_rows(leaf[None], [plan.factors(path)], casts[path].after)[0]
             else:
+                # What is inherited comes later: zero till then.
+                factors = [(0.0,) if row.inherits(inside) else row.factors(inside) for row in plan.rows]
                 leaves[path] = scale_rows(leaf, factors, casts[path].after)
         return {path: leaf.astype(casts[path].leaf) for path, leaf in leaves.items()}
 

@@ -1,0 +1,128 @@
+"""A plan applied to the results of plans, as one plan on the originals."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping
+
+from jaxup.depth.plan import BLOCK_PATHS, END_PATHS, ENDS, PARTS, DepthPlan, Row, Scales, simplest_scales
+from jaxup.errors import UserError
+
+Factors = tuple[float, ...]
+
+
+def compose(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> DepthPlan:
+    """The plan that does at once what `outer` does to the results of `inners`.
+
+    Args:
+      outer: its sources that are named in `inners` are what those plans make.
+      inners: their sources keep their names, and become the result's.
+
+    Returns:
+      A plan that gives the same tensors, bit for bit. What is newly initialised is so at its place
+      in the final result.
+
+    Raises:
+      UserError: a plan has another depth than `outer` says, two plans mean different models by one
+        name, or no single plan says this: rounding to several dtypes in turn, scaling what noise
+        was mixed into, repeating a layer that is newly initialised.
+    """
+    for name, count in outer.sources:
+        if name in inners and inners[name].num_layers != count:
+            raise UserError(f"compose: {name!r} has {inners[name].num_layers} layers, but the plan on it says {count}")
+    uses = collections.Counter((row.source, row.layer) for row in outer.rows if row.parts)
+    rows = []
+    for i, row in enumerate(outer.rows):
+        inner = inners[row.source].rows[row.layer] if row.source in inners else None
+        if inner is None:
+            rows.append(row)
+            continue
+        if (inner.parts != PARTS or inner.noise) and uses[row.source, row.layer] > 1:
+            raise UserError(
+                f"compose: layer {row.layer} of {row.source!r} is newly initialised, and used several times"
+            )
+        rows.append(_row(i, row, inner))
+
+    ends, factors = {}, {}
+    for end in ENDS:
+        name = getattr(outer, end)
+        inner = inners.get(name)
+        ends[end] = name if inner is None else getattr(inner, end)
+        for path in END_PATHS:
+            if path.split(".")[0] == end:
+                factors[path] = _chain(() if inner is None else inner.factors(path), outer.factors(path))
+    _check_head(outer, inners)
+    dtypes = _dtypes(outer, inners)
+    return DepthPlan(tuple(rows), **ends, sources=_sources(outer, inners), scales=_scales(factors, outer.scales),
+                     dtype=dtypes[0], out_dtype=dtypes[1])  # fmt: skip
+
+
+def _row(i: int, outer: Row, inner: Row) -> Row:
+    parts = tuple(part for part in outer.parts if part in inner.parts)
+    role = "new" if not parts else "copy" if "copy" in (outer.role, inner.role) else "original"
+    factors = {
+        path: _chain(inner.factors(path) if outer.inherits(path) else (), outer.factors(path)) for path in BLOCK_PATHS
+    }
+    scales = _scales(factors, outer.scales, inner.scales)
+    noise = outer.noise or inner.noise
+    if (noise and scales) or (outer.noise and inner.noise) or (inner.noise and outer.parts != PARTS):
+        raise UserError(f"compose: layer {i} has noise, and is changed by another plan")
+    return Row(inner.source, inner.layer, role, scales, parts, noise)
+
+
+def _chain(first: Factors, second: Factors) -> Factors:
+    return (0.0,) if (0.0,) in (first, second) else first + second
+
+
+def _scales(factors: Mapping[str, Factors], *as_written: Scales) -> Scales:
+    """Scales that give these factors: those of one of the plans if they do."""
+    for scales in ((), *as_written):
+        row = Row("any", 0, scales=scales)
+        if all(row.factors(path) == value for path, value in factors.items()):
+            return scales
+    return simplest_scales(factors)
+
+
+def _check_head(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> None:
+    """Which of an inner result's two matrices its head is depends on whether it is tied, which no plan knows."""
+    inner = inners.get(outer.lm_head)
+    if inner is None or outer.embed_tokens == outer.lm_head:
+        return
+    if inner.embed_tokens != inner.lm_head or inner.factors("embed_tokens") != inner.factors("lm_head.kernel"):
+        raise UserError(f"compose: the head of {outer.lm_head!r} is not of the model, or the scale, of its embedding")
+
+
+def _dtypes(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> tuple[str | None, str | None]:
+    found = {(inners[n].dtype, inners[n].out_dtype) if n in inners else (None, None) for n, _ in outer.sources}
+    problem = UserError("compose: no single plan rounds to the dtypes of these plans in turn")
+    if len(found) > 1:
+        raise problem
+    ((dtype, out),) = found
+    if (dtype, out) == (None, None):
+        if (outer.dtype or outer.out_dtype) and any(_rounds(inner) for inner in inners.values()):
+            raise problem
+        return outer.dtype, outer.out_dtype
+    if (outer.dtype, outer.out_dtype) == (None, None) and not _rounds(outer):
+        return dtype, out
+    # The inner result has the dtype that it is computed in, and so has the outer one's arithmetic.
+    if dtype is None or out not in (None, dtype) or outer.dtype not in (None, dtype):
+        raise problem
+    return dtype, outer.out_dtype or out
+
+
+def _rounds(plan: DepthPlan) -> bool:
+    """Whether it multiplies with anything but zero, or mixes noise in."""
+
+    def scales(factors: Callable[[str], Factors], paths: tuple[str, ...]) -> bool:
+        return any(factors(path) not in ((), (0.0,)) for path in paths)
+
+    return scales(plan.factors, END_PATHS) or any(row.noise or scales(row.factors, BLOCK_PATHS) for row in plan.rows)
+
+
+def _sources(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> tuple[tuple[str, int], ...]:
+    sources: dict[str, int] = {}
+    for name, count in outer.sources:
+        for inner, layers in inners[name].sources if name in inners else ((name, count),):
+            if sources.setdefault(inner, layers) != layers:
+                raise UserError(f"compose: {inner!r} has {sources[inner]} layers in one plan and {layers} in another")
+    return tuple(sources.items())
