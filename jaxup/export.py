@@ -40,9 +40,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
 
+    from jaxup.hub.directory import MARKS
     from jaxup.hub.shards import parse_size
     from jaxup.hub.staging import check_replaceable
-    from jaxup.hub.writer import MARKS
 
     # All that can be known to fail is looked at before the model is read.
     size = parse_size(args.max_shard_size)
@@ -98,6 +98,7 @@ class _Trained(NamedTuple):
 def export_run(run: Path, out: Path, *, name: str | None, step: int | None, dtype: str | None, **options: Any) -> None:
     from jaxup.hub import writer
     from jaxup.hub.card import model_card
+    from jaxup.hub.directory import PLAN
 
     steps = _checkpoints(run)
     if name is None:
@@ -116,7 +117,7 @@ def export_run(run: Path, out: Path, *, name: str | None, step: int | None, dtyp
     card = model_card(
         trained.model, title=out.name, dtype=dtype or writer.main_dtype(params), plan=trained.plan, source=source
     )
-    extra = {} if trained.plan is None else {writer.PLAN: trained.plan.to_yaml()}
+    extra = {} if trained.plan is None else {PLAN: trained.plan.to_yaml()}
     writer.save(
         out, trained.model, params, dtype=dtype, tokenizer=_tokenizer(run, trained.store), card=card,
         extra_files=extra, **options,

@@ -149,7 +149,8 @@ def main(argv: list[str]) -> None:
     from flax import nnx
 
     from jaxup.data.tokenizer import load_tokenizer
-    from jaxup.hub.load import load, tokenizer_directory
+    from jaxup.hub.directory import tokenizer_directory
+    from jaxup.hub.load import load
     from jaxup.hub.reader import load_config
     from jaxup.model.sampling import generate
     from jaxup.progress import Progress

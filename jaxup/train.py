@@ -129,6 +129,7 @@ def finish(run: Any, title: str, outcome: Any) -> None:
 
     from jaxup.hub import writer
     from jaxup.hub.card import model_card
+    from jaxup.hub.directory import PLAN
     from jaxup.training import report
     from jaxup.training.loop import load_trained
     from jaxup.training.rundir import write_atomically
@@ -141,7 +142,7 @@ def finish(run: Any, title: str, outcome: Any) -> None:
     )  # fmt: skip
     writer.save(
         run.directory / "export", outcome.target_model, params, tokenizer=run.data.tokenizer, card=card,
-        extra_files={writer.PLAN: plan}, force=True,
+        extra_files={PLAN: plan}, force=True,
     )  # fmt: skip
     if jax.process_index() != 0:
         return
@@ -245,7 +246,7 @@ def load_pretrained(config: ConfigDict, mesh: Any) -> Any:
 
 def find_tokenizer(config: ConfigDict) -> dict[str, str]:
     """The two settings of DataConfig that name the tokenizer: `data.tokenizer`, or what a reference brings."""
-    from jaxup.hub.load import tokenizer_directory
+    from jaxup.hub.directory import tokenizer_directory
 
     path = config.reference.path
     if config.data.tokenizer or not path:

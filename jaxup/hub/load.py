@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,21 +19,12 @@ from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest
 from jaxup.hub import reader
 from jaxup.hub.layouts import flatten
-from jaxup.hub.storage import Local, open_storage
 from jaxup.hub.transfer import transfer
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Decoder, abstract, init
 from jaxup.model.sharding import param_shardings
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-# What a model directory may have besides config and tensors, and keeps when the model is saved again.
-CARRIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-_LARGEST_CARRIED = 100 * 2**20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,31 +114,6 @@ def _with_noise(plan: DepthPlan, config: ModelConfig, leaves: dict[str, jax.Arra
 
     out = {path: leaf.sharding for path, leaf in leaves.items()}
     return jax.jit(mix, donate_argnums=0, out_shardings=out)(leaves)
-
-
-def carried_files(path_or_id: str | os.PathLike, revision: str | None = None) -> dict[str, bytes]:
-    """Tokenizer, chat template and generation config of a model directory, by file name; text only, never run."""
-    storage = open_storage(path_or_id, revision=revision)
-    return {file: storage.whole(file, _LARGEST_CARRIED) for file in CARRIED if storage.exists(file)}
-
-
-def tokenizer_directory(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
-    """A local directory with the model's tokenizer and chat template.
-
-    A local model's own; for any other a temporary one, which disappears with the process.
-    """
-    storage = open_storage(path_or_id, revision=revision)
-    if type(storage) is Local:
-        return storage.root
-    directory = tempfile.TemporaryDirectory(prefix="jaxup-tokenizer-")
-    _temporary.append(directory)
-    for file in ("config.json", *CARRIED):
-        if storage.exists(file):
-            Path(directory.name, file).write_bytes(storage.whole(file, _LARGEST_CARRIED))
-    return Path(directory.name)
-
-
-_temporary: list[tempfile.TemporaryDirectory] = []
 
 
 def _paths(path_or_id: Any, plan: DepthPlan | None) -> dict[str, str | os.PathLike]:

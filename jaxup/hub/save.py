@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxup.hub import writer
 from jaxup.hub.card import model_card
+from jaxup.hub.directory import PLAN, carried_files
 from jaxup.model.decoder import Decoder
 
 
@@ -42,8 +43,6 @@ def save(
       UserError: and `out` is as it was: it exists, no transformers family computes the model, a
         value is NaN or infinite or too large for `dtype`, or the disk is too small.
     """
-    from jaxup.hub.load import carried_files
-
     origin = getattr(model, "origin", None)
     if isinstance(tokenizer, str | os.PathLike):
         from jaxup.data.tokenizer import load_tokenizer
@@ -60,7 +59,7 @@ def save(
         out, model.config, params, tokenizer=tokenizer, dtype=dtype,
         model_type=origin.model_type if origin else None, carried=carried,
         hf_extra={name: list(i) if isinstance(i, tuple) else i for name, i in origin.token_ids} if origin else None,
-        card=card, extra_files={writer.PLAN: plan.to_yaml()} if plan else None, force=force,
+        card=card, extra_files={PLAN: plan.to_yaml()} if plan else None, force=force,
         max_shard_size=max_shard_size, progress=progress,
     )  # fmt: skip
 

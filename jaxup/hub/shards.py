@@ -9,10 +9,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -88,6 +88,21 @@ def header(shard: Sequence[Stored]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def index(shards: Mapping[str, Sequence[Stored]]) -> bytes:
+    """model.safetensors.index.json: which tensor is in which of several files."""
+    everything = [stored for shard in shards.values() for stored in shard]
+    total = {
+        "total_parameters": sum(math.prod(stored.tensor.shape) for stored in everything),
+        "total_size": sum(stored.nbytes for stored in everything),
+    }
+    weight_map = {stored.tensor.name: name for name, shard in shards.items() for stored in shard}
+    return json_bytes({"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def write_shard(path: Path, shard: Sequence[Stored], arrays: Iterable[np.ndarray]) -> str:

@@ -83,6 +83,13 @@ def _siblings(out: Path, kind: str) -> list[Path]:
     return sorted(path for path in out.parent.iterdir() if path.name.startswith(prefix))
 
 
+def check_space(directory: Path, out: str | Path, needed: int) -> None:
+    """UserError unless `needed` bytes, for what will be `out`, are free where `directory` is."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(f"{out}: needs {needed / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free there")
+
+
 def check_replaceable(out: Path, force: bool, marks: tuple[str, ...]) -> None:
     if not os.path.lexists(out):
         return

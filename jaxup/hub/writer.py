@@ -9,9 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,19 +20,17 @@ import numpy as np
 
 from jaxup.errors import UserError, suggest
 from jaxup.hub import manifest
+from jaxup.hub.directory import CARD, MARKS
 from jaxup.hub.families import config_to_hf, with_family_biases
 from jaxup.hub.layouts import Tensor, expected_tensors, flatten, to_file
 from jaxup.hub.reader import INDEX, SINGLE, is_finite
-from jaxup.hub.shards import DTYPES, Stored, parse_size, split, write_shard
-from jaxup.hub.staging import staged_directory
+from jaxup.hub.shards import DTYPES, Stored, index, json_bytes, parse_size, split, write_shard
+from jaxup.hub.staging import check_space, staged_directory
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.shapes import param_shapes
 from jaxup.progress import Progress
 
-CARD, PLAN = "README.md", "jaxup_plan.yaml"
-# One of these makes a directory a model's, which `force` may replace. A config.json is not enough: runs have one.
-MARKS = (manifest.NAME, SINGLE, INDEX)
 _OWN = ("config.json", SINGLE, INDEX, manifest.NAME)
 
 Fetch = Callable[[Tensor], list[np.ndarray]]
@@ -101,7 +97,7 @@ def save(
         config, dtype=most, eos_token_id=ids["eos_token_id"], bos_token_id=ids["bos_token_id"], model_type=model_type
     )
     hf |= ids
-    texts.setdefault("generation_config.json", _json({k: ids[k] for k in ("bos_token_id", "eos_token_id")}))
+    texts.setdefault("generation_config.json", json_bytes({k: ids[k] for k in ("bos_token_id", "eos_token_id")}))
     for name, content in [*([] if card is None else [(CARD, card)]), *(extra_files or {}).items()]:
         if name in texts:
             raise UserError(f"extra file {name!r} is not a plain file name of its own")
@@ -112,16 +108,16 @@ def save(
 
     def write(fetch: Fetch) -> None:
         with staged_directory(out, force=force, marks=MARKS) as directory:
-            _check_space(directory, out, sum(stored.nbytes for stored in tensors) + sum(map(len, texts.values())))
+            check_space(directory, out, sum(stored.nbytes for stored in tensors) + sum(map(len, texts.values())))
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)
             for name, content in texts.items():
                 if (directory / name).exists():
                     raise UserError(f"extra file {name!r} is one that the tokenizer writes")
                 (directory / name).write_bytes(content)
-            (directory / "config.json").write_bytes(_json(hf))
+            (directory / "config.json").write_bytes(json_bytes(hf))
             if len(shards) > 1:
-                (directory / INDEX).write_bytes(_index(shards))
+                (directory / INDEX).write_bytes(index(shards))
             digests = _write_shards(directory, shards, fetch, progress=progress)
             manifest.write_manifest(directory, digests)
 
@@ -167,12 +163,6 @@ def _token_id(tokenizer: Any, name: str, config: ModelConfig) -> int | None:
     if token is not None and not 0 <= token < config.vocab_size:
         raise UserError(f"the tokenizer's {name}={token} is not below the model's vocab_size={config.vocab_size}")
     return token
-
-
-def _check_space(directory: Path, out: str | Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise UserError(f"{out}: needs {needed / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free there")
 
 
 # ---- tensors
@@ -236,20 +226,6 @@ def _cast(stored: Stored, parts: list[np.ndarray]) -> np.ndarray:
     if not is_finite(array):
         raise UserError(f"params: {stored.tensor.name} would hold NaN or infinity as {stored.dtype.name}")
     return array
-
-
-def _index(shards: Mapping[str, list[Stored]]) -> bytes:
-    everything = [stored for shard in shards.values() for stored in shard]
-    total = {
-        "total_parameters": sum(math.prod(stored.tensor.shape) for stored in everything),
-        "total_size": sum(stored.nbytes for stored in everything),
-    }
-    weight_map = {stored.tensor.name: name for name, shard in shards.items() for stored in shard}
-    return _json({"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 # ---- several processes

@@ -1,0 +1,48 @@
+"""What a model directory holds besides config and tensors: its tokenizer and what this project adds."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from jaxup.hub import manifest
+from jaxup.hub.reader import INDEX, SINGLE
+from jaxup.hub.storage import Local, open_storage
+
+CARD, PLAN = "README.md", "jaxup_plan.yaml"
+# One of these makes a directory a model's, which `force` may replace. A config.json is not enough: runs have one.
+MARKS = (manifest.NAME, SINGLE, INDEX)
+
+# What a model directory may have besides config and tensors, and keeps when the model is saved again.
+CARRIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_LARGEST_CARRIED = 100 * 2**20  # bytes
+
+
+def carried_files(path_or_id: str | os.PathLike, revision: str | None = None) -> dict[str, bytes]:
+    """Tokenizer, chat template and generation config of a model directory, by file name; text only, never run."""
+    storage = open_storage(path_or_id, revision=revision)
+    return {file: storage.whole(file, _LARGEST_CARRIED) for file in CARRIED if storage.exists(file)}
+
+
+def tokenizer_directory(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
+    """A local directory with the model's tokenizer and chat template.
+
+    A local model's own; for any other a temporary one, which disappears with the process.
+    """
+    storage = open_storage(path_or_id, revision=revision)
+    if type(storage) is Local:
+        return storage.root
+    directory = tempfile.TemporaryDirectory(prefix="jaxup-tokenizer-")
+    _temporary.append(directory)
+    for file in ("config.json", *CARRIED):
+        if storage.exists(file):
+            Path(directory.name, file).write_bytes(storage.whole(file, _LARGEST_CARRIED))
+    return Path(directory.name)
+
+
+_temporary: list[tempfile.TemporaryDirectory] = []
