@@ -11,6 +11,9 @@ from flax import nnx
 from parity import SEQ, loss_and_grad, relative, tokens_for
 from scipy.special import logsumexp
 
+from jaxup.depth.apply import apply
+from jaxup.depth.plan import ZEROED, DepthPlan, Row
+from jaxup.depth.result import result_config
 from jaxup.hub.layouts import flatten
 from jaxup.model.attention import attention
 from jaxup.model.config import Compute, ModelConfig, RopeScaling
@@ -65,6 +68,36 @@ def test_cached_decoding_equals_the_full_forward(config):
         pieces.append(logits)
     assert int(cache.length) == SEQ
     np.testing.assert_allclose(jnp.stack(pieces, axis=1), full[:, 6:], atol=1e-5)
+
+
+@configs
+def test_an_order_of_layers_runs_as_the_model_built_by_its_plan(config):
+    """One program for all orders; layer types and depth-scaled attention go by the place in the result."""
+    if config == GPT2:
+        config = dataclasses.replace(config, num_layers=3, depth_scaled_attention=True)
+    params, tokens = noisy(config), tokens_for(config)
+    graphdef, _ = abstract(config)
+    run = jax.jit(lambda params, tokens, order: nnx.merge(graphdef, params)(tokens, order=order))
+    for layers in ((0, 1, 1, 2), (2, 1, 0, 1), (2, 0)):
+        zeroed = Row("m", 1, "copy", ZEROED)
+        rows = [Row("m", layer) for layer in layers]
+        plan = DepthPlan((*rows[:1], zeroed, *rows[1:], zeroed), *["m"] * 4, (("m", 3),))
+        order = plan.order() + (-1,) * (6 - plan.num_layers)
+        assert order[1] == -1
+        logits = run(params, tokens, np.array(order, np.int32))
+        unzeroed = dataclasses.replace(plan, rows=tuple(rows))
+        built = jax.jit(apply, static_argnums=0)(unzeroed, {"m": params})
+        want = forward(result_config(unzeroed, {"m": config}), Compute(), built, tokens)
+        # The same operations on the same numbers; XLA may fuse them otherwise.
+        np.testing.assert_allclose(logits, want, atol=1e-6)
+        if len(layers) == 2:
+            step = jax.jit(lambda p, t, cache, order: nnx.merge(graphdef, p).decode(t, cache, order=order))
+            cache = KVCache.empty(config, 2, SEQ, jnp.float32, layers=2)
+            for part in np.split(tokens, [SEQ - 1], axis=1):
+                last, cache = step(params, part, cache, np.array([2, -1, 0], np.int32))
+            np.testing.assert_allclose(last, want[:, -1], atol=1e-5)
+    assert run._cache_size() == 1
+    assert np.isnan(run(params, tokens, np.array([0, 1, 2, 3, -1, -1], np.int32))).all()
 
 
 @configs

@@ -117,12 +117,14 @@ def scale_rows(leaf: jax.Array, factors: Sequence[tuple[float, ...]], out_dtype:
     rows = (-1, *[1] * (leaf.ndim - 1))
     for step in itertools.zip_longest(*factors, fillvalue=1.0):
         scales = np.array(step, np.float32).reshape(rows)
+        # Without a barrier XLA may leave out a rounding that is followed by a widening.
+        leaf = jax.lax.optimization_barrier(leaf)
         product = (leaf.astype(jnp.promote_types(dtype, jnp.float32)) * scales).astype(dtype)
         leaf = jnp.where(scales == 1, leaf, product)
     if zero.any():
         # Not by multiplying: 0 * -1 is -0, and 0 * inf is nan.
         leaf = jnp.where(zero.reshape(rows), jnp.zeros((), dtype), leaf)
-    return leaf.astype(out_dtype or dtype)
+    return jax.lax.optimization_barrier(leaf).astype(out_dtype or dtype)
 
 
 def _end(plan: DepthPlan, end: str, trees: Mapping[str | None, Params]) -> Any | None:

@@ -193,7 +193,8 @@ class DepthPlan:
         """The source's layers as they run, -1 for a layer that adds nothing; see `Decoder`.
 
         UserError unless the result is one model's layers, whole and unscaled (a zeroed copy runs as
-        -1), between that model's own ends.
+        -1), between that model's own ends. Where attention is scaled by depth, what does not run
+        does not count as a layer, unlike a zeroed copy in a built model.
         """
         problem = None
         if len({row.source for row in self.rows} | {getattr(self, end) for end in ENDS}) > 1:
@@ -225,11 +226,11 @@ class DepthPlan:
         return plan_yaml.dump(self)
 
     @classmethod
-    def from_yaml(cls, text: str) -> DepthPlan:
-        """Reads what `to_yaml` writes, and what a person does; raises UserError with the line."""
+    def from_yaml(cls, text: str, name: str = "plan") -> DepthPlan:
+        """Reads what `to_yaml` writes, and what a person does; raises UserError as NAME:LINE:COLUMN."""
         from jaxup.depth import plan_yaml
 
-        return plan_yaml.load(text)
+        return plan_yaml.load(text, name)
 
     def strip(self) -> str:
         """One character per layer: 0 original, X copy, z zeroed copy, p partly inherited, n new."""

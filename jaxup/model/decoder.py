@@ -3,12 +3,13 @@
 Every leaf under `blocks` has the layer on axis 0, so depth is an index: `jax.tree.map(lambda a:
 a[rows], blocks)` is the model with other layers. See `jaxup.depth`.
 
-Shape suffixes: L layers, B batch, S sequence, T cache length, K key/value heads, H head_dim,
+Shape suffixes: L layers, R runs of a layer, B batch, S sequence, T cache length, K key/value heads, H head_dim,
 D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +32,9 @@ class KVCache(NamedTuple):
     length: Array  # int32 scalar: how many positions are filled
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, length: int, dtype) -> KVCache:
-        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    def empty(cls, config: ModelConfig, batch: int, length: int, dtype, *, layers: int | None = None) -> KVCache:
+        """For `layers` runs of a layer: as many as an order has, by default as the model has."""
+        shape = (layers or config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
 
 
@@ -41,6 +43,11 @@ class Decoder(nnx.Module):
 
     Parameters are created in float32. Calling it on int32 tokens [batch, seq] gives logits
     [batch, seq, vocab] in the compute dtype.
+
+    `order`, int32 [runs], says which layer runs when: [0, 1, 2, 1, 2, 3] runs layers 1 and 2 twice,
+    -1 runs nothing, and a layer that the model lacks makes the output NaN. It is an argument of the
+    compiled function: all orders of one length share a program, and no weight is copied. The result
+    is that of the model which `jaxup.depth.apply` makes of the plan whose `order()` it is.
     """
 
     origin: Any = None  # where the params came from: set by whoever loads them
@@ -71,30 +78,37 @@ class Decoder(nnx.Module):
         *,
         positions_BS: Int[Array, "batch seq"] | None = None,
         segment_ids_BS: Int[Array, "batch seq"] | None = None,
+        order: Int[Array, " runs"] | None = None,
     ) -> Float[Array, "batch seq vocab"]:
-        x_BSD = self.hidden(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS)
+        x_BSD = self.hidden(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS, order=order)
         return x_BSD @ self.head_kernel().astype(x_BSD.dtype)
 
-    def hidden(self, tokens_BS, *, positions_BS=None, segment_ids_BS=None) -> Float[Array, "batch seq hidden"]:
+    def hidden(
+        self, tokens_BS, *, positions_BS=None, segment_ids_BS=None, order=None
+    ) -> Float[Array, "batch seq hidden"]:
         """What the head is applied to: the final norm's output."""
-        return self._run(tokens_BS, positions_BS, segment_ids_BS)[0]
+        return self._run(tokens_BS, positions_BS, segment_ids_BS, order=order)[0]
 
     def decode(
-        self, tokens_BS: Int[Array, "batch seq"], cache: KVCache, first_B: Int[Array, " batch"] | None = None
+        self,
+        tokens_BS: Int[Array, "batch seq"],
+        cache: KVCache,
+        first_B: Int[Array, " batch"] | None = None,
+        order: Int[Array, " runs"] | None = None,
     ) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Logits after the last of the next `seq` tokens, and the cache with these tokens added.
 
         `first_B` counts the slots at each row's beginning that hold no token of it: rows of several
         lengths are padded on the left, so that they end together.
         """
-        x_BSD, cache = self._run(tokens_BS, cache=cache, first_B=first_B)
+        x_BSD, cache = self._run(tokens_BS, cache=cache, first_B=first_B, order=order)
         x_BD = x_BSD[:, -1]
         return x_BD @ self.head_kernel().astype(x_BD.dtype), cache
 
     def head_kernel(self) -> Float[Array, "hidden vocab"]:
         return self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
-    def _run(self, tokens_BS, positions_BS=None, segment_ids_BS=None, cache=None, first_B=None):
+    def _run(self, tokens_BS, positions_BS=None, segment_ids_BS=None, cache=None, first_B=None, order=None):
         start = 0 if cache is None else cache.length
         if positions_BS is None:
             positions_BS = start + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
@@ -111,6 +125,9 @@ class Decoder(nnx.Module):
             # may leave the activations split along the hidden axis instead.
             x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(self.compute.batch_axes))
 
+        num_layers = self.config.num_layers
+        full_L = jnp.asarray([t == "full_attention" for t in self.config.layer_types or [""] * num_layers])
+
         def body(carry, layer):
             x_BSD, kv = carry
             block, index, full = layer
@@ -119,16 +136,29 @@ class Decoder(nnx.Module):
                 cache=kv, start=start, first_B=first_B,
             ), None  # fmt: skip
 
+        def ordered(carry, run):
+            """As `body`, with the layer looked up; the layers that ran before decide its index."""
+            layer, index = run
+            pick = functools.partial(jax.lax.dynamic_index_in_dim, index=jnp.maximum(layer, 0), keepdims=False)
+
+            def execute(carry):
+                # The look-up is what scan does with the stack too: XLA reads the layer where it lies.
+                (x_BSD, kv), _ = body(carry, (jax.tree.map(pick, self.blocks), index, pick(full_L)))
+                return jnp.where(layer < num_layers, x_BSD, jnp.nan), kv
+
+            return jax.lax.cond(layer >= 0, execute, lambda carry: carry, carry), None
+
+        if order is None:
+            step, runs, length = body, (self.blocks, jnp.arange(num_layers), full_L), num_layers
+        else:
+            order = jnp.asarray(order, jnp.int32)
+            step, runs, length = ordered, (order, jnp.cumsum(order >= 0) - 1), order.shape[0]
         if self.compute.remat != "none":
-            body = jax.checkpoint(body, policy=_REMAT[self.compute.remat])
-        num_layers = self.config.num_layers
-        full_L = jnp.asarray([t == "full_attention" for t in self.config.layer_types or [""] * num_layers])
+            step = jax.checkpoint(step, policy=_REMAT[self.compute.remat])
         # Carried, not scanned over: XLA writes to a carry in place, where each step would copy the cache.
         kv = None if cache is None else (cache.k_LBTKH, cache.v_LBTKH)
-        (x_BSD, kv), _ = jax.lax.scan(
-            body, (x_BSD, kv), (self.blocks, jnp.arange(num_layers), full_L),
-            unroll=min(self.compute.unroll, num_layers) or num_layers,
-        )  # fmt: skip
+        unroll = min(self.compute.unroll, length) or length
+        (x_BSD, kv), _ = jax.lax.scan(step, (x_BSD, kv), runs, unroll=unroll)
         if cache is not None:
             cache = KVCache(*kv, cache.length + tokens_BS.shape[1])
         return self.norm(x_BSD), cache
