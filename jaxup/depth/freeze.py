@@ -1,0 +1,89 @@
+"""Which rows of a plan's result train: masks over stacked params, and the optax transformation that obeys them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxup.depth.plan import DepthPlan
+from jaxup.errors import UserError, suggest
+
+_ROLES = {"copies": "copy", "originals": "original", "new": "new"}
+
+
+def trainable(
+    plan: DepthPlan, params: Mapping[str, Any], *, layers: str | Sequence[int] = "all", parameters: str = ""
+) -> dict[str, Any]:
+    """Which of the result's params train.
+
+    Args:
+      params: the result's tree, of arrays or ShapeDtypeStructs; leaves under "blocks" [M, ...].
+      layers: "all", "copies", "originals", "new", half-open ranges such as "9:12, 20", or numbers
+        of layers of the result. Embeddings, final norm and head train with "all" and "originals".
+      parameters: a regular expression that the dotted path of what trains contains, such as
+        "o_proj|down_proj" of "blocks.self_attn.o_proj.kernel".
+
+    Returns:
+      A tree of the same structure, of bool arrays: [M, 1, ...] under "blocks", [] elsewhere.
+
+    Raises:
+      UserError: nothing would train, or no such layers.
+    """
+    rows, ends = _rows(plan, layers), layers in ("all", "originals")
+    try:
+        pattern = re.compile(parameters)
+    except re.error as error:
+        raise UserError(f"freeze: parameters={parameters!r} is not a regular expression: {error}") from None
+
+    def mask(keys: Any, leaf: Any) -> np.ndarray:
+        path = jax.tree_util.keystr(keys, simple=True, separator=".")
+        found = pattern.search(path) is not None
+        if path.startswith("blocks."):
+            return (rows & found).reshape(-1, *[1] * (leaf.ndim - 1))
+        return np.array(ends and found)
+
+    masks = jax.tree_util.tree_map_with_path(mask, dict(params))
+    if not any(leaf.any() for leaf in jax.tree.leaves(masks)):
+        kind = f"no layers are {layers}" if not rows.any() else f"no parameter's path contains {parameters!r}"
+        raise UserError(f"freeze: nothing would train: {kind}")
+    return masks
+
+
+def _rows(plan: DepthPlan, layers: str | Sequence[int]) -> np.ndarray:
+    """bool [M]."""
+    if layers == "all":
+        return np.ones(plan.num_layers, bool)
+    if isinstance(layers, str) and layers in _ROLES:
+        return np.array([row.role == _ROLES[layers] for row in plan.rows])
+    chosen: list[int] = []
+    for item in map(str, layers.split(",") if isinstance(layers, str) else layers):
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?::\s*(\d{1,9})\s*)?", item)
+        if match is None:
+            known = ["all", *_ROLES]
+            raise UserError(f"freeze: layers={item!r} is no layer and no range such as 9:12{suggest(item, known)}")
+        first, stop = int(match[1]), int(match[2] or int(match[1]) + 1)
+        if first >= stop or stop > plan.num_layers:
+            raise UserError(
+                f"freeze: layers {str(item).strip()!r}: the model has layers 0:{plan.num_layers}, half open"
+            )
+        chosen += range(first, stop)
+    return np.isin(np.arange(plan.num_layers), chosen)
+
+
+def only(masks: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Updates of what does not train become none at all: put it last in the chain, after weight decay.
+
+    What `optax.apply_updates` adds is then -0.0, which leaves every bit of a parameter as it is.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        keep = lambda update, mask: jnp.where(mask, update, jnp.array(-0.0, update.dtype))  # noqa: E731
+        return jax.tree.map(keep, updates, dict(masks)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
