@@ -170,15 +170,16 @@ def test_describe():
     assert UPSCALE.describe() == (
         "7 layers from 'base' (6)\n"
         "0000zz0\n"
-        "  result  source  layers  role      parts  scales\n"
-        "  0-3     base    0-3     original  all\n"
-        "  4-5     base    2-3     copy      all    o_proj x 0, down_proj x 0\n"
-        "  6       base    4       original  all\n"
+        "  result  layers  role      scales\n"
+        "  0-3     0-3     original\n"
+        "  4-5     2-3     copy      o_proj x 0, down_proj x 0\n"
+        "  6       4       original\n"
         "embed_tokens, norm, lm_head: from 'base'\n"
         "embed_positions: newly initialised\n"
-        "'base': unused: 5\n"
-        "'base': used 2 times: 2-3\n"
-        "'base': goes back: 3 -> 2 at layer 4 of the result"
+        "2 of 7 layers add nothing to the residual stream as they are\n"
+        "source layer 5 is never used\n"
+        "source layers 2-3 are used 2 times\n"
+        "the order goes back in the source: 3 -> 2 at layer 4"
     )
     rows = (Row("a", 0, "copy"), Row("a", 0, "new", parts=()), Row("a", 0, "copy", parts=("mlp",)))
     assert DepthPlan(rows, *["a"] * 4, (("a", 1),)).strip() == "Xnp"
@@ -250,7 +251,12 @@ def test_inherit_layers():
     assert layers(3) == [0, 1, 2]
     assert layers(3, which="last") == [9, 10, 11]
     assert layers([4, 2, 11]) == [4, 2, 11]
-    assert inherit("m", 12, 12) == identity("m", 12)
+    assert layers(4, every=3) == layers(every=3) == [0, 3, 6, 9]
+    assert layers(2, every=3, which="last") == [8, 11]
+    assert layers(range(2, 9), every=3) == [2, 5, 8]
+    assert layers([7, range(2, 5)]) == [7, 2, 3, 4]
+    assert layers(range(0, 12, 5)) == [0, 5, 10]
+    assert inherit("m", 12, 12) == inherit("m", 12) == identity("m", 12)
     assert inherit("m", 3, [0, 0, 1]).strip() == "0X0"
     plan = inherit("m", 12, 2, parts=("mlp", "norm"))
     assert plan.strip() == "pp"
@@ -261,6 +267,9 @@ def test_inherit_layers():
 
 def test_inherit_refusals():
     refused("inherit: 14 layers asked of 'reference', which has 12", inherit, "reference", 12, 14)
+    refused("inherit: 5 layers asked of 'm', which has 12, 4 of them with every=3", inherit, "m", 12, 5, every=3)
+    refused("every=0", inherit, "m", 12, 5, every=0)
+    refused("did you mean 3:4?", inherit, "m", 12, range(3, 3))
     refused("at least one", inherit, "m", 12, 0)
     refused("did you mean 'attention'?", inherit, "m", 12, 2, parts=("atention",))
     refused("layer -1", inherit, "m", 12, [0, -1])

@@ -1,36 +1,33 @@
-"""A plan for the eye: the strip, the table, the remarks, the picture."""
+"""A plan for the eye: the strip, the table, the remarks. The picture is in `jaxup.depth.picture`."""
 
 from __future__ import annotations
 
 import collections
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from jaxup.depth.plan import ENDS, PARTS, DepthPlan, Row
+
+# What a character of the strip means, and its colour on a terminal (SGR parameters).
+CHARACTERS = {
+    "0": ("original", "34"),
+    "X": ("copy", "33"),
+    "z": ("zeroed copy", "35"),
+    "p": ("partly inherited", "36"),
+    "n": ("new", "32"),
+}
+_WIDTH = 100  # layers in one row of the strip
 
 
 def strip(plan: DepthPlan) -> str:
     """One character per layer: 0 original, X copy, z zeroed copy, p partly inherited, n new."""
-    return "".join(map(_character, plan.rows))
-
-
-def describe(plan: DepthPlan) -> str:
-    """The strip, a table of the runs, the ends, and what is unusual about the order."""
-    lines = [f"{plan.num_layers} layers from {', '.join(f'{name!r} ({n})' for name, n in plan.sources)}"]
-    lines += [strip(plan), *_table(plan)]
-    origins: dict[str | None, list[str]] = {}
-    for end in ENDS:
-        origins.setdefault(getattr(plan, end), []).append(end)
-    for name, ends in origins.items():
-        lines.append(f"{', '.join(ends)}: {'newly initialised' if name is None else f'from {name!r}'}")
-    for name, count in plan.sources:
-        lines += [f"{name!r}: {remark}" for remark in _remarks(plan, name, count)]
-    return "\n".join(lines)
+    return "".join(map(character, plan.rows))
 
 
 @functools.lru_cache(maxsize=1024)
-def _character(row: Row) -> str:
+def character(row: Row) -> str:
+    """The layer's character in the strip."""
     if row.role == "new":
         return "n"
     if row.parts != PARTS:
@@ -40,45 +37,198 @@ def _character(row: Row) -> str:
     return "0"
 
 
-def _table(plan: DepthPlan) -> list[str]:
-    table, start = [("result", "source", "layers", "role", "parts", "scales")], 0
-    for run in plan.runs():
-        first, new = run[0], run[0].role == "new"
-        table.append((
-            _ranges(range(start, start + len(run))),
-            "-" if new else first.source,
-            "-" if new else _ranges(row.layer for row in run),
-            first.role,
-            "all" if first.parts == PARTS else ", ".join(first.parts) or "none",
-            ", ".join(f"{filter or 'all'} x {value:g}" for filter, value in first.scales),
-        ))  # fmt: skip
-        start += len(run)
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+def describe(plan: DepthPlan, *, color: bool = False) -> str:
+    """The strip, a table of the runs, the ends, and what is unusual about the order.
+
+    `color` is for terminals: escape sequences in the strip, and a legend below it.
+    """
+    lines = [f"{plan.num_layers} layers from {', '.join(f'{name!r} ({n})' for name, n in plan.sources)}"]
+    lines += [*_strip_rows(plan, color), *_table(plan), *_ends(plan), *_remarks(plan)]
+    return "\n".join(lines)
 
 
-def _remarks(plan: DepthPlan, source: str, num_layers: int) -> list[str]:
-    """Which layers of a source are unused, repeated or out of order, one remark each."""
-    placed = [(i, row.layer) for i, row in enumerate(plan.rows) if row.source == source and row.parts]
-    uses = collections.Counter(layer for _, layer in placed)
-    remarks = []
-    if unused := [layer for layer in range(num_layers) if layer not in uses]:
-        remarks.append(f"unused: {_ranges(unused)}")
-    for times in sorted(set(uses.values()) - {1}):
-        remarks.append(f"used {times} times: {_ranges(layer for layer in range(num_layers) if uses[layer] == times)}")
-    back = [f"{a} -> {b} at layer {i} of the result" for (_, a), (i, b) in itertools.pairwise(placed) if b < a]
-    if back:
-        more = f" and {len(back) - 4} more" if len(back) > 4 else ""
-        remarks.append(f"goes back: {', '.join(back[:4])}{more}")
-    return remarks
+def _strip_rows(plan: DepthPlan, color: bool) -> Iterator[str]:
+    """Rows of 100 layers, the index of the first before each if there are several."""
+    whole, digits = strip(plan), len(str(plan.num_layers))
+    for start in range(0, len(whole), _WIDTH):
+        row = whole[start : start + _WIDTH]
+        if color:
+            row = "".join(_colored(c, "".join(same)) for c, same in itertools.groupby(row))
+        yield row if len(whole) <= _WIDTH else f"{start:>{digits}} {row}"
+    if color:
+        yield "  ".join(_colored(c, c) + f" {CHARACTERS[c][0]}" for c in CHARACTERS if c in whole)
 
 
-def _ranges(numbers: Iterable[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5", both ends included."""
-    ranges: list[list[int]] = []
-    for n in numbers:
-        if ranges and n == ranges[-1][1] + 1:
-            ranges[-1][1] = n
+def _colored(character: str, text: str) -> str:
+    return f"\033[{CHARACTERS[character][1]}m{text}\033[0m"
+
+
+# ---- the table
+
+
+def _table(plan: DepthPlan) -> Iterator[str]:
+    """A line for each run of layers; what repeats is shown once, with a line that says how often."""
+    header = ("result", "source", "layers", "role", "parts", "scales")
+    cells, notes = [header], {}
+    for start, stop, period, shift in _patterns(plan.rows):
+        for first, last in _runs(plan.rows, start, start + period):
+            cells.append(_cells(plan.rows[first:last], first))
+        if (times := (stop - start) // period) > 1:
+            above = "the layer above" if period == 1 else f"the {period} layers above"
+            next = f", each time {abs(shift)} layer{'s'[: abs(shift) != 1]} {'on' if shift > 0 else 'back'}"
+            notes[len(cells)] = f"{start}-{stop - 1}: {above}, {times} times{next if shift else ''}"
+    # A column that says nothing is left out.
+    dull = {"source": len(plan.sources) == 1, "parts": all(row.parts == PARTS for row in plan.rows)}
+    kept = [i for i, name in enumerate(header) if not dull.get(name)]
+    cells = [[row[i] for i in kept] for row in cells]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for i, row in enumerate(cells):
+        if i in notes:
+            yield f"  {notes[i]}"
+        yield "  " + "  ".join(map(str.ljust, row, widths)).rstrip()
+    if len(cells) in notes:
+        yield f"  {notes[len(cells)]}"
+
+
+def _cells(run: Sequence[Row], start: int) -> tuple[str, ...]:
+    first, new = run[0], run[0].role == "new"
+    return (
+        ranges(range(start, start + len(run))),
+        "-" if new else _printable(first.source),
+        "-" if new else ranges(row.layer for row in run),
+        first.role,
+        "all" if first.parts == PARTS else ", ".join(first.parts) or "none",
+        ", ".join([*_scales(first.scales), *([f"noise {first.noise:g}"] if first.noise else [])]),
+    )
+
+
+def _scales(scales: Sequence[tuple[str, float | tuple[float, ...]]]) -> Iterator[str]:
+    for filter, value in scales:
+        for factors in [value if isinstance(value, tuple) else (value,)]:
+            yield f"{_printable(filter) or 'all'} {' '.join(f'x {factor:g}' for factor in factors)}"
+
+
+def _runs(rows: Sequence[Row], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """[first, last + 1) of the rows between that differ only in being the next layer."""
+    first = start
+    for i in range(start + 1, stop + 1):
+        if i == stop or _kind(rows[i]) != _kind(rows[i - 1]) or rows[i].layer != rows[i - 1].layer + 1:
+            yield first, i
+            first = i
+
+
+def _patterns(rows: Sequence[Row]) -> Iterator[tuple[int, int, int, int]]:
+    """The rows as consecutive pieces (start, stop, period, shift): the period repeats, each time `shift` layers on.
+
+    A piece that does not repeat has a period of its own length.
+    """
+    count, longest = len(rows), min(_MAX_PERIOD, len(rows) // 3)
+    kinds, layers = list(map(_kind, rows)), [row.layer for row in rows]
+    heads = {first for first, _ in _runs(rows, 0, count)}
+    lines = list(itertools.accumulate((i in heads for i in range(count)), initial=0))  # in the table, up to a row
+    # For each period and row: how many layers on the row a period later is, and for how many rows from here on.
+    shifts: list[list[int | None]] = [[]]
+    holds: list[list[int]] = [[]]
+    for p in range(1, longest + 1):
+        shift = [layers[i + p] - layers[i] if kinds[i] == kinds[i + p] else None for i in range(count - p)]
+        hold = [1] * len(shift)
+        for i in reversed(range(len(shift) - 1)):
+            if shift[i] == shift[i + 1]:
+                hold[i] += hold[i + 1]
+        shifts.append(shift)
+        holds.append(hold)
+
+    start = done = 0
+    while start < count:
+        best, spared = None, 0
+        for p in range(1, min(longest, (count - start) // 3) + 1):
+            times = (holds[p][start] + p) // p
+            if shifts[p][start] is None or times < 3:
+                continue
+            spares = lines[start + times * p] - lines[start + p] - 1
+            if spares > spared:
+                best, spared = (start, start + times * p, p, shifts[p][start]), spares
+        if best is None:
+            start += 1
+            continue
+        if done < start:
+            yield done, start, start - done, 0
+        yield best
+        start = done = best[1]
+    if done < count:
+        yield done, count, count - done, 0
+
+
+_MAX_PERIOD = 128
+
+
+def _kind(row: Row) -> tuple[object, ...]:
+    """All of a row but which layer it is."""
+    return row.source, row.role, row.parts, row.noise, row.scales
+
+
+# ---- the rest
+
+
+def _ends(plan: DepthPlan) -> Iterator[str]:
+    origins: dict[str | None, list[str]] = {}
+    for end in ENDS:
+        origins.setdefault(getattr(plan, end), []).append(end)
+    for name, ends in origins.items():
+        yield f"{', '.join(ends)}: {'newly initialised' if name is None else f'from {name!r}'}"
+    if plan.scales:
+        yield f"scales of these: {', '.join(_scales(plan.scales))}"
+    if plan.dtype or plan.out_dtype:
+        cast = [f"computed in {plan.dtype}"] * bool(plan.dtype) + [f"cast to {plan.out_dtype}"] * bool(plan.out_dtype)
+        yield f"what is inherited is {', then '.join(cast)}"
+
+
+def _remarks(plan: DepthPlan) -> Iterator[str]:
+    """What adds nothing; which layers of each source are unused, repeated or out of order, one remark each."""
+    if silent := sum(row.zeroed for row in plan.rows):
+        yield f"{silent} of {plan.num_layers} layers add nothing to the residual stream as they are"
+    for source, num_layers in plan.sources:
+        of = "" if len(plan.sources) == 1 else f" of {source!r}"
+        placed = [(i, row) for i, row in enumerate(plan.rows) if row.source == source and row.parts]
+        uses = collections.Counter(row.layer for _, row in placed)
+        speaks = {row.layer for _, row in placed if not row.zeroed}
+        if not uses:
+            yield f"none of the layers{of or ' of the source'} is used"
+            continue
+        if unused := [layer for layer in range(num_layers) if layer not in uses]:
+            yield f"source {_layers(unused, of)} never used"
+        if silenced := [layer for layer in sorted(uses) if layer not in speaks]:
+            lost = "it computes" if len(silenced) == 1 else "they compute"
+            yield f"source {_layers(silenced, of)} used as zeroed copies only: what {lost} is lost"
+        for times in sorted(set(uses.values()) - {1}):
+            layers = [layer for layer in sorted(uses) if uses[layer] == times]
+            yield f"source {_layers(layers, of)} used {times} times"
+        back = [(a.layer, b.layer, i) for (_, a), (i, b) in itertools.pairwise(placed) if b.layer < a.layer]
+        if back:
+            shown = ", ".join(f"{a} -> {b} at layer {i}" for a, b, i in back[:4])
+            more = f" and {len(back) - 4} more" if len(back) > 4 else ""
+            yield f"the order goes back in the source{of}: {shown}{more}"
+
+
+def _layers(layers: Sequence[int], of: str) -> str:
+    many = len(layers) > 1
+    return f"layer{'s' * many} {ranges(layers)}{of} {'are' if many else 'is'}"
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5", both ends included; [0, 2, 4, 6] as "0, 2, ..., 6"."""
+    left, spans = list(numbers), []
+    while left:
+        step = left[1] - left[0] if len(left) > 1 else 1
+        count = next((i for i in range(1, len(left)) if left[i] - left[i - 1] != step), len(left))
+        if step == 1 or count < 4:
+            count = count if step == 1 else 1
+            spans.append(f"{left[0]}-{left[count - 1]}" if count > 1 else f"{left[0]}")
         else:
-            ranges.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+            spans.append(f"{left[0]}, {left[1]}, ..., {left[count - 1]}")
+        left = left[count:]
+    return ", ".join(spans)

@@ -1,61 +1,232 @@
-"""Recipes: functions that make a DepthPlan from a few numbers."""
+"""Recipes: functions that make a DepthPlan from a few numbers.
+
+All begin with the source's name and its number of layers. Layers are given as Python's own ranges,
+half open: `range(19, 41)` is layers 19 to 40; or as a list of numbers and ranges. Of a layer that
+occurs several times the first that is not zeroed is the original, the others are its copies.
+Zeroed copies have o_proj and down_proj scaled by 0: they add nothing to the residual stream, so the
+result computes what the source does until it is trained.
+
+Each raises UserError, naming itself, for numbers that make no sense.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
-from jaxup.depth.plan import ALL_PARTS, ENDS, PARTS, DepthPlan, Row
+from jaxup.depth.plan import ALL_PARTS, ENDS, PARTS, ZEROED, DepthPlan, Row
 from jaxup.errors import UserError, suggest
 
+Layers = range | Sequence[int | range]  # several layers
 
-def identity(source: str, layers: int) -> DepthPlan:
-    """Every layer of `source`, once, in order."""
-    rows = tuple(Row(source, layer, "original") for layer in range(layers))
-    return DepthPlan(rows, *[source] * len(ENDS), sources=((source, layers),))
+MAX_LAYERS = 10_000  # of a result: a slip of the keyboard must not fill the memory
+
+
+def identity(source: str, source_layers: int) -> DepthPlan:
+    """Every layer, once, in order."""
+    return _plan(source, source_layers, [(layer, False) for layer in range(source_layers)])
 
 
 def inherit(
     source: str,
     source_layers: int,
-    layers: int | Sequence[int],
+    layers: int | Layers | None = None,
     *,
     which: str = "first",
+    every: int = 1,
     parts: Sequence[str] = ALL_PARTS,
 ) -> DepthPlan:
     """A small model that inherits some layers of a larger one (Inheritune, arXiv 2404.08634).
 
     Args:
-      layers: how many layers, or which ones; of a layer named again, the later ones are copies.
+      layers: how many layers, or which ones; None is all. Of a layer named again, the later ones are copies.
       which: for a number of layers, the end of the source that they are taken from.
+      every: takes only every so many-th layer, from the first of them or, with which="last", back from the last.
       parts: what is inherited, of ALL_PARTS; the rest is newly initialised. The paper inherits all
         but the final norm and the positions; its ablations leave out mlp, attention or norms.
-
-    Raises:
-      UserError: layers that the source does not have, or an unknown part.
     """
     for part in parts:
         if part not in ALL_PARTS:
             raise UserError(f"inherit: unknown part {part!r}{suggest(part, ALL_PARTS)}")
     if which not in ("first", "last"):
-        raise UserError(f"inherit: which={which!r} is neither 'first' nor 'last'")
-    if isinstance(layers, int):
-        if layers > source_layers:
-            raise UserError(f"inherit: {layers} layers asked of {source!r}, which has {source_layers}")
-        if layers < 1:
-            raise UserError(f"inherit: at least one layer must be inherited, not {layers}")
-        start = 0 if which == "first" else source_layers - layers
-        layers = range(start, start + layers)
+        raise UserError(f"inherit: unknown which={which!r}{suggest(which, ('first', 'last'))}")
+    _at_least(1, "inherit", every=every)
+    number = layers if isinstance(layers, int) else None
+    if layers is None or number is not None:
+        pool = range(source_layers)
     elif which == "last":
         raise UserError("inherit: which='last' goes with a number of layers, not with a list of them")
-    elif not layers:
-        raise UserError("inherit: the list of layers is empty")
+    else:
+        pool = _layers("inherit", source, source_layers, layers)
+    pool = pool[::every] if which == "first" else pool[::-1][::every][::-1]
+    if number is not None:
+        if number < 1:
+            raise UserError(f"inherit: at least one layer must be inherited, not {number}")
+        if number > len(pool):
+            of = f", {len(pool)} of them with every={every}" if every > 1 else ""
+            raise UserError(f"inherit: {number} layers asked of {source!r}, which has {source_layers}{of}")
+        pool = pool[:number] if which == "first" else pool[-number:]
     block_parts = tuple(part for part in PARTS if part in parts)
     rows, seen = [], set()
-    for layer in layers:
-        if not 0 <= layer < source_layers:
-            raise UserError(f"inherit: layer {layer} asked of {source!r}, which has layers 0-{source_layers - 1}")
+    for layer in pool:
         role = "new" if not block_parts else "copy" if layer in seen else "original"
         rows.append(Row(source, layer, role, parts=block_parts))
         seen.add(layer)
     ends = {end: source if end in parts else None for end in ENDS}
     return DepthPlan(tuple(rows), **ends, sources=((source, source_layers),))
+
+
+def duplicate(source: str, source_layers: int, layers: Layers, *, times: int = 1) -> DepthPlan:
+    """Runs ranges of layers again, `times` more, each right after itself ("repeat yourself", RYS).
+
+    RYS's (i, j), layers 0 to j-1 and then from i on, is `range(i, j)`. Nothing is zeroed.
+    """
+    return _repeat("duplicate", source, source_layers, layers, "times", times, zeroed=False)
+
+
+def upscale(source: str, source_layers: int, layers: Layers, *, copies: int = 1) -> DepthPlan:
+    """Zeroed copies of whole ranges, `copies` times, each right after its range.
+
+    Llama-3-15B-Instruct-zeroed is 32 layers with `range(8, 24)` twice, and the Tunguska 39B would be
+    56 layers with `range(19, 41)` twice, had its recipe not left layer 55 out by a slip.
+    """
+    return _repeat("upscale", source, source_layers, layers, "copies", copies, zeroed=True)
+
+
+def interleave(source: str, source_layers: int, layers: Layers, *, copies: int = 1) -> DepthPlan:
+    """Each of the layers, followed by `copies` zeroed copies of it."""
+    single = [range(layer, layer + 1) for layer in _layers("interleave", source, source_layers, layers)]
+    return _repeat("interleave", source, source_layers, single, "copies", copies, zeroed=True)
+
+
+def expand(source: str, source_layers: int, every: int) -> DepthPlan:
+    """Block expansion: after every so many-th layer a zeroed copy of it (LLaMA Pro, arXiv 2401.02415).
+
+    The paper makes 40 layers of 32 with every=4, and trains the new ones only.
+    """
+    _at_least(1, "expand", every=every)
+    if every > source_layers:
+        raise UserError(f"expand: every={every} adds nothing to {source!r}, which has {source_layers} layers")
+    single = [range(layer, layer + 1) for layer in range(every - 1, source_layers, every)]
+    return _repeat("expand", source, source_layers, single, "copies", 1, zeroed=True)
+
+
+def solar(source: str, source_layers: int, m: int) -> DepthPlan:
+    """Depth up-scaling: the source without its last `m` layers, then without its first (SOLAR, arXiv 2312.15166).
+
+    The paper makes 48 layers of 32 with m=8.
+    """
+    _at_least(0, "solar", m=m)
+    if 2 * m > source_layers:
+        raise UserError(
+            f"solar: m={m} would leave layers of {source!r} out, which has {source_layers}: "
+            f"m is at most {source_layers // 2}"
+        )
+    both = [*range(source_layers - m), *range(m, source_layers)]
+    return _plan(source, source_layers, [(layer, False) for layer in both])
+
+
+def stack(source: str, source_layers: int, times: int, *, noise: float = 0.0) -> DepthPlan:
+    """All layers, `times` times in all (G_stack, arXiv 2405.15319).
+
+    The paper's optimum is 2 to 4 times. `noise` is the share of newly initialised values mixed into
+    the kernels of the copies: the paper finds that 0.2 helps slightly.
+    """
+    _at_least(1, "stack", times=times)
+    _check_size("stack", source_layers * times)
+    if not 0 <= noise <= 1:
+        raise UserError(f"stack: noise={noise} is not a share from 0 to 1")
+    order = [(layer, False) for layer in range(source_layers)] * times
+    return _plan(source, source_layers, order, noise)
+
+
+def drop(source: str, source_layers: int, layers: int | Layers) -> DepthPlan:
+    """The source without these layers (ShortGPT, arXiv 2403.03853; The Unreasonable Ineffectiveness
+    of the Deeper Layers, arXiv 2403.17887).
+
+    Args:
+      layers: a number is that one layer, not how many.
+    """
+    dropped = set(_layers("drop", source, source_layers, [layers] if isinstance(layers, int) else layers))
+    if len(dropped) == source_layers:
+        raise UserError(f"drop: nothing would be left of {source!r}, which has {source_layers} layers")
+    return _plan(source, source_layers, [(layer, False) for layer in range(source_layers) if layer not in dropped])
+
+
+def check_layers(layers: Iterable[int | range], source: str, source_layers: int) -> None:
+    """UserError for a layer that the source does not have, and for a range that holds none."""
+    has = f"{source!r} has layers 0-{source_layers - 1}, 0:{source_layers} as a range"
+    for item in layers:
+        if isinstance(item, int):
+            if not 0 <= item < source_layers:
+                raise UserError(f"layer {item} is not there: {has}")
+            continue
+        start, stop = item.start, item.stop
+        if item.step != 1:
+            raise UserError(f"{start}:{stop}:{item.step} has a step; ranges of layers have none")
+        if start == stop:
+            # The likely slip, 19:19 for the one layer 19; at the end of the model it would be 55:56 for 56:56.
+            first = min(max(start, 0), source_layers - 1)
+            raise UserError(f"{start}:{stop} is empty: ranges are half open; did you mean {first}:{first + 1}?")
+        if start > stop:
+            raise UserError(f"{start}:{stop} is empty: ranges go up; did you mean {stop}:{start}?")
+        if start < 0 or stop > source_layers:
+            raise UserError(f"{start}:{stop} is too far: {has}")
+
+
+def _layers(recipe: str, source: str, source_layers: int, layers: Layers) -> list[int]:
+    return [layer for span in _spans(recipe, source, source_layers, layers) for layer in span]
+
+
+def _spans(recipe: str, source: str, source_layers: int, layers: Layers) -> list[range]:
+    """The ranges asked for; a single layer is a range of one."""
+    items = [layers] if isinstance(layers, range) and layers.step == 1 else layers
+    if not items:
+        raise UserError(f"{recipe}: the list of layers is empty")
+    try:
+        check_layers(items, source, source_layers)
+    except UserError as error:
+        raise UserError(f"{recipe}: {error}") from None
+    return [range(item, item + 1) if isinstance(item, int) else item for item in items]
+
+
+def _repeat(
+    recipe: str, source: str, source_layers: int, layers: Layers, name: str, times: int, *, zeroed: bool
+) -> DepthPlan:
+    """The source with each range followed by `times` more of it."""
+    spans = sorted(_spans(recipe, source, source_layers, layers), key=lambda span: span.start)
+    for a, b in itertools.pairwise(spans):
+        if b.start < a.stop:
+            raise UserError(f"{recipe}: {a.start}:{a.stop} and {b.start}:{b.stop} overlap")
+    _at_least(1, recipe, **{name: times})
+    _check_size(recipe, source_layers + times * sum(map(len, spans)))
+    order, done = [], 0
+    for span in spans:
+        order += [(layer, False) for layer in range(done, span.stop)]
+        order += [(layer, zeroed) for layer in span] * times
+        done = span.stop
+    order += [(layer, False) for layer in range(done, source_layers)]
+    return _plan(source, source_layers, order)
+
+
+def _plan(source: str, source_layers: int, order: Iterable[tuple[int, bool]], noise: float = 0.0) -> DepthPlan:
+    """The plan with these (layer, zeroed), all ends taken from the source; `noise` is that of copies."""
+    rows, seen = [], set()
+    for layer, zeroed in order:
+        copy = zeroed or layer in seen
+        scales = ZEROED if zeroed else ()
+        rows.append(Row(source, layer, "copy" if copy else "original", scales, noise=noise if copy else 0.0))
+        if not zeroed:
+            seen.add(layer)
+    return DepthPlan(tuple(rows), *[source] * len(ENDS), sources=((source, source_layers),))
+
+
+def _at_least(least: int, recipe: str, **number: int) -> None:
+    ((name, value),) = number.items()
+    if value < least:
+        raise UserError(f"{recipe}: {name}={value} must be at least {least}")
+
+
+def _check_size(recipe: str, layers: int) -> None:
+    if layers > MAX_LAYERS:
+        raise UserError(f"{recipe}: the result would have {layers} layers; {MAX_LAYERS} are the most")

@@ -70,13 +70,18 @@ def open_checkpoint(path_or_id: str | Path, *, revision: str | None = None, allo
     return Checkpoint(storage, hf, config, tuple(found), tied, tuple(files), pickled)
 
 
-def load_config(path_or_id: str | Path, *, revision: str | None = None) -> ModelConfig:
-    """The ModelConfig of the directory's config.json; UserError if it cannot be represented."""
+def read_config(path_or_id: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], ModelConfig]:
+    """config.json as it is written, and as a ModelConfig; UserError if it cannot be represented."""
     storage = open_storage(path_or_id, revision=revision)
-    config = _config(storage)[2]
+    hf, _, config = _config(storage)
     if isinstance(storage, Local):
         check_manifest(Path(storage.root), ["config.json"])
-    return config
+    return hf, config
+
+
+def load_config(path_or_id: str | Path, *, revision: str | None = None) -> ModelConfig:
+    """The ModelConfig of the directory's config.json; UserError if it cannot be represented."""
+    return read_config(path_or_id, revision=revision)[1]
 
 
 def common_dtypes(tensors: Iterable[tuple[Tensor, TensorInfo]]) -> dict[str, np.dtype]:

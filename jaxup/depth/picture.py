@@ -1,0 +1,225 @@
+"""A plan as a picture: the path of the result through the layers of its sources.
+
+One cell per layer of the result, at its own index from left to right and at its source layer from
+bottom to top; several sources lie in bands above each other. All sizes are in pixels of a screen
+with two pixels per point. Pillow is imported where it is used: matplotlib alone takes a second.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxup.depth.draw import CHARACTERS, character, ranges
+from jaxup.depth.plan import DepthPlan, Row
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Okabe and Ito's palette, which is told apart with any colour vision.
+COLORS = {"0": "#0072B2", "X": "#E69F00", "z": "#CC79A7", "p": "#56B4E9", "n": "#009E73"}
+_ON = {"0": "#ffffff", "X": "#1b1f24", "z": "#1b1f24", "p": "#1b1f24", "n": "#ffffff"}  # letters on these
+_INK, _FAINT, _GRID, _PATH, _UNUSED, _PAPER = "#1b1f24", "#646c76", "#e6e9ed", "#4d5763", "#fde7e4", "#ffffff"
+_ALARM = "#b3261e"  # the writing on what is never used
+
+_MARGIN, _TEXT, _SMALL, _TITLE = 48, 26, 22, 36
+_WIDTH, _HEIGHT = 2000, 1100  # of all cells, about
+_CELL = 56  # at most
+_STRIP = 36
+
+
+class _Band(NamedTuple):
+    """Where the layers of a source are; its last layer is at the top."""
+
+    name: str
+    layers: int
+    top: int
+    cell: float  # height
+
+    def y(self, layer: int | float) -> int:
+        """The upper edge of a layer."""
+        return self.top + round((self.layers - 1 - layer) * self.cell)
+
+    @property
+    def bottom(self) -> int:
+        return self.y(-1)
+
+
+def png(plan: DepthPlan, title: str) -> bytes:
+    """`picture`, as the contents of a PNG file."""
+    file = io.BytesIO()
+    picture(plan, title).save(file, "png")
+    return file.getvalue()
+
+
+def picture(plan: DepthPlan, title: str) -> Image:
+    """The plan drawn below its title; RGB, two pixels per point."""
+    from PIL import Image, ImageDraw
+
+    total = sum(count for _, count in plan.sources)
+    width = _cell(_WIDTH, plan.num_layers)
+    height = min(_cell(_HEIGHT, total), max(1.5 * width, 300 / total))  # nearly square, if there is room
+    left = _MARGIN + max(_length(str(count), _SMALL) for _, count in plan.sources) + 28
+    top = _MARGIN + _TITLE + 20 + _TEXT + 40 + _TEXT + 24
+    bands = []
+    for name, count in plan.sources:
+        top += 44  # the name
+        bands.append(_Band(name, count, top, height))
+        top = bands[-1].bottom + 20
+    new = _Band("", 1, top + 8, max(28.0, height)) if any(row.role == "new" for row in plan.rows) else None
+    strip = (new.bottom if new else top) + 28
+    right = left + round(plan.num_layers * width)
+    used = {name: {row.layer for row in plan.rows if row.source == name and row.parts} for name, _ in plan.sources}
+    labels = {band.name: _unused(band, used[band.name]) for band in bands}
+    margin = max((_length(text, _SMALL) for found in labels.values() for _, text in found), default=0)
+    header = [title, _depths(plan)]
+    wide = max(right + 20 + margin, left + _length(_legend(plan), _TEXT) + 40 * len(CHARACTERS),
+               left + _length(header[1], _TEXT)) + _MARGIN  # fmt: skip
+    wide = max(wide, 800)
+
+    image = Image.new("RGB", (wide, strip + _STRIP + 130), _PAPER)
+    draw = ImageDraw.Draw(image)
+    _write(draw, (_MARGIN, _MARGIN), _fitting(title, _TITLE, wide - 2 * _MARGIN), _TITLE)
+    _write(draw, (_MARGIN, _MARGIN + _TITLE + 20), header[1], _TEXT, _FAINT)
+    _draw_legend(draw, plan, _MARGIN, _MARGIN + _TITLE + 20 + _TEXT + 40)
+
+    def x(i: int) -> int:
+        return left + round(i * width)
+
+    for band in bands:
+        _draw_band(draw, band, left, right, wide, labels[band.name])
+    if new:
+        _write(draw, (left - 12, (new.top + new.bottom) // 2), "new", _SMALL, _FAINT, "rm")
+    ticks = _ticks(plan.num_layers, (right - left) / (2 * _length("000", _SMALL)))
+    for i in ticks:
+        for band in [*bands, *filter(None, [new])]:
+            draw.line([(x(i) + round(width / 2), band.top), (x(i) + round(width / 2), band.bottom)], _GRID, 2)
+
+    where = {band.name: band for band in bands}
+    gap = 2 if width >= 8 and height >= 8 else 0
+    for i, row in enumerate(plan.rows):
+        band, layer = (new, 0) if row.role == "new" else (where[row.source], row.layer)
+        low = max(band.y(layer - 1), band.y(layer) + 4)
+        color = COLORS[character(row)]
+        draw.rectangle([x(i), band.y(layer), max(x(i + 1), x(i) + 2) - 1 - gap, low - 1 - gap], color)
+        draw.rectangle([x(i), strip, max(x(i + 1), x(i) + 2) - 1 - gap, strip + _STRIP - 1], color)
+        if width >= 24:
+            _write(
+                draw,
+                ((x(i) + x(i + 1) - gap) // 2, strip + _STRIP // 2),
+                character(row),
+                _SMALL,
+                _ON[character(row)],
+                "mm",
+            )
+    _draw_path(draw, plan, where, new, x)
+    below = strip + _STRIP + 10
+    for i in ticks:
+        _write(draw, (x(i) + round(width / 2), below), str(i), _SMALL, _FAINT, "ma")
+    _write(draw, (left, below + _SMALL + 16), "layer of the result", _SMALL, _FAINT)
+    return image
+
+
+def _cell(room: int, count: int) -> float:
+    """The side of a cell when so many have to fit: whole pixels, unless there are too many for that."""
+    return float(min(_CELL, max(2, room // count))) if count < room else 1.5 * room / count
+
+
+def _depths(plan: DepthPlan) -> str:
+    before = " + ".join(str(count) for _, count in plan.sources)
+    return f"{before} -> {plan.num_layers} layers"
+
+
+def _unused(band: _Band, used: set[int]) -> list[tuple[tuple[int, int], str]]:
+    """((first, last), label) of the layers that are never used; one label for all if they would collide."""
+    spans: list[list[int]] = []
+    for layer in range(band.layers):
+        if layer not in used:
+            if spans and spans[-1][1] == layer - 1:
+                spans[-1][1] = layer
+            else:
+                spans.append([layer, layer])
+    middles = [band.y((first + last) / 2) for first, last in spans]
+    if len(spans) <= 6 and all(a - b >= _SMALL + 6 for a, b in itertools.pairwise(middles)):
+        return [((a, b), f"{ranges(range(a, b + 1))} never used") for a, b in spans]
+    count = sum(b - a + 1 for a, b in spans)
+    middle = len(spans) // 2
+    return [((a, b), f"{count} layers never used" if i == middle else "") for i, (a, b) in enumerate(spans)]
+
+
+def _ticks(count: int, most: float) -> list[int]:
+    step = next(s for s in itertools.chain.from_iterable((d * 10**e for d in (1, 2, 5)) for e in range(9))
+                if count / s <= max(most, 1))  # fmt: skip
+    return list(range(0, count, step))
+
+
+def _legend(plan: DepthPlan) -> str:
+    return "".join(_entries(plan).values())
+
+
+def _entries(plan: DepthPlan) -> dict[str, str]:
+    """What stands in the legend for each kind of layer that there is."""
+    kinds = [character(row) for row in plan.rows]
+    return {c: f"{meaning} ({kinds.count(c)})" for c, (meaning, _) in CHARACTERS.items() if c in kinds}
+
+
+def _draw_legend(draw: Any, plan: DepthPlan, x: int, y: int) -> None:
+    for kind, text in _entries(plan).items():
+        draw.rectangle([x, y + 2, x + 23, y + 25], COLORS[kind])
+        _write(draw, (x + 34, y + 14), text, _TEXT, _INK, "lm")
+        x += 34 + _length(text, _TEXT) + 40
+
+
+def _draw_band(draw: Any, band: _Band, left: int, right: int, wide: int, unused: list[tuple[tuple[int, int], str]]):
+    name = _fitting(f"layers of {band.name}", _SMALL, wide - left - _MARGIN)
+    _write(draw, (left, band.top - 12), name, _SMALL, _FAINT, "lb")
+    for (first, last), text in unused:
+        low = max(band.y(first - 1), band.y(last) + 4)
+        draw.rectangle([left, band.y(last), right - 1, low - 1], _UNUSED)
+        _write(draw, (right + 16, (band.y(last) + low) // 2), text, _SMALL, _ALARM, "lm")
+    for layer in _ticks(band.layers, (band.bottom - band.top) / (2 * _SMALL)):
+        middle = (band.y(layer) + band.y(layer - 1)) // 2
+        draw.line([(left, middle), (right, middle)], _GRID, 2)
+        _write(draw, (left - 12, middle), str(layer), _SMALL, _FAINT, "rm")
+    draw.line([(left - 4, band.top), (left - 4, band.bottom)], _GRID, 2)
+
+
+def _draw_path(draw: Any, plan: DepthPlan, where: dict[str, _Band], new: _Band | None, x: Any) -> None:
+    """A thin line wherever the path does not go on to the next layer or stay at the same one."""
+
+    def place(i: int, row: Row) -> tuple[int, int]:
+        band, layer = (new, 0) if row.role == "new" else (where[row.source], row.layer)
+        return (x(i) + x(i + 1)) // 2, (band.y(layer) + band.y(layer - 1)) // 2
+
+    for i, (a, b) in enumerate(itertools.pairwise(plan.rows)):
+        same = a.source == b.source and (a.role == "new") == (b.role == "new")
+        if not same or (b.role != "new" and b.layer - a.layer not in (0, 1)):
+            draw.line([place(i, a), place(i + 1, b)], _PATH, 2)
+
+
+# ---- writing
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+def _length(text: str, size: int) -> int:
+    return round(_font(size).getlength(text))
+
+
+def _write(draw: Any, at: tuple[int, int], text: str, size: int, color: str = _INK, anchor: str = "la") -> None:
+    draw.text(at, text, color, _font(size), anchor)
+
+
+def _fitting(text: str, size: int, room: int) -> str:
+    """The text, with its middle left out if it is too long; what cannot be printed is a question mark."""
+    text = "".join(c if c.isprintable() else "?" for c in text)[:1000]
+    kept = len(text)
+    while kept > 8 and _length(text, size) > room:
+        kept -= max(1, kept // 20)
+        text = f"{text[: kept // 2]}...{text[-(kept // 2) :]}"
+    return text

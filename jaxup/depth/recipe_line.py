@@ -1,0 +1,315 @@
+"""A recipe in one line: `interleave(model, 19:41, copies=2)`.
+
+    upscale(org/Name-7B, 8:24, copies=2)
+    stack(./dir, times=4, noise=0.2)
+    drop("a path, with comma", [3, 21:29])
+    upscale(inherit(model, 55), 19:41, copies=2)      a recipe on what another makes
+
+The names are those of `jaxup.depth.recipes`. The model is a directory, Hub id or URL, in quotes if
+it holds a comma, a quote or parentheses; the other arguments are as the functions have them, with
+`19:41`, `:8` and `24:` for half-open ranges of layers. Errors are `UserError("recipe:1:COLUMN: ...")`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from typing import Any, NamedTuple
+
+from jaxup.depth import recipes
+from jaxup.depth.compose import compose
+from jaxup.depth.plan import DepthPlan
+from jaxup.errors import UserError, suggest
+
+RECIPES = {
+    function.__name__: function
+    for function in (
+        recipes.identity, recipes.inherit, recipes.duplicate, recipes.upscale, recipes.interleave, recipes.expand,
+        recipes.solar, recipes.stack, recipes.drop,
+    )
+}  # fmt: skip
+
+_MAX_LENGTH, _MAX_DEPTH, _MAX_ITEMS = 4096, 8, 1000
+
+
+class Argument(NamedTuple):
+    value: Any  # int, float, slice (a range of layers), str (a word), or a list of these
+    column: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One recipe as written. Columns count from 1."""
+
+    recipe: str
+    source: Call | str  # another recipe, or a model
+    arguments: dict[str, Argument]
+    column: int
+    text: str
+
+    @property
+    def model(self) -> str:
+        """The model that the innermost recipe works on."""
+        return self.source if isinstance(self.source, str) else self.source.model
+
+    def plan(self, num_layers: int) -> DepthPlan:
+        """The plan for a model of so many layers; UserError if the recipe does not go with them."""
+        inner = None if isinstance(self.source, str) else self.source.plan(num_layers)
+        name = self.source if inner is None else self.source.text
+        layers = num_layers if inner is None else inner.num_layers
+        values = {key: _resolved(key, argument, name, layers) for key, argument in self.arguments.items()}
+        try:
+            plan = RECIPES[self.recipe](name, layers, **values)
+            return plan if inner is None else compose(plan, {name: inner})
+        except UserError as error:
+            raise _error(self.column, str(error)) from None
+
+
+def is_line(text: str) -> bool:
+    """Whether `text` has the look of a recipe in one line, rather than of a path."""
+    return re.match(r"\s*\w+\s*\(", text) is not None and "\n" not in text.strip()
+
+
+def usage(recipe: str) -> str:
+    """How a recipe is called: `upscale(MODEL, layers, copies=1)`."""
+    shown = [
+        name if p.default is p.empty else f"{name}={p.default}" if isinstance(p.default, int | float | str) else
+        f"{name}=..." for name, p in _parameters(recipe).items()
+    ]  # fmt: skip
+    return f"{recipe}({', '.join(['MODEL', *shown])})"
+
+
+def parse(line: str) -> Call:
+    """The recipe that `line` is; UserError with the column of what is wrong. No model is looked at."""
+    if len(line) > _MAX_LENGTH:
+        raise _error(_MAX_LENGTH, f"a recipe in one line has at most {_MAX_LENGTH} characters; write a file")
+    for i, character in enumerate(line):
+        if not character.isprintable():
+            raise _error(i + 1, f"a recipe in one line cannot hold {character!r}")
+    scanner = _Scanner(line)
+    call = scanner.call(1)
+    if scanner.peek():
+        raise scanner.error(f"{scanner.rest()!r} is left over after the recipe")
+    return call
+
+
+# What each argument of the recipes must be.
+_KINDS = {
+    "layers": "layers", "every": "number", "times": "number", "copies": "number", "m": "number",
+    "noise": "share", "which": "word", "parts": "words",
+}  # fmt: skip
+
+
+def _parameters(recipe: str) -> dict[str, inspect.Parameter]:
+    """Those after the source and its number of layers."""
+    return dict(list(inspect.signature(RECIPES[recipe]).parameters.items())[2:])
+
+
+def _resolved(name: str, argument: Argument, source: str, num_layers: int) -> Any:
+    """An argument's value, with what a range leaves out; UserError with the column of layers that are not there."""
+    if _KINDS[name] != "layers":
+        return argument.value
+
+    def resolve(item: int | slice) -> int | range:
+        if isinstance(item, int):
+            return item
+        return range(item.start or 0, num_layers if item.stop is None else item.stop)
+
+    many = isinstance(argument.value, list)
+    items = [resolve(item) for item in (argument.value if many else [argument.value])]
+    try:
+        # A number by itself may be a count, which the recipe itself checks.
+        recipes.check_layers([item for item in items if many or not isinstance(item, int)], source, num_layers)
+    except UserError as error:
+        raise _error(argument.column, str(error)) from None
+    return items if many else items[0]
+
+
+def _error(column: int, message: str) -> UserError:
+    return UserError(f"recipe:1:{column}: {message}")
+
+
+class _Scanner:
+    """Reads from left to right, one token at a time; never evaluates anything."""
+
+    def __init__(self, line: str):
+        self.line, self.at = line, 0
+
+    # ---- characters
+
+    def peek(self) -> str:
+        """The next character that is not a blank, "" at the end."""
+        while self.line[self.at : self.at + 1] == " ":
+            self.at += 1
+        return self.line[self.at : self.at + 1]
+
+    def rest(self) -> str:
+        rest = self.line[self.at :].strip()
+        return rest if len(rest) <= 30 else rest[:27] + "..."
+
+    def error(self, message: str, at: int | None = None) -> UserError:
+        return _error((self.at if at is None else at) + 1, message)
+
+    def match(self, pattern: str) -> str | None:
+        """What matches here, and goes past it."""
+        self.peek()
+        found = re.compile(pattern, re.ASCII).match(self.line, self.at)
+        if found is None:
+            return None
+        self.at = found.end()
+        return found.group()
+
+    def expect(self, character: str, what: str) -> None:
+        if self.peek() != character:
+            found = f"not {self.rest()!r}" if self.rest() else "and the recipe ends here"
+            raise self.error(f"expected {character!r} {what}, {found}")
+        self.at += 1
+
+    # ---- what a recipe is made of
+
+    def call(self, depth: int) -> Call:
+        if depth > _MAX_DEPTH:
+            raise self.error(f"recipes are nested more than {_MAX_DEPTH} deep")
+        self.peek()
+        start = self.at
+        name = self.match(r"[A-Za-z_]\w*")
+        if name is None or self.peek() != "(":
+            raise self.error("a recipe looks like upscale(MODEL, 19:41, copies=2)", start)
+        if name not in RECIPES:
+            raise self.error(f"unknown recipe {name!r}{suggest(name, RECIPES)}", start)
+        self.expect("(", f"after {name}")
+        if self.peek() in (")", ""):
+            raise self.error(f"{name} needs a model: {usage(name)}")
+        source = self.source(depth)
+        arguments = self.arguments(name)
+        self.expect(")", f"at the end of {name}(...)")
+        return Call(name, source, arguments, start + 1, self.line[start : self.at])
+
+    def source(self, depth: int) -> Call | str:
+        start = self.at
+        if self.peek() in ("'", '"'):
+            return self.quoted()
+        if self.match(r"[A-Za-z_]\w*\s*\("):
+            self.at = start
+            return self.call(depth + 1)
+        model = (self.match(r"[^,()'\"]*") or "").strip()
+        if self.peek() in ("(", "'", '"'):
+            raise self.error(f"put the model in quotes: its name holds {self.peek()!r}")
+        if not model:
+            raise self.error("the model's name is empty", start)
+        if re.fullmatch(r"[\d:]+|[a-z_]+\s*=.*", model):
+            raise self.error(f"the first argument is the model, not {model!r}", start)
+        return model
+
+    def quoted(self) -> str:
+        start, quote = self.at, self.peek()
+        text = self.match(r"""(?:"(?:[^"\\]|\\.)*")|(?:'(?:[^'\\]|\\.)*')""")
+        if text is None:
+            raise self.error(f"the quote {quote} is not closed", start)
+        if not (model := re.sub(r"\\(.)", r"\1", text[1:-1])).strip():
+            raise self.error("the model's name is empty", start)
+        return model
+
+    def arguments(self, recipe: str) -> dict[str, Argument]:
+        """Checked against what the recipe takes."""
+        parameters, found = _parameters(recipe), {}
+        positional = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
+        named = False
+        while self.peek() == ",":
+            self.at += 1
+            if self.peek() == ")":
+                break  # a comma at the end
+            start = self.at
+            if key := self.match(r"[A-Za-z_]\w*(?=\s*=)"):
+                self.expect("=", "")
+                named = True
+                if key not in parameters:
+                    raise self.error(
+                        f"{recipe} has no argument {key!r}{suggest(key, parameters)} ({usage(recipe)})", start
+                    )
+            elif named:
+                raise self.error(f"{self.rest()!r} has no name, and comes after an argument that has ({usage(recipe)})")
+            elif len(found) == len(positional):
+                raise self.error(f"{recipe} takes no more arguments without a name ({usage(recipe)})")
+            else:
+                key = positional[len(found)]
+            if key in found:
+                raise self.error(f"{key} is given twice", start)
+            found[key] = Argument(self.value(recipe, key), start + 1)
+        for name, p in parameters.items():
+            if p.default is p.empty and name not in found and self.peek() == ")":
+                raise self.error(f"{recipe} needs {name}: {usage(recipe)}")
+        return found
+
+    def value(self, recipe: str, key: str) -> Any:
+        self.peek()
+        start, kind = self.at, _KINDS[key]
+        value = self.items(kind) if self.peek() == "[" and kind in ("layers", "words") else self.item()
+        right = {
+            "layers": isinstance(value, int | slice | list),
+            "number": isinstance(value, int),
+            "share": isinstance(value, int | float),
+            "word": isinstance(value, str),
+            "words": isinstance(value, str | list),
+        }[kind]
+        if key == "layers" and recipe in ("upscale", "duplicate", "interleave") and isinstance(value, int):
+            raise self.error(f"{recipe} needs a range or a list of layers; did you mean {value}:{value + 1}?", start)
+        if not right:
+            forms = {
+                "layers": "layers: 8, 8:24 or [3, 8:24]", "number": "a whole number",
+                "share": "a number from 0 to 1", "word": "a word", "words": "a list of words: [mlp, norms]",
+            }  # fmt: skip
+            raise self.error(f"{key} must be {forms[kind]}, not {self.line[start : self.at].strip()}", start)
+        if kind == "words" and isinstance(value, str):
+            return [value]
+        return float(value) if kind == "share" else value
+
+    def items(self, kind: str) -> list[Any]:
+        self.at += 1
+        items: list[Any] = []
+        while self.peek() != "]":
+            if items:
+                self.expect(",", "between the items of a list, or ']' after them")
+                if self.peek() == "]":
+                    break
+            start = self.at
+            items.append(self.item())
+            if len(items) > _MAX_ITEMS:
+                raise self.error(f"the list has more than {_MAX_ITEMS} items", start)
+            if not isinstance(items[-1], str if kind == "words" else int | slice):
+                wanted = "words" if kind == "words" else "layers and ranges of layers"
+                raise self.error(f"the list must hold {wanted}, not {self.line[start : self.at]}", start)
+        self.at += 1
+        if not items:
+            raise self.error("the list is empty", self.at - 2)
+        return items
+
+    def item(self) -> int | float | slice | str:
+        """A number, a range or a word; UserError if it is none, or a range that holds nothing."""
+        self.peek()
+        start = self.at
+        text = self.match(r"[^\s,()\[\]=]+") or ""
+        if re.fullmatch(r"\d+", text, re.ASCII):
+            if len(text) > 18:
+                raise self.error(f"a number of {len(text)} digits", start)
+            return int(text)
+        if span := re.fullmatch(r"(\d{0,18}):(\d{0,18})", text, re.ASCII):
+            first, stop = (int(end) if end else None for end in span.groups())
+            if first is not None and stop is not None and first >= stop:
+                hint = f"half open; did you mean {first}:{first + 1}?" if first == stop else (
+                    f"half open and go up; did you mean {stop}:{first}?")  # fmt: skip
+                raise self.error(f"{text} is empty: ranges are {hint}", start)
+            return slice(first, stop)
+        if re.fullmatch(r"\d*\.?\d+(e-?\d{1,3})?|\d+\.", text, re.ASCII | re.IGNORECASE) and len(text) < 30:
+            return float(text)
+        if re.fullmatch(r"[A-Za-z_]\w*", text):
+            return text
+        if re.fullmatch(r"[\d:-]+", text):
+            kind = "ranges of layers have no step: 8:24" if text.count(":") > 1 else "numbers and layers count from 0"
+            if re.fullmatch(r"\d+-\d+", text):
+                kind = f"a range is written {text.replace('-', ':')}, with the layer after its last"
+            raise self.error(f"{text[:30]} is not understood: {kind}", start)
+        what = f"{text[:30]!r} is neither a number, a range nor a word" if text else (
+            f"{self.rest()!r} is not understood" if self.rest() else "the recipe ends here, in the middle")  # fmt: skip
+        raise self.error(what, start)
