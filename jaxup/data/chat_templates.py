@@ -1,0 +1,36 @@
+"""Chat formats by name, as Jinja templates for a tokenizer's `apply_chat_template`."""
+
+from __future__ import annotations
+
+_LOOP = "{% for message in messages %}"
+
+# A system message goes before the first user's text, where a format has no place of its own for it.
+_WITH_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set messages = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% endif %}"
+)
+
+TEMPLATES = {
+    # OpenAI's: <|im_start|>role\ntext<|im_end|>\n
+    "chatml": _LOOP + "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    # Meta's, of Llama 3 Instruct
+    "llama3": "{{ bos_token }}" + _LOOP + "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+    # Mistral's v3: <s>[INST] U[/INST] A</s>
+    "mistral": "{{ bos_token }}" + _WITH_SYSTEM + _LOOP + "{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + (system + '\\n\\n' if loop.first and system else '') + message['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}",
+    # Taori et al. 2023
+    "alpaca": "{{ bos_token }}" + _WITH_SYSTEM + "{{ system or 'Below is an instruction that describes a task. Write a"
+    " response that appropriately completes the request.' }}" + _LOOP + "{% if message['role'] == 'user' %}"
+    "{{ '\\n\\n### Instruction:\\n' + message['content'] }}{% else %}"
+    "{{ '\\n\\n### Response:\\n' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}",
+    # Pygmalion's: plain text, no separators
+    "metharme": "{{ bos_token }}" + _LOOP + "{% if message['role'] == 'system' %}"
+    "{{ '<|system|>' + message['content'] }}{% elif message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
+    "{% else %}{{ '<|model|>' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|model|>' }}{% endif %}",
+}  # fmt: skip

@@ -1,0 +1,192 @@
+"""Another tokenizer for a result than its base model's: mergekit's `tokenizer_source` and `chat_template`.
+
+A row of an embedding or head belongs to a token. Under another tokenizer it goes where that token is;
+a token that the model does not know gets zeros.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxup.errors import UserError, first_line, suggest
+from jaxup.hub.directory import carried_files, tokenizer_directory
+from jaxup.hub.header import parse_json
+from jaxup.hub.recipe import Recipe
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_GENERATION = "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The vocabulary of a result, where it is not that of the models it is made from.
+
+    Attributes:
+      size: of the result's embedding and head; None: as the models have it.
+      rows: for "embed_tokens" and "lm_head": the row of the source's that is in each row of the
+        result, int [size], -1 for zeros. What is left out is as it is in the source.
+      files: of the tokenizer, the chat template and the generation config, by name; they replace
+        all of the base model's. None: the base model's.
+      token_ids: keys of config.json that name tokens, where they change.
+    """
+
+    size: int | None = None
+    rows: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, bytes] | None = None
+    token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def open_vocabulary(recipe: Recipe) -> Vocabulary:
+    """What the recipe's `tokenizer` and `chat_template` come to.
+
+    Raises:
+      UserError: a tokenizer is missing where it is needed, or has more tokens than its model; no such
+        chat template.
+    """
+    vocabulary = Vocabulary() if recipe.tokenizer is None else _remapped(recipe)
+    if recipe.chat_template is None:
+        return vocabulary
+    files = dict(vocabulary.files or _carried(recipe, recipe.base))
+    return dataclasses.replace(vocabulary, files=_with_template(files, _template(recipe)))
+
+
+# ---- tokenizers
+
+
+def _remapped(recipe: Recipe) -> Vocabulary:
+    source = recipe.base if recipe.tokenizer == "base" else recipe.tokenizer
+    names = dict.fromkeys([recipe.base, *([] if source == "union" else [source]), *recipe.models])
+    tokenizers = {name: _load(recipe, name) for name in names}
+    if tokenizers[recipe.base] is None:
+        raise UserError(f"{recipe.name}: tokenizer_source needs the tokenizer of {recipe.base!r}, which has none")
+    known = {}  # of each model: token -> row
+    for name, tokenizer in tokenizers.items():
+        if tokenizer is None:
+            warnings.warn(f"{name}: no tokenizer; taken to be that of {recipe.base}", stacklevel=2)
+        size = recipe.models[name].config.vocab_size
+        vocab = (tokenizer or tokenizers[recipe.base]).get_vocab()
+        known[name] = {token: i for token, i in vocab.items() if i < size}
+
+    if source == "union":
+        files, vocab = _union(tokenizers, known, recipe.base)
+        files |= {name: text for name, text in _carried(recipe, recipe.base).items() if name == _GENERATION}
+    else:
+        files, vocab = _carried(recipe, source), (tokenizers[source] or tokenizers[recipe.base]).get_vocab()
+        if source == recipe.base and len(known[source]) < len(vocab):
+            size = recipe.models[source].config.vocab_size
+            raise UserError(f"{recipe.name}: the tokenizer of {source!r} has tokens beyond its vocab_size={size}")
+        generation = _carried(recipe, recipe.base).get(_GENERATION)
+        files |= {_GENERATION: generation} if generation else {}
+    size = max(vocab.values()) + 1
+    if recipe.pad_to_multiple_of and size % recipe.pad_to_multiple_of:
+        raise UserError(
+            f"{recipe.name}: pad_to_multiple_of={recipe.pad_to_multiple_of} would add rows to a vocabulary of {size}, "
+            "which is not supported; leave it out"
+        )
+    rows = {}
+    for end in ("embed_tokens", "lm_head"):
+        if (donor := getattr(recipe.plan, end)) is not None:
+            rows[end] = np.full(size, -1, np.int64)
+            for token, i in vocab.items():
+                rows[end][i] = known[donor].get(token, -1)
+    # The ids that name tokens, from the base model's tokenizer to this one.
+    names = {i: token for token, i in known[recipe.base].items()}
+    move = {i: vocab[token] for i, token in names.items() if token in vocab}
+    if _GENERATION in files:
+        generation = parse_json(files[_GENERATION], f"{recipe.base}: {_GENERATION}")
+        files[_GENERATION] = _json(generation | _moved(generation, move))
+    return Vocabulary(size, rows, files, _moved(recipe.models[recipe.base].hf, move))
+
+
+def _union(tokenizers: Mapping[str, Any], known: Mapping[str, dict[str, int]], base: str) -> tuple[Any, dict[str, int]]:
+    """The base's tokenizer with the others' tokens after its own: its files, and token -> id."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizers[base].save_pretrained(directory)
+        union = _from_pretrained(directory)
+        added = [tokenizer.added_tokens_decoder for tokenizer in tokenizers.values() if tokenizer is not None]
+        special = {token.content: token for tokens in added for token in tokens.values()}
+        new = {token: None for name in known for token in sorted(known[name], key=known[name].get)}
+        # First what the models' own vocabularies have, then what was added to them.
+        for tokens in ([t for t in new if t not in special], [t for t in new if t in special]):
+            union.add_tokens([special.get(token, token) for token in tokens if token not in known[base]])
+        union.save_pretrained(directory)
+        files = {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())}
+    return files, union.get_vocab()
+
+
+def _load(recipe: Recipe, name: str) -> Any:
+    """The tokenizer of a model of the recipe; None if it has none. No code of the model is run."""
+    model = recipe.models[name]
+    directory = tokenizer_directory(model.path, revision=model.revision)
+    if not set(_carried(recipe, name)) - {_GENERATION}:
+        return None
+    try:
+        return _from_pretrained(directory)
+    except Exception as error:  # whatever a damaged or hostile file provokes
+        raise UserError(f"{model.path}: its tokenizer cannot be read: {first_line(error)[:200]}") from None
+
+
+def _from_pretrained(directory: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+
+
+def _carried(recipe: Recipe, name: str) -> dict[str, bytes]:
+    model = recipe.models[name]
+    return carried_files(model.path, model.revision)
+
+
+def _moved(ids: Mapping[str, Any], move: Mapping[int, int]) -> dict[str, Any]:
+    """The entries of `ids` that name tokens, with their new ids; one that is gone becomes null."""
+
+    def new(value: Any) -> Any:
+        if isinstance(value, list):
+            return [move[i] for i in value if i in move] or None
+        return move.get(value)
+
+    return {key: new(ids[key]) for key in _TOKEN_IDS if ids.get(key) is not None}
+
+
+# ---- chat templates
+
+
+def _template(recipe: Recipe) -> str:
+    """The text that the recipe's `chat_template` is, names, or chooses."""
+    from jaxup.data.chat_templates import TEMPLATES
+
+    given = recipe.chat_template or ""
+    if given == "auto":  # the one that most models have
+        found = [t.strip() for name in recipe.models if (t := getattr(_load(recipe, name), "chat_template", None))]
+        if not found:
+            raise UserError(f"{recipe.name}: chat_template: auto: no model has one")
+        return collections.Counter(found).most_common(1)[0][0]
+    if "{" in given:
+        return given
+    if given not in TEMPLATES:
+        hint = suggest(given, TEMPLATES)
+        raise UserError(f"{recipe.name}: chat_template {given[:40]!r} is neither Jinja nor known{hint}")
+    return TEMPLATES[given]
+
+
+def _with_template(files: dict[str, bytes], template: str) -> dict[str, bytes]:
+    """Where newer and where older versions of transformers look for it."""
+    config = "tokenizer_config.json"
+    if not set(files) - {_GENERATION}:
+        raise UserError("chat_template: the base model has no tokenizer to give it to")
+    files = {name: text for name, text in files.items() if name != "chat_template.json"}
+    settings = parse_json(files.get(config, b"{}"), config)
+    return files | {"chat_template.jinja": template.encode(), config: _json(settings | {"chat_template": template})}
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
