@@ -1,0 +1,143 @@
+"""A plan as a mergekit passthrough recipe, where passthrough can say it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from jaxup.depth.plan import BLOCK_PATHS, ENDS, PARTS, DepthPlan, Row, simplest_scales
+from jaxup.errors import UserError
+
+# The names of tensors in the files of the Llama, Mistral and Qwen families, by path of the parameter.
+LLAMA_NAMES = {
+    "embed_tokens": "model.embed_tokens.weight",
+    "norm.scale": "model.norm.weight",
+    "lm_head.kernel": "lm_head.weight",
+} | {
+    f"blocks.{path}": "model.layers.{layer}." + path.replace("kernel", "weight").replace("scale", "weight")
+    for path in BLOCK_PATHS
+    if path not in ("input_layernorm.bias", "post_attention_layernorm.bias")
+}
+
+
+def dump(plan: DepthPlan, *, base: str | None = None, names: Mapping[str, str] = LLAMA_NAMES) -> str:
+    """The recipe that mergekit builds to the same tensors, and that `load` reads back as this plan.
+
+    What a recipe has no words for is lost: sources that nothing is taken from, and roles.
+
+    Args:
+      base: the source whose config.json and tokenizer the result takes; None: the first slice's.
+      names: of the tensors in the files, by path of the parameter, as in `mergekit.Source`.
+
+    Raises:
+      UserError: names what passthrough cannot do.
+    """
+    _check(plan, base, names)
+    blocks = {path.removeprefix("blocks."): name for path, name in names.items() if "{layer}" in name}
+    slices = []
+    scales: list[list[tuple[str, float]]] = []
+    # A recipe has no roles; rows that differ in nothing else are one slice.
+    for run in dataclasses.replace(plan, rows=tuple(dataclasses.replace(r, role="original") for r in plan.rows)).runs():
+        layers = range(run[0].layer, run[-1].layer + 1)
+        factors = {path: _one(run[0].factors(path)) for path in blocks}
+        full = [(path, name.replace("{layer}", str(layer))) for path, name in blocks.items() for layer in layers]
+        scales.append(_filters(factors, full, run[0]))
+        slices.append(_slice(run[0].source, [layers.start, layers.stop], scales[-1]))
+    # The scales of the slices at the ends are those of the ends too; where that is wrong, or another
+    # model gives them, an empty slice does.
+    counts = dict(plan.sources)
+    for end, source, prefixes in ((0, plan.embed_tokens, ("embed_",)), (-1, plan.norm, ("norm.", "lm_head."))):
+        ends = [(path, name) for path, name in names.items() if path.startswith(prefixes)]
+        wanted = {path: _one(plan.factors(path)) for path, _ in ends}
+        row = plan.rows[end]
+        if source != row.source or any(_found(scales[end], name) != wanted[path] for path, name in ends):
+            layer = 0 if end == 0 else counts[source]
+            empty = _slice(source, [layer, layer], _filters(wanted, ends, None))
+            slices.insert(0 if end == 0 else len(slices), empty)
+    recipe: dict[str, Any] = {"merge_method": "passthrough"}
+    if base is not None:
+        recipe["base_model"] = _model(base)
+    recipe["slices"] = slices
+    recipe |= {key: value for key in ("dtype", "out_dtype") if (value := getattr(plan, key))}
+    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=float("inf"))
+
+
+def _check(plan: DepthPlan, base: str | None, names: Mapping[str, str]) -> None:
+    def refuse(what: str):
+        raise UserError(f"plan: mergekit's passthrough cannot say it: {what}")
+
+    if base is not None and base not in dict(plan.sources):
+        refuse(f"the base model {base!r} is none of the plan's sources")
+    for i, row in enumerate(plan.rows):
+        if row.parts != PARTS:
+            refuse(f"layer {i} is new" if not row.parts else f"layer {i} inherits only {', '.join(row.parts)}")
+        if row.noise:
+            refuse(f"layer {i} has noise mixed in")
+    for scaled in (plan, *plan.rows):
+        for filter, value in scaled.scales:
+            if isinstance(value, tuple):
+                refuse(f"{filter or 'everything'} is scaled by {len(value)} factors in turn")
+    for end in ENDS:
+        if getattr(plan, end) is None and (end != "embed_positions" or end in names):
+            refuse(f"{end} is newly initialised")
+    if plan.embed_positions not in (plan.embed_tokens, None):
+        refuse(f"embed_positions is taken from {plan.embed_positions!r}, embed_tokens from {plan.embed_tokens!r}")
+    if plan.lm_head != plan.norm:
+        refuse(f"lm_head is taken from {plan.lm_head!r}, norm from {plan.norm!r}")
+
+
+def _one(factors: tuple[float, ...]) -> float:
+    return factors[0] if factors else 1.0
+
+
+def _found(scales: Sequence[tuple[str, float]], name: str) -> float:
+    return next((value for filter, value in scales if filter in name), 1.0)
+
+
+def _filters(
+    factors: Mapping[str, float], names: Sequence[tuple[str, str]], row: Row | None
+) -> list[tuple[str, float]]:
+    """Scales with filters on the names of tensors; `names` are (path, name) of all that they apply to."""
+
+    def right(scales: Sequence[tuple[str, float]]) -> bool:
+        return all(_found(scales, name) == factors[path] for path, name in names)
+
+    by_name: dict[str, tuple[float, ...]] = {}
+    for path, name in names:
+        ending = _ending(name)
+        value = (factors[path],) if factors[path] != 1 else ()
+        if by_name.setdefault(ending, value) != value:
+            raise UserError(
+                f"plan: mergekit's passthrough cannot say it: parts of one tensor, {ending}, are scaled differently"
+            )
+    as_in_plan = [] if row is None else [(filter.replace("*", ""), _one((value,))) for filter, value in row.scales]
+    simplest = [(filter, _one((value,))) for filter, value in simplest_scales(by_name)]
+    for scales in ([], as_in_plan, simplest):
+        if right(scales):
+            return list(scales)
+    return [(ending, _one(value)) for ending, value in by_name.items()]
+
+
+def _ending(name: str) -> str:
+    """A tensor's name without the number of its layer and what stands before it."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[numbers[0] + 1 :]) if numbers else name
+
+
+def _slice(source: str, layer_range: list[int], scales: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    result: dict[str, Any] = {"layer_range": layer_range, "model": _model(source)}
+    if [filter for filter, _ in scales] == [""]:
+        result["parameters"] = {"scale": scales[0][1]}
+    elif scales:
+        entries = [{"filter": filter, "value": value} if filter else {"value": value} for filter, value in scales]
+        result["parameters"] = {"scale": entries}
+    return {"sources": [result]}
+
+
+def _model(name: str) -> Any:
+    # mergekit reads what follows a + as an adapter's name, but not in the long form.
+    return {"model": {"path": name}} if "+" in name else name
