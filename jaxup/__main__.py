@@ -7,6 +7,8 @@ import importlib
 from jaxup.errors import UserError, entry_point, suggest
 
 COMMANDS = {
+    "plan": "see what a recipe makes: the order of the layers, sizes, what is unusual about it; draw it",
+    "build": "carry a recipe out: a model directory made of the layers of others",
     "train": "train models as an experiment file describes, for example inherit and grow a GPT-2",
     "generate": "write text with a Hugging Face model directory or a finished run",
     "export": "write a model of a run, or a model in another dtype, as a Hugging Face model directory",

@@ -14,13 +14,13 @@ from jaxup.model.shapes import count_params
 
 def model_card(
     config: ModelConfig, *, title: str, dtype: str, source: str, plan: DepthPlan | None = None,
-    base_models: Iterable[str] = (),
+    base_models: Iterable[str] = (), picture: str | None = None,
 ) -> str:  # fmt: skip
     """README.md: what the model is, its sizes, and where every layer came from.
 
     `source` is the model or run that it was made from, in words; without a `plan` its layers are the
     source's. `base_models` that are not Hub ids are left out of the front matter, where the Hub
-    would refuse them. Names may hold anything.
+    would refuse them. `picture` is a file beside the card. Names may hold anything.
     """
     front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["jaxup"]}
     if bases := [name for name in base_models if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII)]:
@@ -51,19 +51,21 @@ def model_card(
             "",
             _block(plan.describe()),
         ]
+    if picture is not None:
+        lines += ["", f"![Each layer of the result, and the layer it was made from]({picture})"]
     return "\n".join(lines) + "\n"
 
 
 def _code(text: str) -> str:
     """On one line, between more backticks than it holds in a row: nothing in it is markdown or HTML."""
-    text = " ".join(_printable(text).split())[:200] or "?"
+    text = " ".join(printable(text).split())[:200] or "?"
     fence = _fence(text, 1)
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 def _block(text: str) -> str:
     fence = _fence(text, 3)
-    return f"{fence}text\n{_printable(text)}\n{fence}"
+    return f"{fence}text\n{printable(text)}\n{fence}"
 
 
 def _fence(text: str, least: int) -> str:
@@ -71,5 +73,5 @@ def _fence(text: str, least: int) -> str:
     return "`" * max(least, longest + 1)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)

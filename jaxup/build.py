@@ -1,0 +1,91 @@
+"""Build the model that a recipe describes: `python -m jaxup.build RECIPE OUT`.
+
+RECIPE is a mergekit or a plan file, or one line such as 'upscale(MODEL, 19:41, copies=2)'. What is
+inherited is copied as bytes, never loaded. Nothing is at OUT until all of it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jaxup.errors import Parser, Stopped, UserError, entry_point
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="python -m jaxup.build", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("recipe", metavar="RECIPE", help="file, or one line")
+    parser.add_argument("out", metavar="OUT", help="directory to be made")
+    parser.add_argument("--model", metavar="NAME=DIR", action="append", default=[],
+                        help="where the model is that the recipe calls NAME: directory, Hub id or URL; "
+                             "may be given several times")  # fmt: skip
+    parser.add_argument("--revision", help="of the models that are Hub ids: branch, tag or commit")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                        help="of the tensors (default: as the recipe says, else as they are)")  # fmt: skip
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
+    parser.add_argument("--no-sparse", dest="sparse", action="store_false",
+                        help="give zeros blocks on the disk, for storage that does not keep holes")  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace OUT if it holds a model")
+    parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin if there is nothing better")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    parser.add_argument("--verify", action="store_true", help="run what was built against its models")
+    return parser.parse_args(argv[1:])
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    models = _models(args.model)
+
+    from jaxup.hub.build import carry_out, check, prepare
+    from jaxup.hub.recipe import open_recipe
+
+    signal.signal(signal.SIGTERM, _stop)
+    out = Path(args.out).expanduser()
+    recipe = open_recipe(args.recipe, models=models, revision=args.revision)
+    if args.dtype is not None:
+        recipe = dataclasses.replace(recipe, plan=dataclasses.replace(recipe.plan, out_dtype=args.dtype))
+    for note in recipe.notes:
+        warnings.warn(note, stacklevel=1)
+    work = prepare(recipe, max_shard_size=args.max_shard_size, allow_pickle=args.allow_pickle)
+    print(recipe.plan.describe())
+    if args.dry_run:
+        print(f"\n{work.describe(out, args.sparse)}", flush=True)
+        check(work, out, force=args.force, sparse=args.sparse)
+        return
+    built = carry_out(work, out, sparse=args.sparse, force=args.force, progress=True)
+    print(f"\nwrote {out}: {built}", flush=True)
+    if args.verify:
+        from jaxup.hub.verify import verify
+
+        print(verify(recipe, out), flush=True)
+
+
+def _models(pairs: list[str]) -> dict[str, str]:
+    models = {}
+    for pair in pairs:
+        name, separator, place = pair.rpartition("=")
+        if not separator or not name or not place:
+            raise UserError(f"--model {pair}: must be NAME=DIR")
+        if name in models:
+            raise UserError(f"--model {name}: given twice")
+        models[name] = place
+    return models
+
+
+def _stop(signum: int, frame: Any) -> None:
+    """The first SIGTERM ends the program in order; more of them do not keep it from cleaning up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Stopped("stopped by SIGTERM; nothing was written", 143)
+
+
+def cli() -> None:
+    entry_point(main)
+
+
+if __name__ == "__main__":
+    cli()

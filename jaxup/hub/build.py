@@ -1,0 +1,355 @@
+"""A plan carried out on files: a model directory made from others, out of core and without jax.
+
+What is inherited whole is copied as bytes; what is scaled or cast is computed a few MB at a time;
+zeros are not even written. Only a plan that needs newly initialised values imports jax.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxup.depth import picture
+from jaxup.depth.result import result_config
+from jaxup.errors import UserError
+from jaxup.hub import copying, manifest
+from jaxup.hub.card import model_card, printable
+from jaxup.hub.directory import CARD, MARKS, PLAN, carried_files
+from jaxup.hub.families import Family, config_from_hf, config_to_hf, with_family_biases
+from jaxup.hub.layouts import Tensor, to_file
+from jaxup.hub.origins import Origin, tensor_origins
+from jaxup.hub.reader import INDEX, Checkpoint, check_tied, open_checkpoint
+from jaxup.hub.recipe import Recipe
+from jaxup.hub.shards import Stored, index, json_bytes, parse_size, split
+from jaxup.hub.staging import check_replaceable, check_space, staged_directory
+from jaxup.hub.storage import Local
+from jaxup.model.config import LAYER_TYPES, ModelConfig
+from jaxup.model.shapes import param_shapes
+
+PICTURE = "plan.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Another vocabulary for the result than that of the models it is made from.
+
+    Attributes:
+      size: of the result's embedding and head; None: as the models have it.
+      rows: for "embed_tokens" and "lm_head": the row of the source's that is in each row of the
+        result, int [size], -1 for zeros. What is left out is as it is in the source.
+      files: of the tokenizer, the chat template and the generation config, by name; they replace
+        all of the base model's. None: the base model's.
+      token_ids: keys of config.json that name tokens, where they change.
+    """
+
+    size: int | None = None
+    rows: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, bytes] | None = None
+    token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Built(NamedTuple):
+    """What a build has written."""
+
+    nbytes: int  # of all tensors
+    zero_bytes: int  # of them zeros that were not written
+    sparse: bool  # and take no space
+    seconds: float
+
+    def __str__(self) -> str:
+        text = f"{_size(self.nbytes)} in {self.seconds:.1f} s, {_size(int(self.nbytes / self.seconds))}/s"
+        if self.zero_bytes:
+            text += f", {_size(self.zero_bytes)} of it zeros" + " that take no space" * self.sparse
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """All that is known of a build before its first byte is written."""
+
+    recipe: Recipe
+    config: ModelConfig
+    checkpoints: Mapping[str, Checkpoint]  # by the plan's source names
+    shards: Mapping[str, list[tuple[Stored, Origin]]]
+    texts: Mapping[str, bytes]  # the files that hold no tensors
+    rows: Mapping[str, np.ndarray]  # see `Vocabulary`
+
+    @property
+    def tensors(self) -> list[tuple[Stored, Origin]]:
+        return [pair for shard in self.shards.values() for pair in shard]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored, _ in self.tensors)
+
+    @property
+    def zero_bytes(self) -> int:
+        return sum(stored.nbytes for stored, origin in self.tensors if origin.is_zero)
+
+    def needed(self, sparse: bool) -> int:
+        """Bytes of disk."""
+        return self.nbytes + sum(map(len, self.texts.values())) - (self.zero_bytes if sparse else 0)
+
+    def describe(self, out: Path, sparse: bool) -> str:
+        """What `build` would do, in a few lines."""
+        counts, sizes = collections.Counter(), collections.Counter()
+        for stored, origin in self.tensors:
+            kind = "zero" if origin.is_zero else "copied" if origin.is_copy else "computed" if origin.info else "new"
+            counts[kind] += 1
+            sizes[kind] += stored.nbytes
+        lines = [f"{out}: {self.config.num_layers} layers, {len(self.tensors)} tensors, {_size(self.nbytes)}"]
+        lines += [
+            f"  {name}: {len(shard)} tensors, {_size(sum(stored.nbytes for stored, _ in shard))}"
+            for name, shard in self.shards.items()
+        ]
+        lines.append(f"  also {', '.join(sorted({*self.texts, manifest.NAME}))}")
+        how = {"zero": "holes of the files" if sparse else "allocated, not written", "computed": "scaled or cast",
+               "new": "newly initialised", "copied": f"as bytes, {_size(self._read())} of them read"}  # fmt: skip
+        for kind in ("copied", "computed", "new", "zero"):
+            if counts[kind]:
+                lines.append(f"{kind}: {counts[kind]} tensors, {_size(sizes[kind])} ({how[kind]})")
+        free = shutil.disk_usage(out.parent).free
+        lines.append(f"disk: {_size(self.needed(sparse))} needed, {_size(free)} free")
+        return "\n".join(lines)
+
+    def _read(self) -> int:
+        """Bytes that are copied, each counted once."""
+        return sum({origin: stored.nbytes for stored, origin in self.tensors if origin.is_copy}.values())
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    max_shard_size: int | str = "5GB",
+    allow_pickle: bool = False,
+    vocabulary: Vocabulary | None = None,
+) -> Work:
+    """Reads configs and headers, and decides what every tensor of the result is made from.
+
+    Raises:
+      UserError: a model is not at hand, or not what its config.json says; the models do not fit each
+        other; the family of the base model cannot express the result.
+    """
+    size, plan = parse_size(max_shard_size), recipe.plan
+    if vocabulary is None and (recipe.tokenizer is not None or recipe.chat_template is not None):
+        from jaxup.hub.vocabulary import open_vocabulary
+
+        vocabulary = open_vocabulary(recipe)
+    vocabulary = vocabulary or Vocabulary()
+    checkpoints = {}
+    for name, _ in plan.sources:
+        model = recipe.models[name]
+        if model.stand_in:
+            raise UserError(f"{name} is not at hand; give its place with --model NAME=DIR")
+        checkpoints[name] = open_checkpoint(model.path, revision=model.revision, allow_pickle=allow_pickle)
+        if isinstance(storage := checkpoints[name].storage, Local):
+            manifest.check_manifest(Path(storage.root), ["config.json"])
+    config = result_config(plan, {name: c.config for name, c in checkpoints.items()}, vocab_size=vocabulary.size)
+    base = recipe.models[recipe.base]
+    family, exported = with_family_biases(config, base.hf["model_type"])
+    if family.model_type != base.hf["model_type"]:
+        raise UserError(
+            f"{base.path}: a {base.hf['model_type']} model cannot be what the recipe makes, only {family.model_type}"
+        )
+    origins = {
+        stored.tensor.name: (stored, origin)
+        for stored, origin in tensor_origins(plan, config, family, exported, checkpoints, frozenset(vocabulary.rows))
+    }
+    shards = split([stored for stored, _ in origins.values()], size)
+    weights = collections.Counter()
+    for stored, _ in origins.values():
+        weights[stored.dtype.name] += stored.nbytes // stored.dtype.itemsize
+    dtype = weights.most_common(1)[0][0]
+
+    texts = dict(carried_files(base.path, base.revision) if vocabulary.files is None else vocabulary.files)
+    texts["config.json"] = json_bytes(_edited(base.hf, family, exported, dtype) | vocabulary.token_ids)
+    if len(shards) > 1:
+        texts[INDEX] = index(shards)
+    texts[PLAN] = _plan_text(recipe).encode()
+    return Work(
+        recipe, config, checkpoints, {file: [origins[stored.tensor.name] for stored in shard]
+        for file, shard in shards.items()}, texts, vocabulary.rows,
+    )  # fmt: skip
+
+
+def build(
+    recipe: Recipe,
+    out: str | os.PathLike,
+    *,
+    max_shard_size: int | str = "5GB",
+    sparse: bool = True,
+    force: bool = False,
+    allow_pickle: bool = False,
+    vocabulary: Vocabulary | None = None,
+    progress: bool = False,
+) -> Built:
+    """Writes the directory `out`: what the recipe's plan makes of its models.
+
+    Args:
+      max_shard_size: of a file: bytes, or such as "5GB" (10^9) or "2GiB" (2^30).
+      sparse: zeros take no space on the disk; else they have blocks, which are not written either.
+      force: replaces `out` if it is empty or holds a model.
+      allow_pickle: read pytorch_model.bin where there is no safetensors file.
+      vocabulary: None: as the recipe says.
+      progress: show it on stderr.
+
+    Raises:
+      UserError: and `out` is as it was: as `prepare`, or `out` exists, is being written by another
+        process or overlaps with a source, a source is damaged, or the disk is too small.
+    """
+    out = Path(out)
+    work = prepare(recipe, max_shard_size=max_shard_size, allow_pickle=allow_pickle, vocabulary=vocabulary)
+    return carry_out(work, out, sparse=sparse, force=force, progress=progress)
+
+
+def check(work: Work, out: Path, *, force: bool, sparse: bool) -> None:
+    """UserError if `out` cannot be written: it overlaps with a source, exists, or is too large for the disk."""
+    there = out.resolve()
+    for model in work.recipe.models.values():
+        here = Path(model.path).expanduser()
+        if here.is_dir() and (there.is_relative_to(here.resolve()) or here.resolve().is_relative_to(there)):
+            raise UserError(f"{out}: overlaps with what is read, {model.path}; choose another place")
+    check_replaceable(Path(os.path.abspath(out)), force, MARKS)
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out}: its parent is not a directory")
+    check_space(out.absolute().parent, out, work.needed(sparse))
+
+
+def carry_out(work: Work, out: Path, *, sparse: bool, force: bool, progress: bool) -> Built:
+    """The second half of `build`."""
+    began, plan = time.monotonic(), work.recipe.plan
+    check(work, out, force=force, sparse=sparse)
+    for name, checkpoint in work.checkpoints.items():
+        if name in (plan.embed_tokens, plan.lm_head):
+            _check_tied(checkpoint)
+    new = functools.partial(_new_tensor, _new_leaves(work))
+    with staged_directory(out, force=force, marks=MARKS) as directory:
+        for name, content in work.texts.items():
+            (directory / name).write_bytes(content)
+        (directory / PICTURE).write_bytes(picture.png(plan, out.name))
+        (directory / CARD).write_text(_card(work, out.name))
+        spans = copying.write_tensors(
+            directory, work.shards, work.checkpoints, gather=work.rows, new=new, sparse=sparse, progress=progress
+        )
+        manifest.write_manifest(directory, spans)
+    return Built(work.nbytes, work.zero_bytes, sparse, time.monotonic() - began)
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    """UserError if a model's head ought to be its embedding, and is stored and differs."""
+    if checkpoint.tied is None:
+        return
+    info = next(info for tensor, info in checkpoint.tensors if tensor.paths == ("embed_tokens",))
+    for start in range(0, info.shape[0], 1024):
+        rows = slice(start, min(info.shape[0], start + 1024))
+        check_tied(checkpoint, checkpoint.read(info, rows), rows)
+
+
+# ---- config.json and what is written about the plan
+
+
+# Fields of ModelConfig that several keys decide together, by one of these.
+_DECIDED_BY = {"rope_theta": ("rope_theta", "rope_scaling"), "layer_types": ("layer_types", "sliding_window")}
+
+
+def _edited(base: Mapping[str, Any], family: Family, config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The base model's config.json with what must change for it to be `config`; UserError if that cannot be."""
+    wanted = config_to_hf(config, dtype=dtype, eos_token_id=None, bos_token_id=None, model_type=family.model_type)
+    before, hf = config_from_hf(base), dict(base)
+    for key in family.keys:
+        if any(getattr(before, field) != getattr(config, field) for field in key.fields):
+            hf[key.name] = wanted[key.name]
+    # transformers 4 reads `torch_dtype`, 5 `dtype`; neither minds the other.
+    hf |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype", "torch_dtype"], dtype)
+    if isinstance(hf.get("layer_types"), list):
+        hf["layer_types"] = [LAYER_TYPES[config.window_of(i) is not None] for i in range(config.num_layers)]
+    for rule in family.rules:
+        candidate = hf | {name: wanted[name] for name in rule.names if name in wanted}
+        fields = [field for name in rule.names for field in _DECIDED_BY.get(name, ())]
+        if any(getattr(before, field) != getattr(config, field) for field in fields) or (
+            _says(candidate, config) and not _says(hf, config)
+        ):
+            hf = candidate
+    if not _says(hf, config):
+        raise UserError(f"config.json: no {family.model_type} config.json says what the recipe makes: {config}")
+    return hf
+
+
+def _says(hf: Mapping[str, Any], config: ModelConfig) -> bool:
+    try:
+        return config_from_hf(hf) == config
+    except UserError:
+        return False
+
+
+def _plan_text(recipe: Recipe) -> str:
+    """The plan, below the recipe as it was given and the places of its models."""
+    lines = [f"Made by jaxup from {recipe.name}:", "", *recipe.text.splitlines(), "", "Models:"]
+    for name, model in recipe.models.items():
+        revision = f" at {model.revision}" if model.revision else ""
+        lines.append(f"{name}: {model.path}{revision}")
+    comments = "".join(f"# {printable(line)}".rstrip() + "\n" for line in lines)
+    return f"{comments}\n{recipe.plan.to_yaml()}"
+
+
+def _card(work: Work, title: str) -> str:
+    recipe = work.recipe
+    names = {model.path: None for model in (recipe.models[recipe.base], *recipe.models.values())}
+    dtypes = {stored.dtype.name: None for stored, _ in work.tensors}
+    return model_card(
+        work.config, title=title, dtype=", ".join(dtypes), source=recipe.name, plan=recipe.plan, picture=PICTURE,
+        base_models=[name for name in names if not os.path.exists(name)],
+    )  # fmt: skip
+
+
+# ---- newly initialised values
+
+
+def _new_leaves(work: Work) -> dict[tuple[str, int | None], np.ndarray]:
+    """The newly initialised params that the result needs, by path and layer: `init` with seed 0, as jaxup.load."""
+    known = param_shapes(work.config)
+    needed: dict[str, list[int]] = {}
+    for _, origin in work.tensors:
+        for path in origin.new.paths if origin.new else ():
+            if path in known:
+                needed.setdefault(path, []).extend([] if origin.new.layer is None else [origin.new.layer])
+    if not needed:
+        return {}
+    import jax
+
+    from jaxup.hub.layouts import flatten
+    from jaxup.model.decoder import init
+
+    def make() -> dict[str, Any]:
+        leaves = flatten(init(work.config, 0))
+        return {path: leaves[path][np.array(layers)] if layers else leaves[path] for path, layers in needed.items()}
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        made = jax.tree.map(np.asarray, jax.jit(make)())
+    leaves: dict[tuple[str, int | None], np.ndarray] = {}
+    for path, layers in needed.items():
+        leaves |= {(path, layer): made[path][i] for i, layer in enumerate(layers)} or {(path, None): made[path]}
+    return leaves
+
+
+def _new_tensor(leaves: Mapping[tuple[str, int | None], np.ndarray], tensor: Tensor) -> np.ndarray:
+    """The new values of a tensor, in the layout of the file, float32."""
+    parts = [
+        leaves.get((path, tensor.layer), np.zeros(shape, np.float32))
+        for path, shape in zip(tensor.paths, tensor.part_shapes, strict=True)
+    ]
+    return to_file(tensor, parts, np.dtype(np.float32))
+
+
+def _size(count: int) -> str:
+    power = min(len(str(count)) - 1, 12) // 3
+    return f"{count / 1000**power:,.4g} {('bytes', 'KB', 'MB', 'GB', 'TB')[power]}"

@@ -1,0 +1,321 @@
+"""The bytes of a result's tensors, brought to its files: read once, hashed once, written wherever they go.
+
+Tensors are handled in pieces, each hashed for itself: as many at a time as there are threads, each
+with a few MB in hand. Zeros are not written: a file begins as one hole, or as allocated blocks that
+read as zeros.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import errno
+import functools
+import hashlib
+import itertools
+import math
+import os
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxup.depth.arithmetic import rescale
+from jaxup.errors import UserError
+from jaxup.hub import shards
+from jaxup.hub.layouts import Tensor
+from jaxup.hub.manifest import mismatch, span_digests
+from jaxup.hub.origins import Origin
+from jaxup.hub.reader import Checkpoint, dtype_of, is_finite
+from jaxup.hub.shards import Stored
+from jaxup.hub.storage import Local
+from jaxup.progress import Progress
+
+_PIECE = 64 * 2**20  # bytes that one thread handles, and that are hashed, together
+_CHUNK = 2 * 2**20  # bytes in hand; what the processor's caches hold
+_FAR_CHUNK = 8 * 2**20  # of a request over a network
+_THREADS, _FAR_THREADS = 2, 16  # more cost memory, but over a network it is the requests in flight that make the speed
+
+Shards = Mapping[str, Sequence[tuple[Stored, Origin]]]
+# (tensor of the result) -> its new values in the file's layout, float32
+New = Callable[[Tensor], np.ndarray]
+
+
+class _Piece(NamedTuple):
+    """Rows of a tensor, and of all that are equal to it."""
+
+    origin: Origin
+    tensor: Tensor
+    start: int
+    stop: int
+    places: list[tuple[str, int]]  # (file, offset)
+
+    @property
+    def nbytes(self) -> int:
+        return (self.stop - self.start) * _row_bytes(self.tensor.shape, self.origin.after)
+
+
+def write_tensors(
+    directory: Path,
+    files: Shards,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    gather: Mapping[str, np.ndarray],
+    new: New,
+    sparse: bool,
+    progress: bool,
+) -> dict[str, list[tuple[int, str]]]:
+    """Writes the safetensors files; (end, SHA-256) of the spans of each, as a manifest takes them.
+
+    Args:
+      gather: for "embed_tokens" and "lm_head", where an origin says so: the source's row that is in
+        each row of the result [V] int, -1 for zeros.
+      new: gives the new values of the tensors whose origin has some.
+      sparse: zeros are holes of the files, else blocks of the disk.
+
+    Raises:
+      UserError: a source cannot be read, or is not what its manifest describes.
+      OSError: the disk is full.
+    """
+    pieces, spans = {}, {}
+    for file, tensors in files.items():
+        header = shards.header([stored for stored, _ in tensors])
+        offset, spans[file] = len(header), [(len(header), hashlib.sha256(header).hexdigest())]
+        for stored, origin in tensors:
+            row = _row_bytes(stored.tensor.shape, stored.dtype)
+            rows = stored.nbytes // row
+            step = max(1, _PIECE // row)
+            for start in range(0, rows, step):
+                stop = min(rows, start + step)
+                piece = _Piece(origin, stored.tensor, start, stop, [])
+                pieces.setdefault((origin, row, start, stop), piece).places.append((file, offset))
+                offset += (stop - start) * row
+        with open(directory / file, "wb") as opened:
+            opened.truncate(offset)
+            opened.write(header)
+            opened.flush()
+            if not sparse:
+                _allocate(opened.fileno(), offset)
+
+    run = _Run(directory, checkpoints, gather, new)
+    zeros = [piece for piece in pieces.values() if piece.origin.is_zero]
+    rest = [piece for piece in pieces.values() if not piece.origin.is_zero]
+    # As they lie in the files that they come from.
+    rest.sort(key=lambda piece: (piece.origin.info or ("",), piece.start))
+    total = sum(piece.nbytes * len(piece.places) for piece in rest)
+    with Progress("build", total=math.ceil(total / 1e6), unit="MB") if progress else contextlib.nullcontext() as bar:
+        run.work(rest, bar)
+        if bar:
+            bar.update(math.ceil(total / 1e6), "flushing to disk")
+        for file in files:  # as the staging directory would, but under the eyes of who waits
+            with open(directory / file, "rb") as opened:
+                os.fsync(opened.fileno())
+    run.warn()
+
+    for piece in (*rest, *zeros):
+        digest = _zeros_digest(piece.nbytes) if piece.origin.is_zero else run.digests[id(piece)]
+        for file, offset in piece.places:
+            spans[file].append((offset + piece.nbytes, digest))
+    return {file: sorted(found) for file, found in spans.items()}
+
+
+class _Run:
+    """What the threads share."""
+
+    def __init__(
+        self, directory: Path, checkpoints: Mapping[str, Checkpoint], gather: Mapping[str, np.ndarray], new: New
+    ):
+        self._directory, self._checkpoints, self._gather, self._new = directory, checkpoints, gather, new
+        self._far = not all(isinstance(checkpoint.storage, Local) for checkpoint in checkpoints.values())
+        self._known = {
+            name: span_digests(Path(checkpoint.storage.root), checkpoint.files)
+            for name, checkpoint in checkpoints.items()
+            if isinstance(checkpoint.storage, Local)
+        }
+        self._stop = threading.Event()
+        self._written = [0] * (_FAR_THREADS if self._far else _THREADS)  # bytes, by thread
+        self._overflown: dict[str, None] = {}
+        self.digests: dict[int, str] = {}  # by the piece's id
+
+    def work(self, pieces: Sequence[_Piece], bar: Progress | None) -> None:
+        todo: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
+        for piece in pieces:
+            todo.put(piece)
+        began = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(len(self._written)) as pool:
+            pending = {pool.submit(self._thread, i, todo) for i in range(len(self._written))}
+            try:
+                while pending:
+                    done, pending = concurrent.futures.wait(pending, 0.2, concurrent.futures.FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                    if bar:
+                        megabytes = sum(self._written) / 1e6
+                        bar.update(int(megabytes), f"{megabytes / (time.monotonic() - began):,.0f} MB/s")
+            finally:
+                self._stop.set()
+
+    def warn(self) -> None:
+        if self._overflown:
+            first, *others = self._overflown
+            more = f" and {len(others)} more" if others else ""
+            warnings.warn(f"{first}{more}: finite values are too large for the dtype: infinity", stacklevel=4)
+
+    def _thread(self, number: int, todo: queue.SimpleQueue[_Piece]) -> None:
+        buffer = memoryview(bytearray(_CHUNK))
+        with contextlib.suppress(queue.Empty):
+            while not self._stop.is_set():
+                self._handle(number, todo.get_nowait(), buffer)
+
+    def _handle(self, number: int, piece: _Piece, buffer: memoryview) -> None:
+        digest, position = hashlib.sha256(), 0
+        with contextlib.ExitStack() as stack:
+            opened = {
+                file: stack.enter_context(open(self._directory / file, "r+b", buffering=0)).fileno()
+                for file in {file for file, _ in piece.places}
+            }
+            for chunk in self._copied(piece, buffer) if piece.origin.is_copy else self._computed(piece):
+                if self._stop.is_set():
+                    return
+                digest.update(chunk)
+                for file, offset in piece.places:
+                    _write(opened[file], chunk, offset + position)
+                    self._written[number] += len(chunk)
+                position += len(chunk)
+        self.digests[id(piece)] = digest.hexdigest()
+        if piece.origin.is_copy:
+            self._check(piece, digest)
+
+    def _copied(self, piece: _Piece, buffer: memoryview) -> Iterator[memoryview]:
+        """The bytes of a source's rows, chunk by chunk; a chunk is gone when the next one is asked for."""
+        checkpoint, info = self._checkpoints[piece.origin.source], piece.origin.info
+        begin, end = self._span(piece)
+        if checkpoint.pickled is not None or not isinstance(checkpoint.storage, Local):
+            row = _row_bytes(info.shape, dtype_of(info))
+            step = max(1, _FAR_CHUNK // row)
+            for start in range(piece.start, piece.stop, step):
+                array = checkpoint.read(info, slice(start, min(piece.stop, start + step)))
+                yield memoryview(array.reshape(-1).view(np.uint8))
+            return
+        try:
+            with open(checkpoint.storage.path(info.file), "rb", buffering=0) as file:
+                while begin < end:
+                    # Not mapped: if the file shrinks, reading a map kills the process.
+                    count = os.preadv(file.fileno(), [buffer[: min(len(buffer), end - begin)]], begin)
+                    if count == 0:
+                        raise UserError(f"{checkpoint.storage.name}: {info.file} ends before byte {end}")
+                    begin += count
+                    yield buffer[:count]
+        except OSError as error:
+            raise UserError(f"{checkpoint.storage.name}: {info.file} cannot be read: {error.strerror}") from error
+
+    def _computed(self, piece: _Piece) -> Iterator[memoryview]:
+        """The bytes of rows that are cast, scaled, gathered or new, chunk by chunk."""
+        origin, tensor = piece.origin, piece.tensor
+        values = None if origin.new is None else self._new(tensor)
+        step = max(1, _CHUNK // _row_bytes(tensor.shape, np.dtype(np.float32)))
+        digest = hashlib.sha256() if origin.info is not None and origin.rows is None else None
+        for start in range(piece.start, piece.stop, step):
+            stop = min(piece.stop, start + step)
+            if origin.info is None:
+                x = values[start:stop]
+            elif origin.rows is None:
+                x = self._checkpoints[origin.source].read(origin.info, slice(start, stop))
+                digest.update(x.reshape(-1).view(np.uint8))
+            else:
+                x = self._gathered(origin, start, stop)
+            y = _rescaled(tensor, x.reshape(stop - start, -1), start, origin)
+            if origin.noise:
+                noise = np.float32(origin.noise)
+                mixed = (1 - noise) * y.astype(np.float32) + noise * values[start:stop].reshape(y.shape)
+                y = mixed.astype(y.dtype)
+            if not is_finite(y) and is_finite(x):
+                self._overflown.setdefault(tensor.name)
+            yield memoryview(y.reshape(-1).view(np.uint8))
+        if digest is not None:
+            self._check(piece, digest)
+
+    def _gathered(self, origin: Origin, start: int, stop: int) -> np.ndarray:
+        """Rows of a source's embedding or head, in the order of the result's vocabulary."""
+        checkpoint, info = self._checkpoints[origin.source], origin.info
+        x, position = np.zeros((stop - start, *info.shape[1:]), dtype_of(info)), 0
+        wanted = self._gather[origin.rows][start:stop]
+        # Neighbours that are neighbours there too are read together.
+        for _, run in itertools.groupby(
+            enumerate(wanted.tolist()), lambda pair: None if pair[1] < 0 else pair[1] - pair[0]
+        ):
+            rows = [row for _, row in run]
+            if rows[0] >= 0:
+                x[position : position + len(rows)] = checkpoint.read(info, slice(rows[0], rows[-1] + 1))
+            position += len(rows)
+        return x
+
+    def _span(self, piece: _Piece) -> tuple[int, int]:
+        info = piece.origin.info
+        row = _row_bytes(info.shape, dtype_of(info))
+        return info.offset + piece.start * row, info.offset + piece.stop * row
+
+    def _check(self, piece: _Piece, digest: hashlib._Hash) -> None:
+        """UserError if the source's manifest has another digest of the bytes that the piece was made from."""
+        name, file = piece.origin.source, piece.origin.info.file
+        known = self._known.get(name, {}).get((file, *self._span(piece)))
+        if known is not None and known != digest.hexdigest():
+            raise mismatch(Path(self._checkpoints[name].storage.root), file)
+
+
+def _rescaled(tensor: Tensor, x: np.ndarray, start: int, origin: Origin) -> np.ndarray:
+    """Rows [rows, columns] of a tensor from row `start` on, each of its params with its own factors."""
+    layout, inputs = tensor.row.layout, tensor.row.inputs
+    first = inputs if layout in ("linear", "conv1d") else 0
+    sizes = [math.prod(shape[first:]) for shape in tensor.part_shapes]
+    if len(sizes) == 1:
+        return rescale(x, origin.factors[0], origin.before, origin.after)
+    y, begin = np.empty(x.shape, origin.after), 0
+    for size, factors in zip(sizes, origin.factors, strict=True):
+        end = begin + size
+        if layout == "conv1d":
+            part = (slice(None), slice(begin, end))
+        else:
+            part = slice(max(begin - start, 0), max(end - start, 0))
+        y[part] = rescale(x[part], factors, origin.before, origin.after)
+        begin = end
+    return y
+
+
+def _row_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return math.prod(shape[1:]) * dtype.itemsize
+
+
+def _write(fd: int, chunk: memoryview, offset: int) -> None:
+    while chunk:
+        count = os.pwrite(fd, chunk, offset)
+        chunk, offset = chunk[count:], offset + count
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Blocks for all of a file, which read as zeros until they are written."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+        return
+    except AttributeError:  # not on this system
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    zeros = memoryview(bytes(_CHUNK))
+    begin = os.lseek(fd, 0, os.SEEK_CUR)  # after the header
+    for offset in range(begin, size, _CHUNK):
+        _write(fd, zeros[: min(_CHUNK, size - offset)], offset)
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros_digest(size: int) -> str:
+    zeros, digest = bytes(min(size, _CHUNK)), hashlib.sha256()
+    for start in range(0, size, _CHUNK):
+        digest.update(memoryview(zeros)[: min(_CHUNK, size - start)])
+    return digest.hexdigest()
