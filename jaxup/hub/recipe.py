@@ -1,0 +1,236 @@
+"""Opening a recipe: a mergekit file, a plan file or one line, with the config.json of its models.
+
+Of a model nothing but config.json is read, so that all that can be known to be wrong is known
+before the first tensor is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxup.depth import marked_yaml, mergekit, plan_yaml, recipe_line
+from jaxup.depth.marked_yaml import Map, Place
+from jaxup.depth.plan import DepthPlan
+from jaxup.errors import UserError, first_line, suggest
+from jaxup.hub.families import family_of_hf
+from jaxup.hub.reader import read_config
+from jaxup.hub.storage import SCHEMES
+from jaxup.model.config import ModelConfig
+from jaxup.model.shapes import param_shapes
+
+# At the top of a file, what tells its kind.
+_MERGEKIT_KEYS = ("merge_method", "slices", "modules")
+_PLAN_KEYS = ("rows", "sources")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model of a recipe: its place, and its config.json as it is written and as it is understood."""
+
+    path: str  # directory, Hub id or URL
+    revision: str | None  # of a Hub id
+    hf: dict[str, Any]
+    config: ModelConfig
+    stand_in: bool = False  # the model is not at hand: this is `config_from`
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A plan, and the models it is for."""
+
+    plan: DepthPlan
+    models: Mapping[str, Model]  # by the plan's names of its sources
+    base: str  # the source whose config.json, tokenizer and other files the result takes
+    tokenizer: str | None  # mergekit's tokenizer_source: "base", "union" or a model's name
+    pad_to_multiple_of: int | None  # the vocabulary
+    chat_template: str | None
+    text: str  # the recipe as given: the file's text or the line
+    name: str  # the file's name or the line
+    notes: tuple[str, ...]  # what the user should know, each with its place
+
+
+def open_recipe(
+    recipe: str, *, models: Mapping[str, str] | None = None, config_from: str | None = None, revision: str | None = None
+) -> Recipe:
+    """The recipe that a file holds or a line is.
+
+    Args:
+      recipe: a path to a mergekit file or a plan file, told apart by what they hold, or one line; see
+        `jaxup.depth.recipe_line`. The sources of a plan file are models.
+      models: where models are: the name that the recipe has for one, with or without its
+        "@revision" -> a directory, Hub id or URL.
+      config_from: a directory whose config.json stands in for every model that is no directory and
+        not in the Hub's cache. Nothing is then fetched.
+      revision: of the models that are Hub ids and come without one.
+
+    Raises:
+      UserError: what is wrong in the recipe, with its place; a model that is not at hand.
+    """
+    found = _Models(dict(models or {}), config_from, revision)
+    if not os.path.lexists(os.path.expanduser(recipe)) and recipe_line.is_line(recipe):
+        call = recipe_line.parse(recipe)
+        plan = call.plan(found[call.model].config.num_layers)
+        opened = Recipe(plan, found.opened, call.model, None, None, None, recipe, recipe, ())
+    else:
+        opened = _open_file(recipe, _read_text(recipe), found)
+    if unknown := found.places.keys() - found.asked:
+        name = min(unknown)
+        raise UserError(f"--model {name}: the recipe has no such model{suggest(name, found.opened)}")
+    return opened
+
+
+def parse_places(pairs: Sequence[str]) -> dict[str, str]:
+    """The values of --model, each NAME=PLACE, as `open_recipe` takes them."""
+    places: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, place = pair.partition("=")
+        if not separator or not name or not place:
+            raise UserError(f"--model {pair}: must be NAME=DIR")
+        if name in places:
+            raise UserError(f"--model {name}: given twice")
+        places[name] = place
+    return places
+
+
+def _open_file(name: str, text: str, found: _Models) -> Recipe:
+    data, place = marked_yaml.load(text, name), Place(name, 1, 1)
+    if not isinstance(data, Map):
+        raise place.error(f"a recipe is a mapping with slices or rows, not {marked_yaml.shown(data)}")
+    if any(key in data for key in _PLAN_KEYS) and not any(key in data for key in _MERGEKIT_KEYS):
+        plan = plan_yaml.load(text, name)
+        for source, count in plan.sources:
+            if (layers := found[source].config.num_layers) != count:
+                where = f"{found[source].path}: config.json"
+                raise (
+                    data["sources"]
+                    .values_at[source]
+                    .error(f"source {source!r} has {count} layers here, but {layers} in {where}")
+                )
+        return Recipe(plan, found.opened, plan.rows[0].source, None, None, None, text, name, ())
+    if not any(key in data for key in _MERGEKIT_KEYS):
+        hint = f"; a model's recipe is 'identity({Path(name).parent})'" if "model_type" in data else _nearest(data)
+        raise place.error(f"neither a mergekit recipe (merge_method, slices) nor a plan (sources, rows){hint}")
+    merge = mergekit.load(text, lambda model: _described(found[model]), name)
+    models = {source: found[source] for source in [*dict(merge.plan.sources), merge.base]}
+    return Recipe(merge.plan, models, merge.base, merge.tokenizer, merge.pad_to_multiple_of, merge.chat_template,
+                  text, name, merge.notes)  # fmt: skip
+
+
+def _nearest(data: Map) -> str:
+    """What a misspelt key was probably meant to be."""
+    for key in data:
+        if (hint := suggest(str(key), (*_MERGEKIT_KEYS, *_PLAN_KEYS))).startswith("; did"):
+            return f": unknown key {marked_yaml.shown(key)}{hint}"
+    return ""
+
+
+def _read_text(name: str) -> str:
+    """A file's text; UserError for what is no recipe file."""
+    path = Path(name).expanduser()
+    if not name:
+        raise UserError("the recipe is empty; in one line one is like 'upscale(MODEL, 19:41, copies=2)'")
+    if path.is_dir():
+        raise UserError(f"{name}: a directory, not a recipe; did you mean 'identity({name})'?")
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{name}: not a regular file")
+        if status.st_size > 4 * marked_yaml.MAX_CHARACTERS:
+            raise UserError(f"{name}: {status.st_size} bytes are too many for a recipe; is it a model's file?")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        near = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = suggest(path.name, near)
+        hint = hint if hint.startswith("; did") else "; in one line a recipe is like 'upscale(MODEL, 19:41, copies=2)'"
+        raise UserError(f"{name}: no such file{hint}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not a text file (UTF-8): byte {data[error.start]:#04x} at {error.start}") from None
+    if "\0" in text:
+        raise UserError(f"{name}: not a text file: a zero byte at {text.index(chr(0))}")
+    return text
+
+
+class _Models:
+    """The models of a recipe by the names that it has for them, each opened when first asked for."""
+
+    def __init__(self, places: dict[str, str], config_from: str | None, revision: str | None):
+        self.places, self.config_from, self.revision = places, config_from, revision
+        self.opened: dict[str, Model] = {}
+        self.asked: set[str] = set()  # of the places
+
+    def __getitem__(self, name: str) -> Model:
+        if name not in self.opened:
+            self.opened[name] = self._open(name)
+        return self.opened[name]
+
+    def _open(self, name: str) -> Model:
+        path, revision = _split(name)
+        self.asked |= {name, path}
+        if name in self.places:
+            path, revision = _split(self.places[name])
+        elif path in self.places:
+            path, other = _split(self.places[path])
+            # A directory has no revisions: it is the one that was asked for.
+            revision = other or (None if _is_place(path) else revision)
+        if revision is None and not _is_place(path):
+            revision = self.revision
+        if self.config_from is not None and not _at_hand(path, revision):
+            return Model(self.config_from, None, *read_config(self.config_from), stand_in=True)
+        try:
+            hf, config = read_config(path, revision=revision)
+        except UserError as error:
+            if os.path.lexists(os.path.expanduser(path)) or "config.json:" in str(error):
+                raise
+            reason = str(error)
+            for shown in (path, f"{path} at {revision}", str(Path(path).expanduser())):
+                reason = reason.removeprefix(f"{shown}: ")
+            others = ", ".join(map(repr, self.places.keys() - self.asked))
+            raise UserError(
+                f"{name} is not at hand: {reason}; give its place with --model NAME=DIR"
+                f"{f' (what is given is for {others})' if others else ''}, "
+                "or --config-from DIR to see the plan from a config.json alone"
+            ) from None
+        return Model(path, revision, hf, config)
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """ "org/name@revision" as both, as mergekit writes it; a directory or URL may have an @ in its name."""
+    path, separator, revision = name.rpartition("@")
+    return (path, revision) if separator and path and not _is_place(name) else (name, None)
+
+
+def _is_place(path: str) -> bool:
+    """Whether it names a directory that is there, or a URL, either of which has no revisions."""
+    return path.partition("://")[0] in SCHEMES or os.path.lexists(os.path.expanduser(path))
+
+
+def _at_hand(path: str, revision: str | None) -> bool:
+    """Whether config.json can be read without fetching anything."""
+    if os.path.lexists(os.path.expanduser(path)):
+        return True
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str)
+    except ValueError:  # a name that no model can have
+        return False
+
+
+def _described(model: Model) -> mergekit.Source:
+    """The model's depth and the names of its tensors in the files."""
+    shapes = param_shapes(model.config)
+    rows = family_of_hf(model.hf).tensors
+    names = {path: row.name for row in rows for path in row.paths if path in shapes}
+    return mergekit.Source(model.config.num_layers, names)
