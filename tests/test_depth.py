@@ -125,9 +125,16 @@ def test_apply_is_a_loop_over_rows(plan, dtype):
         assert_bits(at(got, path), value)
 
 
-@settings(deadline=None, max_examples=40)
-@given(plans(filters=st.text(max_size=5) | filters, values=st.floats(allow_nan=False, allow_infinity=False)))
-def test_yaml_round_trip(plan):
+finite = st.floats(allow_nan=False, allow_infinity=False)
+chains = finite | st.lists(finite, min_size=1, max_size=3).map(tuple)
+dtypes = st.sampled_from([None, "float32", "bfloat16", "float16"])
+
+
+@settings(deadline=None, max_examples=60)
+@given(plans(filters=st.text(max_size=5) | filters, values=chains), st.floats(0, 1), dtypes, dtypes)
+def test_yaml_round_trip(plan, noise, dtype, out_dtype):
+    rows = (row if row.scales or row.layer % 2 else dataclasses.replace(row, noise=noise) for row in plan.rows)
+    plan = dataclasses.replace(plan, rows=tuple(rows), dtype=dtype, out_dtype=out_dtype)
     again = DepthPlan.from_yaml(plan.to_yaml())
     assert again == plan
     assert hash(again) == hash(plan)
@@ -163,6 +170,26 @@ def test_yaml_is_what_a_person_would_write():
     )
     by_hand = UPSCALE.to_yaml().replace("[4, 5]", "4").replace("down_proj: 0.0", "down_proj: 0e0")
     assert DepthPlan.from_yaml(by_hand) == UPSCALE
+    rows = (Row("m", 0, noise=0.25), Row("m", 1, "copy", (("mlp", (0.5, 0.1)), ("q_proj", 2.0))))
+    ends = {"scales": (("norm", 0.5),), "dtype": "float32", "out_dtype": "bfloat16"}
+    assert DepthPlan(rows, *["m"] * 4, (("m", 2),), **ends).to_yaml().split("rows:\n")[1] == (
+        "- source: m\n"
+        "  layers: [0, 1]\n"
+        "  noise: 0.25\n"
+        "- source: m\n"
+        "  layers: [1, 2]\n"
+        "  role: copy\n"
+        "  scales:\n"
+        "    mlp: [0.5, 0.1]\n"
+        "    q_proj: 2.0\n"
+        "embed_tokens: m\n"
+        "embed_positions: m\n"
+        "norm: m\n"
+        "lm_head: m\n"
+        "scales: {norm: 0.5}\n"
+        "dtype: float32\n"
+        "out_dtype: bfloat16\n"
+    )
 
 
 def test_describe():
@@ -189,43 +216,59 @@ def test_describe():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[2, 4]", "[6, 4]", "plan: line 7: layers [6, 4] is empty: ranges are half open"),
+        ("[2, 4]", "[6, 4]", "plan:7:11: layers [6, 4] is empty: ranges are half open"),
         ("[2, 4]", "[2, 2]", "did you mean [2, 3]?"),
-        ("[2, 4]", "[2, 999999999999]", "plan: line 7: layers [2, 999999999999] of 'base', which has 6 layers"),
-        ("[2, 4]", "[-1, 4]", "plan: line 7"),
-        ("[2, 4]", "[a, 4]", "plan: line 7: layers must be"),
-        ("role:", "rloe:", "plan: line 8: unknown key 'rloe'; did you mean 'role'?"),
-        ("role: copy", "role: cpoy", "did you mean 'copy'?"),
+        ("[2, 4]", "[2, 999999999999]", "plan:7:11: layers [2, 999999999999] of 'base', which has 6 layers"),
+        ("[2, 4]", "[-1, 4]", "plan:7:11: layers [-1, 4] of 'base'"),
+        ("[2, 4]", "[a, 4]", "plan:7:11: layers must be [first, last + 1], not ['a', 4]"),
+        ("[2, 4]", "[2, 3.0]", "plan:7:11: layers must be"),
+        ("[2, 4]", "[2, " + "9" * 5000 + "]", "plan:7:15: a number of 5000 characters"),
+        ("role:", "rloe:", "plan:8:3: unknown key 'rloe'; did you mean 'role'?"),
+        ("role: copy", "role: cpoy", "plan:6:3: unknown role 'cpoy'; did you mean 'copy'?"),
         ("role: copy", "role: [copy]", "must be text"),
         ("role: copy", "parts: [mpl]", "did you mean 'mlp'?"),
-        ("role: copy", "parts: mlp", "parts must be a list"),
-        ("role: copy", "layers: [2, 4]", "plan: line 8: 'layers' is given twice"),
-        ("role: copy", "role: new", "inherits nothing"),
-        ("o_proj: 0.0", "o_proj: yes", "plan: line 9: a scale must be a number"),
-        ("o_proj: 0.0", "o_proj: .nan", "finite"),
-        ("{o_proj: 0.0, down_proj: 0.0}", "0", "plan: line 9: scales must be a mapping"),
-        ("- source: base", "- source: bse", "plan: line 4: unknown source 'bse'; did you mean 'base'?"),
-        ("base: 6", "base: six", "plan: line 2"),
+        ("role: copy", "parts: mlp", "plan:8:10: parts must be a list"),
+        ("role: copy", "layers: [2, 4]", "plan:8:3: 'layers' is given twice; first in line 7"),
+        ("role: copy", "role: new", "plan:6:3: a layer of role 'new' inherits nothing"),
+        ("role: copy", "noise: 2", "plan:6:3: noise=2.0 is not a share"),
+        ("role: copy", "noise: much", "plan:8:10: noise must be a number"),
+        ("role: copy", "noise: 0.5", "plan:6:3: a layer has scales or noise"),
+        ("o_proj: 0.0", "o_proj: yes", "plan:9:20: a scale must be a number, not true"),
+        ("o_proj: 0.0", "o_proj: .nan", "plan:9:20: a scale must be a finite number"),
+        ("o_proj: 0.0", "o_proj: [0.5, [1]]", "plan:9:26: a scale must be a number, not [1]"),
+        ("o_proj: 0.0", "o_proj: []", "plan:9:20: a scale must be a number, not []"),
+        ("o_proj: 0.0", "3: 0.0", "plan:9:12: a scale's filter must be text, not 3"),
+        ("{o_proj: 0.0, down_proj: 0.0}", "0", "plan:9:11: scales must be a mapping"),
+        ("- source: base", "- source: bse", "plan:4:11: unknown source 'bse'; did you mean 'base'?"),
+        ("base: 6", "base: six", "plan:2:11: sources are NAME: NUMBER OF LAYERS, not 'base': 'six'"),
         ("base: 6", "base: 0", "cannot have 0 layers"),
-        ("base: 6", "base: 2024-13-45", "not YAML"),
-        ("{base: 6}", "6", "plan: line 2: sources must be a mapping"),
-        ("norm: base\n", "", "plan: line 2: 'norm' is missing"),
-        ("norm: base", "norm: bse", "plan: norm is taken from unknown source 'bse'; did you mean 'base'?"),
+        ("base: 6", "base: 2024-13-45", "plan:2:11: sources are NAME: NUMBER OF LAYERS, not 'base': '2024-13-45'"),
+        ("{base: 6}", "6", "plan:2:10: sources must be a mapping"),
+        ("[4, 5]", "[4, 6]\ndtype: bf16", "plan:12:8: unknown dtype 'bf16'; did you mean 'bfloat16'?"),
+        ("[4, 5]", "[4, 6]\nscales: {norm: x}", "plan:12:16: a scale must be a number"),
+        ("norm: base\n", "", "plan:2:1: 'norm' is missing"),
+        ("norm: base", "norm: bse", "plan:14:7: norm must be a source's name or null, not 'bse'; did you mean 'base'?"),
         ("norm: base", "norm: 3", "norm must be a source"),
-        ("norm: base", "norm: {", "plan: line"),
-        ("norm: base", "norm: !!python/object:os.system x", "plan: line 14"),
-        ("norm: base", "norm: " + "[" * 5000, "plan: "),
+        ("norm: base", "norm: {", "<stream end>' (while parsing a flow mapping from line 14)"),
+        ("norm: base", "norm: !!python/object:os.system x", "plan:14:7: the tag"),
+        ("norm: base", "norm: " + "[" * 5000, "plan:14:56: nested more than 50 deep"),
     ],
 )
 def test_yaml_refusals(old, new, message):
     text = UPSCALE.to_yaml()
     assert old in text
     refused(message, DepthPlan.from_yaml, text.replace(old, new))
+    refused(message.replace("plan:", "dir/p.yaml:"), DepthPlan.from_yaml, text.replace(old, new), "dir/p.yaml")
+
+
+def test_yaml_of_too_many_layers():
+    text = UPSCALE.to_yaml().replace("base: 6", "base: 999999999999").replace("[4, 5]", "[4, 999999999999]")
+    refused("plan:11:11: with layers [4, 999999999999] the plan has more than 10000 layers", DepthPlan.from_yaml, text)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "rows", "null", "\x00", "a: &a [*a]"])
 def test_not_a_plan(text):
-    refused("plan: ", DepthPlan.from_yaml, text)
+    refused("plan:1:", DepthPlan.from_yaml, text)
 
 
 def refused(message, function, *args, **kwargs):

@@ -159,6 +159,8 @@ def load(text: str, name: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = Place(name, mark.line + 1, mark.column + 1) if mark else start
         problem = " ".join((error.problem or error.context or "it cannot be read").split())
+        if error.context and error.context_mark and error.context_mark.line < place.line - 1:
+            problem += f" ({error.context} from line {error.context_mark.line + 1})"
         if "'\\t'" in problem:
             problem = "a tab; YAML is indented with spaces"
         raise place.error(f"not YAML: {problem}") from None
