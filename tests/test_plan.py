@@ -142,6 +142,8 @@ def test_models_that_are_not_at_hand(here):
     refused("./nope is not at hand: no such directory; ", open_recipe, "identity(./nope)")
     (here / "recipe.yaml").write_text(TUNGUSKA)
     refused("org/Mistral-Small is not at hand", open_recipe, "recipe.yaml")
+    message = "recipe.yaml:4:21: --config-from nowhere: no such directory"
+    refused(message, open_recipe, "recipe.yaml", config_from="./nowhere")
     # What is at hand and wrong is not called absent.
     (here / "empty").mkdir()
     refused("empty: no config.json; is it a model directory?", open_recipe, "identity(empty)")

@@ -280,7 +280,7 @@ def test_line_refusals(line, message):
     refused(message, lambda: parse(line).plan(56))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.text("upscaleinheritdrop(),:=[]'\"\\ 0123456789.-mé\0", max_size=40) | st.text(max_size=20))
 def test_any_line_is_a_recipe_or_refused(text):
     """Within a call too: what fails, fails with a place in the line."""
@@ -336,7 +336,7 @@ def test_describe_nemoria():
     ]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["original", "copy", "zeroed"])), min_size=1, max_size=40))
 def test_the_table_says_where_every_layer_comes_from(layers):
     """The table, unfolded by its own words, is the plan again."""
@@ -388,10 +388,12 @@ def test_picture():
     assert (legend, layers, strip) == ("0z", ["0", "0", "0z", "0z", "0", "0"], "0000zz00")
     for other in (
         recipes.stack("m" * 300, 80, 5), recipes.inherit("\n\u4e2d", 56, every=2), recipes.identity("m", 1),
-        recipes.stack("m", 100, 100), DepthPlan((Row("a", 3), Row("b", 0, "new", parts=())), "a", None, "b", "a",
+        recipes.stack("m", 100, 20), DepthPlan((Row("a", 3), Row("b", 0, "new", parts=())), "a", None, "b", "a",
                                                 (("a", 9000), ("b", 2), ("unused", 1))),
     ):  # fmt: skip
         drawn = picture(other, "t" * 500)
         assert isinstance(drawn, Image.Image)
         assert drawn.width < 5000
         assert drawn.height < 5000
+    many = DepthPlan((Row("0", 0),), *"0000", tuple((str(i), 1) for i in range(5000)))
+    refused("plan: 5000 sources are too many to draw", picture, many, "title")

@@ -78,7 +78,11 @@ def _table(plan: DepthPlan) -> Iterator[str]:
             next = f", each time {abs(shift)} layer{'s'[: abs(shift) != 1]} {'on' if shift > 0 else 'back'}"
             notes[len(cells)] = f"{start}-{stop - 1}: {above}, {times} times{next if shift else ''}"
     # A column that says nothing is left out.
-    dull = {"source": len(plan.sources) == 1, "parts": all(row.parts == PARTS for row in plan.rows)}
+    dull = {
+        "source": len(plan.sources) == 1,
+        "parts": all(row.parts == PARTS for row in plan.rows),
+        "scales": not any(row[-1] for row in cells[1:]),
+    }
     kept = [i for i, name in enumerate(header) if not dull.get(name)]
     cells = [[row[i] for i in kept] for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxup.depth.draw import CHARACTERS, character, ranges
 from jaxup.depth.plan import DepthPlan, Row
+from jaxup.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +28,7 @@ _MARGIN, _TEXT, _SMALL, _TITLE = 48, 26, 22, 36
 _WIDTH, _HEIGHT = 2000, 1100  # of all cells, about
 _CELL = 56  # at most
 _STRIP = 36
+_MAX_PIXELS = 10**8
 
 
 class _Band(NamedTuple):
@@ -54,7 +56,7 @@ def png(plan: DepthPlan, title: str) -> bytes:
 
 
 def picture(plan: DepthPlan, title: str) -> Image:
-    """The plan drawn below its title; RGB, two pixels per point."""
+    """The plan drawn below its title; RGB, two pixels per point. UserError for hundreds of sources."""
     from PIL import Image, ImageDraw
 
     total = sum(count for _, count in plan.sources)
@@ -73,15 +75,17 @@ def picture(plan: DepthPlan, title: str) -> Image:
     used = {name: {row.layer for row in plan.rows if row.source == name and row.parts} for name, _ in plan.sources}
     labels = {band.name: _unused(band, used[band.name]) for band in bands}
     margin = max((_length(text, _SMALL) for found in labels.values() for _, text in found), default=0)
-    header = [title, _depths(plan)]
-    wide = max(right + 20 + margin, left + _length(_legend(plan), _TEXT) + 40 * len(CHARACTERS),
-               left + _length(header[1], _TEXT)) + _MARGIN  # fmt: skip
-    wide = max(wide, 800)
+    depths = f"{' + '.join(str(count) for _, count in plan.sources)} -> {plan.num_layers} layers"
+    legend = sum(_length(text, _TEXT) + 74 for text in _entries(plan).values())
+    wide = max(800, _MARGIN + max(right + 20 + margin, left + legend, left + _length(depths, _TEXT)))
+    tall = strip + _STRIP + 130
+    if wide * tall > _MAX_PIXELS:
+        raise UserError(f"plan: {len(plan.sources)} sources are too many to draw")
 
-    image = Image.new("RGB", (wide, strip + _STRIP + 130), _PAPER)
+    image = Image.new("RGB", (wide, tall), _PAPER)
     draw = ImageDraw.Draw(image)
     _write(draw, (_MARGIN, _MARGIN), _fitting(title, _TITLE, wide - 2 * _MARGIN), _TITLE)
-    _write(draw, (_MARGIN, _MARGIN + _TITLE + 20), header[1], _TEXT, _FAINT)
+    _write(draw, (_MARGIN, _MARGIN + _TITLE + 20), depths, _TEXT, _FAINT)
     _draw_legend(draw, plan, _MARGIN, _MARGIN + _TITLE + 20 + _TEXT + 40)
 
     def x(i: int) -> int:
@@ -105,14 +109,8 @@ def picture(plan: DepthPlan, title: str) -> Image:
         draw.rectangle([x(i), band.y(layer), max(x(i + 1), x(i) + 2) - 1 - gap, low - 1 - gap], color)
         draw.rectangle([x(i), strip, max(x(i + 1), x(i) + 2) - 1 - gap, strip + _STRIP - 1], color)
         if width >= 24:
-            _write(
-                draw,
-                ((x(i) + x(i + 1) - gap) // 2, strip + _STRIP // 2),
-                character(row),
-                _SMALL,
-                _ON[character(row)],
-                "mm",
-            )
+            middle = ((x(i) + x(i + 1) - gap) // 2, strip + _STRIP // 2)
+            _write(draw, middle, character(row), _SMALL, _ON[character(row)], "mm")
     _draw_path(draw, plan, where, new, x)
     below = strip + _STRIP + 10
     for i in ticks:
@@ -124,11 +122,6 @@ def picture(plan: DepthPlan, title: str) -> Image:
 def _cell(room: int, count: int) -> float:
     """The side of a cell when so many have to fit: whole pixels, unless there are too many for that."""
     return float(min(_CELL, max(2, room // count))) if count < room else 1.5 * room / count
-
-
-def _depths(plan: DepthPlan) -> str:
-    before = " + ".join(str(count) for _, count in plan.sources)
-    return f"{before} -> {plan.num_layers} layers"
 
 
 def _unused(band: _Band, used: set[int]) -> list[tuple[tuple[int, int], str]]:
@@ -152,10 +145,6 @@ def _ticks(count: int, most: float) -> list[int]:
     step = next(s for s in itertools.chain.from_iterable((d * 10**e for d in (1, 2, 5)) for e in range(9))
                 if count / s <= max(most, 1))  # fmt: skip
     return list(range(0, count, step))
-
-
-def _legend(plan: DepthPlan) -> str:
-    return "".join(_entries(plan).values())
 
 
 def _entries(plan: DepthPlan) -> dict[str, str]:

@@ -185,7 +185,10 @@ class _Models:
         if revision is None and not _is_place(path):
             revision = self.revision
         if self.config_from is not None and not _at_hand(path, revision):
-            return Model(self.config_from, None, *read_config(self.config_from), stand_in=True)
+            try:
+                return Model(self.config_from, None, *read_config(self.config_from), stand_in=True)
+            except UserError as error:
+                raise UserError(f"--config-from {error}") from None
         try:
             hf, config = read_config(path, revision=revision)
         except UserError as error:
