@@ -32,29 +32,11 @@ from jaxup.hub.recipe import Recipe
 from jaxup.hub.shards import Stored, index, json_bytes, parse_size, split
 from jaxup.hub.staging import check_replaceable, check_space, staged_directory
 from jaxup.hub.storage import Local
+from jaxup.hub.vocabulary import Vocabulary, open_vocabulary
 from jaxup.model.config import LAYER_TYPES, ModelConfig
 from jaxup.model.shapes import param_shapes
 
 PICTURE = "plan.png"
-
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """Another vocabulary for the result than that of the models it is made from.
-
-    Attributes:
-      size: of the result's embedding and head; None: as the models have it.
-      rows: for "embed_tokens" and "lm_head": the row of the source's that is in each row of the
-        result, int [size], -1 for zeros. What is left out is as it is in the source.
-      files: of the tokenizer, the chat template and the generation config, by name; they replace
-        all of the base model's. None: the base model's.
-      token_ids: keys of config.json that name tokens, where they change.
-    """
-
-    size: int | None = None
-    rows: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    files: Mapping[str, bytes] | None = None
-    token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Built(NamedTuple):
@@ -141,8 +123,6 @@ def prepare(
     """
     size, plan = parse_size(max_shard_size), recipe.plan
     if vocabulary is None and (recipe.tokenizer is not None or recipe.chat_template is not None):
-        from jaxup.hub.vocabulary import open_vocabulary
-
         vocabulary = open_vocabulary(recipe)
     vocabulary = vocabulary or Vocabulary()
     checkpoints = {}
@@ -160,9 +140,14 @@ def prepare(
         raise UserError(
             f"{base.path}: a {base.hf['model_type']} model cannot be what the recipe makes, only {family.model_type}"
         )
+    # Where every token keeps its row, the bytes are copied.
+    rows = {
+        end: rows for end, rows in vocabulary.rows.items()
+        if (name := getattr(plan, end)) and not np.array_equal(rows, np.arange(checkpoints[name].config.vocab_size))
+    }  # fmt: skip
     origins = {
         stored.tensor.name: (stored, origin)
-        for stored, origin in tensor_origins(plan, config, family, exported, checkpoints, frozenset(vocabulary.rows))
+        for stored, origin in tensor_origins(plan, config, family, exported, checkpoints, frozenset(rows))
     }
     shards = split([stored for stored, _ in origins.values()], size)
     weights = collections.Counter()
@@ -177,7 +162,7 @@ def prepare(
     texts[PLAN] = _plan_text(recipe).encode()
     return Work(
         recipe, config, checkpoints, {file: [origins[stored.tensor.name] for stored in shard]
-        for file, shard in shards.items()}, texts, vocabulary.rows,
+        for file, shard in shards.items()}, texts, rows,
     )  # fmt: skip
 
 

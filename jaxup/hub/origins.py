@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from jaxup.depth.plan import ENDS, DepthPlan
 from jaxup.hub.families import Family
 from jaxup.hub.header import TensorInfo
 from jaxup.hub.layouts import Tensor, expected_tensors
-from jaxup.hub.reader import Checkpoint, common_dtypes, dtype_of
+from jaxup.hub.reader import Checkpoint, dtype_of
 from jaxup.hub.shards import DTYPES, Stored
 from jaxup.model.config import ModelConfig
 from jaxup.model.shapes import param_shapes
@@ -53,7 +53,6 @@ def tensor_origins(
         name: {(tensor.paths, tensor.layer): info for tensor, info in checkpoint.tensors}
         for name, checkpoint in checkpoints.items()
     }
-    common = {name: common_dtypes(checkpoint.tensors) for name, checkpoint in checkpoints.items()}
     some = dtype_of(next(iter(checkpoints.values())).tensors[0][1])
     tied = {name: checkpoint.config.tie_embeddings for name, checkpoint in checkpoints.items()}
     ends = {end: (end, getattr(plan, end)) for end in ENDS} | {"lm_head": plan.head(tied)}
@@ -68,16 +67,19 @@ def tensor_origins(
                 paths = (part,)
             factors = tuple(plan.factors(path) for path in tensor.paths)
             rows = end if end in gathered and name is not None else None
-            new = np.dtype(np.float32)
         else:
             row = plan.rows[tensor.layer]
             inside = [path.removeprefix("blocks.") for path in tensor.paths]
             name, layer = (row.source if row.inherits(inside[0]) else None), row.layer
             factors = tuple(map(row.factors, inside))
             noise = row.noise if name is not None and inside[0].endswith(".kernel") else 0.0
-            new = _stack_dtype(plan, inside[0], tensor.paths[0], common)
         info = None if name is None else stored[name].get((paths, layer))
-        before = DTYPES[plan.dtype] if plan.dtype else new if name is None else dtype_of(info) if info else some
+        if plan.dtype:
+            before = DTYPES[plan.dtype]
+        elif name is not None:
+            before = dtype_of(info) if info else some
+        else:
+            before = np.dtype(np.float32) if layer is None else _stack_dtype(plan, inside[0], tensor, stored)
         after = DTYPES[plan.out_dtype] if plan.out_dtype else before
         # A parameter that is scaled by zero is not read.
         zero = all(f == (0.0,) for f in factors) or not set(tensor.paths) & set(known)
@@ -90,7 +92,10 @@ def tensor_origins(
         yield Stored(tensor, after), origin
 
 
-def _stack_dtype(plan: DepthPlan, inside: str, path: str, common: Mapping[str, Mapping[str, np.dtype]]) -> np.dtype:
-    """The dtype of new layers: that of the inherited ones beside them, as in a stack."""
-    found = {common[row.source][path] for row in plan.rows if row.inherits(inside) and path in common[row.source]}
-    return np.result_type(*found) if found else np.dtype(np.float32)
+def _stack_dtype(
+    plan: DepthPlan, inside: str, tensor: Tensor, stored: Mapping[str, Mapping[Any, TensorInfo]]
+) -> np.dtype:
+    """The dtype of new layers: that of the sources' own, as in a stack; float32 holds several."""
+    sources = {row.source for row in plan.rows if row.inherits(inside)}
+    found = {dtype_of(info) for name in sources for (paths, _), info in stored[name].items() if paths == tensor.paths}
+    return found.pop() if len(found) == 1 else np.dtype(np.float32)
