@@ -111,6 +111,7 @@ def test_places(here):
 
 def test_what_is_no_recipe(here):
     refused("mistral: a directory, not a recipe; did you mean 'identity(mistral)'?", open_recipe, "mistral")
+    refused("did you mean 'identity(\"a, b\")'?", open_recipe, model(here / "a, b").removeprefix(f"{here}/"))
     (here / "recipe.yaml").write_text(TUNGUSKA)
     refused("recpe.yaml: no such file; did you mean 'recipe.yaml'?", open_recipe, "recpe.yaml")
     refused("no such file; in one line a recipe is like", open_recipe, "nowhere/recipe.yaml")

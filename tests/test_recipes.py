@@ -378,7 +378,7 @@ def test_picture():
     colors = {bytes.fromhex(color[1:]): kind for kind, color in COLORS.items()}
     pixels, rows = image.tobytes(), [""]
     for y in range(image.height):
-        line = [pixels[i : i + 3] for i in range(y * image.width * 3, (y + 1) * image.width * 3, 3)]
+        line = [pixels[i : i + 3] for i in range(y * image.width * 3, (y + 1) * image.width * 3, 6)]
         kinds = "".join(colors[color] for color, _ in itertools.groupby(line) if color in colors)
         if kinds and not rows[-1]:
             rows.append(kinds)
@@ -388,7 +388,7 @@ def test_picture():
     assert (legend, layers, strip) == ("0z", ["0", "0", "0z", "0z", "0", "0"], "0000zz00")
     for other in (
         recipes.stack("m" * 300, 80, 5), recipes.inherit("\n\u4e2d", 56, every=2), recipes.identity("m", 1),
-        recipes.stack("m", 100, 20), DepthPlan((Row("a", 3), Row("b", 0, "new", parts=())), "a", None, "b", "a",
+        DepthPlan((Row("a", 3), Row("b", 0, "new", parts=())), "a", None, "b", "a",
                                                 (("a", 9000), ("b", 2), ("unused", 1))),
     ):  # fmt: skip
         drawn = picture(other, "t" * 500)

@@ -114,12 +114,18 @@ def _open_file(name: str, text: str, found: _Models) -> Recipe:
                 )
         return Recipe(plan, found.opened, plan.rows[0].source, None, None, None, text, name, ())
     if not any(key in data for key in _MERGEKIT_KEYS):
-        hint = f"; a model's recipe is 'identity({Path(name).parent})'" if "model_type" in data else _nearest(data)
+        hint = f"; a model's recipe is {_identity(str(Path(name).parent))}" if "model_type" in data else _nearest(data)
         raise place.error(f"neither a mergekit recipe (merge_method, slices) nor a plan (sources, rows){hint}")
     merge = mergekit.load(text, lambda model: _described(found[model]), name)
     models = {source: found[source] for source in [*dict(merge.plan.sources), merge.base]}
     return Recipe(merge.plan, models, merge.base, merge.tokenizer, merge.pad_to_multiple_of, merge.chat_template,
                   text, name, merge.notes)  # fmt: skip
+
+
+def _identity(model: str) -> str:
+    """The recipe of a model as it is, for a shell."""
+    quoted = f'"{model}"' if re.search("[,()']", model) else model
+    return f"'identity({quoted})'"
 
 
 def _nearest(data: Map) -> str:
@@ -136,7 +142,7 @@ def _read_text(name: str) -> str:
     if not name:
         raise UserError("the recipe is empty; in one line one is like 'upscale(MODEL, 19:41, copies=2)'")
     if path.is_dir():
-        raise UserError(f"{name}: a directory, not a recipe; did you mean 'identity({name})'?")
+        raise UserError(f"{name}: a directory, not a recipe; did you mean {_identity(name)}?")
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
