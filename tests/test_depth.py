@@ -473,7 +473,9 @@ def test_a_plan_on_the_result_of_a_plan_is_a_plan_on_the_originals(data):
     want, got = naive(outer, middle, None), naive(both, originals, None)
     assert want.keys() == got.keys()
     for path, value in want.items():
-        assert_bits(got[path], value)
+        # Zeroed and then scaled by a negative number is -0 one after the other, and 0 at once.
+        assert got[path].dtype == value.dtype
+        np.testing.assert_array_equal(got[path], value)
     assert DepthPlan.from_yaml(both.to_yaml()) == both
 
 

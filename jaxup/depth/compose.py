@@ -19,8 +19,8 @@ def compose(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> DepthPlan:
       inners: their sources keep their names, and become the result's.
 
     Returns:
-      A plan that gives the same tensors, bit for bit. What is newly initialised is so at its place
-      in the final result.
+      A plan that gives the same tensors, bit for bit but for the sign of zeros. What is newly
+      initialised is so at its place in the final result.
 
     Raises:
       UserError: a plan has another depth than `outer` says, two plans mean different models by one
