@@ -267,8 +267,10 @@ def _contents(recipe: Recipe, args: argparse.Namespace) -> list[tuple[str, bytes
         contents.append((args.png, png(recipe.plan, title)))
     if args.to_mergekit is not None:
         from jaxup.depth import mergekit
+        from jaxup.hub.recipe import described
 
-        contents.append((args.to_mergekit, mergekit.dump(recipe.plan, base=recipe.base).encode()))
+        names = {path: name for model in recipe.models.values() for path, name in described(model).names.items()}
+        contents.append((args.to_mergekit, mergekit.dump(recipe.plan, base=recipe.base, names=names).encode()))
     if args.to_plan is not None:
         contents.append((args.to_plan, recipe.plan.to_yaml().encode()))
     if (args.to_mergekit or args.to_plan) and (recipe.tokenizer or recipe.chat_template):

@@ -84,13 +84,13 @@ def test_the_three_forms_of_a_recipe(here):
 
 
 def test_every_parameter_has_the_name_of_its_tensor(here):
-    names = hub_recipe._described(open_recipe("identity(mistral)").models["mistral"]).names
+    names = hub_recipe.described(open_recipe("identity(mistral)").models["mistral"]).names
     assert names["blocks.mlp.down_proj.kernel"] == "model.layers.{layer}.mlp.down_proj.weight"
     assert names["norm.scale"] == "model.norm.weight"
     assert names["lm_head.kernel"] == "lm_head.weight"
     assert "blocks.self_attn.q_proj.bias" not in names
     tied = model(here / "tied", tie_word_embeddings=True)
-    assert "lm_head.kernel" not in hub_recipe._described(open_recipe(f"identity({tied})").models[tied]).names
+    assert "lm_head.kernel" not in hub_recipe.described(open_recipe(f"identity({tied})").models[tied]).names
 
 
 def test_places(here):

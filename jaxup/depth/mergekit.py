@@ -141,7 +141,8 @@ class _Reader:
         if "+" in value:
             model = shown(value.split("+")[0])
             raise place.error(
-                f"{shown(value)}: adapters are not supported; merge it into {model} first and name the result"
+                f"{shown(value)}: adapters are not supported; merge it into {model} first and name the result "
+                "(a + in a directory's name needs {model: {path: NAME}})"
             )
         path, at, revision = value.partition("@")
         if not path or "@" in revision or (at and not revision):
@@ -201,8 +202,11 @@ class _Reader:
     def layers(self, data: Map, outer: tuple[Scale | None, ...]) -> list[_Slice]:
         """The slices of a recipe or of its module, however they are given."""
         given = [key for key in LAYERS if data.get(key)]
+        for key in LAYERS:
+            if not given and key in data:
+                raise data.keys_at[key].error(f"{key!r} is empty")
         if len(given) != 1:
-            what = "'slices' is missing" if not given else f"{' and '.join(given)}: give one of them"
+            what = f"{' and '.join(given)}: give one of them" if given else "'slices' is missing"
             raise data.place.error(what)
         key, place = given[0], data.values_at[given[0]]
         if key == "modules":
@@ -227,7 +231,9 @@ class _Reader:
             if total > MAX_LAYERS:
                 raise at.error(f"with this slice the result has more than {MAX_LAYERS} layers")
         if not total:
-            raise place.error("every slice is empty; ranges are half open: [5, 6] is layer 5")
+            first = result[0].first
+            hint = f"ranges are half open; did you mean [{first}, {first + 1}]?"
+            raise result[0].place.error(f"[{first}, {first}] is empty, as is every slice: {hint}")
         return result
 
     def slice(self, data: Map, outer: tuple[Scale | None, ...]) -> _Slice:

@@ -30,7 +30,8 @@ def dump(plan: DepthPlan, *, base: str | None = None, names: Mapping[str, str] =
 
     Args:
       base: the source whose config.json and tokenizer the result takes; None: the first slice's.
-      names: of the tensors in the files, by path of the parameter, as in `mergekit.Source`.
+      names: of the tensors in the files, by path of the parameter, as in `mergekit.Source`. Without
+        them filters may be written for tensors of Qwen that the models lack, which `load` refuses.
 
     Raises:
       UserError: names what passthrough cannot do.

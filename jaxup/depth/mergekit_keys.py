@@ -53,10 +53,10 @@ class Keys:
                 self.note("is given twice; the last one counts", shown(key), data.repeated[key][1])
             if key in _REMARKS or (kind == "recipe" and key in data.anchored):
                 continue
-            if "did you mean" in (nearest := suggest(str(key), absent)):
-                raise place.error(f"unknown key {shown(key)}{nearest}")
             if key in _BELONGS:
                 raise place.error(f"{shown(key)} belongs {_BELONGS[key]}; here it would mean nothing")
+            if "did you mean" in (nearest := suggest(str(key), absent)):
+                raise place.error(f"unknown key {shown(key)}{nearest}")
             self.note("means nothing to passthrough and is ignored", shown(key), place)
 
     def note(self, kind: str, subject: str, place: Place) -> None:

@@ -116,7 +116,7 @@ def _open_file(name: str, text: str, found: _Models) -> Recipe:
     if not any(key in data for key in _MERGEKIT_KEYS):
         hint = f"; a model's recipe is {_identity(str(Path(name).parent))}" if "model_type" in data else _nearest(data)
         raise place.error(f"neither a mergekit recipe (merge_method, slices) nor a plan (sources, rows){hint}")
-    merge = mergekit.load(text, lambda model: _described(found[model]), name)
+    merge = mergekit.load(text, lambda model: described(found[model]), name)
     models = {source: found[source] for source in [*dict(merge.plan.sources), merge.base]}
     return Recipe(merge.plan, models, merge.base, merge.tokenizer, merge.pad_to_multiple_of, merge.chat_template,
                   text, name, merge.notes)  # fmt: skip
@@ -237,7 +237,7 @@ def _at_hand(path: str, revision: str | None) -> bool:
         return False
 
 
-def _described(model: Model) -> mergekit.Source:
+def described(model: Model) -> mergekit.Source:
     """The model's depth and the names of its tensors in the files."""
     shapes = param_shapes(model.config)
     rows = family_of_hf(model.hf).tensors
