@@ -18,8 +18,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from passthrough import passthrough
 from plain import load_params
 
 import jaxup.build
@@ -33,7 +35,7 @@ from jaxup.hub.build import build, prepare
 from jaxup.hub.families import FAMILIES, config_from_hf
 from jaxup.hub.layouts import expected_tensors, flatten, from_file
 from jaxup.hub.reader import load_config, open_checkpoint
-from jaxup.hub.recipe import Model, Recipe
+from jaxup.hub.recipe import Model, Recipe, open_recipe
 from jaxup.hub.vocabulary import Vocabulary
 from jaxup.model.decoder import init
 from jaxup.model.shapes import param_shapes
@@ -216,6 +218,51 @@ def test_any_plan_is_a_loop_over_layers(tmp_path_factory, case, sparse):
 @given(cases(), st.booleans())
 def test_many_plans_are_loops_over_layers(tmp_path_factory, case, sparse):
     check_case(tmp_path_factory, case, sparse)
+
+
+RECIPES = [
+    """
+    slices:
+    - sources: [{model: A, layer_range: [0, 3]}]
+    - sources:
+      - model: A
+        layer_range: [1, 4]
+        parameters:
+          scale: [{filter: o_proj, value: 0.0}, {filter: down_proj, value: [0.5, 0.25, 2.0]}, {value: 1.0}]
+    - sources: [{model: B, layer_range: [2, 4]}]
+    merge_method: passthrough
+    """,
+    """
+    slices:
+    - sources: [{model: B, layer_range: [0, 2]}]
+    - sources: [{model: A, layer_range: [3, 4], parameters: {scale: {filter: self_attn, value: 1.3}}}]
+    parameters: {scale: 0.9}
+    merge_method: passthrough
+    dtype: float32
+    out_dtype: float16
+    """,
+]
+
+
+@pytest.mark.parametrize("tied", [(False, False), (True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("text", RECIPES)
+def test_mergekits_recipes(tmp_path, text, tied):
+    """Against mergekit's semantics written down apart, tensor by tensor, by their names in the files."""
+    paths = {name: make(tmp_path / name, seed=i, tied=tied[i]) for i, name in enumerate("AB")}
+    (tmp_path / "recipe.yml").write_text(textwrap.dedent(text))
+    recipe = open_recipe(str(tmp_path / "recipe.yml"), models={name: str(path) for name, path in paths.items()})
+    build(recipe, tmp_path / "out")
+    models = {name: {"tensors": weights(path), "layers": 4} for name, path in paths.items()}
+    expected, found = passthrough(yaml.safe_load(text), models), weights(tmp_path / "out")
+    head = expected.get("lm_head.weight")
+    if head is not None and "lm_head.weight" not in found:
+        # Tied: the head is the embedding.
+        assert np.array_equal(expected.pop("lm_head.weight"), found["model.embed_tokens.weight"])
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        assert found[name].dtype == want.dtype
+        np.testing.assert_array_equal(found[name], want)  # -0.0 is 0.0
+    assert ("lm_head.weight" in found) == (not load_config(tmp_path / "out").tie_embeddings)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
@@ -711,3 +758,32 @@ def test_killed_terminated_interrupted_or_twice_at_once(tmp_path, over):
     build(recipe_of(simple(4, [0]), {"m": path}), out, force=over)
     assert not list(tmp_path.glob(".*"))
     assert load_config(out).num_layers == 1
+
+
+@pytest.mark.slow
+def test_killed_at_any_time(tmp_path):
+    """Wholly the old model or wholly the new one, and the next build cleans up."""
+    path, out = large(tmp_path / "m"), tmp_path / "out"
+    plans = [simple(4, [0, 1, 2, 3, (2, ZEROED), 3]), simple(4, [3, 2, 1, 0])]
+    build(recipe_of(plans[0], {"m": path}), out)
+    files = [plan_file(tmp_path / f"{i}.yaml", plan) for i, plan in enumerate(plans)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(jaxup.__file__).parents[1])}
+    rng, depths = np.random.default_rng(0), []
+    for turn in range(50):
+        command = [sys.executable, "-m", "jaxup.build", files[turn % 2], out, f"--model=m={path}", "--force"]
+        process = subprocess.Popen(
+            [*map(str, command)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        time.sleep(rng.uniform(0.3, 0.9))
+        process.kill()
+        _, said = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), said
+        # Between two renames the old one is aside; the next writer puts it back.
+        if not out.exists():
+            (aside,) = tmp_path.glob(".out.jaxup-old-*")
+            aside.rename(out)
+        manifest.check_manifest(out, [file.name for file in out.iterdir() if file.name != manifest.NAME])
+        depths.append(load_config(out).num_layers)
+    assert set(depths) == {4, 6}
+    build(recipe_of(plans[1], {"m": path}), out, force=True)
+    assert not list(tmp_path.glob(".*"))

@@ -25,7 +25,7 @@ from jaxup.hub import copying, manifest
 from jaxup.hub.card import model_card, printable
 from jaxup.hub.directory import CARD, MARKS, PLAN, carried_files
 from jaxup.hub.families import Family, config_from_hf, config_to_hf, with_family_biases
-from jaxup.hub.layouts import Tensor, to_file
+from jaxup.hub.layouts import Tensor, flatten, to_file
 from jaxup.hub.origins import Origin, tensor_origins
 from jaxup.hub.reader import INDEX, Checkpoint, check_tied, open_checkpoint
 from jaxup.hub.recipe import Recipe
@@ -311,7 +311,6 @@ def _new_leaves(work: Work) -> dict[tuple[str, int | None], np.ndarray]:
         return {}
     import jax
 
-    from jaxup.hub.layouts import flatten
     from jaxup.model.decoder import init
 
     def make() -> dict[str, Any]:
