@@ -303,6 +303,8 @@ modules:
     assert [row.factors("mlp.up_proj.kernel") for row in plan.rows] == [(0.1,)] * 3 + [(), (1.5,), (2.0,)]
     assert [row.factors("input_layernorm.scale") for row in plan.rows] == [(2.0,)] * 3 + [(), (1.5,), (2.0,)]
     assert [plan.factors(path) for path in ("embed_tokens", "norm.scale", "lm_head.kernel")] == [(3.0,), (), ()]
+    numbered = load("slices:\n" + one("org/a", "[0, 4]", ", parameters: {scale: {filter: layers.2., value: 3}}")).plan
+    assert [row.factors("mlp.up_proj.kernel") for row in numbered.rows] == [(), (), (3.0,), ()]
     single = load("slices:\n" + one("org/a", "[2, 3]", ", parameters: {scale: [0.25, 0.75]}")).plan
     assert (single.rows[0].scales, single.factors("norm.scale")) == (
         (("", 0.75),),
