@@ -481,10 +481,7 @@ def test_zeros_take_no_space_unless_asked(tmp_path):
 def test_file_systems_without_allocation(tmp_path, monkeypatch):
     path = large(tmp_path / "m")
 
-    def unsupported(fd, offset, size):
-        raise OSError(errno.EOPNOTSUPP, "not supported")
-
-    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    monkeypatch.setattr(copying, "_allocate", lambda fd, begin, end: False)
     check(simple(4, [0, (1, ZEROED)]), {"m": path}, tmp_path / "out", sparse=False)
     assert blocks(tmp_path / "out") >= sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
 
@@ -572,20 +569,20 @@ def test_too_small_a_disk_is_seen_before_the_first_byte(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
-@pytest.mark.parametrize("sparse", [True, False])
-def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch, sparse):
+@pytest.mark.parametrize("call", ["pwrite", "fallocate"])
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch, call):
     recipe = recipe_of(simple(4, [0, 1, (2, ZEROED)]), {"m": make(tmp_path / "m")})
     calls = []
 
     def full(fd, *rest):
         calls.append(rest)
-        if len(calls) > 5 or not sparse:
+        if len(calls) > 5 or call == "fallocate":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, *rest)
 
     write = os.pwrite
-    monkeypatch.setattr(os, "pwrite" if sparse else "posix_fallocate", full)
-    refused(lambda: build(recipe, tmp_path / "out", sparse=sparse), "No space left", str(tmp_path / "out"))
+    monkeypatch.setattr(*((os, "pwrite") if call == "pwrite" else (copying, "_allocate")), full)
+    refused(lambda: build(recipe, tmp_path / "out"), "No space left", str(tmp_path / "out"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import ctypes
 import errno
 import functools
 import hashlib
@@ -86,10 +87,14 @@ def write_tensors(
     for file, tensors in files.items():
         header = shards.header([stored for stored, _ in tensors])
         offset, spans[file] = len(header), [(len(header), hashlib.sha256(header).hexdigest())]
+        written = [(0, offset)]  # spans that get blocks
         for stored, origin in tensors:
             row = _row_bytes(stored.tensor.shape, stored.dtype)
             rows = stored.nbytes // row
             step = max(1, _PIECE // row)
+            if not (sparse and origin.is_zero):
+                begin = written.pop()[0] if written[-1][1] == offset else offset
+                written.append((begin, offset + stored.nbytes))
             for start in range(0, rows, step):
                 stop = min(rows, start + step)
                 piece = _Piece(origin, stored.tensor, start, stop, [])
@@ -99,8 +104,10 @@ def write_tensors(
             opened.truncate(offset)
             opened.write(header)
             opened.flush()
-            if not sparse:
-                _allocate(opened.fileno(), offset)
+            # Writing is faster where blocks have been allocated, and a disk that is too small is known at once.
+            allocated = all(_allocate(opened.fileno(), *span) for span in written)
+        if not sparse and not allocated:
+            _fill(directory / file, len(header), offset)
 
     run = _Run(directory, checkpoints, gather, new)
     zeros = [piece for piece in pieces.values() if piece.origin.is_zero]
@@ -297,20 +304,28 @@ def _write(fd: int, chunk: memoryview, offset: int) -> None:
         chunk, offset = chunk[count:], offset + count
 
 
-def _allocate(fd: int, size: int) -> None:
-    """Blocks for all of a file, which read as zeros until they are written."""
-    try:
-        os.posix_fallocate(fd, 0, size)
-        return
-    except AttributeError:  # not on this system
-        pass
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
+def _allocate(fd: int, begin: int, end: int) -> bool:
+    """Blocks for a span of a file, which read as zeros until they are written; False where that is not possible."""
+    # Not os.posix_fallocate: where the file system has no such call, it reads and writes every block instead.
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is None:
+        return False
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    while fallocate(fd, 0, begin, end - begin):
+        error = ctypes.get_errno()
+        if error in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return False
+        if error != errno.EINTR:
+            raise OSError(error, os.strerror(error))
+    return True
+
+
+def _fill(path: Path, begin: int, end: int) -> None:
+    """Writes zeros."""
     zeros = memoryview(bytes(_CHUNK))
-    begin = os.lseek(fd, 0, os.SEEK_CUR)  # after the header
-    for offset in range(begin, size, _CHUNK):
-        _write(fd, zeros[: min(_CHUNK, size - offset)], offset)
+    with open(path, "r+b", buffering=0) as file:
+        for offset in range(begin, end, _CHUNK):
+            _write(file.fileno(), zeros[: min(_CHUNK, end - offset)], offset)
 
 
 @functools.lru_cache(maxsize=64)
