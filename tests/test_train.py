@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxup import export, generate, train
+from jaxup import build, export, generate, plan, train
+from jaxup.depth import recipe_line
 from jaxup.errors import NonFinite, UserError
 
 TINY = [
@@ -307,8 +308,10 @@ def test_readme_commands_parse(command):
         args, overrides = train.parse_args(words[1:])
         experiment.load(args.config, overrides)
     else:
-        modules = {"jaxup.generate": generate, "jaxup.export": export}
-        assert modules[words[1]].parse_args(words[1:])
+        modules = {"jaxup.generate": generate, "jaxup.export": export, "jaxup.plan": plan, "jaxup.build": build}
+        args = modules[words[1]].parse_args(words[1:])
+        if "(" in getattr(args, "recipe", ""):
+            assert recipe_line.parse(args.recipe).plan(num_layers=12)
 
 
 def test_readme_flags_exist():
@@ -323,7 +326,7 @@ def test_readme_flags_exist():
             node = node[part]
 
 
-@pytest.mark.parametrize("module", ["jaxup", "jaxup.train", "jaxup.generate", "jaxup.__main__", "jaxup.experiment"])
+@pytest.mark.parametrize("module", ["jaxup", "jaxup.train", "jaxup.generate", "jaxup.plan", "jaxup.build", "jaxup.__main__", "jaxup.experiment"])
 def test_start_up_imports_nothing_heavy(module):
     heavy = "jax flax numpy torch transformers orbax tensorstore matplotlib datasets"
     code = f"import sys, {module}; print([m for m in '{heavy}'.split() if m in sys.modules])"

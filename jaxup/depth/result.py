@@ -10,15 +10,19 @@ from jaxup.depth.plan import ENDS, DepthPlan
 from jaxup.errors import UserError, suggest
 from jaxup.model.config import ModelConfig
 
-# Two models may differ in these and still have layers of one function; the first one's are taken.
+# Two models may differ in these and still have layers of one function.
 _FREE = ("num_layers", "sliding_window", "layer_types", "tie_embeddings", "init_std")
 
 
-def result_config(plan: DepthPlan, configs: Mapping[str, ModelConfig], *, vocab_size: int | None = None) -> ModelConfig:
+def result_config(
+    plan: DepthPlan, configs: Mapping[str, ModelConfig], *, base: str | None = None, vocab_size: int | None = None
+) -> ModelConfig:
     """The configuration of what `plan` makes from models of these configurations.
 
     Layers bring their own attention window along, and the embeddings are tied as `DepthPlan.head`
-    has it. A given `vocab_size` takes the place of the models' own, which may then differ.
+    has it. What models may differ in without computing something else, such as the longest
+    sequence they were trained on, is as in the source `base`, by default that of the first layer. A
+    given `vocab_size` takes the place of the models' own, which may then differ.
 
     Raises:
       UserError: a source is missing, has another depth than the plan says, or differs from the first
@@ -36,7 +40,7 @@ def result_config(plan: DepthPlan, configs: Mapping[str, ModelConfig], *, vocab_
     sizes = sorted({window for window in windows if window is not None})
     if len(sizes) > 1:
         raise UserError(f"plan: its layers have sliding windows of {', '.join(map(str, sizes))}; a model has one")
-    first = configs[plan.rows[0].source]
+    first = configs[plan.rows[0].source if base is None else base]
     return dataclasses.replace(
         first,
         num_layers=plan.num_layers,
