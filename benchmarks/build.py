@@ -175,6 +175,8 @@ def main() -> None:
     if a.worker:
         worker(*a.worker)
         return
+    if a.scratch:
+        Path(a.scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="jaxup-build-", dir=a.scratch) as scratch:
         compare(Path(scratch), a)
 

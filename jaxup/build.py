@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from jaxup.errors import Parser, Stopped, UserError, entry_point
+from jaxup.errors import Parser, Stopped, entry_point
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -39,14 +39,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    models = _models(args.model)
-
     from jaxup.hub.build import carry_out, check, prepare
-    from jaxup.hub.recipe import open_recipe
+    from jaxup.hub.recipe import open_recipe, parse_places
 
     signal.signal(signal.SIGTERM, _stop)
     out = Path(args.out).expanduser()
-    recipe = open_recipe(args.recipe, models=models, revision=args.revision)
+    recipe = open_recipe(args.recipe, models=parse_places(args.model), revision=args.revision)
     if args.dtype is not None:
         recipe = dataclasses.replace(recipe, plan=dataclasses.replace(recipe.plan, out_dtype=args.dtype))
     for note in recipe.notes:
@@ -57,24 +55,10 @@ def main(argv: list[str]) -> None:
         print(f"\n{work.describe(out, args.sparse)}", flush=True)
         check(work, out, force=args.force, sparse=args.sparse)
         return
-    built = carry_out(work, out, sparse=args.sparse, force=args.force, progress=True)
+    built = carry_out(work, out, sparse=args.sparse, force=args.force, verify=args.verify, progress=True)
     print(f"\nwrote {out}: {built}", flush=True)
     if args.verify:
-        from jaxup.hub.verify import verify
-
-        print(verify(recipe, out), flush=True)
-
-
-def _models(pairs: list[str]) -> dict[str, str]:
-    models = {}
-    for pair in pairs:
-        name, separator, place = pair.rpartition("=")
-        if not separator or not name or not place:
-            raise UserError(f"--model {pair}: must be NAME=DIR")
-        if name in models:
-            raise UserError(f"--model {name}: given twice")
-        models[name] = place
-    return models
+        print(built.report, flush=True)
 
 
 def _stop(signum: int, frame: Any) -> None:

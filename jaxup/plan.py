@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
             print(line)
         sys.stdout.flush()
     # Printed first, all of it: this names only the first of what keeps the models apart.
-    result_config(recipe.plan, configs, vocab_size=_vocab_size(recipe))
+    result_config(recipe.plan, configs, base=recipe.base, vocab_size=_vocab_size(recipe))
     for path, content in _contents(recipe, args):
         if path == _STDOUT:
             print(content.decode(), end="")
@@ -111,7 +111,7 @@ def _sizes(recipe: Recipe) -> Iterator[str]:
         rows.append((name, model.config.num_layers, size, size * _BYTES[dtype], dtype))
     try:
         configs = {name: model.config for name, model in recipe.models.items()}
-        config = result_config(recipe.plan, configs, vocab_size=_vocab_size(recipe))
+        config = result_config(recipe.plan, configs, base=recipe.base, vocab_size=_vocab_size(recipe))
     except UserError:
         pass  # what it is that does not fit is said below
     else:
@@ -202,8 +202,8 @@ def _disagreements(recipe: Recipe) -> Iterator[str]:
         if field != "vocab_size" or _vocab_size(recipe) is None:
             fatal.setdefault(field, {name_a: a})[name_b] = b
 
-    first = f"{plan.rows[0].source!r} is followed"
-    differ = [(field, {name: getattr(config, field) for name, config in configs.items()}, first)
+    followed = f"{recipe.base!r} is followed"
+    differ = [(field, {name: getattr(config, field) for name, config in configs.items()}, followed)
               for field in ("max_positions", "init_std") if field not in fatal]  # fmt: skip
     dtype = f"the result has {plan.out_dtype or plan.dtype}" if plan.out_dtype or plan.dtype else "tensors keep theirs"
     differ.append(("dtype", {name: _dtype(model.hf) for name, model in models.items()}, dtype))
@@ -213,7 +213,7 @@ def _disagreements(recipe: Recipe) -> Iterator[str]:
     for key in dict.fromkeys(key for model in models.values() for key in model.hf):
         if key not in decide | _DULL and not key.startswith("_"):
             values = {name: model.hf.get(key, _ABSENT) for name, model in models.items()}
-            differ.append((key, values, f"{recipe.base!r} is followed"))
+            differ.append((key, values, followed))
     known = {field: key.name for key in families[0].keys for field in key.fields}
     for field, values, taken in differ:
         if len(set(map(repr, values.values()))) > 1:

@@ -326,7 +326,9 @@ def test_readme_flags_exist():
             node = node[part]
 
 
-@pytest.mark.parametrize("module", ["jaxup", "jaxup.train", "jaxup.generate", "jaxup.plan", "jaxup.build", "jaxup.__main__", "jaxup.experiment"])
+@pytest.mark.parametrize(
+    "module", [f"jaxup{name}" for name in ("", ".train", ".generate", ".plan", ".build", ".__main__", ".experiment")]
+)
 def test_start_up_imports_nothing_heavy(module):
     heavy = "jax flax numpy torch transformers orbax tensorstore matplotlib datasets"
     code = f"import sys, {module}; print([m for m in '{heavy}'.split() if m in sys.modules])"

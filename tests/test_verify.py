@@ -72,5 +72,5 @@ def test_a_result_that_is_not_the_plans_is_refused(tmp_path):
     kernel[2, 0, 0] = 1e-3  # in the zeroed copy
     built["blocks"]["mlp"]["down_proj"]["kernel"] = kernel
     save(tmp_path / "result", result_config(UPSCALE, {"m": CONFIGS["llama"]}), built, force=True)
-    with pytest.raises(UserError, match="result: is not what the plan makes: "):
+    with pytest.raises(UserError, match="verify: the result is not what the plan makes: "):
         checked(tmp_path, UPSCALE)

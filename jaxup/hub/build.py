@@ -46,6 +46,7 @@ class Built(NamedTuple):
     zero_bytes: int  # of them zeros that were not written
     sparse: bool  # and take no space
     seconds: float
+    report: str  # of the verification, if it was asked for
 
     def __str__(self) -> str:
         text = f"{_size(self.nbytes)} in {self.seconds:.1f} s, {_size(int(self.nbytes / self.seconds))}/s"
@@ -133,7 +134,8 @@ def prepare(
         checkpoints[name] = open_checkpoint(model.path, revision=model.revision, allow_pickle=allow_pickle)
         if isinstance(storage := checkpoints[name].storage, Local):
             manifest.check_manifest(Path(storage.root), ["config.json"])
-    config = result_config(plan, {name: c.config for name, c in checkpoints.items()}, vocab_size=vocabulary.size)
+    configs = {name: checkpoint.config for name, checkpoint in checkpoints.items()}
+    config = result_config(plan, configs, base=recipe.base, vocab_size=vocabulary.size)
     base = recipe.models[recipe.base]
     family, exported = with_family_biases(config, base.hf["model_type"])
     if family.model_type != base.hf["model_type"]:
@@ -175,6 +177,7 @@ def build(
     force: bool = False,
     allow_pickle: bool = False,
     vocabulary: Vocabulary | None = None,
+    verify: bool = False,
     progress: bool = False,
 ) -> Built:
     """Writes the directory `out`: what the recipe's plan makes of its models.
@@ -185,15 +188,17 @@ def build(
       force: replaces `out` if it is empty or holds a model.
       allow_pickle: read pytorch_model.bin where there is no safetensors file.
       vocabulary: None: as the recipe says.
+      verify: before `out` appears, run what was built; see `jaxup.hub.verify`. Imports jax.
       progress: show it on stderr.
 
     Raises:
       UserError: and `out` is as it was: as `prepare`, or `out` exists, is being written by another
-        process or overlaps with a source, a source is damaged, or the disk is too small.
+        process or overlaps with a source, a source is damaged, the disk is too small, or
+        what was built is not what the plan makes.
     """
     out = Path(out)
     work = prepare(recipe, max_shard_size=max_shard_size, allow_pickle=allow_pickle, vocabulary=vocabulary)
-    return carry_out(work, out, sparse=sparse, force=force, progress=progress)
+    return carry_out(work, out, sparse=sparse, force=force, verify=verify, progress=progress)
 
 
 def check(work: Work, out: Path, *, force: bool, sparse: bool) -> None:
@@ -209,7 +214,7 @@ def check(work: Work, out: Path, *, force: bool, sparse: bool) -> None:
     check_space(out.absolute().parent, out, work.needed(sparse))
 
 
-def carry_out(work: Work, out: Path, *, sparse: bool, force: bool, progress: bool) -> Built:
+def carry_out(work: Work, out: Path, *, sparse: bool, force: bool, verify: bool, progress: bool) -> Built:
     """The second half of `build`."""
     began, plan = time.monotonic(), work.recipe.plan
     check(work, out, force=force, sparse=sparse)
@@ -226,7 +231,12 @@ def carry_out(work: Work, out: Path, *, sparse: bool, force: bool, progress: boo
             directory, work.shards, work.checkpoints, gather=work.rows, new=new, sparse=sparse, progress=progress
         )
         manifest.write_manifest(directory, spans)
-    return Built(work.nbytes, work.zero_bytes, sparse, time.monotonic() - began)
+        seconds, report = time.monotonic() - began, ""
+        if verify:
+            from jaxup.hub.verify import verify as run
+
+            report = run(plan, work.checkpoints, directory, own_vocabulary=bool(work.rows), progress=progress)
+    return Built(work.nbytes, work.zero_bytes, sparse, seconds, report)
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:

@@ -89,8 +89,13 @@ def common_dtypes(tensors: Iterable[tuple[Tensor, TensorInfo]]) -> dict[str, np.
     dtypes: dict[str, np.dtype] = {}
     for tensor, info in tensors:
         for p in tensor.paths:
-            dtypes[p] = np.promote_types(dtypes.get(p, dtype_of(info)), dtype_of(info))
+            dtypes[p] = widest(dtypes.get(p, dtype_of(info)), dtype_of(info))
     return dtypes
+
+
+def widest(a: np.dtype, b: np.dtype) -> np.dtype:
+    """The narrowest dtype that holds both exactly. numpy knows none for bfloat16 and float16."""
+    return a if a == b else np.dtype(np.float32)
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -145,7 +145,7 @@ def _casts(
             found = [] if name is None else [stored[name][path if path.startswith(part) else part]]
         else:
             found = [stored[name][path] for name in {row.source for row in plan.rows if row.inherits(inside)}]
-        widest = functools.reduce(np.promote_types, found) if found else jnp.dtype("float32")
+        widest = functools.reduce(reader.widest, found) if found else jnp.dtype("float32")
         before = jnp.dtype(plan.dtype or dtype or widest)
         after = jnp.dtype(plan.out_dtype or before)
         casts[path] = _Casts(before, after, jnp.dtype(dtype or after))

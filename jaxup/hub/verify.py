@@ -70,7 +70,7 @@ def verify(
     for name, logits_BSV in theirs.items():
         same = np.array_equal(ours_BSV, logits_BSV, equal_nan=True)
         if name == "the plan in memory" and not same:
-            raise UserError(f"{out}: is not what the plan makes: {_difference(ours_BSV, logits_BSV)}")
+            raise UserError(f"verify: the result is not what the plan makes: {_difference(ours_BSV, logits_BSV)}")
         lines.append(f"  {name}: {'0, bit for bit' if same else _difference(ours_BSV, logits_BSV)}")
     return "\n".join(lines)
 

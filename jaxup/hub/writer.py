@@ -23,7 +23,7 @@ from jaxup.hub import manifest
 from jaxup.hub.directory import CARD, MARKS
 from jaxup.hub.families import config_to_hf, with_family_biases
 from jaxup.hub.layouts import Tensor, expected_tensors, flatten, to_file
-from jaxup.hub.reader import INDEX, SINGLE, is_finite
+from jaxup.hub.reader import INDEX, SINGLE, is_finite, widest
 from jaxup.hub.shards import DTYPES, Stored, index, json_bytes, parse_size, split, write_shard
 from jaxup.hub.staging import check_space, staged_directory
 from jaxup.model.config import ModelConfig
@@ -155,7 +155,7 @@ def main_dtype(params: Params) -> str:
 
 def _widest(tensor: Tensor, leaves: Mapping[str, Any], default: str) -> str:
     dtypes = [leaves[path].dtype for path in tensor.paths if path in leaves]
-    return functools.reduce(np.promote_types, dtypes).name if dtypes else default
+    return functools.reduce(widest, dtypes).name if dtypes else default
 
 
 def _token_id(tokenizer: Any, name: str, config: ModelConfig) -> int | None:
