@@ -1,6 +1,8 @@
 """Recipes against the orders of layers that papers and model cards give, and recipes in one line."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxup.depth import recipes
 from jaxup.depth.plan import ENDS, ZEROED, DepthPlan, Row
-from jaxup.depth.recipe_line import RECIPES, parse, usage
+from jaxup.depth.recipe_line import RECIPES, is_line, parse, usage
 from jaxup.errors import UserError
 
 
@@ -397,3 +399,12 @@ def test_picture():
         assert drawn.height < 5000
     many = DepthPlan((Row("0", 0),), *"0000", tuple((str(i), 1) for i in range(5000)))
     refused("plan: 5000 sources are too many to draw", picture, many, "title")
+
+
+def test_the_recipes_of_docs_depth():
+    docs = (Path(__file__).parent.parent / "docs" / "depth.md").read_text()
+    lines = [line for line in docs.splitlines() if is_line(line) and "MODEL" in line]
+    plans = [parse(re.split(r"  +", line)[0]).plan(60) for line in lines]
+    assert [plan.num_layers for plan in plans] == [104, 104, 75, 71, 104, 240, 6, 30, 52, 99]
+    (written,) = re.findall(r"```yaml\n(.*?)```", docs, re.S)
+    assert DepthPlan.from_yaml(written).strip() == "0" * 24 + "z" * 16 + "0" * 8
