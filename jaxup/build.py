@@ -50,6 +50,8 @@ def main(argv: list[str]) -> None:
     for note in recipe.notes:
         warnings.warn(note, stacklevel=1)
     work = prepare(recipe, max_shard_size=args.max_shard_size, allow_pickle=args.allow_pickle)
+    if not args.dry_run:
+        check(work, out, force=args.force, sparse=args.sparse)
     print(recipe.plan.describe())
     if args.dry_run:
         print(f"\n{work.describe(out, args.sparse)}", flush=True)

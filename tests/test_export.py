@@ -172,7 +172,7 @@ def test_what_is_wrong_is_one_line(run, tmp_path):
     assert "gone with its token store" in refused(run, out)
     about["model"]["hidden_size"] = 32
     (run / "checkpoints" / "target_2" / "model.json").write_text(json.dumps(about))
-    assert "the config needs [2, 32]" in refused(run, out)
+    assert "the config needs [320, 32]" in refused(run, out)
     shutil.rmtree(run / "checkpoints" / "target_2")
     assert "choose with --model among reference" in refused(run, out)
     assert not out.exists()

@@ -40,9 +40,12 @@ def result_config(
     sizes = sorted({window for window in windows if window is not None})
     if len(sizes) > 1:
         raise UserError(f"plan: its layers have sliding windows of {', '.join(map(str, sizes))}; a model has one")
-    first = configs[plan.rows[0].source if base is None else base]
+    first = configs[plan.rows[0].source]
+    free = first if base is None else configs[base]
     return dataclasses.replace(
         first,
+        init_std=free.init_std,
+        max_positions=free.max_positions if first.positions == "rope" else first.max_positions,
         num_layers=plan.num_layers,
         sliding_window=sizes[0] if sizes else None,
         layer_types=tuple("full_attention" if w is None else "sliding_attention" for w in windows),

@@ -94,7 +94,7 @@ class Work:
             f"  {name}: {len(shard)} tensors, {_size(sum(stored.nbytes for stored, _ in shard))}"
             for name, shard in self.shards.items()
         ]
-        lines.append(f"  also {', '.join(sorted({*self.texts, manifest.NAME}))}")
+        lines.append(f"  also {', '.join(sorted({*self.texts, CARD, PICTURE, manifest.NAME}))}")
         how = {"zero": "holes of the files" if sparse else "allocated, not written", "computed": "scaled or cast",
                "new": "newly initialised", "copied": f"as bytes, {_size(self._read())} of them read"}  # fmt: skip
         for kind in ("copied", "computed", "new", "zero"):
@@ -134,7 +134,7 @@ def prepare(
         checkpoints[name] = open_checkpoint(model.path, revision=model.revision, allow_pickle=allow_pickle)
         if isinstance(storage := checkpoints[name].storage, Local):
             manifest.check_manifest(Path(storage.root), ["config.json"])
-    configs = {name: checkpoint.config for name, checkpoint in checkpoints.items()}
+    configs = {name: model.config for name, model in recipe.models.items()}
     config = result_config(plan, configs, base=recipe.base, vocab_size=vocabulary.size)
     base = recipe.models[recipe.base]
     family, exported = with_family_biases(config, base.hf["model_type"])
@@ -214,7 +214,9 @@ def check(work: Work, out: Path, *, force: bool, sparse: bool) -> None:
     check_space(out.absolute().parent, out, work.needed(sparse))
 
 
-def carry_out(work: Work, out: Path, *, sparse: bool, force: bool, verify: bool, progress: bool) -> Built:
+def carry_out(
+    work: Work, out: Path, *, sparse: bool = True, force: bool = False, verify: bool = False, progress: bool = False
+) -> Built:
     """The second half of `build`."""
     began, plan = time.monotonic(), work.recipe.plan
     check(work, out, force=force, sparse=sparse)
@@ -288,7 +290,8 @@ def _says(hf: Mapping[str, Any], config: ModelConfig) -> bool:
 
 def _plan_text(recipe: Recipe) -> str:
     """The plan, below the recipe as it was given and the places of its models."""
-    lines = [f"Made by jaxup from {recipe.name}:", "", *recipe.text.splitlines(), "", "Models:"]
+    text = [] if recipe.text == recipe.name else ["", *recipe.text.splitlines()]
+    lines = [f"Made by jaxup from {recipe.name}", *text, "", "Models:"]
     for name, model in recipe.models.items():
         revision = f" at {model.revision}" if model.revision else ""
         lines.append(f"{name}: {model.path}{revision}")
