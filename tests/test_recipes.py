@@ -1,5 +1,6 @@
 """Recipes against the orders of layers that papers and model cards give, and recipes in one line."""
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -203,7 +204,7 @@ def test_more_refusals():
 )  # fmt: skip
 def test_lines(line, model, plan):
     call = parse(line)
-    assert call.model == model
+    assert call.sources == (model,)
     assert call.plan(56) == plan
 
 
@@ -212,7 +213,7 @@ def test_nested_lines():
     plan = parse("drop(duplicate(stack(m, 2), 0:1), 3:)").plan(4)  # 0 0 | 1 2 3 0 1 2 3 -> 0 0 1
     assert [row.layer for row in plan.rows] == [0, 0, 1]
     assert plan.sources == (("m", 4),)
-    assert parse("upscale(inherit(m, 55), 19:41, copies=2)").source.text == "inherit(m, 55)"
+    assert parse("upscale(inherit(m, 55), 19:41, copies=2)").sources[0].text == "inherit(m, 55)"
     line = "m"
     for _ in range(8):
         line = f"identity({line})"
@@ -260,8 +261,8 @@ def test_nested_lines():
         ("stack(m, 4, noise=1e999)", "noise=inf is not a share"),
         ("stack(stack(m, 100), 100)", "recipe:1:1: stack: the result would have 560000 layers"),
         ("stack(stack(m, 1000), 1)", "recipe:1:7: stack: the result would have 56000 layers"),
-        ("upscale(19:41)", "recipe:1:9: the first argument is the model, not '19:41'"),
-        ("stack(times=4)", "recipe:1:7: the first argument is the model"),
+        ("upscale(19:41)", "recipe:1:9: a model, or another recipe, comes here, not '19:41'"),
+        ("stack(times=4)", "recipe:1:7: a model, or another recipe, comes here"),
         ("stack(, 4)", "recipe:1:7: the model's name is empty"),
         ("stack('', 4)", "recipe:1:7: the model's name is empty"),
         ("stack('m, 4)", "recipe:1:7: the quote ' is not closed"),
@@ -401,10 +402,30 @@ def test_picture():
     refused("plan: 5000 sources are too many to draw", picture, many, "title")
 
 
+def test_one_after_the_other():
+    line = "concat(inherit(a, 0:3), b, upscale(inherit(a, 2:4), 0:1))"
+    plan = parse(line).plan(lambda model: {"a": 4, "b": 2}[model])
+    assert [(row.source, row.layer, row.role) for row in plan.rows] == [
+        ("a", 0, "original"), ("a", 1, "original"), ("a", 2, "original"), ("b", 0, "original"), ("b", 1, "original"),
+        ("a", 2, "copy"), ("a", 2, "copy"), ("a", 3, "original"),
+    ]  # fmt: skip
+    assert plan.strip() == "00000Xz0"
+    assert [getattr(plan, end) for end in ENDS] == ["a"] * 4
+    assert plan.sources == (("a", 4), ("b", 2))
+    two = recipes.concat(recipes.identity("a", 2), recipes.identity("b", 1))
+    assert [getattr(two, end) for end in ENDS] == ["a", "a", "b", "b"]
+    refused("concat: no plans", recipes.concat)
+    refused("'a' has 2 layers in one plan and 3", recipes.concat, recipes.identity("a", 2), recipes.identity("a", 3))
+    half = dataclasses.replace(two, dtype="float16")
+    refused("is a whole model's", recipes.concat, half)
+    refused("recipe:1:11: a model, or another recipe, comes here, not '3:4'", parse, "concat(a, 3:4)")
+    assert len(parse("concat(a, b,)").sources) == 2
+
+
 def test_the_recipes_of_docs_depth():
     docs = (Path(__file__).parent.parent / "docs" / "depth.md").read_text()
     lines = [line for line in docs.splitlines() if is_line(line) and "MODEL" in line]
     plans = [parse(re.split(r"  +", line)[0]).plan(60) for line in lines]
-    assert [plan.num_layers for plan in plans] == [104, 104, 75, 71, 104, 240, 6, 30, 52, 99]
+    assert [plan.num_layers for plan in plans] == [104, 104, 75, 71, 104, 240, 6, 30, 52, 99, 48]
     (written,) = re.findall(r"```yaml\n(.*?)```", docs, re.S)
     assert DepthPlan.from_yaml(written).strip() == "0" * 24 + "z" * 16 + "0" * 8

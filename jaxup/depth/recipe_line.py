@@ -4,6 +4,7 @@
     stack(./dir, times=4, noise=0.2)
     drop("a path, with comma", [3, 21:29])
     upscale(inherit(model, 55), 19:41, copies=2)      a recipe on what another makes
+    concat(inherit(a, 0:24), inherit(b, 8:32))        one after the other
 
 The names are those of `jaxup.depth.recipes`. The model is a directory, Hub id or URL, in quotes if
 it holds a comma, a quote or parentheses; the other arguments are as the functions have them, with
@@ -15,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxup.depth import recipes
@@ -26,7 +28,7 @@ RECIPES = {
     function.__name__: function
     for function in (
         recipes.identity, recipes.inherit, recipes.duplicate, recipes.upscale, recipes.interleave, recipes.expand,
-        recipes.solar, recipes.stack, recipes.drop,
+        recipes.solar, recipes.stack, recipes.drop, recipes.concat,
     )
 }  # fmt: skip
 
@@ -43,27 +45,36 @@ class Call:
     """One recipe as written. Columns count from 1."""
 
     recipe: str
-    source: Call | str  # another recipe, or a model
+    sources: tuple[Call | str, ...]  # other recipes, or models; only concat has several
     arguments: dict[str, Argument]
     column: int
     text: str
 
-    @property
-    def model(self) -> str:
-        """The model that the innermost recipe works on."""
-        return self.source if isinstance(self.source, str) else self.source.model
-
-    def plan(self, num_layers: int) -> DepthPlan:
-        """The plan for a model of so many layers; UserError if the recipe does not go with them."""
-        inner = None if isinstance(self.source, str) else self.source.plan(num_layers)
-        name = self.source if inner is None else self.source.text
-        layers = num_layers if inner is None else inner.num_layers
+    def plan(self, num_layers: int | Callable[[str], int]) -> DepthPlan:
+        """The plan for models of so many layers, or by their names; UserError if it does not go with them."""
+        if self.recipe == "concat":
+            plans = [
+                recipes.identity(source, _count(source, num_layers)) if isinstance(source, str) else
+                source.plan(num_layers) for source in self.sources
+            ]  # fmt: skip
+            try:
+                return recipes.concat(*plans)
+            except UserError as error:
+                raise _error(self.column, str(error)) from None
+        (source,) = self.sources
+        inner = None if isinstance(source, str) else source.plan(num_layers)
+        name = source if inner is None else source.text
+        layers = _count(source, num_layers) if inner is None else inner.num_layers
         values = {key: _resolved(key, argument, name, layers) for key, argument in self.arguments.items()}
         try:
             plan = RECIPES[self.recipe](name, layers, **values)
             return plan if inner is None else compose(plan, {name: inner})
         except UserError as error:
             raise _error(self.column, str(error)) from None
+
+
+def _count(model: str, num_layers: int | Callable[[str], int]) -> int:
+    return num_layers if isinstance(num_layers, int) else num_layers(model)
 
 
 def is_line(text: str) -> bool:
@@ -73,6 +84,8 @@ def is_line(text: str) -> bool:
 
 def usage(recipe: str) -> str:
     """How a recipe is called: `upscale(MODEL, layers, copies=1)`."""
+    if recipe == "concat":
+        return "concat(MODEL, MODEL, ...)"
     shown = [
         name if p.default is p.empty else f"{name}={p.default}" if isinstance(p.default, int | float | str) else
         f"{name}=..." for name, p in _parameters(recipe).items()
@@ -181,10 +194,16 @@ class _Scanner:
         self.expect("(", f"after {name}")
         if self.peek() in (")", ""):
             raise self.error(f"{name} needs a model: {usage(name)}")
-        source = self.source(depth)
-        arguments = self.arguments(name)
+        sources, arguments = [self.source(depth)], {}
+        if name != "concat":
+            arguments = self.arguments(name)
+        while name == "concat" and self.peek() == ",":
+            self.at += 1
+            if self.peek() == ")":
+                break
+            sources.append(self.source(depth))
         self.expect(")", f"at the end of {name}(...)")
-        return Call(name, source, arguments, start + 1, self.line[start : self.at])
+        return Call(name, tuple(sources), arguments, start + 1, self.line[start : self.at])
 
     def source(self, depth: int) -> Call | str:
         start = self.at
@@ -199,7 +218,7 @@ class _Scanner:
         if not model:
             raise self.error("the model's name is empty", start)
         if re.fullmatch(r"[\d:]+|[a-z_]+\s*=.*", model):
-            raise self.error(f"the first argument is the model, not {model!r}", start)
+            raise self.error(f"a model, or another recipe, comes here, not {model!r}", start)
         return model
 
     def quoted(self) -> str:

@@ -11,6 +11,7 @@ Each raises UserError, naming itself, for numbers that make no sense.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -151,6 +152,34 @@ def drop(source: str, source_layers: int, layers: int | Layers) -> DepthPlan:
     if len(dropped) == source_layers:
         raise UserError(f"drop: nothing would be left of {source!r}, which has {source_layers} layers")
     return _plan(source, source_layers, [(layer, False) for layer in range(source_layers) if layer not in dropped])
+
+
+def concat(*plans: DepthPlan) -> DepthPlan:
+    """What the plans make, one after the other: embeddings of the first, final norm and head of the last.
+
+    So are models of several models made ("frankenmerges"). UserError if two plans have different
+    numbers of layers for a source, or scale the ends or cast, which is a whole model's.
+    """
+    if not plans:
+        raise UserError("concat: no plans are given")
+    first, last = plans[0], plans[-1]
+    _check_size("concat", sum(plan.num_layers for plan in plans))
+    sources: dict[str, int] = {}
+    for plan in plans:
+        if plan.scales or plan.dtype or plan.out_dtype:
+            raise UserError("concat: a plan that casts, or scales what is no layer, is a whole model's")
+        for name, layers in plan.sources:
+            if sources.setdefault(name, layers) != layers:
+                raise UserError(f"concat: {name!r} has {sources[name]} layers in one plan and {layers} in another")
+    rows, seen = [], set()
+    for row in (row for plan in plans for row in plan.rows):
+        if row.role == "original" and (row.source, row.layer) in seen:
+            row = dataclasses.replace(row, role="copy")
+        seen |= {(row.source, row.layer)} if row.role == "original" else set()
+        rows.append(row)
+    return DepthPlan(
+        tuple(rows), first.embed_tokens, first.embed_positions, last.norm, last.lm_head, tuple(sources.items())
+    )
 
 
 def check_layers(layers: Iterable[int | range], source: str, source_layers: int) -> None:

@@ -75,8 +75,8 @@ def open_recipe(
     found = _Models(dict(models or {}), config_from, revision)
     if not os.path.lexists(os.path.expanduser(recipe)) and recipe_line.is_line(recipe):
         call = recipe_line.parse(recipe)
-        plan = call.plan(found[call.model].config.num_layers)
-        opened = Recipe(plan, found.opened, call.model, None, None, None, recipe, recipe, ())
+        plan = call.plan(lambda model: found[model].config.num_layers)
+        opened = Recipe(plan, found.opened, plan.rows[0].source, None, None, None, recipe, recipe, ())
     else:
         opened = _open_file(recipe, _read_text(recipe), found)
     if unknown := found.places.keys() - found.asked:
