@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.layers import Block, Linear, block_norm, normal
+from jaxup.model.stack import SplitStack
 
 Params = dict[str, Any]  # nested dict of arrays: the pure form of a Decoder's nnx state
 
@@ -84,10 +85,10 @@ class Decoder(nnx.Module):
         return x_BSD @ self.head_kernel().astype(x_BSD.dtype)
 
     def hidden(
-        self, tokens_BS, *, positions_BS=None, segment_ids_BS=None, order=None
+        self, tokens_BS, *, positions_BS=None, segment_ids_BS=None, order=None, stack: SplitStack | None = None
     ) -> Float[Array, "batch seq hidden"]:
-        """What the head is applied to: the final norm's output."""
-        return self._run(tokens_BS, positions_BS, segment_ids_BS, order=order)[0]
+        """What the head is applied to: the final norm's output. A `stack` takes the place of the blocks."""
+        return self._run(tokens_BS, positions_BS, segment_ids_BS, order=order, stack=stack)[0]
 
     def decode(
         self,
@@ -108,7 +109,7 @@ class Decoder(nnx.Module):
     def head_kernel(self) -> Float[Array, "hidden vocab"]:
         return self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
-    def _run(self, tokens_BS, positions_BS=None, segment_ids_BS=None, cache=None, first_B=None, order=None):
+    def _run(self, tokens_BS, positions_BS=None, segment_ids_BS=None, cache=None, first_B=None, order=None, stack=None):
         start = 0 if cache is None else cache.length
         if positions_BS is None:
             positions_BS = start + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
@@ -148,13 +149,16 @@ class Decoder(nnx.Module):
 
             return jax.lax.cond(layer >= 0, execute, lambda carry: carry, carry), None
 
+        policy = _REMAT.get(self.compute.remat)
+        if stack is not None:
+            return self.norm(stack.scan(body, (x_BSD, None), self.blocks, full_L, policy=policy)[0]), None
         if order is None:
             step, runs, length = body, (self.blocks, jnp.arange(num_layers), full_L), num_layers
         else:
             order = jnp.asarray(order, jnp.int32)
             step, runs, length = ordered, (order, jnp.cumsum(order >= 0) - 1), order.shape[0]
-        if self.compute.remat != "none":
-            step = jax.checkpoint(step, policy=_REMAT[self.compute.remat])
+        if policy is not None:
+            step = jax.checkpoint(step, policy=policy)
         # Carried, not scanned over: XLA writes to a carry in place, where each step would copy the cache.
         kv = None if cache is None else (cache.k_LBTKH, cache.v_LBTKH)
         unroll = min(self.compute.unroll, length) or length

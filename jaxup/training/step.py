@@ -11,19 +11,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
 from jaxup.training.loss import cross_entropy
+from jaxup.training.partition import Masks, make_hidden
 
 # tokens, targets, loss_weights; if packed, segment_ids and positions; with several processes, stop.
 Batch = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    params: Params  # float32 master weights
+    params: Params  # float32 master weights of what trains
     opt_state: optax.OptState
     step: jax.Array  # int32: updates done
     # A step whose loss or gradient is not finite changes nothing, and neither does any after it,
@@ -39,32 +41,36 @@ class StepConfig:
 
 
 def make_train_step(
-    model: ModelConfig, compute: Compute, optimizer: optax.GradientTransformation, config: StepConfig
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The function to jit with the state donated.
+    model: ModelConfig, compute: Compute, optimizer: optax.GradientTransformation, config: StepConfig,
+    masks: Masks | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
+    """(state, batch) -> (state, metrics): the function to jit with the state donated.
+
+    With `masks`, which say what trains, the params of the state are only that, as
+    `jaxup.training.partition.split` gives it, and the other half is a third argument.
 
     The gradient is that of the mean loss over the loss tokens of the *whole* batch: sums are
     accumulated over micro-batches and divided once, so accumulation, padding and mesh do not
     change what is optimised.
     """
-    loss_sums = _make_loss(model, compute, config)
+    loss_sums = _make_loss(model, compute, config, masks)
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, *frozen: Params):
         gradient = jax.value_and_grad(loss_sums, has_aux=True)
         if config.accumulation == 1:
-            (loss, plain), grads = gradient(state.params, batch)
+            (loss, plain), grads = gradient(state.params, batch, *frozen)
         else:
             zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.params)
 
             def body(total, micro_batch):
-                return jax.tree.map(jnp.add, total, gradient(state.params, micro_batch)), None
+                return jax.tree.map(jnp.add, total, gradient(state.params, micro_batch, *frozen)), None
 
             ((loss, plain), grads), _ = jax.lax.scan(body, zeros, _micro_batches(batch, config.accumulation))
         tokens = jnp.sum(batch["loss_weights"])
         scale = 1 / jnp.maximum(tokens, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)
 
-        norm, layer_norms_L = gradient_norms(grads)
+        norm, layer_norms_L = gradient_norms(grads, masks)
         halted = state.halted | ~jnp.isfinite(norm) | ~jnp.isfinite(loss)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = (optax.apply_updates(state.params, updates), opt_state, state.step + 1)
@@ -94,22 +100,38 @@ def make_eval_step(model: ModelConfig, compute: Compute, config: StepConfig):
     return eval_step
 
 
-def gradient_norms(grads: Params) -> tuple[jax.Array, jax.Array]:
-    """(norm of everything, norm of each block [L])."""
-    square = lambda g, axes: jnp.sum(jnp.square(g.astype(jnp.float32)), axis=axes)  # noqa: E731
-    blocks_L = sum(square(g, tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads["blocks"]))
-    rest = sum(square(g, None) for g in jax.tree.leaves({k: v for k, v in grads.items() if k != "blocks"}))
+def gradient_norms(grads: Params, masks: Masks | None = None) -> tuple[jax.Array, jax.Array]:
+    """(norm of everything, norm of each block [L]); 0 for what does not train."""
+    flat = traverse_util.flatten_dict(grads)
+    masks = traverse_util.flatten_dict(masks or {})
+    rest, blocks_L = jnp.float32(0), jnp.float32(0)
+    for path, g in flat.items():
+        squares = jnp.square(g.astype(jnp.float32))
+        if path[0] != "blocks":
+            rest += jnp.sum(squares)
+            continue
+        squares = jnp.sum(squares, axis=tuple(range(1, g.ndim)))
+        if path in masks:
+            rows = masks[path].reshape(-1)
+            squares = jnp.zeros(len(rows)).at[np.flatnonzero(rows)].set(squares)
+        blocks_L += squares
     return jnp.sqrt(jnp.sum(blocks_L) + rest), jnp.sqrt(blocks_L)
 
 
-def _make_loss(model: ModelConfig, compute: Compute, config: StepConfig) -> Callable[[Params, Batch], Any]:
+def _make_loss(
+    model: ModelConfig, compute: Compute, config: StepConfig, masks: Masks | None = None
+) -> Callable[..., Any]:
+    """(params, batch) -> (sum of losses, of them the cross-entropy); with masks (trained, batch, frozen)."""
     graphdef, _ = abstract(model, compute)
+    hidden = None if masks is None else make_hidden(model, compute, masks)
 
-    def loss_sums(params: Params, batch: Batch):
-        decoder = nnx.merge(graphdef, params)
-        x_BSD = decoder.hidden(
-            batch["tokens"], positions_BS=batch.get("positions"), segment_ids_BS=batch.get("segment_ids")
-        )
+    def loss_sums(params: Params, batch: Batch, *frozen: Params):
+        inputs = {"positions_BS": batch.get("positions"), "segment_ids_BS": batch.get("segment_ids")}
+        if hidden is None:
+            decoder = nnx.merge(graphdef, params)
+            x_BSD = decoder.hidden(batch["tokens"], **inputs)
+        else:
+            decoder, x_BSD = hidden(params, *frozen, batch["tokens"], **inputs)
         return cross_entropy(
             x_BSD, decoder.head_kernel(), batch["targets"], batch["loss_weights"],
             chunk=config.loss_chunk, z_loss=config.z_loss,

@@ -1,0 +1,132 @@
+"""The stack of blocks, and how a decoder runs through it.
+
+What `lax.scan` runs over is usually one stack with the layer on axis 0 of every leaf. When only some
+layers train, or some of their parameters, a stack is two: rows that train, of which there are
+gradients and moments, and rows that do not, of which there are none. Neither is ever put together
+with the other: the layers run in their order, each step taking its parameters from where they lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Carry = Any
+# (carry, (block, its index, whether it ignores the window)) -> (carry, None)
+Step = Callable[[Carry, tuple[Any, jax.Array, jax.Array]], tuple[Carry, None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitStack:
+    """Blocks in two stacks, by the dotted path of each leaf inside a block.
+
+    Attributes:
+      trained, frozen: arrays [rows, ...]: of each leaf the layers that train and those that do not,
+        in their order. A leaf of which a stack has no rows may be left out of it.
+      masks: bool [L] for each leaf: which layers are in `trained`.
+    """
+
+    trained: Mapping[str, jax.Array]
+    frozen: Mapping[str, jax.Array]
+    masks: Mapping[str, np.ndarray]
+
+    def scan(
+        self, step: Step, carry: Carry, like: Any, full_L: jax.Array, *, policy: Callable[..., bool] | None
+    ) -> Carry:
+        """Runs all layers; `like` is a pytree with the structure of the blocks' module.
+
+        `policy` is that of `jax.checkpoint`: what the backward pass keeps of a layer; None: all but
+        the frozen parameters, which it looks up again where they lie.
+
+        Layers that take the same leaves from the same stacks are one scan, and what repeats, such as
+        one frozen layer and two that train, is one scan of scans: programs are as many as patterns.
+        """
+        leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+        paths = [leaf_path(keys) for keys, _ in leaves]
+        kinds = list(zip(*(self.masks[path].tolist() for path in paths), strict=True))  # of each layer, what trains
+        places = {path: _ranks(self.masks[path]) for path in paths}  # of each layer, its row in its stack
+
+        def layers(carry: Carry, first: jax.Array, count: int, kind: tuple[bool, ...], rows: dict[str, jax.Array]):
+            """`count` layers of one kind from `first` on, of which `rows` are the trained leaves."""
+
+            def body(carry, xs):
+                trained, layer = xs
+                block = [
+                    trained[path] if trains else self._frozen_row(path, jnp.asarray(places[path])[layer])
+                    for path, trains in zip(paths, kind, strict=True)
+                ]
+                return step(carry, (jax.tree.unflatten(structure, block), layer, full_L[layer]))
+
+            body = jax.checkpoint(body, policy=policy or self._keep)
+            return jax.lax.scan(body, carry, (rows, first + jnp.arange(count)))[0]
+
+        def group(carry: Carry, first: jax.Array, pattern: Sequence[tuple[tuple[bool, ...], int]], rows):
+            taken = dict.fromkeys(rows, 0)
+            for kind, count in pattern:
+                here = {path for path, trains in zip(paths, kind, strict=True) if trains}
+                part = {path: rows[path][taken[path] : taken[path] + count] for path in here}
+                carry = layers(carry, first, count, kind, part)
+                first, taken = first + count, {path: n + count * (path in here) for path, n in taken.items()}
+            return carry
+
+        first, taken = 0, dict.fromkeys(self.trained, 0)
+        for pattern, times in _patterns(kinds):
+            length = sum(count for _, count in pattern)
+            counts = {
+                path: sum(count for kind, count in pattern if kind[i])
+                for i, path in enumerate(paths) if path in self.trained
+            }  # fmt: skip
+            rows = {path: self.trained[path][taken[path] : taken[path] + times * n] for path, n in counts.items() if n}
+            if times == 1:
+                carry = group(carry, jnp.int32(first), pattern, rows)
+            else:
+                stacked = {path: leaf.reshape(times, -1, *leaf.shape[1:]) for path, leaf in rows.items()}
+                starts = first + length * jnp.arange(times)
+                body = lambda carry, xs, pattern=pattern: (group(carry, xs[0], pattern, xs[1]), None)  # noqa: E731
+                carry, _ = jax.lax.scan(body, carry, (starts, stacked))
+            first, taken = first + times * length, {path: taken[path] + times * counts.get(path, 0) for path in taken}
+        return carry
+
+    def _frozen_row(self, path: str, row: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(self.frozen[path], row, keepdims=False)
+
+    def _keep(self, primitive: Any, *operands: Any, **params: Any) -> bool:
+        """A policy of `jax.checkpoint`: keep all but frozen rows and what only moves or casts one of them."""
+        sizes = {math.prod(leaf.shape[1:]) for leaf in self.frozen.values()}
+        moved = primitive.name in ("reshape", "convert_element_type", "transpose", "squeeze", "copy")
+        return primitive.name != "dynamic_slice" and not (moved and math.prod(operands[0].shape) in sizes)
+
+
+def leaf_path(keys: Any) -> str:
+    """The dotted path of a leaf of the blocks' module, or of their params."""
+    names = [getattr(key, "key", getattr(key, "name", None)) for key in keys]
+    return ".".join(str(name) for name in names if name not in (None, "value"))
+
+
+def _ranks(mask: np.ndarray) -> np.ndarray:
+    """int32 [L]: the row of each layer in the stack that it is in."""
+    return np.where(mask, np.cumsum(mask) - 1, np.cumsum(~mask) - 1).astype(np.int32)
+
+
+def _patterns(kinds: Sequence[tuple[bool, ...]]) -> list[tuple[list[tuple[tuple[bool, ...], int]], int]]:
+    """The layers' kinds as ((runs of equal ones), how often these runs follow each other)."""
+    runs = [(kind, len(list(same))) for kind, same in itertools.groupby(kinds)]
+    patterns, at = [], 0
+    while at < len(runs):
+        best = (1, 1)  # (runs in the pattern, times)
+        for period in range(1, (len(runs) - at) // 2 + 1):
+            times = 1
+            while runs[at + times * period : at + (times + 1) * period] == runs[at : at + period]:
+                times += 1
+            if times > 1 and times * period > best[0] * best[1]:
+                best = (period, times)
+        patterns.append((runs[at : at + best[0]], best[1]))
+        at += best[0] * best[1]
+    return patterns
