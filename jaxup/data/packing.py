@@ -1,0 +1,111 @@
+"""Several examples in one row, each a segment of its own: best-fit decreasing, and the batches it makes.
+
+Longest first, each example goes into the row that it leaves least room in, or a new one (Johnson 1973; for training
+Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830). No example is cut. All lengths
+must be known beforehand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing:
+    """Where each of N examples lies. Rows are numbered as they were opened: those of long examples come first."""
+
+    lengths: np.ndarray  # int64 [N]
+    capacity: int  # tokens of a row
+    row: np.ndarray  # int64 [N]
+    offset: np.ndarray  # int64 [N]: of the first token, in its row
+    order: np.ndarray  # int64 [N]: the examples by row, and in a row by offset
+    bounds: np.ndarray  # int64 [num_rows + 1]: those of row r are order[bounds[r] : bounds[r + 1]]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def efficiency(self) -> float:
+        """The part of all rows' places that holds a token."""
+        return float(self.lengths.sum() / (self.num_rows * self.capacity))
+
+
+def pack(lengths: np.ndarray, capacity: int) -> Packing:
+    """int [N] lengths of at least one example, each in 1..capacity; ties go by index, so the result is determined.
+
+    Raises ValueError for other lengths: what is too long for a row is the caller's to drop.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if not lengths.size or lengths.min() < 1 or lengths.max() > capacity:
+        raise ValueError(f"lengths to pack must lie in 1..{capacity}, and there must be one")
+    longest_first = np.argsort(-lengths, kind="stable")
+    sizes, counts = np.unique(-lengths, return_counts=True)
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the room that is left in them
+    rooms = 0  # bit r: with_room[r] is not empty
+    num_rows = 0
+    # One entry for each time that a row was given examples of one length: the row, its room before, how many.
+    rows, befores, takes = [], [], []
+    for size, count in zip((-sizes).tolist(), counts.tolist()):
+        while count:
+            if fitting := rooms >> size:
+                room = size + (fitting & -fitting).bit_length() - 1
+                row = with_room[room].pop()
+                if not with_room[room]:
+                    rooms ^= 1 << room
+            else:
+                room, row = capacity, num_rows
+                num_rows += 1
+            # The room that is left, if another one fits, is again the smallest in which it does.
+            take = min(count, room // size)
+            rows.append(row)
+            befores.append(room)
+            takes.append(take)
+            count -= take
+            if room := room - take * size:
+                with_room[room].append(row)
+                rooms |= 1 << room
+    takes = np.array(takes)
+    nth = np.arange(len(lengths)) - np.repeat(np.cumsum(takes) - takes, takes)
+    row, offset = np.empty_like(lengths), np.empty_like(lengths)
+    row[longest_first] = np.repeat(rows, takes)
+    offset[longest_first] = capacity - np.repeat(befores, takes) + nth * lengths[longest_first]
+    return Packing(
+        lengths=lengths,
+        capacity=capacity,
+        row=row,
+        offset=offset,
+        order=np.lexsort((offset, row)),
+        bounds=np.concatenate([[0], np.cumsum(np.bincount(row))]),
+    )
+
+
+def fill(
+    packing: Packing, example: Callable[[int], tuple[np.ndarray, np.ndarray]], rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The batch of these rows, int [B]; `example(i)` gives the ids and the trained mask, both [lengths[i]].
+
+    tokens, targets, segment_ids (from 1; 0 = padding) and positions (from 0 in each segment), int32 [B, capacity];
+    loss_weights float32 [B, capacity]: 1 where the target is a trained token of the same segment. A segment's last
+    token has no target, so nothing predicts the first of the next.
+    """
+    shape = (len(rows), packing.capacity)
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    batch["loss_weights"] = np.zeros(shape, np.float32)
+    for b, row in enumerate(rows):
+        members = packing.order[packing.bounds[row] : packing.bounds[row + 1]]
+        for segment, i in enumerate(members.tolist(), 1):
+            ids, trained = example(i)
+            start, length = packing.offset[i], packing.lengths[i]
+            if len(ids) != length or len(trained) != length:
+                raise ValueError(f"example {i} has {len(ids)} tokens, and was packed as {length}")
+            here, with_target = slice(start, start + length), slice(start, start + length - 1)
+            batch["tokens"][b, here] = ids
+            batch["targets"][b, with_target] = ids[1:]
+            batch["loss_weights"][b, with_target] = trained[1:]
+            batch["segment_ids"][b, here] = segment
+            batch["positions"][b, here] = np.arange(length)
+    return batch
