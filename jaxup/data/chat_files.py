@@ -1,0 +1,241 @@
+"""The rows of chat data, as values of JSON, from whatever holds them; a few in memory at a time.
+
+Lines of JSON are independent: a broken one is a row with a fault. What else is broken ends the reading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxup.data.layouts import COLUMNS, LAYOUTS
+from jaxup.data.sources import PATH_SUFFIXES, _file_hash
+from jaxup.errors import UserError, first_line, suggest
+
+MIB = 2**20
+LONGEST_ROW = 64 * MIB  # a longer one is a mistake, such as a whole file on one line
+JSON_CHARACTERS = MIB  # of a .json file are read at a time
+BATCH_ROWS = 64  # of a parquet file or a dataset
+
+
+class Row(NamedTuple):
+    number: int  # in its file, from 1
+    place: str  # the file and, where it has lines, the line
+    value: Any  # of JSON
+    fault: str  # why there is no value, or ""
+    done: float  # how much of the file lies before it, 0 to 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class File:
+    """One file, or one dataset."""
+
+    path: str  # as messages name it
+    name: str  # what its rows are chosen by: the same wherever the data lies
+    size: int  # bytes of a file, rows of a dataset
+    hash: str
+    rows: Callable[[], Iterator[Row]]
+    layout: str = ""  # one of LAYOUTS once it is known
+
+
+def find_files(spec: str) -> list[File]:
+    path = Path(spec).expanduser()
+    if not spec or not path.exists():
+        return [_hub_dataset(spec)]
+    if path.is_file():
+        return [_file(path, path.name)]
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return [_dataset(spec, path.resolve().name, _load(spec, "load_from_disk", str(path)))]
+    within = [(p, p.relative_to(path)) for p in path.rglob("*") if p.suffix in _READERS]
+    within = [(p, name) for p, name in within if not any(part.startswith(".") for part in name.parts)]
+    # Beside data in other files, .json says something about it.
+    json_too = all(p.suffix == ".json" for p, _ in within)
+    within = [(p, name.as_posix()) for p, name in within if json_too or p.suffix != ".json"]
+    found = [_file(p, name) for p, name in sorted(within, key=lambda item: item[1]) if p.is_file() and p.stat().st_size]
+    if not found:
+        raise UserError(f"{spec}: no chat data in this directory (looked for {', '.join(_READERS)})")
+    return found
+
+
+def _file(path: Path, name: str) -> File:
+    if path.suffix not in _READERS:
+        raise UserError(f"{path}: chat data is {', '.join(_READERS)}")
+    size = path.stat().st_size
+    if not size:
+        raise UserError(f"{path}: no rows: the file is empty")
+    rows = functools.partial(_READERS[path.suffix], path)
+    return File(path=str(path), name=name, size=size, hash=_file_hash(path), rows=rows)
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    size, number, before = path.stat().st_size, 0, 0
+    with path.open("rb") as file:
+        for line_number in count(1):
+            line = file.readline(LONGEST_ROW + 1)
+            if not line:
+                return
+            if len(line) > LONGEST_ROW:
+                hint = "" if path.suffix == ".json" else "; one list of all rows is a .json file"
+                raise UserError(f"{path}:{line_number}: a line longer than {LONGEST_ROW // MIB} MiB{hint}")
+            if line_number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                number += 1
+                value, fault = _loads(line)
+                yield Row(number, f"{path}:{line_number}", value, fault, min(1.0, before / size))
+            before += len(line)
+
+
+def _loads(line: bytes) -> tuple[Any, str]:
+    """The value and "", or None and what is wrong."""
+    try:
+        return json.loads(line.decode().rstrip()), ""
+    except UnicodeDecodeError as error:
+        return None, f"byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8"
+    except json.JSONDecodeError as error:
+        spread = "; a row must stand on one line" if line.strip() in (b"{", b"[") else ""
+        return None, f"{error.msg} at column {error.colno}{spread}"
+    except RecursionError:
+        return None, "it is nested too deeply"
+    except ValueError as error:  # a number of thousands of digits
+        return None, first_line(error)
+
+
+# What stands before a row of a list, or after the last.
+_BETWEEN = re.compile(r"\s*([\[,\]])\s*")
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """The rows of one list, as they come; a file that does not begin with "[" is taken to be lines.
+
+    Where a row of a list is not JSON nothing tells where the next one begins: UserError.
+    """
+    with path.open("rb") as file:
+        if not file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            yield from _read_jsonl(path)
+            return
+    size, number, line, before = path.stat().st_size, 0, 1, 0
+    text, at, more = "", 0, True
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        while True:
+            between, value, fault = _BETWEEN.match(text, at), None, ""
+            start = between.end() if between else at
+            if between and (between[1] == "]" or (between[1] == "[" and text[start : start + 1] == "]")):
+                if (text[start:].removeprefix("]") + file.read(4096)).strip():
+                    hint = "; rows that are lists, one a line, are a .jsonl file"
+                    raise UserError(f"{path}:{line}: there is more after the end of the list{hint}")
+                return
+            if not between:
+                fault = "a comma or ] is missing"
+            elif (between[1] == "[") != (number == 0):
+                fault = "[ between two rows" if number else "it does not begin with ["
+            else:
+                try:
+                    value, end = decoder.raw_decode(text, start)
+                except RecursionError:
+                    fault = "it is nested too deeply"
+                except json.JSONDecodeError as error:
+                    fault = error.msg
+                except ValueError as error:
+                    fault = first_line(error)
+            here = line + text.count("\n", at, start)
+            if not fault:
+                number += 1
+                yield Row(number, f"{path}:{here}", value, "", min(1.0, before / size))
+                line, before, at = here + text.count("\n", start, end), before + end - at, end
+                continue
+            # Perhaps the row only goes on beyond what was read.
+            if not more or len(text) - at > LONGEST_ROW:
+                raise UserError(f"{path}:{here}: row {number + 1} is not JSON: {fault}")
+            try:
+                added = file.read(max(JSON_CHARACTERS, len(text) - at))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: not UTF-8 text: {first_line(error)}, after line {here}") from None
+            text, at, more = text[at:] + added, 0, bool(added)
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError(f'{path}: parquet needs pyarrow; pip install "jaxup[data]"') from None
+    try:
+        with pq.ParquetFile(path) as file:
+            columns, number = _columns(str(path), file.schema_arrow.names), 0
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(number, str(path), value, "", (number - 1) / file.metadata.num_rows)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a sound parquet file ({first_line(error)})") from None
+
+
+def _columns(path: str, names: list[str]) -> list[str]:
+    if known := [name for name in names if name in COLUMNS]:
+        return known
+    raise UserError(f"{path}: its columns are of no layout{near_layout(dict.fromkeys(names))}")
+
+
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+
+
+# The datasets library
+
+
+def _dataset(spec: str, name: str, data: Any) -> File:
+    """`data` is a datasets.Dataset or DatasetDict."""
+    if isinstance(data, dict):
+        if "train" not in data:
+            raise UserError(f'{spec}: no split "train"; its splits: {", ".join(data)}')
+        data = data["train"]
+    if not len(data):
+        raise UserError(f"{spec}: no rows")
+    rows = functools.partial(_read_dataset, spec, data.select_columns(_columns(spec, data.column_names)))
+    return File(path=spec, name=name, size=len(data), hash=data._fingerprint, rows=rows)
+
+
+def _read_dataset(spec: str, dataset: Any) -> Iterator[Row]:
+    for start in range(0, len(dataset), BATCH_ROWS):
+        columns = dataset[start : start + BATCH_ROWS]
+        for number, values in enumerate(zip(*columns.values(), strict=True), start + 1):
+            yield Row(number, spec, dict(zip(columns, values, strict=True)), "", (number - 1) / len(dataset))
+
+
+def _load(spec: str, how: str, *args: Any, **options: Any) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f'{spec}: a dataset needs datasets; pip install "jaxup[data]"') from None
+    try:
+        return getattr(datasets, how)(*args, **options)
+    except Exception as error:  # whatever a damaged directory, a network or the hub makes the libraries raise
+        raise UserError(f"{spec}: cannot load the dataset: {type(error).__name__}: {first_line(error)}") from None
+
+
+def _hub_dataset(spec: str) -> File:
+    name, _, config = spec.partition(":")
+    looks_like_path = re.match(r"[./~\\]|\w+://", spec) or spec.endswith("/") or Path(spec).suffix in PATH_SUFFIXES
+    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"no such file or directory: {spec or repr(spec)}")
+    try:
+        return _dataset(spec, spec, _load(spec, "load_dataset", name, config or None, split="train"))
+    except UserError as error:
+        raise UserError(f"no such file or directory: {spec}, and on the Hugging Face hub: {error}") from None
+
+
+def near_layout(row: Any) -> str:
+    if not isinstance(row, dict):
+        return f"; known: {', '.join(LAYOUTS)}"
+    for key in row:
+        if (told := suggest(key[:40], COLUMNS)).startswith("; did you mean"):
+            return f": no layout has {key[:40]!r}{told}"
+    keys = ", ".join(repr(key[:40]) for key in islice(row, 12))
+    return f"; its keys: {keys or 'none'}; known: {', '.join(LAYOUTS)}"

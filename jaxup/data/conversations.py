@@ -1,0 +1,211 @@
+"""Chat data: files, directories and datasets, mixed by weight -> conversations, one after the other.
+
+A file is .jsonl, .json (one list, or JSON lines) or .parquet; a directory holds such files, or is what
+`datasets.save_to_disk` wrote; `NAME` or `NAME:CONFIG` is a dataset on the Hugging Face hub, of which the split
+"train" is read. What a row may look like stands in `layouts.py`.
+
+A weight is how often a file's rows are taken in one pass over all: 2 twice, 0.5 the half of them, 1.5 all once
+and half of them again. Which half is decided by a hash of (seed, file, row), so it depends on neither the order of
+reading nor the other files. Files are interleaved in proportion to their length: all end at about the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import heapq
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from jaxup.data.chat_files import File, Row, find_files, near_layout
+from jaxup.data.layouts import LAYOUTS, BadRow, Conversation, Segment, Segments, Turn, fitting, parse
+from jaxup.errors import UserError, first_line, suggest
+
+__all__ = ["Conversation", "Conversations", "Count", "Segment", "Segments", "Turn", "open_conversations"]
+
+FIRST_ROWS = 16  # the layout is detected from
+
+
+class Count(NamedTuple):
+    rows: int
+    bad: int
+    first_bad: str  # its error, or ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversations:
+    """Iterable as often as wanted, always in the same order; made by `open_conversations`."""
+
+    mixed: tuple[tuple[tuple[File, ...], float], ...]  # the files of one entry follow each other
+    seed: int
+    on_bad: Literal["error", "skip"]
+    fingerprint: str  # hex; other conversations have another one
+
+    @property
+    def layouts(self) -> dict[str, str]:
+        """For each file how it is read."""
+        return {file.path: file.layout for files, _ in self.mixed for file in files}
+
+    def __iter__(self) -> Iterator[Conversation | Segments]:
+        """Raises UserError at the first bad row, or, when those are skipped, warns at the end how many there were.
+
+        UserError also for a file that cannot be read, and, at the end, when there was no conversation.
+        """
+        skipped: Counter[str] = Counter()
+        first_bad: dict[str, str] = {}
+
+        def skip(file: File, error: BadRow) -> None:
+            if self.on_bad == "error":
+                raise UserError(str(error)) from None
+            skipped[file.path] += 1
+            first_bad.setdefault(file.path, str(error))
+
+        found = False
+        entries = (self._conversations(files, weight, skip) for files, weight in self.mixed)
+        with _os_errors():
+            for _, conversation in heapq.merge(*entries, key=lambda item: item[0]):
+                found = True
+                yield conversation
+        if not found:
+            why = f"; the first of {skipped.total()} bad rows: {next(iter(first_bad.values()))}" if skipped else ""
+            raise UserError(f"{', '.join(self.layouts)}: no conversation found{why}")
+        for path in self.layouts:
+            if bad := skipped[path]:
+                warnings.warn(f"{path}: {bad:,} bad rows skipped; the first: {first_bad[path]}", stacklevel=2)
+
+    def check_all(self) -> Count:
+        """Reads every row of every file once, whatever its weight; UserError tells the first bad row and how many.
+
+        When bad rows are skipped they are only counted.
+        """
+        rows, bad, first_bad = 0, 0, ""
+        with _os_errors():
+            for file in {file.path: file for files, _ in self.mixed for file in files}.values():
+                for row in file.rows():
+                    rows += 1
+                    try:
+                        _parse(row, file.layout)
+                    except BadRow as error:
+                        bad += 1
+                        first_bad = first_bad or str(error)
+        if bad and self.on_bad == "error":
+            raise UserError(f"{first_bad}; {f'the first of {bad:,}' if bad > 1 else 'the only'} bad of {rows:,} rows")
+        return Count(rows, bad, first_bad)
+
+    def _conversations(
+        self, files: tuple[File, ...], weight: float, skip: Callable[[File, BadRow], None]
+    ) -> Iterator[tuple[float, Conversation | Segments]]:
+        """Each with how much of the entry lies before it."""
+        passes, size = math.ceil(weight), sum(file.size for file in files)
+        for this in range(passes):
+            before = 0
+            for file in files:
+                for row in file.rows():
+                    if not _chosen(self.seed, file.name, row.number, share=weight - this):
+                        continue
+                    try:
+                        conversation = _parse(row, file.layout)
+                    except BadRow as error:
+                        if this == 0:  # a bad row is counted once
+                            skip(file, error)
+                        continue
+                    yield (this + (before + row.done * file.size) / size) / passes, conversation
+                before += file.size
+
+
+def open_conversations(
+    files: Sequence[tuple[str, float | int]] | str,
+    *,
+    layout: str | None,
+    seed: int,
+    on_bad: Literal["error", "skip"] = "error",
+) -> Conversations:
+    """The conversations of all `files`, each a path or dataset and its weight, or "a.jsonl*2,b.parquet*0.5".
+
+    In the string form a path holds no comma and no "*", unless the string is just the one path. `layout` None: that
+    of each file is detected from its first rows. Raises UserError, in one line, for what is not there or not chat
+    data; reads no more than the first rows and what the fingerprint needs. A hub dataset is downloaded.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise UserError(f"layout={layout!r}: no such layout{suggest(layout, LAYOUTS)}")
+    if on_bad not in ("error", "skip"):
+        raise UserError(f"on_bad={on_bad!r}: a bad row is an 'error' or 'skip'ped")
+    with _os_errors():
+        mixed = []
+        for spec, weight in _entries(files) if isinstance(files, str) else files:
+            if not 0 < weight < math.inf:
+                raise UserError(f"{spec}: its weight {weight} is not a number above 0")
+            found = (dataclasses.replace(file, layout=layout or _detect(file)) for file in find_files(spec))
+            mixed.append((tuple(found), float(weight)))
+    if not mixed:
+        raise UserError("no chat data named")
+    # The seed decides nothing unless a part of some file is left out.
+    drawn_by = seed if any(weight % 1 for _, weight in mixed) else None
+    content = [[weight, [(file.name, file.hash, file.layout) for file in files]] for files, weight in mixed]
+    digest = hashlib.blake2b(json.dumps([drawn_by, content]).encode(), digest_size=16)
+    return Conversations(mixed=tuple(mixed), seed=seed, on_bad=on_bad, fingerprint=digest.hexdigest())
+
+
+def _entries(spec: str) -> list[tuple[str, float]]:
+    if Path(spec).expanduser().exists():
+        return [(spec, 1.0)]
+    found = []
+    for entry in spec.split(","):
+        path, _, weight = entry.strip().partition("*")
+        try:
+            found.append((path, float(weight or 1)))
+        except ValueError:
+            raise UserError(f"{entry.strip()}: {weight!r} is no weight; write PATH*NUMBER") from None
+    return found
+
+
+def _chosen(seed: int, name: str, number: int, *, share: float) -> bool:
+    if share >= 1:
+        return True
+    key = f"{seed}\0{name}\0{number}".encode(errors="replace")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64 < share
+
+
+def _parse(row: Row, layout: str) -> Conversation | Segments:
+    try:
+        if not row.fault:
+            return parse(row.value, layout)
+        wrong = f"JSON: {row.fault}"
+    except BadRow as error:
+        wrong = f"{layout}: {error}"
+    except RecursionError:
+        wrong = f"{layout}: it is nested too deeply"
+    raise BadRow(f"{row.place}: row {row.number} is not {wrong}")
+
+
+def _detect(file: File) -> str:
+    """The layout that most of the first rows have."""
+    first_rows = list(islice(file.rows(), FIRST_ROWS))
+    if not first_rows:
+        raise UserError(f"{file.path}: no rows")
+    fit = Counter(layout for row in first_rows if not row.fault for layout in fitting(row.value))
+    best = [layout for layout, rows in fit.items() if rows == max(fit.values())]
+    if len(best) == 1:
+        return best[0]
+    if best:
+        raise UserError(f"{file.path}: its first rows are both {' and '.join(best)}; name the layout that is meant")
+    row = first_rows[0]
+    if row.fault:
+        raise UserError(f"{row.place}: row {row.number} is not JSON: {row.fault}")
+    raise UserError(f"{row.place}: row {row.number} is of no layout{near_layout(row.value)}")
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{where}{error.strerror or first_line(error)}") from None
