@@ -75,9 +75,12 @@ EXPECTED = {
     "U<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|><|start_header_id|>user<|end_header_id|>"
     "\n\nV<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     "mistral": "<s>[INST] S\n\nU[/INST] A</s>[INST] V[/INST]",
+    "mistral-v1": "<s> [INST] S\n\nU [/INST] A</s> [INST] V [/INST]",
+    "llama-2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A </s><s>[INST] V [/INST]",
     "alpaca": "<s>S\n\n### Instruction:\nU\n\n### Response:\nA</s>\n\n### Instruction:\nV\n\n### Response:\n",
     "metharme": "<s><|system|>S<|user|>U<|model|>A</s><|user|>V<|model|>",
 }
+EXPECTED |= {"mistral-v3": EXPECTED["mistral"], "llama-3": EXPECTED["llama3"]}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

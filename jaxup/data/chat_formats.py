@@ -1,0 +1,363 @@
+r"""Conversations -> token ids and the mask of those that are trained on.
+
+| name | a system, a user's and an assistant's turn |
+|---|---|
+| `metharme` | `<s><|system|>S<|user|>U<|model|>A</s>` (Pygmalion; plain text, not special tokens) |
+| `mistral-v3`, `mistral` | `<s>[INST] S\n\nU[/INST] A</s>` |
+| `mistral-v1` | `<s> [INST] S\n\nU [/INST] A</s>` |
+| `llama-2` | `<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A </s>`, and `<s>[INST] ` again for the next user |
+| `llama-3`, `llama3` | `<s>`, then for each `<|start_header_id|>role<|end_header_id|>\n\ntext<|eot_id|>` |
+| `chatml` | for each `<|im_start|>role\ntext<|im_end|>\n` |
+| `alpaca` | `<s>`, preamble or S, `\n\n### Instruction:\nU\n\n### Response:\nA</s>` |
+| None | the tokenizer's own chat template |
+
+`<s>` and `</s>` are the tokenizer's own BOS (`<|begin_of_text|>`, or nothing if it has none) and EOS. A named format
+is to the letter what `jaxup.data.chat_templates` gives an exported model under the same name.
+
+Trained are an assistant's text and what ends its turn (EOS, <|eot_id|>, <|im_end|>). The blank after `[/INST]` is the
+reply's: generation starts before it. Tokens are those of the whole text at once, as at inference; one that straddles
+the border of what is trained is trained if it begins inside. So where the tokenizer merges the end of a prompt in
+plain text with the first characters of what follows, those are not trained on; and, as everywhere, text that spells a
+special token becomes that token. Of both there is one warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from jaxup.data.layouts import Conversation, Segment, Segments, Turn
+from jaxup.errors import UserError, first_line, suggest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ALPACA_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+
+
+class Encoded(NamedTuple):
+    ids: np.ndarray  # int32 [n]
+    trained: np.ndarray  # bool [n]: there is a loss for predicting this token
+
+
+class Rendered(NamedTuple):
+    """The text the model sees, and the [start, end) of its characters that are trained on, in order."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+class Spelling(NamedTuple):
+    """What a named format puts around the turns' texts; {bos}, {eos} and {role} are filled in."""
+
+    start: str
+    system: tuple[str, str] | None  # before and after; None: it has no place of its own, see in_user
+    user: tuple[str, str]
+    header: str  # before an assistant's turn: not trained
+    lead: str  # the blank a reply begins with: trained
+    end: str  # of an assistant's turn: trained
+    gap: str = ""  # after it: not trained
+    in_user: tuple[str, str] = ("", "\n\n")  # around the system's text where it stands before the first user's
+    default_system: str = ""
+    strips: bool = False  # the blanks around a turn's text go
+    special: tuple[str, ...] = ()  # what a tokenizer made for the format has as single tokens
+
+
+_LLAMA_3 = "<|start_header_id|>{role}<|end_header_id|>\n\n"
+_CHATML = "<|im_start|>{role}\n"
+
+SPELLINGS = {
+    "metharme": Spelling("{bos}", ("<|system|>", ""), ("<|user|>", ""), "<|model|>", "", "{eos}"),
+    "mistral-v3": Spelling("{bos}", None, ("[INST] ", "[/INST]"), "", " ", "{eos}", special=("[INST]", "[/INST]")),
+    "mistral-v1": Spelling("{bos}", None, (" [INST] ", " [/INST]"), "", " ", "{eos}"),
+    # Meta's code encodes each user's turn and its answer by themselves, with BOS and EOS.
+    "llama-2": Spelling("", None, ("{bos}[INST] ", " [/INST]"), "", " ", " {eos}",
+                        in_user=("<<SYS>>\n", "\n<</SYS>>\n\n"), strips=True),
+    "llama-3": Spelling("{bos}", (_LLAMA_3, "<|eot_id|>"), (_LLAMA_3, "<|eot_id|>"), _LLAMA_3, "", "<|eot_id|>",
+                        strips=True, special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "chatml": Spelling("", (_CHATML, "<|im_end|>\n"), (_CHATML, "<|im_end|>\n"), _CHATML, "", "<|im_end|>", "\n",
+                       special=("<|im_start|>", "<|im_end|>")),
+    "alpaca": Spelling("{bos}", ("", ""), ("\n\n### Instruction:\n", ""), "\n\n### Response:\n", "", "{eos}",
+                       default_system="Below is an instruction that describes a task. Write a response that"
+                       " appropriately completes the request."),
+}  # fmt: skip
+ALIASES = {"mistral": "mistral-v3", "llama3": "llama-3"}
+
+_NAME_ONE = f"; choose a format by name: {', '.join(SPELLINGS)}"
+_SENTINEL = "\ue000jaxup\ue001"  # stands for a turn's text, to see what a template puts around it
+
+
+def open_format(name: str | None, tokenizer: PreTrainedTokenizerBase) -> Format:
+    """The format of that name, or with None the tokenizer's own chat template.
+
+    Warns when the tokenizer lacks special tokens that the format is made of. Raises UserError for an unknown name and
+    for a tokenizer that will not do. A missing template is an error of the first conversation: segments need none.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(
+            "chat format: the tokenizer is one in pure Python, which does not say what characters a token is made of;"
+            " save it with a tokenizer.json"
+        )
+    if name is None:
+        return TemplateFormat(tokenizer)
+    name = ALIASES.get(name, name)
+    if name not in SPELLINGS:
+        raise UserError(f"chat format: {name[:40]!r} is not known{suggest(name, [*SPELLINGS, *ALIASES])}")
+    return NamedFormat(name, tokenizer)
+
+
+class Format:
+    """`encode` is `render` and `tokenize`, which are apart so that many can be tokenised at once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        from tokenizers import Tokenizer
+
+        self.tokenizer = tokenizer
+        self._bos, self._eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+        # No post-processor: it would add a second BOS, and may take the blanks out of the tokens' offsets.
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state |= {"post_processor": None, "truncation": None, "padding": None}
+        self._backend = Tokenizer.from_str(json.dumps(state))
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._warned: set[str] = set()
+
+    def encode(self, conversation: Conversation | Segments) -> Encoded:
+        """Raises UserError, in one line, for a conversation that the format cannot express."""
+        return self.tokenize([self.render(conversation)])[0]
+
+    def render(self, conversation: Conversation | Segments) -> Rendered:
+        if isinstance(conversation[0], Segment):
+            return self._render_segments(conversation)
+        for turn in conversation:
+            if found := self._special.search(turn.text):
+                self._warn("special", f"a turn's text spells {found[0]!r}, which becomes that special token")
+        return self._render_turns(conversation)
+
+    def tokenize(self, rendered: Sequence[Rendered]) -> list[Encoded]:
+        encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+        result = []
+        for (text, spans), encoding in zip(rendered, encodings):
+            is_trained = np.zeros(len(text) + 1, bool)
+            for start, end in spans:
+                is_trained[start:end] = True
+            begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+            trained = is_trained[begins]
+            for i in np.flatnonzero(~trained & is_trained[ends - 1] & (ends > begins)):
+                token = text[begins[i] : ends[i]]
+                self._warn("border", f"not trained on: {token!r}, one token that begins before what is trained")
+            result.append(Encoded(np.array(encoding.ids, np.int32), trained))
+        return result
+
+    def _warn(self, about: str, message: str) -> None:
+        """Says it once for all conversations."""
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(f"chat format: {message}; said once", stacklevel=4)
+
+    def _render_turns(self, turns: Conversation) -> Rendered:
+        raise NotImplementedError
+
+    def _render_segments(self, segments: Segments) -> Rendered:
+        """The pieces as they are, between one BOS and one EOS; those that the text has itself count."""
+        if not self._eos:
+            raise UserError("chat format: the tokenizer has no EOS token to end a text with")
+        pieces = list(segments)
+        if not pieces[0].text.startswith(self._bos):
+            pieces.insert(0, Segment(self._bos, False))
+        if not pieces[-1].text.endswith(self._eos):
+            pieces.append(Segment(self._eos, pieces[-1].trained))
+        return _join(pieces)
+
+
+class NamedFormat(Format):
+    """A format of SPELLINGS."""
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(tokenizer)
+        spelling = SPELLINGS[name]
+        if "{eos}" in spelling.end and not self._eos:
+            raise UserError(f"chat format {name}: the tokenizer has no EOS token to end a reply with")
+        missing = [token for token in spelling.special if len(self._backend.encode(token).ids) != 1]
+        if missing:
+            told = f"chat format {name}: not in the tokenizer, so plain text of several tokens: {', '.join(missing)}"
+            warnings.warn(told, stacklevel=3)
+        self._spelling = spelling
+
+    def _render_turns(self, turns: Conversation) -> Rendered:
+        return _join(self._pieces(turns))
+
+    def _pieces(self, turns: Conversation) -> Iterator[tuple[str, bool]]:
+        spelling = self._spelling
+        if spelling.strips:
+            turns = tuple(turn._replace(text=turn.text.strip()) for turn in turns)
+        system = Turn("system", spelling.default_system, False)
+        if turns[0].role == "system":
+            system, turns = turns[0] if turns[0].text else system, turns[1:]
+        yield self._fill(spelling.start), False
+        if system.text and spelling.system:
+            yield from self._around(spelling.system, system)
+        for number, turn in enumerate(turns):
+            if turn.role == "assistant":
+                yield self._fill(spelling.header, turn.role), False
+                yield spelling.lead + turn.text + self._fill(spelling.end), turn.trained
+                yield spelling.gap, False
+                continue
+            before, after = spelling.user
+            yield self._fill(before, turn.role), False
+            if number == 0 and system.text and not spelling.system:
+                yield from self._around(spelling.in_user, system)
+            yield turn.text, turn.trained
+            yield after, False
+
+    def _around(self, spelling: tuple[str, str], turn: Turn) -> Iterator[tuple[str, bool]]:
+        before, after = spelling
+        yield self._fill(before, turn.role), False
+        yield turn.text, turn.trained
+        yield after, False
+
+    def _fill(self, spelling: str, role: str = "") -> str:
+        return spelling.format(bos=self._bos, eos=self._eos, role=role)
+
+
+class TemplateFormat(Format):
+    """The tokenizer's own chat template, which runs in transformers' sandbox.
+
+    What is trained comes from its `{% generation %}` marks if it has one for each assistant's turn, else from what a
+    turn adds to the text that asks for it: see `_by_prefix`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(tokenizer)
+        self._asks: bool | None = None  # the template has a header that asks for a reply
+
+    def _render_turns(self, turns: Conversation) -> Rendered:
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        replies = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        text, marked = self._marked(messages)
+        spans = dict(zip(replies, marked))
+        # Marks in macros or around half of a turn lie about where they are.
+        if len(marked) != len(replies) or any(turns[i].text.strip() not in text[slice(*spans[i])] for i in replies):
+            spans = {i: self._by_prefix(messages, i, text) for i in replies if turns[i].trained}
+        for i, turn in enumerate(turns):
+            if turn.trained and turn.role != "assistant":
+                spans[i] = self._by_sentinel(messages, i, text)
+        return Rendered(text, tuple(spans[i] for i in sorted(spans) if turns[i].trained))
+
+    def _by_prefix(self, messages: list[dict[str, str]], i: int, whole: str) -> tuple[int, int]:
+        """What the reply `i` adds to the text that asks for it, without the blanks after its end of turn."""
+        turn = f"turn {i + 1}, the assistant's"
+        asked = self._render(messages[:i], asks=True)
+        told = self._render(messages[: i + 1])
+        if not told.startswith(asked) or not whole.startswith(told):
+            raise UserError(
+                f"the chat template spells what is before the end of {turn}, in another way once the conversation"
+                f" goes on: no telling what to train on{_NAME_ONE}"
+            )
+        if self._asks is None:
+            self._asks = asked != self._render(messages[:i])
+        start, said = len(asked), messages[i]["content"].strip()
+        if not self._asks:
+            # What is before the text is a header, unless it is blank.
+            model = self._render([*messages[:i], {"role": "assistant", "content": _SENTINEL}])
+            if len(header := model[start:].partition(_SENTINEL)[0]).strip():
+                start += len(header)
+        at = told.find(said, start)
+        if at < 0:
+            raise UserError(f"the chat template changes or leaves out text of {turn}{_NAME_ONE}")
+        end = len(told.rstrip())
+        # A template without an end of turn: the line end is all there is.
+        return start, end if end > at + len(said) else len(told)
+
+    def _by_sentinel(self, messages: list[dict[str, str]], i: int, whole: str) -> tuple[int, int]:
+        """The text of turn `i`: what the sentinel stands for when it takes its place."""
+        model = self._render([*messages[:i], messages[i] | {"content": _SENTINEL}, *messages[i + 1 :]])
+        before, _, after = model.partition(_SENTINEL)
+        end = len(whole) - len(after)
+        if not (whole.startswith(before) and whole.endswith(after)):
+            end = -1
+        if whole[len(before) : end].strip() != messages[i]["content"].strip():
+            raise UserError(f"the chat template changes text of turn {i + 1}: no telling what to train on{_NAME_ONE}")
+        return len(before), end
+
+    def _marked(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and what is inside of `{% generation %}` marks as [start, end) of its characters.
+
+        transformers' `return_assistant_tokens_mask` is made of these; that mask would not say which turn is which.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with self._errors():
+            template = self.tokenizer.get_chat_template()
+            if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+                return self._render(messages), []
+            texts, marks = render_jinja_template(
+                conversations=[messages],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        return texts[0], marks[0]
+
+    def _render(self, messages: list[dict[str, str]], *, asks: bool = False) -> str:
+        with self._errors():
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        if not self.tokenizer.chat_template:
+            raise UserError(f"the tokenizer has no chat template{_NAME_ONE}")
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # whatever jinja raises, or the template itself
+            reason = _visible(first_line(error))[:200]
+            raise UserError(f"the chat template refuses the conversation: {reason}{_NAME_ONE}") from None
+
+
+def show(format: Format, encoded: Encoded, color: bool) -> str:
+    """The example as the model sees it, for a terminal.
+
+    Trained tokens are green, or between ⟦ ⟧; special tokens are inverse when trained, else cyan. A line end is shown as ↵ and
+    taken, every other character that is not printable is escaped: the text is not to be trusted with a terminal.
+    """
+    special = np.isin(encoded.ids, list(format.tokenizer.added_tokens_decoder))
+    kinds = 2 * special + encoded.trained
+    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    # The text of ids[:edge] each time: what a token reads as depends on those before it.
+    upto = [format._backend.decode(encoded.ids[:edge].tolist(), skip_special_tokens=False) for edge in edges]
+    shown = []
+    for edge, before, after in zip(edges, upto, upto[1:]):
+        text, kind = _visible(after[len(before) :], keep="\n"), int(kinds[edge])
+        if color:
+            style = ("", "\x1b[32m", "\x1b[36m", "\x1b[7;32m")[kind]
+            lines = text.replace("\n", "↵\n").split("\n")
+            shown.append("\n".join(f"{style}{line}\x1b[0m" if style and line else line for line in lines))
+        else:
+            text = text.replace("⟦", "\\u27e6").replace("⟧", "\\u27e7").replace("\n", "↵\n")
+            shown.append(f"⟦{text}⟧" if encoded.trained[edge] else text)
+    return "".join(shown).replace("⟧⟦", "")
+
+
+def _visible(text: str, keep: str = "") -> str:
+    """Control characters, and those that turn the direction of text or have no width, as escapes."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def _join(pieces: Iterable[tuple[str, bool]]) -> Rendered:
+    texts, spans, at = [], [], 0
+    for text, trained in pieces:
+        if trained and text:
+            spans.append((at, at + len(text)))
+        texts.append(text)
+        at += len(text)
+    return Rendered("".join(texts), tuple(spans))
