@@ -39,6 +39,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
+    from jaxup.depth.result import caveats
     from jaxup.hub.build import carry_out, check, prepare
     from jaxup.hub.recipe import open_recipe, parse_places
 
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> None:
     recipe = open_recipe(args.recipe, models=parse_places(args.model), revision=args.revision)
     if args.dtype is not None:
         recipe = dataclasses.replace(recipe, plan=dataclasses.replace(recipe.plan, out_dtype=args.dtype))
-    for note in recipe.notes:
+    configs = {name: model.config for name, model in recipe.models.items()}
+    for note in (*recipe.notes, *caveats(recipe.plan, configs)):
         warnings.warn(note, stacklevel=1)
     work = prepare(recipe, max_shard_size=args.max_shard_size, allow_pickle=args.allow_pickle)
     if not args.dry_run:

@@ -85,6 +85,7 @@ def main(argv: list[str]) -> None:
 def report(recipe: Recipe, *, color: bool = False) -> Iterator[str]:
     """The lines that describe a recipe; those on what the models disagree about come last."""
     from jaxup.depth.draw import describe
+    from jaxup.depth.result import caveats
 
     before = " + ".join(str(count) for _, count in recipe.plan.sources)
     yield f"{recipe.name}: {before} -> {recipe.plan.num_layers} layers"
@@ -97,6 +98,7 @@ def report(recipe: Recipe, *, color: bool = False) -> Iterator[str]:
     yield from _sizes(recipe)
     yield ""
     yield from _origins(recipe)
+    yield from caveats(recipe.plan, {name: model.config for name, model in recipe.models.items()})
     yield from _disagreements(recipe)
 
 

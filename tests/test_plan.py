@@ -311,6 +311,14 @@ def test_nothing_is_overwritten_unasked(here, capsys):
     assert DepthPlan.from_yaml((here / "recipe.yaml").read_text()) == recipes.identity("mistral", 56)
 
 
+def test_layers_that_move_under_attention_scaled_by_depth(here, capsys):
+    gpt2 = {"model_type": "gpt2", "n_layer": 4, "n_embd": 8, "n_head": 2, "vocab_size": 9, "n_positions": 8}
+    (here / "scaled").mkdir()
+    (here / "scaled" / "config.json").write_text(json.dumps({**gpt2, "scale_attn_by_inverse_layer_idx": True}))
+    assert "2 layers that move compute something else" in say(capsys, "upscale(scaled, 1:2)")
+    assert "that move" not in say(capsys, "inherit(scaled, 2)")
+
+
 def test_flags(here, capsys):
     for pair in ("mistral", "=mistral", "a="):
         refused("must be NAME=DIR", say, capsys, "identity(a)", "--model", pair)

@@ -69,3 +69,13 @@ def disagreements(
             if field.name == "max_positions" and configs[first].positions == "rope":
                 continue
             yield field.name, (a, first), (b, other)
+
+
+def caveats(plan: DepthPlan, configs: Mapping[str, ModelConfig]) -> Iterator[str]:
+    """What the result computes otherwise than its layers did, although every tensor is as the plan says."""
+    moved = [i for i, row in enumerate(plan.rows) if row.layer != i and not row.zeroed and row.parts]
+    if moved and any(configs[plan.rows[i].source].depth_scaled_attention for i in moved):
+        yield (
+            "attention is scaled by the layer's place (scale_attn_by_inverse_layer_idx): "
+            f"{len(moved)} layers that move compute something else than they did"
+        )
