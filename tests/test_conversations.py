@@ -163,6 +163,10 @@ def test_detection_asks_where_it_cannot_know(tmp_path):
     assert refused(path) == message
     assert list(opened(path, "messages")) == [(U("question 1"), A("answer 1"))]
     assert list(opened(path, "text")) == [(Segment("t", True),)]
+    path = jsonl(tmp_path / "b.jsonl", [asked(1) | sharegpt(("human", "U"), ("gpt", "A"))])
+    assert "both messages and sharegpt" in refused(path)
+    assert list(opened(path, "messages")) == [(U("question 1"), A("answer 1"))]
+    assert list(opened(path, "sharegpt")) == [(U("U"), A("A"))]
     assert refused(path, "massages") == "layout='massages': no such layout; did you mean 'messages'?"
 
 
@@ -469,6 +473,7 @@ def test_a_directory_is_its_files_in_order(tmp_path):
     ("spec", "message"),
     [
         ("missing.jsonl", "no such file or directory: missing.jsonl"),
+        ("~nobody-of-that-name/x", "no such file or directory: ~nobody-of-that-name/x"),
         ("./missing", "no such file or directory: ./missing"),
         ("a.jsonl,,b.jsonl", "no such file or directory: ''"),
         ("", "no such file or directory: ''"),

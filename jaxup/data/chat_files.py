@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from itertools import count, islice
@@ -45,7 +46,7 @@ class File:
 
 
 def find_files(spec: str) -> list[File]:
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))  # leaves an unknown ~user as it is
     if not spec or not path.exists():
         return [_hub_dataset(spec)]
     if path.is_file():

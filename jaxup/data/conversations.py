@@ -17,6 +17,7 @@ import hashlib
 import heapq
 import json
 import math
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -154,7 +155,7 @@ def open_conversations(
 
 
 def _entries(spec: str) -> list[tuple[str, float]]:
-    if Path(spec).expanduser().exists():
+    if Path(os.path.expanduser(spec)).exists():
         return [(spec, 1.0)]
     found = []
     for entry in spec.split(","):

@@ -68,16 +68,14 @@ COLUMNS = {*CONTAINERS, "unmask", *(key for keys in FIELDS.values() for key in k
 
 def fitting(row: Any) -> list[str]:
     """The layouts whose keys `row` has. `text` only when alone: beside another it is that one, rendered."""
-    found = []
+    found: list[str] = []
     if isinstance(row, dict):
         found = [name for name, keys in FIELDS.items() if all(row.get(key) is not None for key in keys)]
-    turns = _turns(row)
-    first = turns[0] if isinstance(turns, list) and turns else None
-    if isinstance(first, dict):
-        found += [name for name, (who, what) in TURN_KEYS.items() if first.get(who) is not None and what in first]
-    elif turns == [] and isinstance(row, dict):  # empty, but of what is plain
-        found.append("messages" if row.get("messages") is not None else "sharegpt")
-    return [name for name in found if name != "text"] or found
+    for turns in _turn_lists(row):
+        found += _turn_layouts(turns)
+    if not found and isinstance(row, dict) and [] in _turn_lists(row):  # of what is plain
+        found = ["messages" if row.get("messages") is not None else "sharegpt"]
+    return [name for name in dict.fromkeys(found) if name != "text"] or found
 
 
 def parse(row: Any, layout: str) -> Conversation | Segments:
@@ -104,17 +102,17 @@ def parse(row: Any, layout: str) -> Conversation | Segments:
 
 
 def _chat(row: Any, layout: str) -> list[Turn]:
-    turns, unmask, system = _turns(row), None, None
+    lists, unmask, system = _turn_lists(row), None, None
     if isinstance(row, dict):
-        if turns is None:
+        if not lists:
             raise BadRow(_missing(CONTAINERS[layout != "messages"], row, row=True))
         unmask, system = row.get("unmask"), row.get("system")
         if unmask not in (None, True, False):
             raise BadRow(f'"unmask" is {_kind(unmask)}, not true or false')
     if (others := fitting(row)) and layout not in others:
         raise BadRow(f"it looks like {others[0]}")
-    said = _turn_list(turns, layout, unmask=bool(unmask), where="turn")
-    return _with_system(system, said)
+    turns = next((turns for turns in lists if layout in _turn_layouts(turns)), lists[0])
+    return _with_system(system, _turn_list(turns, layout, unmask=bool(unmask), where="turn"))
 
 
 def _turn_list(turns: Any, layout: str, *, unmask: bool, where: str) -> list[Turn]:
@@ -247,10 +245,18 @@ def _with_system(system: Any, said: list[Turn]) -> list[Turn]:
     return [Turn("system", text, False), *said]
 
 
-def _turns(row: Any) -> Any:
-    if isinstance(row, dict):
-        row = next((row[key] for key in CONTAINERS if row.get(key) is not None), None)
-    return _rows_of(row)
+def _turn_lists(row: Any) -> list[Any]:
+    """What stands under each container that `row` has; a row that is no object is the list itself."""
+    held = [row[key] for key in CONTAINERS if row.get(key) is not None] if isinstance(row, dict) else [row]
+    return [_rows_of(value) for value in held]
+
+
+def _turn_layouts(turns: Any) -> list[str]:
+    """By the keys of the first turn."""
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if not isinstance(first, dict):
+        return []
+    return [name for name, (who, what) in TURN_KEYS.items() if first.get(who) is not None and what in first]
 
 
 def _rows_of(value: Any) -> Any:
