@@ -268,8 +268,8 @@ class TemplateFormat(Format):
         if not self._asks:
             # What is before the text is a header, unless it is blank.
             model = self._render([*messages[:i], {"role": "assistant", "content": _SENTINEL}])
-            if len(header := model[start:].partition(_SENTINEL)[0]).strip():
-                start += len(header)
+            header = model[start:].partition(_SENTINEL)[0]
+            start += len(header) if header.strip() else 0
         at = told.find(said, start)
         if at < 0:
             raise UserError(f"the chat template changes or leaves out text of {turn}{_NAME_ONE}")
@@ -327,8 +327,8 @@ class TemplateFormat(Format):
 def show(format: Format, encoded: Encoded, color: bool) -> str:
     """The example as the model sees it, for a terminal.
 
-    Trained tokens are green, or between ⟦ ⟧; special tokens are inverse when trained, else cyan. A line end is shown as ↵ and
-    taken, every other character that is not printable is escaped: the text is not to be trusted with a terminal.
+    Trained tokens are green, or between ⟦ ⟧; special tokens are inverse if trained, else cyan. A line end is ↵ and
+    a line end, other characters that are not printable are escaped: the text is not to be trusted with a terminal.
     """
     special = np.isin(encoded.ids, list(format.tokenizer.added_tokens_decoder))
     kinds = 2 * special + encoded.trained
