@@ -211,6 +211,7 @@ WRONG = [
     ("messages", 3, "turns are a number, not a list"),
     ("messages", messages(("user", "U"), AN_A, unmask="yes"), '"unmask" is text, not true or false'),
     ("messages", messages(("system", "S"), ("user", "U"), AN_A, system="T"), '"system" and a first turn of the'),
+    ("sharegpt", {"prompt": "U", "generation": "A"}, 'no "conversations"; it looks like metharme'),
     ("sharegpt", sharegpt(("humn", "U")), "turn 1: 'humn' is no role; did you mean 'human'?"),
     ("alpaca", {"instruction": "I", "output": ""}, "turn 2, the assistant's, is empty"),
     ("prompt_completion", {"prompt": "U", "generation": "A"}, 'no "completion"; it looks like metharme'),
@@ -287,7 +288,7 @@ def test_any_json_is_a_conversation_or_a_bad_row(row):
 
 
 def test_the_place_of_a_bad_row_is_its_line(tmp_path):
-    rows = [asked(1), "", asked(2), "   ", {"text": "t"}, asked(3)]
+    rows = ["\ufeff" + json.dumps(asked(1)), "", asked(2), "   ", {"text": "t"}, asked(3)]
     path = jsonl(tmp_path / "a.jsonl", rows)
     message = f'{path}:5: row 3 is not messages: no "messages"; it looks like text'
     conversations = iter(opened(path))
@@ -399,7 +400,9 @@ def test_a_json_list_is_read_as_the_lines_would_be(tmp_path, monkeypatch, indent
         ("[1, 2]", ":1: row 1 is of no layout; known: messages, "),
     ],
 )
-def test_a_broken_json_list(tmp_path, text, wrong):
+@pytest.mark.parametrize("characters", [1, 2**20])
+def test_a_broken_json_list(tmp_path, monkeypatch, characters, text, wrong):
+    monkeypatch.setattr(chat_files, "JSON_CHARACTERS", characters)
     path = tmp_path / "a.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     assert refused(str(path)).startswith(f"{path}{wrong}")
@@ -438,6 +441,8 @@ def test_datasets_round_trip(tmp_path):
     plain = jsonl(tmp_path / "a.jsonl", CONTENT)
     single = datasets.Dataset.from_list([row | {"score": 0.5} for row in CONTENT])
     single.save_to_disk(tmp_path / "single")
+    (file,) = chat_files.find_files(str(tmp_path / "single"))
+    assert {key for row in file.rows() for key in row.value} == {"messages"}, "columns of no layout are decoded"
     found = opened(str(tmp_path / "single"))
     assert list(found) == list(opened(plain))
     assert found.layouts == {str(tmp_path / "single"): "messages"}
@@ -465,6 +470,18 @@ def test_a_directory_is_its_files_in_order(tmp_path):
     found = opened(str(data))
     assert found.layouts == {str(data / name): "messages" for name in ("a/z.jsonl", "b.jsonl")}
     assert [turns[0].text for turns in found] == ["a/z.jsonl"] * 5 + ["b.jsonl"] * 5
+    # All the while another entry goes on: nine of its rows between two of these.
+    other = jsonl(tmp_path / "other.jsonl", [messages(("user", "other"), ("assistant", "A"))] * 100)
+    at = [i for i, turns in enumerate(opened([(str(data), 1), (other, 1)])) if turns[0].text != "other"]
+    assert all(8 <= later - earlier <= 14 for earlier, later in itertools.pairwise(at)), at
+    # Each file has a choice of its own.
+    for name in ("a/z.jsonl", "b.jsonl"):
+        jsonl(data / name, [messages(("user", name), ("assistant", str(n))) for n in range(50)])
+    halves = [
+        {turns[1].text for turns in opened([(str(data), 0.5)]) if turns[0].text == name}
+        for name in ("a/z.jsonl", "b.jsonl")
+    ]
+    assert len(halves[0] & halves[1]) < min(map(len, halves)), halves
     (tmp_path / "none").mkdir()
     assert "no chat data in this directory" in refused(str(tmp_path / "none"))
 

@@ -291,7 +291,7 @@ def _text(value: Any, where: str) -> str:
 def _missing(key: str, holder: dict[str, Any], *, row: bool = False) -> str:
     """What to say of a turn, a segment or a whole row without `key`."""
     keys = [str(name) for name, value in holder.items() if value is not None]
-    # A key that belongs to a layout is no slip of the pen.
+    # A key of another layout is no slip of the pen, near as generation is to conversations.
     if near := difflib.get_close_matches(key, [name for name in keys if name not in COLUMNS], n=1):
         return f'no "{key}"; is {_shown(near[0])} meant?'
     if row and (others := fitting(holder)):
