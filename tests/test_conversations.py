@@ -527,10 +527,20 @@ def test_hub_datasets_are_loaded_by_name(tmp_path, monkeypatch):
     assert 'a dataset needs datasets; pip install "jaxup[data]"' in refused("some/chats")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_may_not_be_read(tmp_path):
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", [asked(1)])
-    os.chmod(path, 0)
+    conversations = opened(path)
+    os.remove(path)
+    for read in (list, lambda c: c.check_all()):
+        with pytest.raises(UserError) as error:
+            read(conversations)
+        assert str(error.value) == f"{path}: No such file or directory"
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    jsonl(tmp_path / "a.jsonl", [asked(1)])
+    monkeypatch.setattr(chat_files, "_file_hash", denied)
     assert refused(path) == f"{path}: Permission denied"
 
 
