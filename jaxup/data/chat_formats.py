@@ -291,7 +291,8 @@ class TemplateFormat(Format):
     def _marked(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """The text, and what is inside of `{% generation %}` marks as [start, end) of its characters.
 
-        transformers' `return_assistant_tokens_mask` is made of these; that mask would not say which turn is which.
+        transformers' `return_assistant_tokens_mask` is made of these. That mask would not say which turn is which, and
+        loses replies that begin with a blank where the tokenizer trims its offsets.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
