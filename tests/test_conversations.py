@@ -540,7 +540,7 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     jsonl(tmp_path / "a.jsonl", [asked(1)])
-    monkeypatch.setattr(chat_files, "_file_hash", denied)
+    monkeypatch.setattr(chat_files, "file_hash", denied)
     assert refused(path) == f"{path}: Permission denied"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxup.data.layouts import COLUMNS, LAYOUTS
-from jaxup.data.sources import PATH_SUFFIXES, _file_hash
+from jaxup.data.sources import PATH_SUFFIXES, file_hash
 from jaxup.errors import UserError, first_line, suggest
 
 MIB = 2**20
@@ -71,7 +71,7 @@ def _file(path: Path, name: str) -> File:
     if not size:
         raise UserError(f"{path}: no rows: the file is empty")
     rows = functools.partial(_READERS[path.suffix], path)
-    return File(path=str(path), name=name, size=size, hash=_file_hash(path), rows=rows)
+    return File(path=str(path), name=name, size=size, hash=file_hash(path), rows=rows)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:

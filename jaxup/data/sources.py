@@ -145,7 +145,7 @@ def _file_source(spec: str, root: Path, paths: list[Path], val_fraction: float, 
     files = tuple((path.relative_to(root).as_posix(), path) for path in paths)
     fingerprint = hashlib.blake2b(digest_size=16)
     for file_name, path in files:
-        fingerprint.update(f"{file_name}\0{_file_hash(path)}\0".encode(errors="replace"))
+        fingerprint.update(f"{file_name}\0{file_hash(path)}\0".encode(errors="replace"))
     return FileSource(
         spec=spec,
         name=name or safe_name(paths[0].stem if len(paths) == 1 else root.resolve().name),
@@ -165,7 +165,7 @@ def _text_files(directory: Path) -> list[Path]:
     return sorted(paths, key=lambda path: path.relative_to(directory).as_posix())
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with path.open("rb") as file:
@@ -351,7 +351,7 @@ def _token_source(spec: str, directory: Path) -> Source:
     return TokenSource(
         spec=spec,
         name=safe_name(directory.resolve().name),
-        fingerprint=hashlib.blake2b("".join(map(_file_hash, paths.values())).encode(), digest_size=16).hexdigest(),
+        fingerprint=hashlib.blake2b("".join(map(file_hash, paths.values())).encode(), digest_size=16).hexdigest(),
         val_fraction=None,
         seed=None,
         is_tokens=True,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,7 @@ class SplitStack:
         leaves, structure = jax.tree_util.tree_flatten_with_path(like)
         paths = [leaf_path(keys) for keys, _ in leaves]
         kinds = list(zip(*(self.masks[path].tolist() for path in paths), strict=True))  # of each layer, what trains
+        keep = _all_but_params(self.frozen.values())
         places = {path: _ranks(self.masks[path]) for path in paths}  # of each layer, its row in its stack
 
         def layers(carry: Carry, first: jax.Array, count: int, kind: tuple[bool, ...], rows: dict[str, jax.Array]):
@@ -64,7 +65,7 @@ class SplitStack:
                 ]
                 return step(carry, (jax.tree.unflatten(structure, block), layer, full_L[layer]))
 
-            body = jax.checkpoint(body, policy=policy or self._keep)
+            body = jax.checkpoint(body, policy=policy or keep)
             return jax.lax.scan(body, carry, (rows, first + jnp.arange(count)))[0]
 
         def group(carry: Carry, first: jax.Array, pattern: Sequence[tuple[tuple[bool, ...], int]], rows):
@@ -97,11 +98,16 @@ class SplitStack:
     def _frozen_row(self, path: str, row: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(self.frozen[path], row, keepdims=False)
 
-    def _keep(self, primitive: Any, *operands: Any, **params: Any) -> bool:
-        """A policy of `jax.checkpoint`: keep all but frozen rows and what only moves or casts one of them."""
-        sizes = {math.prod(leaf.shape[1:]) for leaf in self.frozen.values()}
-        moved = primitive.name in ("reshape", "convert_element_type", "transpose", "squeeze", "copy")
-        return primitive.name != "dynamic_slice" and not (moved and math.prod(operands[0].shape) in sizes)
+
+def _all_but_params(stacks: Iterable[Any]) -> Callable[..., bool]:
+    """A policy of `jax.checkpoint`: keep all of a layer but its parameters, of [rows, ...] stacks, cast or reshaped."""
+    sizes = {math.prod(leaf.shape[1:]) for leaf in stacks}
+
+    def policy(primitive: Any, *operands: Any, **params: Any) -> bool:
+        moves = primitive.name in ("reshape", "convert_element_type", "transpose", "squeeze", "copy")
+        return primitive.name != "dynamic_slice" and not (moves and math.prod(operands[0].shape) in sizes)
+
+    return policy
 
 
 def leaf_path(keys: Any) -> str:
