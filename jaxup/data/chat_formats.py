@@ -86,8 +86,7 @@ SPELLINGS = {
     "chatml": Spelling("", (_CHATML, "<|im_end|>\n"), (_CHATML, "<|im_end|>\n"), _CHATML, "", "<|im_end|>", "\n",
                        special=("<|im_start|>", "<|im_end|>")),
     "alpaca": Spelling("{bos}", ("", ""), ("\n\n### Instruction:\n", ""), "\n\n### Response:\n", "", "{eos}",
-                       default_system="Below is an instruction that describes a task. Write a response that"
-                       " appropriately completes the request."),
+                       default_system=ALPACA_PREAMBLE),
 }  # fmt: skip
 ALIASES = {"mistral": "mistral-v3", "llama3": "llama-3"}
 
