@@ -17,8 +17,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import jaxtyping
 import pytest
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("jaxup", deadline=None)
+hypothesis.settings.load_profile("jaxup")
 
 jaxtyping.install_import_hook("jaxup", "beartype.beartype")
 

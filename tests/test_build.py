@@ -210,14 +210,14 @@ def check_case(tmp_path_factory, case, sparse):
         shutil.rmtree(root)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=15, derandomize=True, database=None, phases=[Phase.generate])
 @given(cases(), st.booleans())
 def test_any_plan_is_a_loop_over_layers(tmp_path_factory, case, sparse):
     check_case(tmp_path_factory, case, sparse)
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, database=None)
+@settings(max_examples=400, database=None)
 @given(cases(), st.booleans())
 def test_many_plans_are_loops_over_layers(tmp_path_factory, case, sparse):
     check_case(tmp_path_factory, case, sparse)

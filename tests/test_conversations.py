@@ -272,7 +272,7 @@ json_values = st.recursive(
 KEYS = "messages conversations unmask system prompt generation completion text segments instruction output history"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(row=json_values | st.dictionaries(st.sampled_from(KEYS.split()), json_values, max_size=4))
 def test_any_json_is_a_conversation_or_a_bad_row(row):
     assert set(fitting(row)) <= set(LAYOUTS)

@@ -329,7 +329,7 @@ class FakeRows(Rows):
         return (np.asarray(indices)[:, None] * self.seq_len + np.arange(self.seq_len + 1)).astype(np.int32)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**63), st.floats(0.0, 1.0))
 def test_every_epoch_visits_each_row_once(count, batch_size, seed, part):
     used = max(1, round(part * count))
@@ -417,7 +417,7 @@ def test_fields_without_isolation():
     assert batch["loss_weights"].all()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=8, max_size=8), min_size=1, max_size=5))
 def test_isolation_against_a_naive_loop(rows):
     table = np.array(rows, np.int32)

@@ -114,7 +114,7 @@ def plans(draw, names=names, filters=filters, values=values, max_rows=8, sources
     return DepthPlan(tuple(rows), **ends, sources=tuple(sources.items()), scales=scales)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(plans(st.sampled_from("abc"), max_rows=3), st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]))
 def test_apply_is_a_loop_over_rows(plan, dtype):
     sources = {name: tree(n, dtype, seed) for seed, (name, n) in enumerate(plan.sources)}
@@ -130,7 +130,7 @@ chains = finite | st.lists(finite, min_size=1, max_size=3).map(tuple)
 dtypes = st.sampled_from([None, "float32", "bfloat16", "float16"])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(plans(filters=st.text(max_size=5) | filters, values=chains), st.floats(0, 1), dtypes, dtypes)
 def test_yaml_round_trip(plan, noise, dtype, out_dtype):
     rows = (row if row.scales or row.layer % 2 else dataclasses.replace(row, noise=noise) for row in plan.rows)
@@ -459,7 +459,7 @@ def test_plans_need_no_jax():
     assert set(ALL_PARTS) == {*PARTS, *ENDS}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_plan_on_the_result_of_a_plan_is_a_plan_on_the_originals(data):
     """Bit for bit in numpy's arithmetic: products rounded to bfloat16 twice are not rounded once."""

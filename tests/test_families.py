@@ -119,7 +119,7 @@ scalings = st.none() | st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@settings(max_examples=50, derandomize=True, database=None)
 @given(st.data())
 def test_random_configs_round_trip(data):
     def draw(**strategies):

@@ -152,7 +152,7 @@ def recipes(draw):
     return scaled({"merge_method": "passthrough", **recipe})
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(recipes(), st.booleans())
 def test_a_recipe_means_what_it_means_to_mergekit(recipe, flow):
     text = yaml.safe_dump(recipe, default_flow_style=flow)

@@ -114,7 +114,7 @@ def test_pruning():
 # ---- any numbers
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_repeats_are_a_loop(data):
     layers = data.draw(st.integers(1, 12))
@@ -283,7 +283,7 @@ def test_line_refusals(line, message):
     refused(message, lambda: parse(line).plan(56))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.text("upscaleinheritdrop(),:=[]'\"\\ 0123456789.-mé\0", max_size=40) | st.text(max_size=20))
 def test_any_line_is_a_recipe_or_refused(text):
     """Within a call too: what fails, fails with a place in the line."""
@@ -339,7 +339,7 @@ def test_describe_nemoria():
     ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["original", "copy", "zeroed"])), min_size=1, max_size=40))
 def test_the_table_says_where_every_layer_comes_from(layers):
     """The table, unfolded by its own words, is the plan again."""
