@@ -40,8 +40,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     from jaxup.depth.result import caveats
-    from jaxup.hub.build import carry_out, check, prepare
+    from jaxup.hub.build import carry_out, check_place, prepare
     from jaxup.hub.recipe import open_recipe, parse_places
+    from jaxup.hub.staging import check_space
 
     signal.signal(signal.SIGTERM, _stop)
     out = Path(args.out).expanduser()
@@ -52,12 +53,11 @@ def main(argv: list[str]) -> None:
     for note in (*recipe.notes, *caveats(recipe.plan, configs)):
         warnings.warn(note, stacklevel=1)
     work = prepare(recipe, max_shard_size=args.max_shard_size, allow_pickle=args.allow_pickle)
-    if not args.dry_run:
-        check(work, out, force=args.force, sparse=args.sparse)
+    check_place(work, out, force=args.force)
     print(recipe.plan.describe())
     if args.dry_run:
         print(f"\n{work.describe(out, args.sparse)}", flush=True)
-        check(work, out, force=args.force, sparse=args.sparse)
+        check_space(out.absolute().parent, out, work.needed(args.sparse))
         return
     built = carry_out(work, out, sparse=args.sparse, force=args.force, verify=args.verify, progress=True)
     print(f"\nwrote {out}: {built}", flush=True)

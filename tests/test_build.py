@@ -681,6 +681,9 @@ def test_the_command(tmp_path, capsys):
     plan = simple(4, [0, 1, (1, ZEROED)])
     file = plan_file(tmp_path / "plan.yaml", plan)
     main(file, tmp_path / "out", f"--model=m={path}", "--dry-run")
+    refused(
+        lambda: main(file, tmp_path / "no" / "out", f"--model=m={path}", "--dry-run"), "its parent is not a directory"
+    )
     said = capsys.readouterr().out
     assert "3 layers" in said
     assert "zero: 2 tensors" in said

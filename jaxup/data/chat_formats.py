@@ -23,6 +23,7 @@ special token becomes that token. Of both there is one warning.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import re
@@ -32,15 +33,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jaxup.data.chat_templates import ALPACA_PREAMBLE
 from jaxup.data.layouts import Conversation, Segment, Segments, Turn
 from jaxup.errors import UserError, first_line, suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ALPACA_PREAMBLE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
 
 
 class Encoded(NamedTuple):
@@ -113,7 +111,7 @@ def open_format(name: str | None, tokenizer: PreTrainedTokenizerBase) -> Format:
     return NamedFormat(name, tokenizer)
 
 
-class Format:
+class Format(abc.ABC):
     """`encode` is `render` and `tokenize`, which are apart so that many can be tokenised at once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -162,8 +160,8 @@ class Format:
             self._warned.add(about)
             warnings.warn(f"chat format: {message}; said once", stacklevel=4)
 
-    def _render_turns(self, turns: Conversation) -> Rendered:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _render_turns(self, turns: Conversation) -> Rendered: ...
 
     def _render_segments(self, segments: Segments) -> Rendered:
         """The pieces as they are, between one BOS and one EOS; those that the text has itself count."""
@@ -327,8 +325,8 @@ class TemplateFormat(Format):
 def show(format: Format, encoded: Encoded, color: bool) -> str:
     """The example as the model sees it, for a terminal.
 
-    Trained tokens are green, or between ⟦ ⟧; special tokens are inverse if trained, else cyan. A line end is ↵ and
-    a line end, other characters that are not printable are escaped: the text is not to be trusted with a terminal.
+    Trained tokens are green, or between ⟦ ⟧; special tokens are inverse if trained, else cyan. Lines end in ↵, and
+    other characters that are not printable are escaped: the text is not to be trusted with a terminal.
     """
     special = np.isin(encoded.ids, list(format.tokenizer.added_tokens_decoder))
     kinds = 2 * special + encoded.trained

@@ -10,6 +10,10 @@ _WITH_SYSTEM = (
     "{% else %}{% set system = '' %}{% endif %}"
 )
 
+ALPACA_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+
 TEMPLATES = {
     # OpenAI's: <|im_start|>role\ntext<|im_end|>\n
     "chatml": _LOOP + "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -31,8 +35,8 @@ TEMPLATES = {
     " + message['content'] | trim + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
     # Taori et al. 2023
-    "alpaca": "{{ bos_token }}" + _WITH_SYSTEM + "{{ system or 'Below is an instruction that describes a task. Write a"
-    " response that appropriately completes the request.' }}" + _LOOP + "{% if message['role'] == 'user' %}"
+    "alpaca": "{{ bos_token }}" + _WITH_SYSTEM + "{{ system or '" + ALPACA_PREAMBLE + "' }}" + _LOOP
+    + "{% if message['role'] == 'user' %}"
     "{{ '\\n\\n### Instruction:\\n' + message['content'] }}{% else %}"
     "{{ '\\n\\n### Response:\\n' + message['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}",

@@ -77,7 +77,6 @@ def add_noise(plan: DepthPlan, params: Params, init: Params) -> Params:
 
     A kernel becomes (1 - noise) * inherited + noise * new, in float32, rounded to its own dtype.
     """
-    noises = np.array([row.noise for row in plan.rows], np.float32)
 
     def mix(keys: Any, leaf: Any, new: Any) -> Any:
         path = _path(keys)
@@ -88,8 +87,6 @@ def add_noise(plan: DepthPlan, params: Params, init: Params) -> Params:
         mixed = (1 - noise) * leaf.astype(jnp.float32) + noise * new.astype(jnp.float32)
         return jnp.where(noise == 0, leaf, mixed.astype(leaf.dtype))
 
-    if not noises.any():
-        return params
     return params | {"blocks": jax.tree_util.tree_map_with_path(mix, params["blocks"], init["blocks"])}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Mapping
 
-from jaxup.depth.plan import BLOCK_PATHS, END_PATHS, ENDS, PARTS, DepthPlan, Row, Scales, simplest_scales
+from jaxup.depth.plan import BLOCK_PATHS, END_PATHS, ENDS, PARTS, DepthPlan, Row, Scales, factors_of, simplest_scales
 from jaxup.errors import UserError
 
 Factors = tuple[float, ...]
@@ -77,8 +77,7 @@ def _chain(first: Factors, second: Factors) -> Factors:
 def _scales(factors: Mapping[str, Factors], *as_written: Scales) -> Scales:
     """Scales that give these factors: those of one of the plans if they do."""
     for scales in ((), *as_written):
-        row = Row("any", 0, scales=scales)
-        if all(row.factors(path) == value for path, value in factors.items()):
+        if all(factors_of(scales, path) == value for path, value in factors.items()):
             return scales
     return simplest_scales(factors)
 

@@ -91,7 +91,7 @@ class Row:
 
     def factors(self, path: str) -> tuple[float, ...]:
         """What multiplies the parameter at `path` inside the block: () nothing, (0.0,) it is zero."""
-        return _factors(self.scales, path)
+        return factors_of(self.scales, path)
 
     def inherits(self, path: str) -> bool:
         """Whether the parameter at `path` inside the block comes from the source."""
@@ -171,7 +171,7 @@ class DepthPlan:
 
     def factors(self, path: str) -> tuple[float, ...]:
         """What multiplies the parameter at `path`, one of END_PATHS."""
-        return _factors(self.scales, path)
+        return factors_of(self.scales, path)
 
     def head(self, tied: Mapping[str, bool]) -> tuple[str, str | None] | None:
         """The head of the result: (which parameter, of which source); None if it is tied to the embedding.
@@ -286,7 +286,8 @@ def _scales(scales: Sequence[tuple[str, float | Sequence[float]]]) -> Scales:
     return tuple(result)
 
 
-def _factors(scales: Scales, path: str) -> tuple[float, ...]:
+def factors_of(scales: Scales, path: str) -> tuple[float, ...]:
+    """What scales multiply the parameter at `path` with: () nothing, (0.0,) it is zero."""
     value = next((value for filter, value in scales if filter == "*" or filter in path), 1.0)
     factors = value if isinstance(value, tuple) else (value,)
     return () if factors == (1.0,) else factors

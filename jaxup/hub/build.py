@@ -201,8 +201,8 @@ def build(
     return carry_out(work, out, sparse=sparse, force=force, verify=verify, progress=progress)
 
 
-def check(work: Work, out: Path, *, force: bool, sparse: bool) -> None:
-    """UserError if `out` cannot be written: it overlaps with a source, exists, or is too large for the disk."""
+def check_place(work: Work, out: Path, *, force: bool) -> None:
+    """UserError if nothing can be written at `out`: it overlaps with a source, exists, or has no parent."""
     there = out.resolve()
     for model in work.recipe.models.values():
         here = Path(model.path).expanduser()
@@ -211,7 +211,6 @@ def check(work: Work, out: Path, *, force: bool, sparse: bool) -> None:
     check_replaceable(Path(os.path.abspath(out)), force, MARKS)
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: its parent is not a directory")
-    check_space(out.absolute().parent, out, work.needed(sparse))
 
 
 def carry_out(
@@ -219,7 +218,8 @@ def carry_out(
 ) -> Built:
     """The second half of `build`."""
     began, plan = time.monotonic(), work.recipe.plan
-    check(work, out, force=force, sparse=sparse)
+    check_place(work, out, force=force)
+    check_space(out.absolute().parent, out, work.needed(sparse))
     for name, checkpoint in work.checkpoints.items():
         if name in (plan.embed_tokens, plan.lm_head):
             _check_tied(checkpoint)

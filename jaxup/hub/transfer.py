@@ -41,18 +41,21 @@ from jaxup.progress import Progress
 
 _READ_AHEAD = 64 * 2**20  # bytes
 
+_Origins = Mapping[str, tuple[str, str | None] | None]  # see `_origins`
+
 
 def transfer(
     plan: DepthPlan, config: ModelConfig, checkpoints: Mapping[str, Checkpoint], shardings: Mapping[str, Any],
     dtype: str | None, *, strict: bool, progress: bool,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """The leaves, by dotted path, of what `plan` makes of the checkpoints: a model of `config`; see `load`."""
-    moves = list(_moves(plan, config, checkpoints))
+    origins = _origins(plan, checkpoints)
+    moves = list(_moves(plan, config, checkpoints, origins))
     alone = jax.process_count() == 1
     # Elsewhere a process would have to read what belongs to others.
     digests = [_in_background(checkpoint.check_digests) for checkpoint in checkpoints.values()] if alone else []
-    casts = _casts(plan, shardings, checkpoints, dtype)
-    fresh = _fresh(plan, config, shardings, casts, _origins(plan, checkpoints))
+    casts = _casts(plan, shardings, checkpoints, origins, dtype)
+    fresh = _fresh(plan, config, shardings, casts, origins)
     sharding = next(iter(shardings.values()))
     on_host = isinstance(sharding, SingleDeviceSharding) and next(iter(sharding.device_set)).platform == "cpu"
     target = (_Host if on_host else _Devices)(plan, config, shardings, casts, fresh)
@@ -89,9 +92,11 @@ class _Move(NamedTuple):
     targets: tuple[tuple[str, int | None, int, tuple[float, ...]], ...]
 
 
-def _moves(plan: DepthPlan, config: ModelConfig, checkpoints: Mapping[str, Checkpoint]) -> Iterator[_Move]:
+def _moves(
+    plan: DepthPlan, config: ModelConfig, checkpoints: Mapping[str, Checkpoint], origins: _Origins
+) -> Iterator[_Move]:
     """What is to be read, in the order in which it lies in the files."""
-    leaves, origins = param_shapes(config), _origins(plan, checkpoints)
+    leaves = param_shapes(config)
     placed = collections.defaultdict(list)
     for position, row in enumerate(plan.rows):
         placed[row.source, row.layer].append((position, row))
@@ -115,7 +120,7 @@ def _moves(plan: DepthPlan, config: ModelConfig, checkpoints: Mapping[str, Check
                 yield _Move(checkpoint, as_head(tensor), info, ((path, None, 0, plan.factors(path)),))
 
 
-def _origins(plan: DepthPlan, checkpoints: Mapping[str, Checkpoint]) -> dict[str, tuple[str, str | None] | None]:
+def _origins(plan: DepthPlan, checkpoints: Mapping[str, Checkpoint]) -> _Origins:
     """For each end of the result, the parameter and the source that it is; None for a tied head."""
     tied = {name: checkpoint.config.tie_embeddings for name, checkpoint in checkpoints.items()}
     return {end: (end, getattr(plan, end)) for end in ENDS} | {"lm_head": plan.head(tied)}
@@ -134,10 +139,10 @@ class _Casts(NamedTuple):
 
 
 def _casts(
-    plan: DepthPlan, paths: Iterable[str], checkpoints: Mapping[str, Checkpoint], dtype: str | None
+    plan: DepthPlan, paths: Iterable[str], checkpoints: Mapping[str, Checkpoint], origins: _Origins, dtype: str | None
 ) -> dict[str, _Casts]:
     stored = {name: reader.common_dtypes(checkpoint.tensors) for name, checkpoint in checkpoints.items()}
-    origins, casts = _origins(plan, checkpoints), {}
+    casts = {}
     for path in paths:
         inside = path.removeprefix("blocks.")
         if inside == path:
@@ -154,7 +159,7 @@ def _casts(
 
 def _fresh(
     plan: DepthPlan, config: ModelConfig, shardings: Mapping[str, Any], casts: Mapping[str, _Casts],
-    origins: Mapping[str, tuple[str, str | None] | None],
+    origins: _Origins,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """Newly initialised leaves of which the plan inherits nothing, or not in every layer."""
     paths = {path for path in shardings if _is_fresh(plan, path, origins)}
@@ -176,7 +181,7 @@ def _fresh(
     return jax.jit(make, out_shardings={path: shardings[path] for path in paths})()
 
 
-def _is_fresh(plan: DepthPlan, path: str, origins: Mapping[str, tuple[str, str | None] | None]) -> bool:
+def _is_fresh(plan: DepthPlan, path: str, origins: _Origins) -> bool:
     inside = path.removeprefix("blocks.")
     if inside == path:
         return origins[path.split(".")[0]][1] is None

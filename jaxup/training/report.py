@@ -65,13 +65,7 @@ def plot_validation(directory: Path, title: str, results: Sequence[Result], reco
         xytext=(0, -11), fontsize=8, color="0.4",
     )  # fmt: skip
     axes.set(xlabel="steps", ylabel="validation loss (nats per token)", title=title)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    path = directory / "plots" / "validation_loss.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
-    return path
+    return _saved(figure, directory / "plots" / "validation_loss.png")
 
 
 def plot_layers(directory: Path, title: str, results: Sequence[Result]) -> Path:
@@ -101,9 +95,15 @@ def plot_layers(directory: Path, title: str, results: Sequence[Result]) -> Path:
     axes.set(xlabel="layers", ylabel="final validation loss (nats per token)", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(y=0.12)
+    return _saved(figure, directory / "plots" / "loss_by_layers.png")
+
+
+def _saved(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    (axes,) = figure.axes
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    path = directory / "plots" / "loss_by_layers.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=140)
     plt.close(figure)
