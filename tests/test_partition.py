@@ -16,7 +16,7 @@ from jaxup.depth.recipes import interleave
 from jaxup.model.config import Compute
 from jaxup.model.decoder import abstract
 from jaxup.model.stack import _patterns
-from jaxup.training.partition import join, make_hidden, split
+from jaxup.training.partition import Partition
 from jaxup.training.step import StepConfig, TrainState, make_train_step
 
 
@@ -50,22 +50,22 @@ def test_loss_and_gradients_are_those_of_the_whole_model(case):
     config, plan = deep(config, len(roles)), plan_of(roles)
     params, tokens = noisy(config), tokens_for(config)
     masks = trainable(plan, params, **select)
-    hidden, (graphdef, _) = make_hidden(config, compute, masks), abstract(config, compute)
+    partition, (graphdef, _) = Partition(config, compute, masks), abstract(config, compute)
 
     def whole(params, tokens):
         decoder = nnx.merge(graphdef, params)
         return total(decoder.hidden(tokens), decoder.head_kernel())
 
     def parts(trained, frozen, tokens):
-        decoder, x_BSD = hidden(trained, frozen, tokens)
+        decoder, x_BSD = partition.hidden(trained, frozen, tokens)
         return total(x_BSD, decoder.head_kernel())
 
-    trained, frozen = split(params, masks)
-    jax.tree.map(np.testing.assert_array_equal, join(trained, frozen, masks), params)
+    trained, frozen = partition.split(params)
+    jax.tree.map(np.testing.assert_array_equal, partition.join(trained, frozen), params)
     value, grads = jax.jit(jax.value_and_grad(whole))(params, tokens)
     got, got_grads = jax.jit(jax.value_and_grad(parts))(trained, frozen, tokens)
     np.testing.assert_allclose(got, value, rtol=1e-5)
-    want_grads, _ = split(grads, masks)
+    want_grads, _ = partition.split(grads)
     assert jax.tree.structure(got_grads) == jax.tree.structure(want_grads)
     # Relative to the largest gradient: sums of float32 in another order.
     scale = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads))
@@ -78,18 +78,19 @@ def test_a_step_trains_what_it_is_told_to_and_keeps_every_other_bit():
     config, plan = deep(LLAMA, 4), plan_of("00z0")
     params = noisy(config)
     masks = trainable(plan, params, layers="copies", parameters="o_proj|down_proj|norm")
-    trained, frozen = split(params, masks)
+    partition = Partition(config, Compute(), masks)
+    trained, frozen = partition.split(params)
     tokens = jnp.asarray(tokens_for(config))
     batch = {"tokens": tokens, "targets": tokens[:, ::-1], "loss_weights": jnp.ones(tokens.shape)}
     # Plain descent: Adam's first step would be the sign of the gradient, however wrong its size.
     optimizer, options = optax.sgd(0.1), StepConfig(accumulation=2, loss_chunk=5, z_loss=0.0)
     state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jnp.bool_(False))
-    step = jax.jit(make_train_step(config, Compute(), optimizer, options, masks), donate_argnums=0)
+    step = jax.jit(make_train_step(config, Compute(), optimizer, options, partition), donate_argnums=0)
     whole = optax.chain(optax.sgd(0.1), only(masks))
     all_state = TrainState(params, whole.init(params), jnp.int32(0), jnp.bool_(False))
     state, metrics = step(jax.tree.map(jnp.copy, state), batch, frozen)
     all_state, all_metrics = jax.jit(make_train_step(config, Compute(), whole, options))(all_state, batch)
-    after = join(state.params, frozen, masks)
+    after = partition.join(state.params, frozen)
 
     def check(path, mask, old, new, want):
         old, new, want, mask = (np.broadcast_to(np.asarray(a), old.shape) for a in (old, new, want, mask))
@@ -106,11 +107,11 @@ def test_what_is_frozen_has_no_gradient_and_is_not_copied():
     config, plan = dataclasses.replace(LLAMA, num_layers=9, hidden_size=64, intermediate_size=512), plan_of("z00000000")
     shapes = abstract(config)[1]
     masks = trainable(plan, shapes, layers="copies")
-    trained, frozen = jax.eval_shape(lambda params: split(params, masks), shapes)
-    hidden = make_hidden(config, Compute(), masks)
+    partition = Partition(config, Compute(), masks)
+    trained, frozen = jax.eval_shape(partition.split, shapes)
 
     def loss(trained, frozen, tokens):
-        return jnp.sum(hidden(trained, frozen, tokens)[1])
+        return jnp.sum(partition.hidden(trained, frozen, tokens)[1])
 
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     memory = jax.jit(jax.grad(loss)).lower(trained, frozen, tokens).compile().memory_analysis()

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx, traverse_util
 
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
 from jaxup.training.loss import cross_entropy
-from jaxup.training.partition import Masks, make_hidden
+from jaxup.training.partition import Partition
 
 # tokens, targets, loss_weights; if packed, segment_ids and positions; with several processes, stop.
 Batch = dict[str, jax.Array]
@@ -42,18 +41,18 @@ class StepConfig:
 
 def make_train_step(
     model: ModelConfig, compute: Compute, optimizer: optax.GradientTransformation, config: StepConfig,
-    masks: Masks | None = None,
+    partition: Partition | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """(state, batch) -> (state, metrics): the function to jit with the state donated.
 
-    With `masks`, which say what trains, the params of the state are only that, as
-    `jaxup.training.partition.split` gives it, and the other half is a third argument.
+    With a `partition` the params of the state are only what trains, as its `split` gives it, and
+    the other half is a third argument.
 
     The gradient is that of the mean loss over the loss tokens of the *whole* batch: sums are
     accumulated over micro-batches and divided once, so accumulation, padding and mesh do not
     change what is optimised.
     """
-    loss_sums = _make_loss(model, compute, config, masks)
+    loss_sums = _make_loss(model, compute, config, partition)
 
     def train_step(state: TrainState, batch: Batch, *frozen: Params):
         gradient = jax.value_and_grad(loss_sums, has_aux=True)
@@ -70,7 +69,7 @@ def make_train_step(
         scale = 1 / jnp.maximum(tokens, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)
 
-        norm, layer_norms_L = gradient_norms(grads, masks)
+        norm, layer_norms_L = gradient_norms(grads, partition)
         halted = state.halted | ~jnp.isfinite(norm) | ~jnp.isfinite(loss)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = (optax.apply_updates(state.params, updates), opt_state, state.step + 1)
@@ -90,48 +89,43 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model: ModelConfig, compute: Compute, config: StepConfig):
-    """params, batch -> (sum of cross-entropy in nats, number of loss tokens)."""
-    loss_sums = _make_loss(model, compute, dataclasses.replace(config, z_loss=0.0))
+def make_eval_step(model: ModelConfig, compute: Compute, config: StepConfig, partition: Partition | None = None):
+    """(params, batch) -> (sum of cross-entropy in nats, number of loss tokens); with a partition
+    (trained, batch, frozen)."""
+    loss_sums = _make_loss(model, compute, dataclasses.replace(config, z_loss=0.0), partition)
 
-    def eval_step(params: Params, batch: Batch):
-        return loss_sums(params, batch)[1], jnp.sum(batch["loss_weights"])
+    def eval_step(params: Params, batch: Batch, *frozen: Params):
+        return loss_sums(params, batch, *frozen)[1], jnp.sum(batch["loss_weights"])
 
     return eval_step
 
 
-def gradient_norms(grads: Params, masks: Masks | None = None) -> tuple[jax.Array, jax.Array]:
+def gradient_norms(grads: Params, partition: Partition | None = None) -> tuple[jax.Array, jax.Array]:
     """(norm of everything, norm of each block [L]); 0 for what does not train."""
-    flat = traverse_util.flatten_dict(grads)
-    masks = traverse_util.flatten_dict(masks or {})
-    rest, blocks_L = jnp.float32(0), jnp.float32(0)
-    for path, g in flat.items():
+    rest, blocks_L = jnp.float32(0), jnp.float32(0) if partition is None else jnp.zeros(partition.num_layers)
+    for path, g in traverse_util.flatten_dict(grads).items():
         squares = jnp.square(g.astype(jnp.float32))
         if path[0] != "blocks":
             rest += jnp.sum(squares)
             continue
         squares = jnp.sum(squares, axis=tuple(range(1, g.ndim)))
-        if path in masks:
-            rows = masks[path].reshape(-1)
-            squares = jnp.zeros(len(rows)).at[np.flatnonzero(rows)].set(squares)
-        blocks_L += squares
+        blocks_L = blocks_L + squares if partition is None else blocks_L.at[partition.rows(path)].add(squares)
     return jnp.sqrt(jnp.sum(blocks_L) + rest), jnp.sqrt(blocks_L)
 
 
 def _make_loss(
-    model: ModelConfig, compute: Compute, config: StepConfig, masks: Masks | None = None
+    model: ModelConfig, compute: Compute, config: StepConfig, partition: Partition | None = None
 ) -> Callable[..., Any]:
-    """(params, batch) -> (sum of losses, of them the cross-entropy); with masks (trained, batch, frozen)."""
+    """(params, batch) -> (sum of losses, of them the cross-entropy); with a partition (trained, batch, frozen)."""
     graphdef, _ = abstract(model, compute)
-    hidden = None if masks is None else make_hidden(model, compute, masks)
 
     def loss_sums(params: Params, batch: Batch, *frozen: Params):
         inputs = {"positions_BS": batch.get("positions"), "segment_ids_BS": batch.get("segment_ids")}
-        if hidden is None:
+        if partition is None:
             decoder = nnx.merge(graphdef, params)
             x_BSD = decoder.hidden(batch["tokens"], **inputs)
         else:
-            decoder, x_BSD = hidden(params, *frozen, batch["tokens"], **inputs)
+            decoder, x_BSD = partition.hidden(params, *frozen, batch["tokens"], **inputs)
         return cross_entropy(
             x_BSD, decoder.head_kernel(), batch["targets"], batch["loss_weights"],
             chunk=config.loss_chunk, z_loss=config.z_loss,
