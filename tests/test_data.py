@@ -15,7 +15,7 @@ from test_sources import ODD, opened, texts, tokenizer_dir, write_jsonl  # noqa:
 
 from jaxup.data import prepare as prepare_module
 from jaxup.data import sources, store
-from jaxup.data.batches import Batches, DataConfig, Rows, open_data, validation_batches
+from jaxup.data.batches import Batches, DataConfig, Rows, TextRows, open_data, validation_batches
 from jaxup.data.prepare import Position
 from jaxup.data.tokenizer import load_tokenizer, train_bpe
 from jaxup.errors import UserError
@@ -333,7 +333,7 @@ class FakeRows(Rows):
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**63), st.floats(0.0, 1.0))
 def test_every_epoch_visits_each_row_once(count, batch_size, seed, part):
     used = max(1, round(part * count))
-    batches = Batches(FakeRows(count), batch_size=batch_size, seed=seed, num_rows=used)
+    batches = Batches(TextRows(FakeRows(count), None), batch_size=batch_size, seed=seed, num_rows=used)
     epochs = 3
     steps = -(-epochs * batches.num_rows // batch_size)
     rows = np.concatenate([batches.rows_of(step) for step in range(steps)])
@@ -344,25 +344,40 @@ def test_every_epoch_visits_each_row_once(count, batch_size, seed, part):
         part = rows[epoch * batches.num_rows : (epoch + 1) * batches.num_rows]
         np.testing.assert_array_equal(np.sort(part), first)
     # Pure: another object, asked in another order, gives the same.
-    other = Batches(FakeRows(count), batch_size=batch_size, seed=seed, num_rows=used)
+    other = Batches(TextRows(FakeRows(count), None), batch_size=batch_size, seed=seed, num_rows=used)
     for step in reversed(range(steps)):
         np.testing.assert_array_equal(other.rows_of(step), rows[step * batch_size : (step + 1) * batch_size])
 
 
 def test_the_order_is_what_it_has_always_been():
     """A change here would silently alter every resumed run."""
-    assert Batches(FakeRows(10), batch_size=12, seed=1).rows_of(0).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4, 0, 6]
+    assert Batches(TextRows(FakeRows(10), None), batch_size=12, seed=1).rows_of(0).tolist() == [
+        3,
+        5,
+        2,
+        9,
+        7,
+        0,
+        8,
+        6,
+        1,
+        4,
+        0,
+        6,
+    ]
 
 
 def test_epochs_and_seeds_differ():
-    batches = Batches(FakeRows(50), batch_size=50, seed=1)
+    batches = Batches(TextRows(FakeRows(50), None), batch_size=50, seed=1)
     assert not np.array_equal(batches.rows_of(0), batches.rows_of(1))
-    assert not np.array_equal(batches.rows_of(0), Batches(FakeRows(50), batch_size=50, seed=2).rows_of(0))
+    assert not np.array_equal(
+        batches.rows_of(0), Batches(TextRows(FakeRows(50), None), batch_size=50, seed=2).rows_of(0)
+    )
 
 
 def test_subsets_are_fixed_nested_and_depend_on_the_seed():
     def subset(num_rows, seed=0, batch_size=7):
-        batches = Batches(FakeRows(1000), batch_size=batch_size, seed=seed, num_rows=num_rows)
+        batches = Batches(TextRows(FakeRows(1000), None), batch_size=batch_size, seed=seed, num_rows=num_rows)
         return {int(r) for step in range(1 + num_rows // batch_size) for r in batches.rows_of(step)}
 
     assert len(subset(100)) == 100
@@ -393,12 +408,12 @@ def test_fractions_and_tokens_choose_whole_rows(tmp_path, config):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_read_their_share_of_the_same_batch(processes):
-    whole = Batches(FakeRows(30), batch_size=8, seed=3, isolate_eos=21)
+    whole = Batches(TextRows(FakeRows(30), 21), batch_size=8, seed=3)
     for step in (0, 3, 11):
         expected, share, parts = whole(step), 8 // processes, []
         for process in range(processes):
             rows = FakeRows(30)
-            batches = Batches(rows, batch_size=8, seed=3, isolate_eos=21)
+            batches = Batches(TextRows(rows, 21), batch_size=8, seed=3)
             parts.append(batches(step, slice(process * share, (process + 1) * share)))
             assert [len(read) for read in rows.reads] == [share]
         assert set(expected) == {"tokens", "targets", "loss_weights", "segment_ids", "positions"}
@@ -407,7 +422,7 @@ def test_processes_read_their_share_of_the_same_batch(processes):
 
 
 def test_fields_without_isolation():
-    batch = Batches(FakeRows(9), batch_size=4, seed=0)(0)
+    batch = Batches(TextRows(FakeRows(9), None), batch_size=4, seed=0)(0)
     assert {key: (value.dtype, value.shape) for key, value in batch.items()} == {
         "tokens": (np.int32, (4, 4)),
         "targets": (np.int32, (4, 4)),
@@ -423,7 +438,7 @@ def test_isolation_against_a_naive_loop(rows):
     table = np.array(rows, np.int32)
     fake = FakeRows(len(rows), 7)
     fake.read = lambda indices: table[indices]
-    (batch,) = validation_batches(fake, batch_size=len(rows), max_rows=0, isolate_eos=0)
+    (batch,) = validation_batches(TextRows(fake, 0), batch_size=len(rows), max_rows=0)
     for row, ids, positions, weights in zip(
         rows, batch["segment_ids"].tolist(), batch["positions"].tolist(), batch["loss_weights"].tolist()
     ):
@@ -437,15 +452,15 @@ def test_isolation_against_a_naive_loop(rows):
 
 
 def test_validation_batches_are_padded_to_one_shape():
-    rows = FakeRows(10)
-    batches = list(validation_batches(rows, batch_size=4, max_rows=0, isolate_eos=None))
+    rows, apart = TextRows(FakeRows(10), None), TextRows(FakeRows(10), 2)
+    batches = list(validation_batches(rows, batch_size=4, max_rows=0))
     assert [b["tokens"].shape for b in batches] == [(4, 4)] * 3
     assert sum(float(b["loss_weights"].sum()) for b in batches) == 40
     np.testing.assert_array_equal(np.concatenate([b["tokens"][:, 0] for b in batches])[:10], 4 * np.arange(10))
     assert batches[-1]["loss_weights"][2:].max() == 0
-    assert len(list(validation_batches(rows, batch_size=4, max_rows=3, isolate_eos=None))) == 1
-    halves = [list(validation_batches(rows, batch_size=4, max_rows=9, isolate_eos=2, part=p)) for p in np.s_[:2, 2:]]
-    for whole, *parts in zip(validation_batches(rows, batch_size=4, max_rows=9, isolate_eos=2), *halves):
+    assert len(list(validation_batches(rows, batch_size=4, max_rows=3))) == 1
+    halves = [list(validation_batches(apart, batch_size=4, max_rows=9, part=p)) for p in np.s_[:2, 2:]]
+    for whole, *parts in zip(validation_batches(apart, batch_size=4, max_rows=9), *halves):
         for key in whole:
             np.testing.assert_array_equal(whole[key], np.concatenate([part[key] for part in parts]))
 

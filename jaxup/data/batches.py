@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -68,9 +68,15 @@ class TokenData:
 
     def batches(self, *, batch_size: int, seed: int) -> Batches:
         """The training batches this data is configured for."""
-        return Batches(
-            self.train, batch_size=batch_size, seed=seed, num_rows=self.train_rows, isolate_eos=self.isolate_eos
-        )
+        rows = TextRows(self.train, self.isolate_eos)
+        return Batches(rows, batch_size=batch_size, seed=seed, num_rows=self.train_rows)
+
+    def validation_batches(
+        self, *, batch_size: int, max_rows: int, part: slice = slice(None)
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """See the function of that name."""
+        rows = TextRows(self.validation, self.isolate_eos)
+        return validation_batches(rows, batch_size=batch_size, max_rows=max_rows, part=part)
 
 
 def open_data(config: DataConfig, *, root: str) -> TokenData:
@@ -119,7 +125,11 @@ def open_data(config: DataConfig, *, root: str) -> TokenData:
 def _open_without_source(config: DataConfig, error: UserError) -> TokenData:
     """A complete store named in the config serves a machine that has not got what it was made from."""
     meta = Store(config.store).read_json(META) if config.store else None
-    if meta is None or (meta["source"]["spec"], meta["tokenizer"]["spec"]) != (config.source, config.tokenizer):
+    if (
+        meta is None
+        or meta.get("kind", "text") != "text"
+        or (meta["source"]["spec"], meta["tokenizer"]["spec"]) != (config.source, config.tokenizer)
+    ):
         raise error
     store = Store(config.store)
     wanted = {**meta, "seq_len": config.seq_len}
@@ -165,23 +175,34 @@ def _store_name(tokenizer: str, wanted: dict[str, Any]) -> str:
     return f"{wanted['source']['name']}-{safe_name(tokenizer.replace(':', '').rstrip('/').split('/')[-1])}-{digest}"
 
 
+@runtime_checkable
+class Fields(Protocol):
+    """Rows that make batches: of text below, of chats in `packed.py`."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """int [B] row numbers -> tokens, targets int32 [B, S], loss_weights float32 [B, S].
+
+        Where segments are kept apart also segment_ids (from 1; 0 = padding) and positions (from 0 in
+        each segment), int32 [B, S].
+        """
+
+
 class Batches:
     """Training batches: `Batches(...)(step)`.
 
     `num_rows` keeps a random subset of the rows that depends on `seed` alone (a smaller one's rows
-    are among a larger one's). `isolate_eos`: the EOS id to keep documents apart, None to let
-    attention cross them.
+    are among a larger one's).
     """
 
-    def __init__(
-        self, rows: Rows, *, batch_size: int, seed: int, num_rows: int | None = None, isolate_eos: int | None = None
-    ):
+    def __init__(self, rows: Fields, *, batch_size: int, seed: int, num_rows: int | None = None):
         self.batch_size = batch_size
-        self._rows, self._seed, self._isolate_eos = rows, seed, isolate_eos
+        self._rows, self._seed = rows, seed
         self._subset = None
         self.num_rows = len(rows) if num_rows is None else num_rows
         if self.num_rows < len(rows):
-            self._subset = np.sort(_permutation(seed, SUBSET_EPOCH, len(rows))[:num_rows])
+            self._subset = np.sort(permutation(seed, SUBSET_EPOCH, len(rows))[:num_rows])
         # Two: a batch may straddle two epochs. Least recently used first.
         self._permutations: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
 
@@ -198,16 +219,12 @@ class Batches:
         return order if self._subset is None else self._subset[order]
 
     def __call__(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-        """The batch of `step`, or the `rows` of it that this process owns; only those are read.
-
-        tokens, targets int32 [B, S], loss_weights float32 [B, S]; with isolation also segment_ids
-        (from 1) and positions (from 0 in each document), int32 [B, S].
-        """
-        return _fields(self._rows.read(self.rows_of(step)[rows]), self._isolate_eos)
+        """The batch of `step`, or the `rows` of it that this process owns; only those are read."""
+        return self._rows.batch(self.rows_of(step)[rows])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
-            self._permutations[epoch] = _permutation(self._seed, epoch, self.num_rows)
+            self._permutations[epoch] = permutation(self._seed, epoch, self.num_rows)
             if len(self._permutations) > 2:
                 self._permutations.popitem(last=False)
         self._permutations.move_to_end(epoch)
@@ -215,38 +232,55 @@ class Batches:
 
 
 def validation_batches(
-    rows: Rows, *, batch_size: int, max_rows: int, isolate_eos: int | None, part: slice = slice(None)
+    rows: Fields | Rows, *, batch_size: int, max_rows: int, part: slice = slice(None), isolate_eos: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The first `max_rows` rows (0 = all) in their order, as batches of one shape with the fields of `Batches`.
 
     The last batch is filled up with rows of loss weight 0. `part`: the rows of each batch to read.
     """
+    if isinstance(rows, Rows):
+        rows = TextRows(rows, isolate_eos)
     total = min(max_rows, len(rows)) if max_rows else len(rows)
     for start in range(0, total, batch_size):
         indices = np.arange(start, start + batch_size)[part]
-        batch = _fields(rows.read(np.minimum(indices, total - 1)), isolate_eos)
+        batch = rows.batch(np.minimum(indices, total - 1))
         batch["loss_weights"][indices >= total] = 0
         yield batch
 
 
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """int64 [count]. Generator.permutation may change between versions of numpy; Philox's raw stream may not."""
     key = np.array([seed % 2**64, epoch], np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
-def _fields(rows: np.ndarray, isolate_eos: int | None) -> dict[str, np.ndarray]:
-    """rows int32 [B, S + 1] -> the fields that `Batches` describes."""
-    tokens, targets = rows[:, :-1], rows[:, 1:]
-    batch = {"tokens": tokens.copy(), "targets": targets.copy(), "loss_weights": np.ones(tokens.shape, np.float32)}
-    if isolate_eos is None:
+@dataclasses.dataclass(frozen=True)
+class TextRows:
+    """Rows of text as fields of batches."""
+
+    rows: Rows
+    isolate_eos: int | None  # the EOS id to keep documents apart, None to let attention cross them
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        rows = self.rows.read(indices)
+        tokens, targets = rows[:, :-1], rows[:, 1:]
+        batch = {"tokens": tokens.copy(), "targets": targets.copy(), "loss_weights": np.ones(tokens.shape, np.float32)}
+        if self.isolate_eos is None:
+            return batch
+        is_eos = tokens == self.isolate_eos
+        # A document owns its EOS; what the EOS would predict belongs to the next document.
+        begins = np.zeros(tokens.shape, bool)
+        begins[:, 1:] = is_eos[:, :-1]
+        batch["loss_weights"][is_eos] = 0
+        batch["segment_ids"] = 1 + np.cumsum(begins, axis=1, dtype=np.int32)
+        batch["positions"] = positions(begins)
         return batch
-    is_eos = tokens == isolate_eos
-    # A document owns its EOS; what the EOS would predict belongs to the next document.
-    begins = np.zeros(tokens.shape, bool)
-    begins[:, 1:] = is_eos[:, :-1]
-    index = np.arange(tokens.shape[1], dtype=np.int32)
-    batch["loss_weights"][is_eos] = 0
-    batch["segment_ids"] = 1 + np.cumsum(begins, axis=1, dtype=np.int32)
-    batch["positions"] = index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
-    return batch
+
+
+def positions(begins: np.ndarray) -> np.ndarray:
+    """bool [B, S], where segments begin -> int32 [B, S], from 0 in each; the first place begins one in any case."""
+    index = np.arange(begins.shape[1], dtype=np.int32)
+    return index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)

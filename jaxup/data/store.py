@@ -6,7 +6,8 @@
     STORE/train/, STORE/validation/   zarr3 arrays [rows, seq_len + 1], uint16 or uint32
     STORE/lock            held (flock) by the process that prepares a local store
 
-Row r holds the tokens [r*seq_len, r*seq_len + seq_len] of the stream, both ends included: rows overlap
+That is a store of text; of one of chats (meta.json: `"kind": "chat"`) the arrays are described in `packed.py`. Row r
+of text holds the tokens [r*seq_len, r*seq_len + seq_len] of the stream, both ends included: rows overlap
 by one token, so that each next-token pair is in exactly one of them. All access goes through
 TensorStore, local files included: there is one code path.
 """
@@ -17,7 +18,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +48,11 @@ class Store:
     def __init__(self, path: str):
         self.local = "://" not in path
         self.path = os.path.abspath(os.path.expanduser(path)) if self.local else path.rstrip("/")
-        with self._errors():
+        with self.errors():
             self._files = ts.KvStore.open(self._location(""), context=_CONTEXT).result()
 
     def read_json(self, key: str) -> dict[str, Any] | None:
-        with self._errors():
+        with self.errors():
             result = self._files.read(key).result()
         if result.state == "missing":
             return None
@@ -67,17 +68,17 @@ class Store:
         return value
 
     def write_json(self, key: str, value: dict[str, Any]) -> None:
-        with self._errors():
+        with self.errors():
             self._files.write(key, json.dumps({"format": FORMAT, **value}, indent=1).encode()).result()
 
     def delete(self, key: str) -> None:
-        with self._errors():
+        with self.errors():
             self._files.write(key, None).result()
 
     def save_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         with tempfile.TemporaryDirectory() as directory:
             tokenizer.save_pretrained(directory)
-            with self._errors():
+            with self.errors():
                 for path in sorted(Path(directory).iterdir()):
                     if path.is_file():
                         self._files.write(TOKENIZER + path.name, path.read_bytes()).result()
@@ -85,7 +86,7 @@ class Store:
     def load_tokenizer(self, expected_hash: str) -> PreTrainedTokenizerBase:
         """The store's own copy. UserError when it is not the tokenizer that wrote the tokens."""
         with tempfile.TemporaryDirectory() as directory:
-            with self._errors():
+            with self.errors():
                 for key in self._files.list(_below(TOKENIZER)).result():
                     name = key.decode().removeprefix(TOKENIZER)
                     if "/" not in name:
@@ -99,28 +100,35 @@ class Store:
         return tokenizer
 
     def open_for_writing(self, split: str, *, seq_len: int, dtype: str) -> ts.TensorStore:
-        """The array of `split`, made with no rows if it is not there."""
-        with self._errors():
-            if self._files.read(f"{split}/zarr.json").result().state != "missing":
-                return ts.open(self._array(split), context=_CONTEXT, open=True).result()
+        """The array of a split of text, made with no rows if it is not there."""
+        return self.create_array(split, width=seq_len + 1, dtype=dtype)
+
+    def create_array(self, name: str, *, width: int, dtype: str) -> ts.TensorStore:
+        """[0, width], or the array that is there."""
+        with self.errors():
+            if self._files.read(f"{name}/zarr.json").result().state != "missing":
+                return ts.open(self._array(name), context=_CONTEXT, open=True).result()
             little, crc = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
-            sharding = {"chunk_shape": [1, seq_len + 1], "codecs": [little, crc], "index_codecs": [little, crc]}
-            shard_rows = max(1, min(SHARD_ROWS, SHARD_TOKENS // seq_len))
+            sharding = {"chunk_shape": [1, width], "codecs": [little, crc], "index_codecs": [little, crc]}
+            shard_rows = max(1, min(SHARD_ROWS, SHARD_TOKENS // width))
             metadata = {
-                "shape": [0, seq_len + 1],
+                "shape": [0, width],
                 "data_type": dtype,
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_rows, seq_len + 1]}},
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_rows, width]}},
                 "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             }
-            return ts.open({**self._array(split), "metadata": metadata}, context=_CONTEXT, create=True).result()
+            return ts.open({**self._array(name), "metadata": metadata}, context=_CONTEXT, create=True).result()
 
-    def open_rows(self, split: str, meta: dict[str, Any]) -> Rows:
-        rows, width = meta["splits"][split]["rows"], meta["seq_len"] + 1
-        with self._errors():
-            array = ts.open(self._array(split), context=_CONTEXT, open=True, read=True).result()
+    def open_array(self, name: str, *, rows: int, width: int) -> ts.TensorStore:
+        with self.errors():
+            array = ts.open(self._array(name), context=_CONTEXT, open=True, read=True).result()
         if array.shape != (rows, width):
             found = f"{array.shape[0]} rows of {array.shape[1]} tokens, not {rows} of {width}"
-            raise UserError(f"data.store: {self.path}/{split} is damaged: it has {found}; delete the store")
+            raise UserError(f"data.store: {self.path}/{name} is damaged: it has {found}; delete the store")
+        return array
+
+    def open_rows(self, split: str, meta: dict[str, Any]) -> Rows:
+        array = self.open_array(split, rows=meta["splits"][split]["rows"], width=meta["seq_len"] + 1)
         return Rows(array, f"{self.path}/{split}")
 
     @contextlib.contextmanager
@@ -131,7 +139,7 @@ class Store:
             return
         import fcntl
 
-        with self._errors():
+        with self.errors():
             os.makedirs(self.path, exist_ok=True)
             file = open(os.path.join(self.path, LOCK), "a+")  # noqa: SIM115 (closed below)
         with file:
@@ -153,25 +161,29 @@ class Store:
         if self.local:  # not by listing: this may be somebody's home directory
             files = (name for _, _, names in os.walk(self.path) for name in names)
             return all(name == LOCK for name in files)
-        with self._errors():
+        with self.errors():
             return not self._files.list().result()
 
     def discard(self) -> None:
         """Deletes what an unfinished store consists of."""
-        with self._errors():
+        with self.errors():
             for directory in (TOKENIZER, "train/", "validation/"):
                 self._files.delete_range(_below(directory)).result()
         self.delete(PROGRESS)
+        if self.local:
+            with contextlib.suppress(OSError):  # there is something else in it
+                os.remove(os.path.join(self.path, LOCK))
+                os.rmdir(self.path)
 
     def _location(self, key: str) -> str | dict[str, str]:
         return {"driver": "file", "path": f"{self.path}/{key}"} if self.local else f"{self.path}/{key}"
 
-    def _array(self, split: str) -> dict[str, Any]:
+    def _array(self, name: str) -> dict[str, Any]:
         # "open": what is cached is checked once, at opening; a complete store does not change.
-        return {"driver": "zarr3", "kvstore": self._location(f"{split}/"), "recheck_cached_data": "open"}
+        return {"driver": "zarr3", "kvstore": self._location(f"{name}/"), "recheck_cached_data": "open"}
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def errors(self) -> Iterator[None]:
         """TensorStore raises ValueError for nearly everything: permissions, networks, missing buckets."""
         try:
             yield
@@ -198,15 +210,20 @@ class Rows:
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """int [n] row numbers, in any order, repeats allowed -> int32 [n, seq_len + 1]. IndexError outside the rows."""
-        indices = np.asarray(indices, np.int64)
-        if not indices.size:
-            return np.zeros((0, self.seq_len + 1), np.int32)
-        if indices.min() < 0 or indices.max() >= len(self):
-            raise IndexError(f"rows {indices.min()}..{indices.max()} of {self._name}, which has {len(self)}")
-        try:
-            return self._array[indices].read().result().astype(np.int32)
-        except ValueError as error:  # a checksum that does not match, a file or a network gone
-            raise UserError(f"data.store: {self._name}: {next(iter(str(error).splitlines()), '')}") from None
+        return gather([self._array], indices, self._name)[0].astype(np.int32)
+
+
+def gather(arrays: Sequence[ts.TensorStore], indices: np.ndarray, name: str) -> list[np.ndarray]:
+    """Rows `indices`, int [n], of arrays [rows, width], all read at once; `name` stands in errors."""
+    indices, count = np.asarray(indices, np.int64), arrays[0].shape[0]
+    if not indices.size:
+        return [np.zeros((0, array.shape[1]), array.dtype.numpy_dtype) for array in arrays]
+    if indices.min() < 0 or indices.max() >= count:
+        raise IndexError(f"rows {indices.min()}..{indices.max()} of {name}, which has {count}")
+    try:
+        return [future.result() for future in [array[indices].read() for array in arrays]]
+    except ValueError as error:  # a checksum that does not match, a file or a network gone
+        raise UserError(f"data.store: {name}: {next(iter(str(error).splitlines()), '')}") from None
 
 
 def _below(directory: str) -> ts.KvStore.KeyRange:
@@ -223,7 +240,8 @@ def differences(made: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     by = "hash" if wanted["tokenizer"]["hash"] else "spec"
     if made["tokenizer"][by] != wanted["tokenizer"][by]:
         found.append(("tokenizer", *(_short_tokenizer(m["tokenizer"]) for m in (made, wanted))))
-    found += [(key, made[key], wanted[key]) for key in ("seq_len", "val_fraction", "seed") if made[key] != wanted[key]]
+    others = (key for key in wanted if key not in ("source", "tokenizer") and made[key] != wanted[key])
+    found += [(key, made[key], wanted[key]) for key in others]
     return [f"{name}={old}, not {new}" for name, old, new in found]
 
 
@@ -233,6 +251,8 @@ def _short_tokenizer(tokenizer: dict[str, Any]) -> str:
 
 def check_same(store: Store, made: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises UserError, naming the store and all that differs, when its tokens are not those wanted."""
+    if made.get("kind", "text") != (kind := wanted.get("kind", "text")):
+        raise UserError(f"data.store: {store.path} is not a store of {kind}; choose another data.store or delete it")
     if found := differences(made, wanted):
         raise UserError(
             f"data.store: {store.path} was made with {'; '.join(found)}; choose another data.store or delete it"
