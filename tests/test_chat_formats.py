@@ -118,6 +118,31 @@ def test_by_hand_and_as_the_exported_template(name, kind):
         np.testing.assert_array_equal(format.encode(conversation).ids, theirs["input_ids"])
 
 
+# https://github.com/tatsu-lab/stanford_alpaca/blob/main/train.py, PROMPT_DICT["prompt_input"]
+STANFORD_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+
+
+def test_an_input_has_its_own_place_in_alpaca_only():
+    asked, reply = Turn("user", "Sort it.", False, input="3 1 2"), Turn("assistant", "1 2 3", True)
+    text, spans = quiet("alpaca", "bytes").render((asked, reply))
+    assert text == "<s>" + STANFORD_INPUT.format(instruction="Sort it.", input="3 1 2") + "\n1 2 3</s>"
+    assert [text[slice(*span)] for span in spans] == ["1 2 3</s>"]
+    text, _ = quiet("alpaca", "bytes").render((Turn("system", "S", False), *chat(None, ("U", "A")), asked, reply))
+    assert text == (
+        "<s>S\n\n### Instruction:\nU\n\n### Response:\nA</s>"
+        "\n\n### Instruction:\nSort it.\n\n### Input:\n3 1 2\n\n### Response:\n1 2 3</s>"
+    )
+    joined = chat(None, ("Sort it.\n3 1 2", "1 2 3"))
+    for name in SPELLINGS.keys() - {"alpaca"}:
+        assert quiet(name, "bytes").render((asked, reply)) == quiet(name, "bytes").render(joined)
+    own = quiet(None, "bytes", TEMPLATES["chatml"])
+    assert own.render((asked, reply)) == own.render(joined)
+
+
 def test_bytes_token_by_token():
     tok = tokenizer("bytes")
     encoded = open_format("mistral", tok).encode(chat(None, ("hi", "yo")))

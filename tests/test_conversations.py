@@ -22,8 +22,8 @@ def S(text):
     return Turn("system", text, False)
 
 
-def U(text, trained=False):
-    return Turn("user", text, trained)
+def U(text, trained=False, input=""):
+    return Turn("user", text, trained, input)
 
 
 def A(text, trained=True):
@@ -102,7 +102,13 @@ EXPECTED = [
     ("pygmalion", [{"role": r, "value": v} for r, v in (("system", "S"), ("human", "U"), ("bot", "A"))], TURNS[:3]),
     ("alpaca", {"instruction": "I", "input": "", "output": "O"}, (U("I"), A("O"))),
     ("alpaca", {"instruction": "I", "output": "O", "text": "I O"}, (U("I"), A("O"))),
-    ("alpaca", {"instruction": "I", "input": "X", "output": "O", "system": "S"}, (S("S"), U("I\nX"), A("O"))),
+    ("alpaca", {"instruction": "I", "input": "X", "output": "O", "system": "S"}, (S("S"), U("I", input="X"), A("O"))),
+    ("alpaca", {"instruction": "", "input": "X", "output": "O"}, (U("X"), A("O"))),
+    (
+        "alpaca",
+        {"instruction": "V", "input": "X", "output": "B", "history": [["U", "A"]]},
+        (U("U"), A("A"), U("V", input="X"), A("B")),
+    ),
     (
         "alpaca",
         {"instruction": "V", "input": None, "output": "B", "system": "S", "history": [["U", "A"]]},

@@ -8,11 +8,12 @@ r"""Conversations -> token ids and the mask of those that are trained on.
 | `llama-2` | `<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A </s>`, and `<s>[INST] ` again for the next user |
 | `llama-3`, `llama3` | `<s>`, then for each `<|start_header_id|>role<|end_header_id|>\n\ntext<|eot_id|>` |
 | `chatml` | for each `<|im_start|>role\ntext<|im_end|>\n` |
-| `alpaca` | `<s>`, preamble or S, `\n\n### Instruction:\nU\n\n### Response:\nA</s>` |
+| `alpaca` | `<s>`, preamble or S, `\n\n### Instruction:\nU[\n\n### Input:\nI]\n\n### Response:\nA</s>` |
 | None | the tokenizer's own chat template |
 
 `<s>` and `</s>` are the tokenizer's own BOS (`<|begin_of_text|>`, or nothing if it has none) and EOS. A named format
-is to the letter what `jaxup.data.chat_templates` gives an exported model under the same name.
+is to the letter what `jaxup.data.chat_templates` gives an exported model under the same name, but for the input that
+a row of Alpaca's may have: messages have no place for one.
 
 Trained are an assistant's text and what ends its turn (EOS, <|eot_id|>, <|im_end|>). The blank after `[/INST]` is the
 reply's: generation starts before it. Tokens are those of the whole text at once, as at inference; one that straddles
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxup.data.chat_templates import ALPACA_PREAMBLE
+from jaxup.data.chat_templates import ALPACA_INPUT_PREAMBLE, ALPACA_PREAMBLE
 from jaxup.data.layouts import Conversation, Segment, Segments, Turn
 from jaxup.errors import UserError, first_line, suggest
 
@@ -65,6 +66,8 @@ class Spelling(NamedTuple):
     gap: str = ""  # after it: not trained
     in_user: tuple[str, str] = ("", "\n\n")  # around the system's text where it stands before the first user's
     default_system: str = ""
+    default_with_input: str = ""  # the same where a turn has an input
+    before_input: str = ""  # "": an input is joined to the text
     strips: bool = False  # the blanks around a turn's text go
     special: tuple[str, ...] = ()  # what a tokenizer made for the format has as single tokens
 
@@ -84,7 +87,8 @@ SPELLINGS = {
     "chatml": Spelling("", (_CHATML, "<|im_end|>\n"), (_CHATML, "<|im_end|>\n"), _CHATML, "", "<|im_end|>", "\n",
                        special=("<|im_start|>", "<|im_end|>")),
     "alpaca": Spelling("{bos}", ("", ""), ("\n\n### Instruction:\n", ""), "\n\n### Response:\n", "", "{eos}",
-                       default_system=ALPACA_PREAMBLE),
+                       default_system=ALPACA_PREAMBLE, default_with_input=ALPACA_INPUT_PREAMBLE,
+                       before_input="\n\n### Input:\n"),
 }  # fmt: skip
 ALIASES = {"mistral": "mistral-v3", "llama3": "llama-3"}
 
@@ -135,7 +139,7 @@ class Format(abc.ABC):
         if isinstance(conversation[0], Segment):
             return self._render_segments(conversation)
         for turn in conversation:
-            if found := self._special.search(turn.text):
+            if found := self._special.search(turn.text) or self._special.search(turn.input):
                 self._warn("special", f"a turn's text spells {found[0]!r}, which becomes that special token")
         return self._render_turns(conversation)
 
@@ -194,9 +198,12 @@ class NamedFormat(Format):
 
     def _pieces(self, turns: Conversation) -> Iterator[tuple[str, bool]]:
         spelling = self._spelling
+        if not spelling.before_input:
+            turns = tuple(turn.joined() for turn in turns)
         if spelling.strips:
             turns = tuple(turn._replace(text=turn.text.strip()) for turn in turns)
-        system = Turn("system", spelling.default_system, False)
+        has_input = any(turn.input for turn in turns)
+        system = Turn("system", spelling.default_with_input if has_input else spelling.default_system, False)
         if turns[0].role == "system":
             system, turns = turns[0] if turns[0].text else system, turns[1:]
         yield self._fill(spelling.start), False
@@ -212,7 +219,7 @@ class NamedFormat(Format):
             yield self._fill(before, turn.role), False
             if number == 0 and system.text and not spelling.system:
                 yield from self._around(spelling.in_user, system)
-            yield turn.text, turn.trained
+            yield turn.text + (spelling.before_input + turn.input if turn.input else ""), turn.trained
             yield after, False
 
     def _around(self, spelling: tuple[str, str], turn: Turn) -> Iterator[tuple[str, bool]]:
@@ -237,6 +244,7 @@ class TemplateFormat(Format):
         self._asks: bool | None = None  # the template has a header that asks for a reply
 
     def _render_turns(self, turns: Conversation) -> Rendered:
+        turns = tuple(turn.joined() for turn in turns)
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         replies = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
         text, marked = self._marked(messages)

@@ -13,6 +13,10 @@ _WITH_SYSTEM = (
 ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
+ALPACA_INPUT_PREAMBLE = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
 
 TEMPLATES = {
     # OpenAI's: <|im_start|>role\ntext<|im_end|>\n

@@ -30,6 +30,11 @@ class Turn(NamedTuple):
     role: str  # system | user | assistant
     text: str
     trained: bool  # its tokens count in the loss
+    input: str = ""  # what Alpaca's instruction, then the text, is to be applied to
+
+    def joined(self) -> Turn:
+        """The same with no input of its own, for formats without a place for it: as LLaMA-Factory joins the two."""
+        return self._replace(text=f"{self.text}\n{self.input}", input="") if self.input else self
 
 
 class Segment(NamedTuple):
@@ -149,16 +154,17 @@ def _turn(turn: Any, who: str, what: str, unmask: bool, where: str) -> Turn:
 
 
 def _alpaca(row: dict[str, Any]) -> list[Turn]:
-    # Instruction and input as LLaMA-Factory joins them; a format sees one text of the user's.
     asked = [_text(row.get(key), f'"{key}"') for key in ("instruction", "input") if row.get(key) is not None]
+    asked = [text for text in asked if text] or [""]
     pairs = row.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise BadRow('"history" is not a list of [question, answer]')
-    answered = [*pairs, ["\n".join(filter(None, asked)), row["output"]]]
+    answered = [*pairs, [asked[0], row["output"]]]
     said = []
     for number, (question, answer) in enumerate(answered, 1):
         where = '"output"' if number == len(answered) else f'pair {number} of "history"'
         said += [Turn("user", _text(question, where), False), Turn("assistant", _text(answer, where), True)]
+    said[-2] = said[-2]._replace(input="".join(asked[1:]))
     return _with_system(row.get("system"), said)
 
 
