@@ -140,7 +140,7 @@ def open_conversations(
         raise UserError(f"on_bad={on_bad!r}: a bad row is an 'error' or 'skip'ped")
     with _os_errors():
         mixed = []
-        for spec, weight in _entries(files) if isinstance(files, str) else files:
+        for spec, weight in split_spec(files) if isinstance(files, str) else files:
             if not 0 < weight < math.inf:
                 raise UserError(f"{spec}: its weight {weight} is not a number above 0")
             found = (dataclasses.replace(file, layout=layout or _detect(file)) for file in find_files(spec))
@@ -154,7 +154,7 @@ def open_conversations(
     return Conversations(mixed=tuple(mixed), seed=seed, on_bad=on_bad, fingerprint=digest.hexdigest())
 
 
-def _entries(spec: str) -> list[tuple[str, float]]:
+def split_spec(spec: str) -> list[tuple[str, float]]:
     if Path(os.path.expanduser(spec)).exists():
         return [(spec, 1.0)]
     found = []

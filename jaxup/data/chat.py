@@ -1,0 +1,242 @@
+"""Chat data as a training run reads it: conversations in packed rows, each a segment of its own.
+
+Files are rendered and tokenised as a stream, split into train and validation, packed and written into a store
+(`prepare_chat.py`, `packed.py`), which is found again by what it was made from. A conversation longer than a row is
+dropped, never cut, and so is one that leaves nothing to predict; both are counted.
+
+A conversation's split is drawn by a hash of its text, so equal ones are never on both sides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxup.data.batches import Batches, validation_batches
+from jaxup.data.chat_formats import Format, open_format, show
+from jaxup.data.chat_templates import TEMPLATES
+from jaxup.data.conversations import Conversations, open_conversations, split_spec
+from jaxup.data.docstrings import is_docstrings, write_docstrings
+from jaxup.data.layouts import LAYOUTS
+from jaxup.data.packed import PackedRows, open_packed
+from jaxup.data.prepare_chat import errors_of, look, prepare_chat, say
+from jaxup.data.sources import SPLITS, safe_name
+from jaxup.data.store import FORMAT, META, Store, check_same
+from jaxup.data.tokenizer import tokenizer_hash
+from jaxup.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ON_BAD = ("error", "skip")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    files: str  # "a.jsonl*2,b.parquet": paths and datasets with weights; "docstrings": see jaxup.data.docstrings
+    layout: str  # one of layouts.LAYOUTS; "" = detected, for each file
+    format: str  # one of chat_formats; "" = the tokenizer's own chat template
+    seq_len: int  # tokens of a row; longer conversations are dropped
+    val_files: str  # "" = a part of `files`
+    val_fraction: float  # of the conversations of `files`; decides nothing beside val_files
+    on_bad: str  # "error" | "skip": a row that is not of its layout, or that the format cannot express
+    packing: bool  # False: one conversation a row, for comparison
+    store: str  # directory of the rows, local or gs://; "" = one under `root` named after its contents
+    seed: int  # of weights' choice of rows, of the split and of the order of rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatData:
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    eos_id: int
+    train: PackedRows
+    validation: PackedRows
+    store: str
+    seq_len: int
+    chat_template: str | None  # for the tokenizer of an exported model; None: it has none, and needed none
+    # rows and bad ones of the files, refused by the format, shared by validation and train; and for each split
+    # conversations, too_long, untrained (both dropped), tokens, loss_tokens, rows, efficiency
+    statistics: dict[str, Any]
+    layouts: dict[str, str]  # for each file how it was read
+    format: Format
+
+    @property
+    def train_rows(self) -> int:
+        return len(self.train)
+
+    def __str__(self) -> str:
+        train, validation = (self.statistics[split] for split in SPLITS)
+        return (
+            f"{self.store}: {train['conversations']:,} training and {validation['conversations']:,} validation "
+            f"conversations in {train['rows']:,} and {validation['rows']:,} rows of {self.seq_len}, "
+            f"{train['loss_tokens']:,} training tokens with a loss, vocabulary {self.vocab_size:,}"
+        )
+
+    def batches(self, *, batch_size: int, seed: int) -> Batches:
+        return Batches(self.train, batch_size=batch_size, seed=seed)
+
+    def validation_batches(
+        self, *, batch_size: int, max_rows: int, part: slice = slice(None)
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """See the function of that name."""
+        return validation_batches(self.validation, batch_size=batch_size, max_rows=max_rows, part=part)
+
+    def example(self, color: bool) -> str:
+        """One conversation of training as the model sees it; see `show`."""
+        # A row has its longest conversation first.
+        held = self.train.conversations(0)
+        return show(self.format, held[len(held) // 2], color)
+
+    def report(self, color: bool) -> str:
+        """What was read and how, what became of it, and one example: several lines, for a terminal."""
+        counts = self.statistics
+        lines = [f"chat data in {self.store}", *(f"  {path}: {layout}" for path, layout in self.layouts.items())]
+        read = [f"{counts['rows']:,} rows"]
+        read += [f"{counts['bad']:,} bad, skipped"] if counts["bad"] else []
+        read += [f"{counts['refused']:,} skipped that the format cannot express"] if counts["refused"] else []
+        read += [f"{counts['shared']:,} of validation also in training"] if counts["shared"] else []
+        lines.append(f"  {'; '.join(read)}")
+        for split in SPLITS:
+            of = counts[split]
+            lines.append(
+                f"  {split}: {of['conversations']:,} conversations, {of['tokens']:,} tokens, {of['loss_tokens']:,} with"
+                f" a loss; {of['rows']:,} rows of {self.seq_len:,}, {of['efficiency']:.1%} full; dropped:"
+                f" {of['too_long']:,} longer than a row, {of['untrained']:,} with nothing to train on"
+            )
+        lines.append(f"  an example; {'green' if color else 'between ⟦ ⟧'}: what is trained on")
+        return "\n".join([*lines, self.example(color)])
+
+
+def open_chat(config: ChatConfig, *, tokenizer: PreTrainedTokenizerBase, root: str) -> ChatData:
+    """The rows that `config` describes; they are made first if their store is not there.
+
+    What the formats warn of goes to stderr, a line each. Raises UserError, in one line, for data, a format or a
+    setting that will not do, a store of other rows, or one that another process is making.
+    """
+    _check(config)
+    with _plain_warnings():
+        with errors_of("data.format"):
+            format = open_format(config.format or None, tokenizer)
+        if tokenizer.eos_token_id is None:
+            raise UserError("data.tokenizer: it has no end-of-sequence token (eos_token)")
+        try:
+            streams = {"files": _open_files(config, "files", config.files, root)}
+            if config.val_files:
+                streams["val_files"] = _open_files(config, "val_files", config.val_files, root)
+        except UserError as error:
+            return _open_without_files(config, format, error)
+        wanted = _wanted(config, format, [stream.fingerprint for stream in streams.values()])
+        layouts = {path: layout for stream in streams.values() for path, layout in stream.layouts.items()}
+        store = Store(config.store or f"{root.rstrip('/')}/{_store_name(config, layouts, wanted)}")
+        meta = store.read_json(META)
+        if meta is None:
+            rows, bad = look(streams, config, format)
+            with store.lock():
+                # Another process may have finished it between our look and our lock.
+                if store.read_json(META) is None:
+                    template = _chat_template(config, tokenizer)
+                    prepare_chat(config, store, format, streams, wanted, {"rows": rows, "bad": bad}, template)
+            meta = store.read_json(META)
+        check_same(store, meta, wanted)
+        return _opened(store, format, meta, layouts)
+
+
+def _check(config: ChatConfig) -> None:
+    if config.seq_len < 2:
+        raise UserError(f"data.seq_len={config.seq_len}: must be at least 2")
+    if not config.val_files and not 0 < config.val_fraction < 1:
+        raise UserError(f"data.val_fraction={config.val_fraction}: must lie between 0 and 1")
+    if not config.files:
+        raise UserError("data.files: name the chat data: files, directories or datasets")
+    for key, known in (("layout", ("", *LAYOUTS)), ("on_bad", ON_BAD)):
+        if (value := getattr(config, key)) not in known:
+            raise UserError(f"data.{key}={value!r}: not known{suggest(value, filter(None, known))}")
+
+
+def _open_files(config: ChatConfig, key: str, spec: str, root: str) -> Conversations:
+    with errors_of(f"data.{key}"):
+        files = [
+            (write_docstrings(path, root, config.seed) if is_docstrings(path) else path, weight)
+            for path, weight in split_spec(spec)
+        ]
+        return open_conversations(files, layout=config.layout or None, seed=config.seed, on_bad=config.on_bad)
+
+
+def _wanted(config: ChatConfig, format: Format, fingerprints: list[str]) -> dict[str, Any]:
+    """All that decides what the rows hold."""
+    template = _chat_template(config, format.tokenizer) or ""
+    return {
+        "kind": "chat",
+        "source": {"spec": _spec(config), "fingerprint": hashlib.blake2b(json.dumps(fingerprints).encode(),
+                                                                         digest_size=16).hexdigest()},
+        "tokenizer": {"spec": format.tokenizer.name_or_path, "hash": tokenizer_hash(format.tokenizer)},
+        "chat_format": config.format,
+        "template": hashlib.blake2b(template.encode(), digest_size=8).hexdigest(),
+        "seq_len": config.seq_len,
+        "val_fraction": None if config.val_files else config.val_fraction,
+        "on_bad": config.on_bad,
+        "packing": config.packing,
+        "seed": config.seed,
+    }  # fmt: skip
+
+
+def _spec(config: ChatConfig) -> str:
+    return config.files + (f" and for validation {config.val_files}" if config.val_files else "")
+
+
+def _chat_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    if config.format:
+        return TEMPLATES[config.format]
+    own = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
+def _store_name(config: ChatConfig, layouts: dict[str, str], wanted: dict[str, Any]) -> str:
+    decides = {**wanted, "source": wanted["source"]["fingerprint"], "tokenizer": wanted["tokenizer"]["hash"]}
+    digest = hashlib.blake2b(json.dumps([FORMAT, decides]).encode(), digest_size=4).hexdigest()
+    return f"{safe_name(Path(next(iter(layouts))).stem)}-{config.format or 'chat'}-{digest}"
+
+
+def _open_without_files(config: ChatConfig, format: Format, error: UserError) -> ChatData:
+    """A complete store named in the config serves a machine that has not got what it was made from."""
+    meta = Store(config.store).read_json(META) if config.store else None
+    if meta is None or meta.get("kind") != "chat" or meta["source"]["spec"] != _spec(config):
+        raise error
+    store = Store(config.store)
+    check_same(store, meta, {**_wanted(config, format, []), "source": meta["source"]})
+    say(f"using {store.path} unchecked: {error}")
+    return _opened(store, format, meta, meta["layouts"])
+
+
+def _opened(store: Store, format: Format, meta: dict[str, Any], layouts: dict[str, str]) -> ChatData:
+    return ChatData(
+        tokenizer=format.tokenizer,
+        vocab_size=meta["tokenizer"]["vocab_size"],
+        eos_id=format.tokenizer.eos_token_id,
+        train=open_packed(store, "train", meta),
+        validation=open_packed(store, "validation", meta),
+        store=store.path,
+        seq_len=meta["seq_len"],
+        chat_template=meta["chat_template"],
+        statistics=meta["statistics"],
+        layouts=layouts,
+        format=format,
+    )
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """What the user is to know of the data, as lines on stderr."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+        yield

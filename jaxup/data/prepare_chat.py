@@ -1,0 +1,235 @@
+"""Fills a store of chats: conversations as a stream -> tokens in scratch files -> packed rows, shard by shard.
+
+After each batch of conversations `progress.json` says how many were read and how much of the scratch files holds, so a
+killed process goes on from there. Rows are written once all lengths are known; that is done again from the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxup.data.chat_formats import Format, Rendered
+from jaxup.data.conversations import Conversations
+from jaxup.data.layouts import Conversation, Segments
+from jaxup.data.packed import Scratch, write_packed
+from jaxup.data.sources import SPLITS
+from jaxup.data.store import META, PROGRESS, Store, check_same
+from jaxup.errors import UserError, first_line
+from jaxup.progress import Progress
+
+if TYPE_CHECKING:
+    from jaxup.data.chat import ChatConfig
+
+BATCH_CHARACTERS = 2**20  # conversations are tokenised in batches of about so much text,
+BATCH_CONVERSATIONS = 1024  # and no more than so many of them
+
+
+def look(streams: dict[str, Conversations], config: ChatConfig, format: Format) -> tuple[int, int]:
+    """What can be wrong is looked for before anything is written: the number of rows, and of bad ones."""
+    counts = []
+    for key, conversations in streams.items():
+        with errors_of(f"data.{key}"):
+            counts.append(conversations.check_all())
+            first = next(iter(conversations))
+        if config.on_bad == "error":
+            _render(format, first)
+    return sum(count.rows for count in counts), sum(count.bad for count in counts)
+
+
+def prepare_chat(
+    config: ChatConfig, store: Store, format: Format, streams: dict[str, Conversations], wanted: dict[str, Any],
+    read: dict[str, int], template: str | None,
+) -> None:  # fmt: skip
+    """Makes `store` complete. The caller holds the lock."""
+    progress = store.read_json(PROGRESS)
+    if progress is None:
+        if not store.is_empty():
+            raise UserError(f"data.store: {store.path} is not empty and not a token store; choose another data.store")
+        progress = {"made": wanted, **_nothing_read()}
+    check_same(store, progress["made"], wanted)
+    vocab_size = 1 + max(format.tokenizer.get_vocab().values())
+    with _scratch_directory(store) as directory:
+        try:
+            # The record first: it marks what else is found there as ours.
+            store.write_json(PROGRESS, progress)
+            scratch = Scratch(directory)
+            if not scratch.cut(progress["written"]):
+                progress |= _nothing_read()
+            _tokenise(config, store, format, streams, scratch, progress)
+            _check_counts(config, progress["counts"])
+            table, tokens = scratch.read()
+        except OSError as error:
+            raise UserError(f"data.store: {directory}: {error.strerror or first_line(error)}") from None
+        except UserError:
+            # Data that will not do leaves nothing behind.
+            shutil.rmtree(directory, ignore_errors=True)
+            with contextlib.suppress(UserError):
+                store.discard()
+            raise
+        statistics = {**read, **progress["counts"]}
+        dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+        for split in SPLITS:
+            chosen = table["validation"] == (split == "validation")
+            with Progress(f"packing, {split}", total=None, unit="rows") as bar:
+                packed = write_packed(
+                    store, split, (table, tokens), chosen, seq_len=config.seq_len, dtype=dtype, packing=config.packing,
+                    seed=config.seed, progress=bar.update,
+                )  # fmt: skip
+            statistics[split] |= {"rows": packed.num_rows, "efficiency": packed.efficiency}
+        hashes = {split: table["text_hash"][table["validation"] == (split == "validation")] for split in SPLITS}
+        statistics["shared"] = int(np.isin(hashes["validation"], hashes["train"]).sum())
+        tokenizer = copy.copy(format.tokenizer)
+        tokenizer.chat_template = template
+        store.save_tokenizer(tokenizer)
+        store.load_tokenizer(wanted["tokenizer"]["hash"])  # the copy must tokenise as the original does
+        layouts = {path: layout for stream in streams.values() for path, layout in stream.layouts.items()}
+        made = {**wanted, "tokenizer": {**wanted["tokenizer"], "vocab_size": vocab_size}, "dtype": dtype}
+        store.write_json(META, {**made, "statistics": statistics, "layouts": layouts, "chat_template": template})
+        shutil.rmtree(directory, ignore_errors=True)
+    store.delete(PROGRESS)
+
+
+def _nothing_read() -> dict[str, Any]:
+    split = {"conversations": 0, "too_long": 0, "shortest_too_long": 0, "untrained": 0, "tokens": 0, "loss_tokens": 0}
+    counts = {"refused": 0, "first_refused": "", **{name: dict(split) for name in SPLITS}}
+    # written: conversations and tokens in the scratch files
+    return {"read": 0, "written": [0, 0], "counts": counts, "done": False}
+
+
+@contextlib.contextmanager
+def _scratch_directory(store: Store) -> Iterator[Path]:
+    """Beside the rows, where a killed process finds it again; for an object store somewhere on this machine."""
+    if store.local:
+        yield Path(store.path, "scratch")
+    else:
+        with tempfile.TemporaryDirectory(prefix="jaxup-") as directory:
+            yield Path(directory)
+
+
+def _tokenise(
+    config: ChatConfig, store: Store, format: Format, streams: dict[str, Conversations], scratch: Scratch,
+    progress: dict[str, Any],
+) -> None:  # fmt: skip
+    """Appends to `scratch` what `progress`, which is kept up to date, does not count as read."""
+    counts = progress["counts"]
+    rendered = _rendered(config, format, streams, progress["read"], counts)
+    with Progress("tokenising chats", total=None, unit="conversations", start=progress["read"]) as bar:
+        for batch in () if progress["done"] else _batches(rendered):
+            progress["read"] += len(batch)
+            batch = [(is_validation, one) for is_validation, one in batch if one is not None]
+            kept = []
+            for (is_validation, (text, _)), one in zip(batch, format.tokenize([one for _, one in batch])):
+                drawn = int.from_bytes(
+                    hashlib.blake2b(f"{config.seed}\0{text}".encode(), digest_size=8).digest(), "big"
+                )
+                if not config.val_files:
+                    is_validation = drawn < config.val_fraction * 2**64
+                of, length, losses = counts[SPLITS[is_validation]], len(one.ids), int(one.trained[1:].sum())
+                if length > config.seq_len:
+                    of["too_long"] += 1
+                    of["shortest_too_long"] = min(of["shortest_too_long"] or length, length)
+                elif not losses:
+                    of["untrained"] += 1
+                else:
+                    of["conversations"] += 1
+                    of["tokens"] += length
+                    of["loss_tokens"] += losses
+                    kept.append((one, is_validation, drawn))
+            if kept:
+                scratch.append(*zip(*kept))
+            progress["written"] = [sum(counts[split][of] for split in SPLITS) for of in ("conversations", "tokens")]
+            store.write_json(PROGRESS, progress)
+            bar.update(progress["read"], f"{progress['written'][1]:,} tokens")
+    progress["done"] = True
+    store.write_json(PROGRESS, progress)
+    if counts["refused"]:
+        say(f"warning: {counts['refused']:,} conversations skipped; the first: {counts['first_refused']}")
+
+
+def _rendered(
+    config: ChatConfig, format: Format, streams: dict[str, Conversations], skip: int, counts: dict[str, Any]
+) -> Iterator[tuple[bool, Rendered | None]]:
+    """From conversation number `skip` on whether it is of val_files and its text; None: the format refuses it."""
+    number = 0
+    for key, conversations in streams.items():
+        with errors_of(f"data.{key}"):
+            for conversation in conversations:
+                number += 1
+                if number <= skip:
+                    continue
+                try:
+                    rendered = _render(format, conversation)
+                except UserError as error:
+                    if config.on_bad == "error":
+                        raise
+                    rendered = None
+                    counts["refused"] += 1
+                    counts["first_refused"] = counts["first_refused"] or str(error)
+                yield key == "val_files", rendered
+
+
+def _render(format: Format, conversation: Conversation | Segments) -> Rendered:
+    try:
+        return format.render(conversation)
+    except UserError as error:
+        # Where it lies is not known any more; what it begins with can be searched for.
+        raise UserError(
+            f"data.format: in the conversation that begins {conversation[0].text[:40]!r}: {error}"
+        ) from None
+
+
+def _batches(rendered: Iterable[tuple[bool, Rendered | None]]) -> Iterator[list[tuple[bool, Rendered | None]]]:
+    batch, characters = [], 0
+    for one in rendered:
+        batch.append(one)
+        characters += len(one[1].text) if one[1] else 0
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_CONVERSATIONS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _check_counts(config: ChatConfig, counts: dict[str, Any]) -> None:
+    """Raises UserError when a split is left without a conversation."""
+    total = sum(counts[split]["conversations"] for split in SPLITS)
+    for split, key in zip(SPLITS, ("files", "val_files" if config.val_files else "files")):
+        of = counts[split]
+        if of["conversations"]:
+            continue
+        if of["too_long"]:
+            raise UserError(
+                f"data.seq_len={config.seq_len}: all {of['too_long']:,} {split} conversations are longer; the shortest"
+                f" needs data.seq_len={of['shortest_too_long']}"
+            )
+        if of["untrained"]:
+            raise UserError(f"data.{key}: no token to train on in any of {of['untrained']:,} {split} conversations")
+        if counts["refused"] and not total:
+            raise UserError(counts["first_refused"])
+        raise UserError(
+            f"data.val_fraction={config.val_fraction}: of {total:,} conversations none is left for {split}; give more"
+            " data, another fraction or data.val_files"
+        )
+
+
+@contextlib.contextmanager
+def errors_of(key: str) -> Iterator[None]:
+    """Says of which key a mistake is, if the message does not."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith("data.") else f"{key}: {error}") from None
+
+
+def say(message: str) -> None:
+    print(f"jaxup: {message}", file=sys.stderr, flush=True)
