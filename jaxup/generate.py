@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxup.errors import Parser, UserError, entry_point, first_line
+from jaxup.errors import Parser, UserError, entry_point
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -80,21 +80,6 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def chat_ids(tokenizer: Any, message: str, system: str | None) -> list[int]:
-    """A user's message as the tokenizer's chat template spells it, up to where the reply begins."""
-    if not tokenizer.chat_template:
-        raise UserError("--chat: the model's tokenizer has no chat template; without --chat the text is continued")
-    messages = [{"role": "user", "content": message}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    try:
-        # The template spells BOS itself: nothing is added to its text when it is tokenized.
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except Exception as error:  # whatever jinja raises, or the template itself
-        reason = first_line(error)
-        raise UserError(f"--chat: the tokenizer's chat template: {reason}") from None
-
-
 def stop_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a text: of generation_config.json, else config.json, else the tokenizer."""
     for file in (directory / "generation_config.json", directory / "config.json"):
@@ -148,6 +133,7 @@ def main(argv: list[str]) -> None:
 
     from flax import nnx
 
+    from jaxup.data.chat_formats import prompt_ids
     from jaxup.data.tokenizer import load_tokenizer
     from jaxup.hub.directory import tokenizer_directory
     from jaxup.hub.load import load
@@ -169,7 +155,10 @@ def main(argv: list[str]) -> None:
         raise UserError(str(error).removeprefix("data.")) from None
     ends = stop_ids(directory, tokenizer)
     if args.chat:
-        ids = [chat_ids(tokenizer, prompt, args.system) for prompt in prompts]
+        try:
+            ids = [prompt_ids(tokenizer, prompt, args.system) for prompt in prompts]
+        except UserError as error:
+            raise UserError(f"--chat: {error}") from None
     else:
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     model = load(args.model, dtype=args.dtype, revision=args.revision, strict=args.strict,

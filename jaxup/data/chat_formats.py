@@ -330,6 +330,30 @@ class TemplateFormat(Format):
             raise UserError(f"the chat template refuses the conversation: {reason}{_NAME_ONE}") from None
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, message: str, system: str | None = None) -> list[int]:
+    """A user's message as the tokenizer's chat template spells it, up to where the reply begins."""
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template")
+    messages = [{"role": "user", "content": message}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        # The template spells BOS itself: nothing is added to its text when it is tokenized.
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except Exception as error:  # whatever jinja raises, or the template itself
+        raise UserError(f"the tokenizer's chat template: {_visible(first_line(error))[:200]}") from None
+
+
+def end_ids(name: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a reply in the format: EOS, and what it ends a turn with if that is a token of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ids, trained = open_format(name, tokenizer).encode((Turn("user", "a", False), Turn("assistant", "b", True)))
+    last = int(ids[np.flatnonzero(trained)[-1]])
+    found = [tokenizer.eos_token_id, last if last in tokenizer.added_tokens_decoder else None]
+    return tuple(dict.fromkeys(i for i in found if i is not None))
+
+
 def show(format: Format, encoded: Encoded, color: bool) -> str:
     """The example as the model sees it, for a terminal.
 

@@ -18,14 +18,16 @@ _ROLES = {"copies": "copy", "originals": "original", "new": "new"}
 
 
 def trainable(
-    plan: DepthPlan, params: Mapping[str, Any], *, layers: str | Sequence[int] = "all", parameters: str = ""
-) -> dict[str, Any]:
+    plan: DepthPlan, params: Mapping[str, Any], *, layers: str | Sequence[int] = "all", parameters: str = "",
+    freeze: str | Sequence[int] = "",
+) -> dict[str, Any]:  # fmt: skip
     """Which of the result's params train.
 
     Args:
       params: the result's tree, of arrays or ShapeDtypeStructs; leaves under "blocks" [M, ...].
       layers: "all", "copies", "originals", "new", half-open ranges such as "9:12, 20", or numbers
         of layers of the result. Embeddings, final norm and head train with "all" and "originals".
+      freeze: layers, chosen in the same way, that do not train all the same; "" = none.
       parameters: a regular expression that the dotted path of what trains contains, such as
         "o_proj|down_proj" of "blocks.self_attn.o_proj.kernel".
 
@@ -36,6 +38,8 @@ def trainable(
       UserError: nothing would train, or no such layers.
     """
     rows, ends = _rows(plan, layers), layers in ("all", "originals")
+    if freeze:
+        rows = rows & ~_rows(plan, freeze)
     try:
         pattern = re.compile(parameters)
     except re.error as error:
@@ -50,7 +54,8 @@ def trainable(
 
     masks = jax.tree_util.tree_map_with_path(mask, dict(params))
     if not any(leaf.any() for leaf in jax.tree.leaves(masks)):
-        kind = f"no layers are {layers}" if not rows.any() else f"no parameter's path contains {parameters!r}"
+        chosen = f"{layers} without {freeze}" if freeze else layers
+        kind = f"no layers are {chosen}" if not rows.any() else f"no parameter's path contains {parameters!r}"
         raise UserError(f"freeze: nothing would train: {kind}")
     return masks
 

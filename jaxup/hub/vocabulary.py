@@ -56,7 +56,7 @@ def open_vocabulary(recipe: Recipe) -> Vocabulary:
     if recipe.chat_template is None:
         return vocabulary
     files = dict(vocabulary.files or _carried(recipe, recipe.base))
-    return dataclasses.replace(vocabulary, files=_with_template(files, _template(recipe)))
+    return dataclasses.replace(vocabulary, files=with_template(files, _template(recipe)))
 
 
 # ---- tokenizers
@@ -178,8 +178,8 @@ def _template(recipe: Recipe) -> str:
     return TEMPLATES[given]
 
 
-def _with_template(files: dict[str, bytes], template: str) -> dict[str, bytes]:
-    """Where newer and where older versions of transformers look for it."""
+def with_template(files: dict[str, bytes], template: str) -> dict[str, bytes]:
+    """A model's files with this chat template, where newer and where older versions of transformers look for it."""
     config = "tokenizer_config.json"
     if not set(files) - {_GENERATION}:
         raise UserError("chat_template: the base model has no tokenizer to give it to")

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -17,21 +17,24 @@ from jaxup.training.step import TrainState
 
 
 class Checkpoints:
-    """`directory/STEP/`, the newest `keep` of them; written in the background, atomically.
+    """`directory/STEP/`, the newest `keep` of them and those of `always`; written in the background, atomically.
 
     What a killed writer left behind is removed on opening. Restoring gives the arrays bit for bit,
     laid out over whatever mesh the abstract state names.
     """
 
-    def __init__(self, directory: os.PathLike | str, *, keep: int):
+    def __init__(self, directory: os.PathLike | str, *, keep: int, always: Collection[int] = ()):
         from orbax.checkpoint import v1 as ocp
 
         # Orbax reports its internals at INFO and its own deprecations at WARNING.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._directory = directory
+        policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             os.path.abspath(directory),  # Orbax refuses relative paths
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(keep), policies.CustomSteps(sorted(always))]
+            ),
             cleanup_tmp_directories=True,
         )
 
@@ -50,6 +53,10 @@ class Checkpoints:
         """Starts writing `state`; returns once the arrays are copied, so the state may be donated."""
         if step != self.latest:
             self._checkpointer.save_async(step, _tree(state), force=True)
+
+    def save_params(self, step: int, params: Params) -> None:
+        """Writes params alone, which `restore_params` reads; returns when they are written."""
+        self._checkpointer.save(step, {"params": params}, force=True)
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         return TrainState(**self._load(step, _tree(abstract_state)), halted=jax.numpy.bool_(False))

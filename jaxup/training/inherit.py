@@ -122,7 +122,7 @@ def run_inherit(
         source = lambda: load_trained(run, REFERENCE, model)  # noqa: E731
     else:
         source = reference.pretrained
-        benchmark = _measure(run, model, steps, reference)
+        benchmark = _measure(run, model, reference)
     print(f"benchmark: validation loss {benchmark.val_loss:.4f}, tolerance {config.tolerance}", flush=True)
 
     results, controls = [benchmark], []
@@ -159,7 +159,7 @@ def run_inherit(
     return Outcome(tuple(results), plan, target, target_model)
 
 
-def _measure(run: Run, model: ModelConfig, steps: int, reference: Reference) -> Result:
+def _measure(run: Run, model: ModelConfig, reference: Reference) -> Result:
     """What a model that is there reaches; kept beside the checkpoints, so that resuming does not load it again."""
     path = run.directory / "checkpoints" / REFERENCE / "result.json"
     if stored := read_json(path):
@@ -167,7 +167,7 @@ def _measure(run: Run, model: ModelConfig, steps: int, reference: Reference) -> 
     params = reference.pretrained()
     result = Result(
         name=REFERENCE, origin=reference.name, layers=model.num_layers, params=count_params(model), steps=0,
-        tokens=0, val_loss=evaluate(run, model, params, steps), seconds=0.0, sample=run.sample(model, params),
+        tokens=0, val_loss=evaluate(run, model, params), seconds=0.0, sample=run.sample(model, params),
     )  # fmt: skip
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxup.data.batches import Batches, TokenData, validation_batches
+from jaxup.data.batches import Batches, TokenData
+from jaxup.data.chat import ChatData
 from jaxup.depth.plan import DepthPlan
-from jaxup.errors import NonFinite, Stopped
+from jaxup.errors import NonFinite, Stopped, UserError
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract, init
 from jaxup.model.shapes import count_params
@@ -33,6 +34,7 @@ from jaxup.progress import Progress
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.metrics import MetricsLog, peak_flops
 from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxup.training.partition import EVERYTHING, Selection, digest
 from jaxup.training.rundir import read_json, write_atomically
 from jaxup.training.sharding import BATCH_AXES, local_rows, place_batch, state_shardings
 from jaxup.training.signals import StopRequest
@@ -63,7 +65,7 @@ class Run:
     directory: Path
     settings: Settings
     mesh: Mesh
-    data: TokenData
+    data: TokenData | ChatData
     log: MetricsLog
     stop: StopRequest
     sample: Callable[[ModelConfig, Params], str]  # a short text by the model, for the summary
@@ -80,12 +82,14 @@ class Result:
     val_loss: float  # nats a token
     seconds: float  # spent training in the process that finished it
     sample: str
+    trained: int | None = None  # parameters that train; None = all. At the end every bit of the others is as it was
 
 
 class _Program(NamedTuple):
     train_step: Callable
     eval_step: Callable
-    init_state: Callable[[Params], TrainState]
+    init: Callable[[Params], tuple[TrainState, *tuple[Params, ...]]]  # all params -> the state, and what is frozen
+    join: Callable[..., Params]  # (what trains, what is frozen) -> all params
     abstract_state: TrainState
 
 
@@ -110,26 +114,37 @@ def abstract_params(model: ModelConfig, mesh: Mesh) -> Params:
 
 
 @functools.lru_cache(maxsize=4)  # a target and its control are one program, compiled once
-def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh) -> _Program:
-    optimizer = make_optimizer(settings.optimizer, steps)
+def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, selection: Selection) -> _Program:
+    partition = selection.partition
+    optimizer = make_optimizer(settings.optimizer, steps, selection.rates)
     compute = dataclasses.replace(settings.compute, batch_axes=BATCH_AXES)
     replicated = NamedSharding(mesh, PartitionSpec())
-    params = param_shardings(model, mesh)
+    whole = param_shardings(model, mesh)
 
-    def init_state(params: Params) -> TrainState:
-        return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.bool_(False))
+    def split(params: Params) -> tuple[Params, ...]:
+        return (params,) if partition is None else partition.split(params)
 
-    abstract_state = jax.eval_shape(init_state, abstract(model)[1])
-    moments = state_shardings(optimizer, abstract_state.opt_state, params, mesh)
-    shardings = TrainState(params, moments, replicated, replicated)
+    def init(params: Params) -> tuple[TrainState, *tuple[Params, ...]]:
+        trained, *frozen = split(params)
+        trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
+        return TrainState(trained, optimizer.init(trained), jnp.int32(0), jnp.bool_(False)), *frozen
+
+    params, *frozen = (whole,) if partition is None else partition.shardings(mesh)
+    abstract_state, *_ = jax.eval_shape(init, abstract(model)[1])
+    shardings = TrainState(
+        params, state_shardings(optimizer, abstract_state.opt_state, params, mesh), replicated, replicated
+    )
     return _Program(
         train_step=jax.jit(
-            make_train_step(model, compute, optimizer, settings.step),
+            make_train_step(model, compute, optimizer, settings.step, partition),
             donate_argnums=0,
             out_shardings=(shardings, replicated),
         ),
-        eval_step=jax.jit(make_eval_step(model, compute, settings.step), out_shardings=replicated),
-        init_state=jax.jit(init_state, out_shardings=shardings),
+        eval_step=_eval_step(model, settings, mesh, partition),
+        init=jax.jit(init, out_shardings=(shardings, *frozen)),
+        join=jax.jit(
+            lambda params, *frozen: partition.join(params, *frozen) if frozen else params, out_shardings=whole
+        ),
         abstract_state=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             abstract_state,
@@ -138,22 +153,29 @@ def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh) -> 
     )
 
 
-def evaluate(run: Run, model: ModelConfig, params: Params, steps: int) -> float:
+def evaluate(run: Run, model: ModelConfig, params: Params) -> float:
     """Mean cross-entropy in nats over the fixed validation rows."""
     with jax.set_mesh(run.mesh):
-        return _evaluate(run, _program(model, run.settings, steps, run.mesh), params)
+        return _evaluate(run, _eval_step(model, run.settings, run.mesh, None), (params,))
 
 
-def _evaluate(run: Run, program: _Program, params: Params) -> float:
+@functools.lru_cache(maxsize=4)
+def _eval_step(model: ModelConfig, settings: Settings, mesh: Mesh, partition: Any) -> Callable:
+    compute = dataclasses.replace(settings.compute, batch_axes=BATCH_AXES)
+    step = make_eval_step(model, compute, settings.step, partition)
+    return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _evaluate(run: Run, eval_step: Callable, params: tuple[Params, ...]) -> float:
+    """`params`: what trains and what is frozen, if anything is."""
     size = run.settings.eval_batch_size
     sums = np.zeros(2)
-    for batch in validation_batches(
-        run.data.validation, batch_size=size, max_rows=run.settings.eval_rows, isolate_eos=run.data.isolate_eos,
-        part=local_rows(size, run.mesh),
-    ):  # fmt: skip
+    for batch in run.data.validation_batches(
+        batch_size=size, max_rows=run.settings.eval_rows, part=local_rows(size, run.mesh)
+    ):
         placed = place_batch(batch, size, run.mesh)
         # Added in float64 on the host: a large validation set is more than float32 can count.
-        sums += jax.device_get(program.eval_step(params, placed))
+        sums += jax.device_get(eval_step(params[0], placed, *params[1:]))
         if run.stop.signum is not None and jax.process_count() == 1:
             raise _StopNow
     return float(sums[0] / sums[1])
@@ -165,54 +187,88 @@ class _StopNow(Exception):
 
 def train_model(
     run: Run, name: str, model: ModelConfig, *, steps: int, origin: str, initialise: Callable[[], Params],
-    plan: DepthPlan | None = None,
+    plan: DepthPlan | None = None, selection: Selection = EVERYTHING, milestones: frozenset[int] = frozenset(),
+    about: dict[str, Any] | None = None,
 ) -> Result:  # fmt: skip
     """Trains to `steps` updates and returns the result; raises Stopped after saving on a signal.
 
     A call for a model that is finished returns its stored result; one for a model that was begun
-    goes on where its newest checkpoint is, bit for bit as if it had never stopped.
+    goes on where its newest checkpoint is, bit for bit as if it had never stopped. Checkpoints hold
+    what trains; the rest is what `initialise` gives, each time the same. After the steps in
+    `milestones` the model is evaluated and a checkpoint stays. `about` goes into model.json.
     """
     directory = run.directory / "checkpoints" / name
-    if jax.process_index() == 0:  # what `jaxup.export` needs besides a checkpoint
-        about = {"model": dataclasses.asdict(model), "store": run.data.store, "plan": plan and plan.to_yaml()}
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / "model.json", json.dumps(about, indent=1))
+    if jax.process_index() == 0:
+        describe_model(directory, run, model, plan, **(about or {}))
     if stored := read_json(directory / "result.json"):
         print(f"{name}: finished before, validation loss {stored['val_loss']:.4f}", flush=True)
         return Result(**stored)
 
     began = time.monotonic()
-    with jax.set_mesh(run.mesh), Checkpoints(directory, keep=run.settings.keep_checkpoints) as checkpoints:
-        program = _program(model, run.settings, steps, run.mesh)
+    keep = run.settings.keep_checkpoints
+    with jax.set_mesh(run.mesh), Checkpoints(directory, keep=keep, always=milestones) as checkpoints:
+        program = _program(model, run.settings, steps, run.mesh, selection)
+        trained = None if selection.partition is None else _count(program.abstract_state.params)
         start = checkpoints.latest or 0
         if start:
             print(f"{name}: resumes at step {start} of {steps} ({origin})", flush=True)
             state = checkpoints.restore(start, program.abstract_state)
+            frozen = [] if trained is None else program.init(initialise())[1:]
         else:
-            print(f"{name}: {origin}; {model.num_layers} layers, {count_params(model):,} parameters", flush=True)
-            state = program.init_state(initialise())
+            some = "" if trained is None else f", of which {trained:,} train"
+            print(f"{name}: {origin}; {model.num_layers} layers, {count_params(model):,} parameters{some}", flush=True)
+            state, *frozen = program.init(initialise())
+        before = _check_frozen(directory, frozen) if frozen else None
         if jax.process_index() == 0:
             run.log.rewind(name, start)
         run.stop.deferred = True
         try:
-            state, val_loss = _train(run, name, model, steps, program, state, start, checkpoints)
+            state, val_loss = _train(run, name, model, steps, program, state, frozen, start, checkpoints, milestones)
         finally:
             run.stop.deferred = False
+        if frozen and digest(frozen) != before:
+            raise RuntimeError(f"{name}: parameters that do not train have changed: a fault of memory or device")
+        sample = run.sample(model, program.join(state.params, *frozen))
     result = Result(
         name=name, origin=origin, layers=model.num_layers, params=count_params(model), steps=steps,
         tokens=steps * run.settings.batch_size * run.data.seq_len, val_loss=val_loss,
-        seconds=round(time.monotonic() - began, 1), sample=run.sample(model, state.params),
+        seconds=round(time.monotonic() - began, 1), sample=sample, trained=trained,
     )  # fmt: skip
     if jax.process_index() == 0:
         write_atomically(directory / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
     return result
 
 
-def _train(run, name, model, steps, program, state, start, checkpoints) -> tuple[TrainState, float]:
+def describe_model(directory: Path, run: Run, model: ModelConfig, plan: DepthPlan | None, **more: Any) -> None:
+    """Writes model.json: what `jaxup.export` needs besides a checkpoint."""
+    about = {"model": dataclasses.asdict(model), "store": run.data.store, "plan": plan and plan.to_yaml(), **more}
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "model.json", json.dumps(about, indent=1))
+
+
+def _check_frozen(directory: Path, frozen: list[Params]) -> str:
+    """The digest of what does not train; UserError if a run that resumes began with another."""
+    now, path = digest(frozen), directory / "frozen.json"
+    then = read_json(path)
+    if then is not None and then["digest"] != now:
+        raise UserError(
+            f"{directory}: the parameters that do not train are not those the run began with; "
+            "put the model that it began with back, or choose another --workdir"
+        )
+    if jax.process_index() == 0 and then is None:
+        write_atomically(path, json.dumps({"digest": now}))
+    return now
+
+
+def _count(params: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _train(run, name, model, steps, program, state, frozen, start, checkpoints, milestones) -> tuple[TrainState, float]:
     s = run.settings
     batches = run.data.batches(batch_size=s.batch_size, seed=s.seed)
     losses = {r["step"]: r["val_loss"] for r in run.log.read() if r["model"] == name and "val_loss" in r}
-    meter = _Meter(run, name, model, steps)
+    meter = _Meter(run, name, model, steps, part=bool(frozen))
     step, pending = start, None
 
     mine = local_rows(s.batch_size, run.mesh)
@@ -228,12 +284,13 @@ def _train(run, name, model, steps, program, state, start, checkpoints) -> tuple
         ahead = reader.submit(read_batch, step) if step < steps else None
         try:
             while True:
-                if (step % s.eval_interval == 0 or step == steps) and step not in losses:
+                here = step == steps or step in milestones
+                if (step % s.eval_interval == 0 or here) and step not in losses:
                     meter.check(pending, batches)
-                    losses[step] = _evaluate(run, program, state.params)
+                    losses[step] = _evaluate(run, program.eval_step, (state.params, *frozen))
                     meter.log_validation(step, losses[step])
                     meter.restart()
-                if step and step != start and (step % s.checkpoint_interval == 0 or step == steps):
+                if step and step != start and (step % s.checkpoint_interval == 0 or here):
                     meter.check(pending, batches)
                     checkpoints.save(step, state)
                     meter.restart()
@@ -241,7 +298,7 @@ def _train(run, name, model, steps, program, state, start, checkpoints) -> tuple
                     return state, losses[step]
                 batch = ahead.result()
                 with jax.transfer_guard("disallow"):
-                    state, metrics = program.train_step(state, batch)
+                    state, metrics = program.train_step(state, batch, *frozen)
                 step += 1
                 ahead = reader.submit(read_batch, step) if step < steps else None
                 # Read one step late: the device already works on the next one.
@@ -272,10 +329,11 @@ class _Halted(Exception):
 class _Meter:
     """Reads a step's metrics, logs them, and measures speed between evaluations and saves."""
 
-    def __init__(self, run: Run, name: str, model: ModelConfig, steps: int):
+    def __init__(self, run: Run, name: str, model: ModelConfig, steps: int, *, part: bool):
         self._run, self._name, self._steps = run, name, steps
         self._schedule = learning_rate(run.settings.optimizer, steps)
-        self._flops_per_token = model.flops_per_token(run.data.seq_len)
+        # Of a model that trains in part no formula says how much of the backward pass is left.
+        self._flops_per_token = None if part else model.flops_per_token(run.data.seq_len)
         self._peak = peak_flops()
         self._checked = 0
         self.stop = False  # a process, this one or another, was asked to stop
@@ -306,7 +364,7 @@ class _Meter:
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         seconds = max(time.monotonic() - self._since, 1e-9)
         rate = self._tokens / seconds
-        flops = rate * self._flops_per_token / jax.device_count()
+        flops = None if self._flops_per_token is None else rate * self._flops_per_token / jax.device_count()
         self.detail = f"loss {metrics['loss']:.3f}{self._validation} {rate:,.0f} tokens/s"
         self.restart()
         self._write(
@@ -316,8 +374,9 @@ class _Meter:
             gradient_norm_layers=[float(f"{n:.5g}") for n in metrics["gradient_norm_layers"]],
             learning_rate=float(self._schedule(step - 1)),
             tokens_per_second=round(rate, 1),
-            tflops_per_device=float(f"{flops / 1e12:.4g}"),
-            mfu=None if self._peak is None else float(f"{flops / self._peak:.4g}"),
+            loss_tokens=int(metrics["loss_tokens"]),
+            tflops_per_device=None if flops is None else float(f"{flops / 1e12:.4g}"),
+            mfu=None if flops is None or self._peak is None else float(f"{flops / self._peak:.4g}"),
         )
 
     def log_validation(self, step: int, loss: float) -> None:

@@ -53,12 +53,18 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [c.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """clip -> Adam -> decoupled decay of kernels -> learning rate; state in the params' dtype."""
+def make_optimizer(config: OptimizerConfig, steps: int, rates: Params | None = None) -> optax.GradientTransformation:
+    """clip -> Adam -> decoupled decay of kernels -> learning rate; state in the params' dtype.
+
+    `rates`, a tree of arrays that broadcast to the params, multiplies the learning rate of each, and with
+    it the decay, as in a parameter group of PyTorch's AdamW.
+    """
+    scale = lambda updates, params: jax.tree.map(lambda update, rate: update * rate, updates, rates)  # noqa: E731
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.identity() if rates is None else optax.stateless(scale),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
 

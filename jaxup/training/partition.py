@@ -6,6 +6,8 @@ that nothing is returned for, so its every bit stays as it is.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +59,11 @@ class Partition:
 
         return traverse_util.unflatten_dict({path: leaf(path, mask) for path, mask in self._masks.items()})
 
+    def merge(self, trained: Params, params: Params) -> Params:
+        """`params` with what was trained in the place of what it was; everything keeps its dtype."""
+        joined = self.join(trained, self.split(params)[1])
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), joined, params)
+
     def hidden(self, trained: Params, frozen: Params, tokens_BS: jax.Array, **inputs: Any) -> tuple[Decoder, jax.Array]:
         """(a Decoder without blocks, what its head is applied to): `Decoder.hidden` of the joined params.
 
@@ -81,6 +88,37 @@ class Partition:
         trained = {path: flat[path] for path, mask in self._masks.items() if mask.any()}
         frozen = {path: flat[path] for path, mask in self._masks.items() if not mask.all()}
         return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """What trains, and how fast; as a key of a cache it is only itself."""
+
+    partition: Any = None  # a Partition, or something that does what it does; None: everything trains
+    rates: Params | None = None  # what the learning rate of each trained leaf is multiplied by; None: 1
+
+
+EVERYTHING = Selection()
+
+
+def digest(tree: Any) -> str:
+    """A hex digest of all leaves' bits, computed where they lie: any one bit flipped changes it."""
+    return hashlib.sha256(repr([int(word) for word in jax.tree.leaves(_words(tree))]).encode()).hexdigest()
+
+
+@jax.jit
+def _words(tree: Any) -> list[jax.Array]:
+    def word(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaf = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+        # Each word times an odd number that depends on its place, modulo 2^32.
+        place = sum(
+            jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(0x9E3779B1 ^ (axis * 0x85EBCA6A))
+            for axis in range(leaf.ndim)
+        )
+        return jnp.sum(leaf.astype(jnp.uint32) * (2 * jnp.uint32(place) + 1), dtype=jnp.uint32)
+
+    return [word(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

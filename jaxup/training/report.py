@@ -10,11 +10,14 @@ from jaxup.training.loop import Result
 from jaxup.training.rundir import write_atomically
 
 
-def write_summary(directory: Path, title: str, results: Sequence[Result], plan_text: str, notes: Sequence[str]) -> str:
-    """Writes and returns SUMMARY.md; the first result is the reference the others are compared with."""
+def write_summary(
+    directory: Path, title: str, results: Sequence[Result], plan_text: str, notes: Sequence[str],
+    *, plan_title: str = "The final target's plan",
+) -> str:  # fmt: skip
+    """Writes and returns SUMMARY.md; the first result is what the others are compared with."""
     reference = results[0]
     lines = [f"# {title}", "", *notes, ""]
-    lines += ["| model | layers | parameters | steps | tokens | validation loss | to the reference |"]
+    lines += [f"| model | layers | parameters | steps | tokens | validation loss | to the {reference.name} |"]
     lines += ["|---|---:|---:|---:|---:|---:|---:|"]
     for r in results:
         difference = "" if r is reference else f"{r.val_loss - reference.val_loss:+.4f}"
@@ -25,7 +28,7 @@ def write_summary(directory: Path, title: str, results: Sequence[Result], plan_t
         lines += ["", f"![{path.stem.replace('_', ' ')}](plots/{path.name})"]
     lines += ["", "How each model began:", ""]
     lines += [f"- **{r.name}**: {r.origin}" for r in results]
-    lines += ["", "## The final target's plan", "", "```", plan_text.strip(), "```", "", "## Samples", ""]
+    lines += ["", f"## {plan_title}", "", "```", plan_text.strip(), "```", "", "## Samples", ""]
     for r in results:
         # A fence longer than any run of backticks in the text cannot be closed by it.
         fence = "`" * max(3, 1 + max((len(run) for run in _backticks(r.sample)), default=0))
@@ -35,8 +38,14 @@ def write_summary(directory: Path, title: str, results: Sequence[Result], plan_t
     return text
 
 
-def plot_validation(directory: Path, title: str, results: Sequence[Result], records: Sequence[dict[str, Any]]) -> Path:
-    """Draws validation loss against steps, all models in one picture; returns the PNG's path."""
+def plot_validation(
+    directory: Path, title: str, results: Sequence[Result], records: Sequence[dict[str, Any]], *,
+    pretrained: bool = False,
+) -> Path:  # fmt: skip
+    """Draws validation loss against steps, all models in one picture; returns the PNG's path.
+
+    `pretrained`: all models begin as good as the first, and what they begin with is shown.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -55,13 +64,13 @@ def plot_validation(directory: Path, title: str, results: Sequence[Result], reco
         style = {"linestyle": ":"} if result.name.startswith("control") else {}
         axes.plot(*zip(*points), label=label, color=f"C{index}", marker=".", linewidth=1.8, **style)
         # The untrained models' loss at step 0, ln(vocabulary), would flatten everything else.
-        shown = [loss for step, loss in points if step >= 0.1 * result.steps]
+        shown = [loss for step, loss in points if pretrained or step >= 0.1 * result.steps]
         low, high = min([low, *shown]), max([high, *shown])
     margin = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlim(0, last * 1.02)
     axes.annotate(
-        f"reference, {reference.val_loss:.3f}", (last * 0.01, reference.val_loss), textcoords="offset points",
+        f"{reference.name}, {reference.val_loss:.3f}", (last * 0.01, reference.val_loss), textcoords="offset points",
         xytext=(0, -11), fontsize=8, color="0.4",
     )  # fmt: skip
     axes.set(xlabel="steps", ylabel="validation loss (nats per token)", title=title)

@@ -1,0 +1,1 @@
+"""What `jaxup.train` carries out: one module for each kind of experiment."""
