@@ -1,4 +1,4 @@
-"""Packing: best-fit decreasing against a naive one and the best there is; batches against a plain loop."""
+"""Packing: best-fit decreasing against a naive one and the best there is."""
 
 import functools
 import time
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxup.data.packing import fill, pack
+from jaxup.data.packing import pack
 
 
 def naive(lengths, capacity):
@@ -110,48 +110,3 @@ def test_a_million_in_seconds(lengths):
 def test_refused(lengths):
     with pytest.raises(ValueError, match=r"1\.\.4"):
         pack(np.array(lengths, int), 4)
-
-
-@given(problems(max_size=20), st.randoms(use_true_random=False))
-def test_fill_is_the_plain_loop(problem, random):
-    lengths, capacity = problem
-    packing = pack(np.array(lengths), capacity)
-    ids = [[random.randint(1, 10**6) for _ in range(n)] for n in lengths]
-    trained = [[random.random() < 0.5 for _ in range(n)] for n in lengths]
-    rows = np.array([random.randrange(packing.num_rows) for _ in range(3)])
-    batch = fill(packing, lambda i: (np.array(ids[i], np.int32), np.array(trained[i], bool)), rows)
-    for name, array in batch.items():
-        assert array.shape == (3, capacity)
-        assert array.dtype == (np.float32 if name == "loss_weights" else np.int32)
-    for b, row in enumerate(rows):
-        expected = []
-        members = sorted((packing.offset[i], i) for i in range(len(lengths)) if packing.row[i] == row)
-        for segment, (_, i) in enumerate(members, 1):
-            for position, token in enumerate(ids[i]):
-                if position + 1 < lengths[i]:
-                    target, weight = ids[i][position + 1], float(trained[i][position + 1])
-                else:
-                    target, weight = 0, 0.0
-                expected.append((token, target, weight, segment, position))
-        expected += [(0, 0, 0.0, 0, 0)] * (capacity - len(expected))
-        got = zip(*(batch[k][b].tolist() for k in ("tokens", "targets", "loss_weights", "segment_ids", "positions")))
-        assert list(got) == expected
-
-
-def test_no_label_crosses_a_border():
-    lengths = realistic(200)
-    packing = pack(lengths, 4096)
-    # The tokens of example i are all i + 1.
-    batch = fill(
-        packing, lambda i: (np.full(lengths[i], i + 1), np.ones(lengths[i], bool)), np.arange(packing.num_rows)
-    )
-    weighed = batch["loss_weights"] > 0
-    assert (batch["targets"] == batch["tokens"])[weighed].all()
-    assert weighed.sum() == (lengths - 1).sum()
-    assert (batch["tokens"] > 0).sum() == lengths.sum()
-
-
-def test_an_example_of_another_length_is_refused():
-    packing = pack(np.array([3, 2]), 5)
-    with pytest.raises(ValueError, match="example 1 has 3 tokens, and was packed as 2"):
-        fill(packing, lambda i: (np.ones(3, int), np.ones(3, bool)), np.array([0]))

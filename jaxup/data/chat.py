@@ -174,13 +174,13 @@ def _open_files(config: ChatConfig, key: str, spec: str, root: str) -> Conversat
 def _wanted(config: ChatConfig, format: Format, fingerprints: list[str]) -> dict[str, Any]:
     """All that decides what the rows hold."""
     template = _chat_template(config, format.tokenizer) or ""
+    own = f"the tokenizer's template ({hashlib.blake2b(template.encode(), digest_size=4).hexdigest()})"
     return {
         "kind": "chat",
         "source": {"spec": _spec(config), "fingerprint": hashlib.blake2b(json.dumps(fingerprints).encode(),
                                                                          digest_size=16).hexdigest()},
         "tokenizer": {"spec": format.tokenizer.name_or_path, "hash": tokenizer_hash(format.tokenizer)},
-        "chat_format": config.format,
-        "template": hashlib.blake2b(template.encode(), digest_size=8).hexdigest(),
+        "chat_format": config.format or own,
         "seq_len": config.seq_len,
         "val_fraction": None if config.val_files else config.val_fraction,
         "on_bad": config.on_bad,

@@ -143,7 +143,7 @@ def write_packed(
     shard_rows = min(array.chunk_layout.write_chunk.shape[0] for array in arrays)
     for begin in range(0, packed.num_rows, shard_rows):
         rows = order[begin : begin + shard_rows]
-        ids, marks = _assemble(packed, tokens, starts, rows)
+        ids, marks = assemble(packed, tokens, starts, rows)
         with store.errors():
             end = begin + len(rows)
             for future in [array[begin:end].write(value) for array, value in zip(arrays, (ids.astype(dtype), marks))]:
@@ -152,7 +152,7 @@ def write_packed(
     return packed
 
 
-def _assemble(
+def assemble(
     packed: Packing, tokens: np.ndarray, starts: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """ids uint32 and marks uint8, both [len(rows), capacity]."""

@@ -1,4 +1,4 @@
-"""Several examples in one row, each a segment of its own: best-fit decreasing, and the batches it makes.
+"""Several examples in one row, each a segment of its own: best-fit decreasing.
 
 Longest first, each example goes into the row that it leaves least room in, or a new one (Johnson 1973; for training
 Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830). No example is cut. All lengths
@@ -8,7 +8,6 @@ must be known beforehand.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 
@@ -81,31 +80,3 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
         order=np.lexsort((offset, row)),
         bounds=np.concatenate([[0], np.cumsum(np.bincount(row))]),
     )
-
-
-def fill(
-    packing: Packing, example: Callable[[int], tuple[np.ndarray, np.ndarray]], rows: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The batch of these rows, int [B]; `example(i)` gives the ids and the trained mask, both [lengths[i]].
-
-    tokens, targets, segment_ids (from 1; 0 = padding) and positions (from 0 in each segment), int32 [B, capacity];
-    loss_weights float32 [B, capacity]: 1 where the target is a trained token of the same segment. A segment's last
-    token has no target, so nothing predicts the first of the next.
-    """
-    shape = (len(rows), packing.capacity)
-    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-    batch["loss_weights"] = np.zeros(shape, np.float32)
-    for b, row in enumerate(rows):
-        members = packing.order[packing.bounds[row] : packing.bounds[row + 1]]
-        for segment, i in enumerate(members.tolist(), 1):
-            ids, trained = example(i)
-            start, length = packing.offset[i], packing.lengths[i]
-            if len(ids) != length or len(trained) != length:
-                raise ValueError(f"example {i} has {len(ids)} tokens, and was packed as {length}")
-            here, with_target = slice(start, start + length), slice(start, start + length - 1)
-            batch["tokens"][b, here] = ids
-            batch["targets"][b, with_target] = ids[1:]
-            batch["loss_weights"][b, with_target] = trained[1:]
-            batch["segment_ids"][b, here] = segment
-            batch["positions"][b, here] = np.arange(length)
-    return batch
