@@ -232,14 +232,12 @@ class Batches:
 
 
 def validation_batches(
-    rows: Fields | Rows, *, batch_size: int, max_rows: int, part: slice = slice(None), isolate_eos: int | None = None
+    rows: Fields, *, batch_size: int, max_rows: int, part: slice = slice(None)
 ) -> Iterator[dict[str, np.ndarray]]:
     """The first `max_rows` rows (0 = all) in their order, as batches of one shape with the fields of `Batches`.
 
     The last batch is filled up with rows of loss weight 0. `part`: the rows of each batch to read.
     """
-    if isinstance(rows, Rows):
-        rows = TextRows(rows, isolate_eos)
     total = min(max_rows, len(rows)) if max_rows else len(rows)
     for start in range(0, total, batch_size):
         indices = np.arange(start, start + batch_size)[part]
