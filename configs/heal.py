@@ -36,8 +36,8 @@ Variants, after a colon and separated by commas:
     layers=WHAT            what trains: all, copies, originals, new, or ranges such as 9:12+20
     freeze=WHAT            what does not, all the same
     parameters=REGEX       only what has such a path: o_proj|down_proj
-    lora=RANK              adapters of this rank on what trains, merged into the export (alpha = 2 RANK)
-    qlora=RANK             the same over the blocks in NF4
+    lora, qlora            adapters on what trains, merged into the export; qlora: over the blocks in NF4
+    rank=N                 of the adapters (default 64; quick: 16); alpha is twice that
     control=1              also the base itself, trained on the same batches (quick: unless control=0)
     seed=N                 of initialisation, split and batches
 
@@ -61,13 +61,15 @@ def get_config(arg: str = "") -> ConfigDict:
         layers="all",
         freeze="",
         parameters="",
-        lora=0,
-        qlora=0,
+        lora=False,
+        qlora=False,
+        rank=0,
         control=-1,  # -1 = 1 with quick and smoke, else 0
         seed=0,
     )
-    if v["lora"] and v["qlora"]:
-        raise UserError("variants lora and qlora: choose one")
+    adapters = v["lora"] or v["qlora"]
+    if v["rank"] and not adapters:
+        raise UserError(f"variant rank={v['rank']}: goes with lora or qlora")
     small, smoke = v["size"] != "default", v["size"] == "smoke"
 
     c = ConfigDict()
@@ -131,10 +133,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.parameters = v["parameters"]
     c.train.freeze = v["freeze"].replace("+", ",")
     c.train.rates = ConfigDict({"copies": 1.0, "originals": 1.0, "new": 1.0, "ends": 1.0})
-    rank = v["lora"] or v["qlora"]
     c.lora = ConfigDict()
-    c.lora.rank = rank  # 0 = no adapters
-    c.lora.alpha = 2.0 * rank
+    c.lora.rank = (v["rank"] or (16 if small else 64)) if adapters else 0  # 0 = no adapters
+    c.lora.alpha = 2.0 * c.lora.rank
     c.lora.quantize = "nf4" if v["qlora"] else ""
     c.lora.tile_size = 32 if small else 64  # values that share a scale
 

@@ -1,7 +1,7 @@
 """Write a model as a Hugging Face model directory: `python -m jaxup.export RUN OUT`.
 
-RUN is a run directory, finished or not, of which the newest checkpoint of the last target is taken
-(or another: --model, --step); or a Hugging Face model, directory or id, which is written again in
+RUN is a run directory, finished or not, of which the newest checkpoint of the last target or the
+healed model is taken (or another: --model, --step); or a Hugging Face model, directory or id, which is written again in
 another dtype or other shards. Nothing is at OUT until all of it is there.
 """
 
@@ -26,8 +26,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("source", metavar="RUN", help="run directory, or Hugging Face model directory or id")
     parser.add_argument("out", metavar="OUT", help="directory to be made")
-    parser.add_argument("--model", metavar="NAME",
-                        help="of the run: reference, target_3, control, ... (default: the last target)")  # fmt: skip
+    parser.add_argument("--model", metavar="NAME", help="of the run: reference, target_3, before, healed, control, ... "
+                        "(default: the last target, or what was healed)")  # fmt: skip
     parser.add_argument("--step", type=int, metavar="N", help="of the model's checkpoints (default: the newest)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the tensors (default: as is)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
@@ -93,6 +93,8 @@ class _Trained(NamedTuple):
     model: ModelConfig
     store: str  # of the tokens, with the tokenizer
     plan: DepthPlan | None
+    dtypes: dict[str, str] | None  # by path; None: all are float32
+    healed: dict[str, Any] | None  # of a model of whose parameters some trained: the rest, and which
 
 
 def export_run(run: Path, out: Path, *, name: str | None, step: int | None, dtype: str | None, **options: Any) -> None:
@@ -102,7 +104,8 @@ def export_run(run: Path, out: Path, *, name: str | None, step: int | None, dtyp
 
     steps = _checkpoints(run)
     if name is None:
-        name = max((n for n in steps if re.fullmatch(r"target_\d+", n)), key=lambda n: int(n[7:]), default=None)
+        targets = sorted((n for n in steps if re.fullmatch(r"target_\d+", n)), key=lambda n: int(n[7:]))
+        name = next(iter([*targets[-1:], *(n for n in steps if n == "healed")]), None)
         if name is None:
             raise UserError(f"{run}: no target yet; choose with --model among {', '.join(steps)}")
     elif name not in steps:
@@ -112,16 +115,53 @@ def export_run(run: Path, out: Path, *, name: str | None, step: int | None, dtyp
     elif step not in steps[name]:
         raise UserError(f"{run}: no checkpoint of {name} at step {step}; there are {', '.join(map(str, steps[name]))}")
     trained = _read_about(run, name)
-    params = _restore(run / "checkpoints" / name / str(step), trained.model)
+    if trained.healed is None:
+        params = _restore(run / "checkpoints" / name / str(step), _abstract(trained))
+    else:
+        params = _restore_healed(run, name, step, trained)
     source = f"{name} at step {step} of the run {run.resolve().name}"
     card = model_card(
         trained.model, title=out.name, dtype=dtype or writer.main_dtype(params), plan=trained.plan, source=source
     )
     extra = {} if trained.plan is None else {PLAN: trained.plan.to_yaml()}
     writer.save(
-        out, trained.model, params, dtype=dtype, tokenizer=_tokenizer(run, trained.store), card=card,
-        extra_files=extra, **options,
+        out,
+        trained.model,
+        params,
+        dtype=dtype,
+        card=card,
+        extra_files=extra,
+        **_vocabulary(run, trained.store),
+        **options,
+    )
+
+
+def _restore_healed(run: Path, name: str, step: int, trained: _Trained) -> Params:
+    """What trained, in the place it has in the model before healing."""
+    import jax
+    import numpy as np
+
+    from jaxup.model.config import Compute
+    from jaxup.model.decoder import abstract
+    from jaxup.training.heal import TrainConfig, put_together, select
+    from jaxup.training.lora import LoraConfig
+
+    about = trained.healed
+    selection = select(
+        trained.model, trained.plan, TrainConfig(**about["train"]), LoraConfig(**about["lora"]), compute=Compute(),
+        seed=about["seed"],
     )  # fmt: skip
+    wanted = abstract(trained.model)[1]
+    if selection.partition is not None:
+        wanted = jax.eval_shape(selection.partition.split, wanted)[0]
+    before = about["before"]
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it need not fit into an accelerator
+        params = put_together(
+            selection,
+            _restore(run / "checkpoints" / name / str(step), wanted),
+            _restore(run / "checkpoints" / before / "0", _abstract(_read_about(run, before))),
+        )
+        return jax.tree.map(np.asarray, params)
 
 
 def _checkpoints(run: Path) -> dict[str, list[int]]:
@@ -153,44 +193,60 @@ def _read_about(run: Path, name: str) -> _Trained:
             fields["layer_types"] = tuple(fields["layer_types"])
         model = ModelConfig(**fields)
         plan = DepthPlan.from_yaml(about["plan"]) if about["plan"] else None
-        return _Trained(model, str(about["store"]), plan)
+        healed = about if "before" in about else None
+        return _Trained(model, str(about["store"]), plan, about.get("dtypes"), healed)
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path}: not what this version of jaxup writes: {error}") from None
 
 
-def _restore(path: Path, model: ModelConfig) -> Params:
-    """The params as numpy arrays: no device is needed, however many the run had. The run may be going on."""
+def _abstract(trained: _Trained) -> Params:
+    """The model's params as ShapeDtypeStructs, in the dtypes they are stored in."""
+    import jax
+    from flax import traverse_util
+
+    from jaxup.model.decoder import abstract
+
+    shapes = traverse_util.flatten_dict(abstract(trained.model)[1], sep=".")
+    dtypes = trained.dtypes or {}
+    return traverse_util.unflatten_dict(
+        {path: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(path, "float32")) for path, leaf in shapes.items()}, sep="."
+    )
+
+
+def _restore(path: Path, wanted: Params) -> Params:
+    """Params like `wanted` as numpy arrays: no device is needed, however many the run had. The run may be going on."""
     import logging
 
     import jax
     import numpy as np
     from orbax.checkpoint import v1 as ocp
 
-    from jaxup.model.decoder import abstract
     from jaxup.training.checkpoint import restoring
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its internals
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract(model)[1])
+    arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
     with context, restoring(str(path), "choose another --step"):
-        return ocp.load(path.resolve(), {"params": wanted})["params"]
+        return ocp.load(path.resolve(), {"params": arrays})["params"]
 
 
-def _tokenizer(run: Path, store: str) -> Any:
-    """Of the finished run's export, which moves with it; else of the store that it reads."""
+def _vocabulary(run: Path, store: str) -> dict[str, Any]:
+    """What `writer.save` needs of the finished run's export, which moves with it; else of the store that it reads."""
     from jaxup.data.store import META, Store
-    from jaxup.data.tokenizer import load_tokenizer
+    from jaxup.hub.directory import carried_files
+    from jaxup.training.rundir import read_json
 
-    if (run / "export" / "tokenizer_config.json").exists():
-        return load_tokenizer(str(run / "export"))
+    if (config := read_json(run / "export" / "config.json")) is not None:
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        return {"carried": carried_files(run / "export"), "hf_extra": ids, "model_type": config["model_type"]}
     if "://" not in store and not Path(store).is_dir():
         raise UserError(f"{run}: its tokenizer is gone with its token store {store}")
     opened = Store(store)
     meta = opened.read_json(META)
     if meta is None:
         raise UserError(f"{run}: its token store {store} is not complete, so there is no tokenizer")
-    return opened.load_tokenizer(meta["tokenizer"]["hash"])
+    return {"tokenizer": opened.load_tokenizer(meta["tokenizer"]["hash"])}
 
 
 # ---- a Hugging Face model

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from jaxup.errors import UserError, suggest
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
 from jaxup.model.shapes import count_params
+from jaxup.model.sharding import param_shardings
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.loop import Result, Run, abstract_params, describe_model, evaluate, train_model
 from jaxup.training.lora import Adapters, LoraConfig
@@ -126,14 +128,18 @@ def run_heal(
             run, CONTROL, base.model, steps=steps, origin=f"{base.origin}, trained on the same batches",
             initialise=base.params, selection=control,
         ))  # fmt: skip
-    params = begin()
-    if selection.partition is None:
-        # The same arrays in the dtype that the model came in.
-        params = jax.tree.map(lambda new, old: new.astype(old.dtype), load_state(run, HEALED, before.model), params)
-    else:
-        trained = load_state(run, HEALED, before.model, selection)
-        params = selection.partition.merge(trained, params)
+    trained = load_state(run, HEALED, before.model, selection)
+    with jax.set_mesh(run.mesh):
+        whole = param_shardings(before.model, run.mesh)
+        params = jax.jit(functools.partial(put_together, selection), out_shardings=whole)(trained, begin())
     return Outcome(tuple(results), params)
+
+
+def put_together(selection: Selection, trained: Params, before: Params) -> Params:
+    """The model before healing with what was trained in its place; every leaf keeps the dtype it came in."""
+    if selection.partition is None:
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), trained, before)
+    return selection.partition.merge(trained, before)
 
 
 def load_state(run: Run, name: str, model: ModelConfig, selection: Selection = EVERYTHING) -> Params:

@@ -112,11 +112,11 @@ def _words(tree: Any) -> list[jax.Array]:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
         # Each word times an odd number that depends on its place, modulo 2^32.
-        place = sum(
-            jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(0x9E3779B1 ^ (axis * 0x85EBCA6A))
-            for axis in range(leaf.ndim)
-        )
-        return jnp.sum(leaf.astype(jnp.uint32) * (2 * jnp.uint32(place) + 1), dtype=jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis in range(leaf.ndim):
+            step = np.uint32(0x9E3779B1 * (2 * axis + 1) % 2**32)
+            place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * step
+        return jnp.sum(leaf.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
     return [word(leaf) for leaf in jax.tree.leaves(tree)]
 

@@ -70,8 +70,8 @@ def plot_validation(
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlim(0, last * 1.02)
     axes.annotate(
-        f"{reference.name}, {reference.val_loss:.3f}", (last * 0.01, reference.val_loss), textcoords="offset points",
-        xytext=(0, -11), fontsize=8, color="0.4",
+        f"{reference.name}, {reference.val_loss:.3f}", (last if pretrained else last * 0.01, reference.val_loss),
+        textcoords="offset points", xytext=(0, -11), fontsize=8, color="0.4", ha="right" if pretrained else "left",
     )  # fmt: skip
     axes.set(xlabel="steps", ylabel="validation loss (nats per token)", title=title)
     return _saved(figure, directory / "plots" / "validation_loss.png")
