@@ -223,13 +223,18 @@ def test_rows_hold_every_conversation_once(config, opened, monkeypatch, packing)
 
 def test_long_rows_are_not_kept_together(config, opened):
     """pack() numbers rows longest first; validation is cut short, so its first rows must be like the others."""
-    rows = opened(config, packing=False).train
-    lengths = (rows.batch(np.arange(len(rows)))["segment_ids"] > 0).sum(axis=1)
-    ranks = np.argsort(np.argsort(lengths))
-    # Without order the correlation with the row number is a draw of deviation 1/sqrt(80) = 0.11.
-    assert abs(np.corrcoef(ranks, np.arange(len(rows)))[0, 1]) < 0.45
-    other = opened(config, packing=False, seed=1).train
-    assert not np.array_equal(lengths[:40], (other.batch(np.arange(40))["segment_ids"] > 0).sum(axis=1))
+
+    def longest(rows):
+        return rows.batch(np.arange(len(rows)))["positions"].max(axis=1)
+
+    lengths = longest(opened(config).train)
+    opening = np.sort(lengths)[::-1]  # as pack() has them
+    index = np.arange(len(lengths))
+    assert np.corrcoef(opening, index)[0, 1] < -0.9
+    # By chance the correlation has the deviation 1/sqrt(31) = 0.18; four of them.
+    assert len(lengths) >= 32
+    assert abs(np.corrcoef(lengths, index)[0, 1]) < 0.72
+    assert not np.array_equal(lengths, np.resize(longest(opened(config, seed=1).train), len(lengths)))
 
 
 def test_chats_fill_their_rows(tmp_path, config, opened):
