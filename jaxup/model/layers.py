@@ -28,19 +28,35 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: f
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias over the last `inputs` axes of x; the rest of `shape` are outputs."""
+    """y = x @ kernel + bias over the last `inputs` axes of x; the rest of `shape` are outputs.
+
+    `jaxup.training.lora` may give it a low-rank adapter: a pair [in, rank], [rank, out] over the
+    inputs and outputs as one axis each, whose product times `lora_scale` is added to the kernel. Its
+    kernel may be a `qwix.QArray` [in, out].
+    """
 
     def __init__(self, shape, axes, *, inputs: int = 1, bias: bool, std: float, rngs: nnx.Rngs):
         self.kernel = normal(rngs, shape, axes, std)
         self.bias = nnx.Param(jnp.zeros(shape[inputs:]), axes=axes[inputs:]) if bias else None
-        self.inputs = inputs
+        self.inputs, self.outputs = inputs, tuple(shape[inputs:])
+        self.kernel_lora_a = self.kernel_lora_b = None
+        self.lora_scale = 0.0
 
     def __call__(self, x):
-        kernel = self.kernel[...].astype(x.dtype)
-        batch, outputs = x.shape[: x.ndim - self.inputs], kernel.shape[self.inputs :]
+        kernel = self.kernel.get_value()
+        if hasattr(kernel, "qvalue"):
+            import qwix  # an extra
+
+            kernel = qwix.dequantize(kernel)
+        kernel = kernel.astype(x.dtype)
+        batch, outputs = x.shape[: x.ndim - self.inputs], self.outputs
         # As one matrix product of two dimensions: on CPU, XLA runs the gradients of a product with
         # several batch axes a third slower.
-        y = x.reshape(math.prod(batch), -1) @ kernel.reshape(-1, math.prod(outputs))
+        x = x.reshape(math.prod(batch), -1)
+        y = x @ kernel.reshape(-1, math.prod(outputs))
+        if self.kernel_lora_a is not None:
+            a, b = (param[...].astype(x.dtype) for param in (self.kernel_lora_a, self.kernel_lora_b))
+            y = y + x @ a @ b * self.lora_scale
         y = y.reshape(*batch, *outputs)
         if self.bias is None:
             return y

@@ -4,11 +4,13 @@ What `lax.scan` runs over is usually one stack with the layer on axis 0 of every
 layers train, or some of their parameters, a stack is two: rows that train, of which there are
 gradients and moments, and rows that do not, of which there are none. Neither is ever put together
 with the other: the layers run in their order, each step taking its parameters from where they lie.
+Of some leaves, such as low-rank adapters, some layers have no row at all.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +23,7 @@ import numpy as np
 Carry = Any
 # (carry, (block, its index, whether it ignores the window)) -> (carry, None)
 Step = Callable[[Carry, tuple[Any, jax.Array, jax.Array]], tuple[Carry, None]]
+Kind = tuple[bool | None, ...]  # of each of a layer's leaves: whether it trains; None: the layer has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +32,14 @@ class SplitStack:
 
     Attributes:
       trained, frozen: arrays [rows, ...]: of each leaf the layers that train and those that do not,
-        in their order. A leaf of which a stack has no rows may be left out of it.
-      masks: bool [L] for each leaf: which layers are in `trained`.
+        in their order. A leaf of which a stack has no rows may be left out of it. What is frozen may
+        also be a `qwix.QArray`, quantised.
+      masks: bool [L] for each leaf: which layers are in `trained`. The others are in `frozen`; if
+        that has no such leaf, they lack it: in their block it is None.
     """
 
     trained: Mapping[str, jax.Array]
-    frozen: Mapping[str, jax.Array]
+    frozen: Mapping[str, Any]
     masks: Mapping[str, np.ndarray]
 
     def scan(
@@ -50,25 +55,32 @@ class SplitStack:
         """
         leaves, structure = jax.tree_util.tree_flatten_with_path(like)
         paths = [leaf_path(keys) for keys, _ in leaves]
-        kinds = list(zip(*(self.masks[path].tolist() for path in paths), strict=True))  # of each layer, what trains
+        kinds = list(zip(*map(self._kinds, paths), strict=True))
         keep = _all_but_params(self.frozen.values())
         places = {path: _ranks(self.masks[path]) for path in paths}  # of each layer, its row in its stack
 
-        def layers(carry: Carry, first: jax.Array, count: int, kind: tuple[bool, ...], rows: dict[str, jax.Array]):
+        def layers(carry: Carry, first: jax.Array, count: int, kind: Kind, rows: dict[str, jax.Array]):
             """`count` layers of one kind from `first` on, of which `rows` are the trained leaves."""
+            lacking = [path for path, trains in zip(paths, kind, strict=True) if trains is None]
 
             def body(carry, xs):
                 trained, layer = xs
-                block = [
-                    trained[path] if trains else self._frozen_row(path, jnp.asarray(places[path])[layer])
-                    for path, trains in zip(paths, kind, strict=True)
-                ]
-                return step(carry, (jax.tree.unflatten(structure, block), layer, full_L[layer]))
+                block = jax.tree.unflatten(
+                    structure,
+                    [
+                        trained.get(path) if trains is not False else self._frozen_row(path, places[path], layer)
+                        for path, trains in zip(paths, kind, strict=True)
+                    ],
+                )
+                for path in lacking:
+                    *owners, name = path.split(".")
+                    setattr(functools.reduce(getattr, owners, block), name, None)
+                return step(carry, (block, layer, full_L[layer]))
 
             body = jax.checkpoint(body, policy=policy or keep)
             return jax.lax.scan(body, carry, (rows, first + jnp.arange(count)))[0]
 
-        def group(carry: Carry, first: jax.Array, pattern: Sequence[tuple[tuple[bool, ...], int]], rows):
+        def group(carry: Carry, first: jax.Array, pattern: Sequence[tuple[Kind, int]], rows):
             taken = dict.fromkeys(rows, 0)
             for kind, count in pattern:
                 here = {path for path, trains in zip(paths, kind, strict=True) if trains}
@@ -95,17 +107,30 @@ class SplitStack:
             first, taken = first + times * length, {path: taken[path] + times * counts.get(path, 0) for path in taken}
         return carry
 
-    def _frozen_row(self, path: str, row: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(self.frozen[path], row, keepdims=False)
+    def _kinds(self, path: str) -> list[bool | None]:
+        """Of each layer whether this leaf trains; None: it has none."""
+        return [True if trains else False if path in self.frozen else None for trains in self.masks[path].tolist()]
+
+    def _frozen_row(self, path: str, places_L: np.ndarray, layer: jax.Array) -> Any:
+        row = jnp.asarray(places_L)[layer]
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), self.frozen[path])
+
+
+_MOVES = ("reshape", "convert_element_type", "transpose", "squeeze", "copy")
+_DEQUANTISES = (*_MOVES, "broadcast_in_dim", "gather", "mul")  # as qwix does
 
 
 def _all_but_params(stacks: Iterable[Any]) -> Callable[..., bool]:
-    """A policy of `jax.checkpoint`: keep all of a layer but its parameters, of [rows, ...] stacks, cast or reshaped."""
-    sizes = {math.prod(leaf.shape[1:]) for leaf in stacks}
+    """A policy of `jax.checkpoint`: keep all of a layer but its parameters, of [rows, ...] stacks, cast, reshaped or
+    dequantised."""
+    stacks = list(stacks)
+    sizes = {math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(stacks)}
+    # Activations that are of a parameter's size by chance are computed again too: all of these are cheap.
+    names = _DEQUANTISES if any(hasattr(leaf, "qvalue") for leaf in stacks) else _MOVES
 
     def policy(primitive: Any, *operands: Any, **params: Any) -> bool:
-        moves = primitive.name in ("reshape", "convert_element_type", "transpose", "squeeze", "copy")
-        return primitive.name != "dynamic_slice" and not (moves and math.prod(operands[0].shape) in sizes)
+        is_param = primitive.name in names and any(math.prod(operand.shape) in sizes for operand in operands)
+        return primitive.name != "dynamic_slice" and not is_param
 
     return policy
 
@@ -121,7 +146,7 @@ def _ranks(mask: np.ndarray) -> np.ndarray:
     return np.where(mask, np.cumsum(mask) - 1, np.cumsum(~mask) - 1).astype(np.int32)
 
 
-def _patterns(kinds: Sequence[tuple[bool, ...]]) -> list[tuple[list[tuple[tuple[bool, ...], int]], int]]:
+def _patterns(kinds: Sequence[Kind]) -> list[tuple[list[tuple[Kind, int]], int]]:
     """The layers' kinds as ((runs of equal ones), how often these runs follow each other)."""
     runs = [(kind, len(list(same))) for kind, same in itertools.groupby(kinds)]
     patterns, at = [], 0

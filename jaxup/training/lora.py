@@ -1,0 +1,206 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021) over stacked blocks, whose kernels may be quantised (QLoRA, Dettmers et al.
+2023).
+
+Initialisers, scaling, quantisation and dequantisation are qwix's, and so is the function: that of
+`qwix.apply_lora_to_model` on the unstacked blocks, with tests to show it. Its interception of calls
+is not used. It looks for the products of a traced model by patching `jax.lax.dot_general`, which the
+jit of `@` hides from it, and a kernel that is reshaped before its product, such as one [hidden,
+heads, head_dim], gets no adapter once it is quantised, without a word. So `Linear` knows of both.
+
+Names: kernels [in, out] with inputs and outputs as one axis each, adapters A [in, rank], B [rank, out].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxup.errors import UserError, suggest
+from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.decoder import Params
+from jaxup.model.layers import Linear
+from jaxup.model.sharding import param_shardings
+from jaxup.training.partition import Masks, Partition
+
+QUANTISED = ("nf4", "int4", "int8")
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    rank: int  # 0 = no adapters: what the masks choose trains itself
+    alpha: float  # A @ B is multiplied by alpha / rank
+    quantize: str  # what the blocks' kernels are stored as: nf4, int4, int8, or "" = as they are
+    tile_size: int  # rows of a kernel [in, out] that share a scale (64 in the QLoRA paper); 0 = all
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    shape: tuple[int, ...]  # [L, *inputs, *outputs]
+    inputs: int  # axes
+    rows: np.ndarray  # int: the layers that have an adapter
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return math.prod(self.shape[1 : 1 + self.inputs]), math.prod(self.shape[1 + self.inputs :])
+
+
+class Adapters(Partition):
+    """Of what `masks` choose, the kernels of linear layers in blocks get an adapter: that trains, and nothing else.
+
+    Biases, norms, embeddings and the head are frozen even where the masks choose them. A layer that
+    they leave out runs without adapters.
+
+    With `quantize` the kernels of all blocks are stored so, whether they have adapters or not.
+
+    Raises:
+      UserError: qwix is not installed, the masks choose no kernel, or a value of `config` cannot be.
+    """
+
+    def __init__(self, model: ModelConfig, compute: Compute, masks: Masks, config: LoraConfig, seed: int):
+        super().__init__(model, compute, masks)
+        self._qwix, self._config, self._seed = _import_qwix(), config, seed
+        decoder = nnx.merge(self._graphdef, self._shapes)
+        linears = {
+            ("blocks", *path): module for path, module in nnx.iter_modules(decoder.blocks) if isinstance(module, Linear)
+        }
+        self._kernels = {
+            path: _Kernel(module.kernel.shape, module.inputs, self.rows((*path, "kernel")))
+            for path, module in linears.items()
+        }
+        _check(config, self._kernels)
+
+        self._masks = {path: np.zeros_like(mask) for path, mask in self._masks.items()}
+        for path, kernel in self._kernels.items():
+            if not len(kernel.rows):
+                continue
+            (inputs, outputs), count = kernel.matrix, len(kernel.rows)
+            module, module.lora_scale = linears[path], config.alpha / config.rank
+            module.kernel_lora_a = _param(count, inputs, config.rank)
+            module.kernel_lora_b = _param(count, config.rank, outputs)
+            chosen = np.isin(np.arange(model.num_layers), kernel.rows).reshape(-1, 1, 1)
+            self._masks |= {(*path, "kernel_lora_a"): chosen, (*path, "kernel_lora_b"): chosen}
+        self._graphdef, state = nnx.split(decoder)
+        self._shapes = nnx.to_pure_dict(state)
+        self._stack_masks = {".".join(p[1:]): mask.reshape(-1) for p, mask in self._masks.items() if p[0] == "blocks"}
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """(fresh adapters in float32, the params with kernels quantised if they are to be).
+
+        A depends on the seed, the kernel's name and the layer only. B is zero, and so is what the
+        adapters add.
+        """
+        trained, frozen = {}, traverse_util.flatten_dict(params)
+        for path, kernel in self._kernels.items():
+            if self._config.quantize:
+                frozen[*path, "kernel"] = self._quantise(kernel, frozen[*path, "kernel"])
+            if len(kernel.rows):
+                trained[*path, "kernel_lora_a"] = self._draw(path, kernel)
+                trained[*path, "kernel_lora_b"] = jnp.zeros((len(kernel.rows), self._config.rank, kernel.matrix[1]))
+        return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+
+    def join(self, trained: Params, frozen: Params) -> Params:
+        """`merge` into what is frozen, dequantised: the params of a plain Decoder of the same function.
+
+        Of quantised kernels these are not `split`'s own, which `merge` takes.
+        """
+        flat = traverse_util.flatten_dict(frozen)
+        if self._config.quantize:
+            for path, kernel in self._kernels.items():
+                dequantised = jax.lax.map(self._qwix.dequantize, flat[*path, "kernel"])
+                flat[*path, "kernel"] = dequantised.reshape(kernel.shape)
+        return self.merge(trained, traverse_util.unflatten_dict(flat))
+
+    def merge(self, trained: Params, params: Params) -> Params:
+        """`params` with the adapters added to their kernels, in float32, rounded to the kernel's dtype.
+
+        Rows without adapters keep their every bit.
+        """
+        flat, adapters = traverse_util.flatten_dict(params), traverse_util.flatten_dict(trained)
+        for path, kernel in self._kernels.items():
+            if not len(kernel.rows):
+                continue
+            a, b = (adapters[*path, f"kernel_lora_{name}"].astype(jnp.float32) for name in "ab")
+            # A TPU multiplies in bfloat16 unless told otherwise.
+            added = jnp.matmul(a, b, precision="highest") * (self._config.alpha / self._config.rank)
+            old = flat[*path, "kernel"]
+            new = old[kernel.rows].astype(jnp.float32) + added.reshape(-1, *kernel.shape[1:])
+            flat[*path, "kernel"] = jnp.asarray(old).at[kernel.rows].set(new.astype(old.dtype))
+        return traverse_util.unflatten_dict(flat)
+
+    def shardings(self, mesh: Mesh) -> tuple[Params, Params]:
+        """NamedShardings of `split`'s two trees: a kernel's inputs and outputs lie in A, B and quantised as its own."""
+        trained, frozen = {}, traverse_util.flatten_dict(param_shardings(self._model, mesh))
+        for path, kernel in self._kernels.items():
+            # Of the axes that are inputs, and of those that are outputs, only the first is ever split.
+            spec = frozen[*path, "kernel"].spec
+            inputs, outputs = spec[1], spec[1 + kernel.inputs]
+            place = lambda *axes: NamedSharding(mesh, PartitionSpec(None, *axes))  # noqa: E731
+            if self._config.quantize:
+                stack = jax.eval_shape(lambda k=kernel: self._quantise(k, jnp.zeros(k.shape)))
+                frozen[*path, "kernel"] = dataclasses.replace(
+                    stack, qvalue=place(inputs, outputs), scale=place(None, outputs)
+                )
+            if len(kernel.rows):
+                trained[*path, "kernel_lora_a"] = place(inputs, None)
+                trained[*path, "kernel_lora_b"] = place(None, outputs)
+        return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+
+    def _draw(self, path: Path, kernel: _Kernel) -> jax.Array:
+        """[rows, in, rank]"""
+        rule = self._qwix.LoraRule(rank=self._config.rank, alpha=self._config.alpha)
+        key = jax.random.fold_in(jax.random.key(self._seed), zlib.crc32(".".join(path).encode()))
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, kernel.rows)
+        return jax.vmap(lambda key: rule.lora_a_initializer(key, (kernel.matrix[0], rule.rank)))(keys)
+
+    def _quantise(self, kernel: _Kernel, stack: jax.Array) -> Any:
+        """A QArray of [L, in, out], one layer after the other: what that takes is there once."""
+
+        def quantise(layer: jax.Array) -> Any:
+            tiles = {0: self._config.tile_size} if self._config.tile_size else {}
+            matrix = layer.reshape(kernel.matrix)
+            return self._qwix.quantize(matrix, self._config.quantize, channelwise_axes=[1], tiled_axes=tiles)
+
+        return jax.lax.map(quantise, stack)
+
+
+def _param(*shape: int) -> Any:
+    return nnx.data(nnx.LoRAParam(jax.ShapeDtypeStruct(shape, jnp.float32)))
+
+
+def _import_qwix() -> Any:
+    try:
+        import qwix
+    except ImportError:
+        raise UserError("lora: qwix is not installed; pip install 'jaxup[lora]'") from None
+    return qwix
+
+
+def _check(config: LoraConfig, kernels: dict[Path, _Kernel]) -> None:
+    if config.rank < 1:
+        raise UserError(f"lora.rank={config.rank}: adapters need a rank of at least 1")
+    if not config.alpha > 0:
+        raise UserError(f"lora.alpha={config.alpha}: must be positive: it is what the adapters' part is multiplied by")
+    if config.quantize and config.quantize not in QUANTISED:
+        raise UserError(f"lora.quantize={config.quantize!r}: unknown{suggest(config.quantize, QUANTISED)}")
+    names = [path[-1] for path in kernels]
+    if not any(len(kernel.rows) for kernel in kernels.values()):
+        raise UserError(f"lora: no kernel of a block is among what is to train; adapters go to {', '.join(names)}")
+    if config.tile_size < 0:
+        raise UserError(f"lora.tile_size={config.tile_size}: must be at least 0; 0 = one scale for each column")
+    for name, kernel in zip(names, kernels.values(), strict=True):
+        inputs = kernel.matrix[0]
+        if config.quantize and config.tile_size and inputs % config.tile_size:
+            fits = math.gcd(config.tile_size, *(other.matrix[0] for other in kernels.values()))
+            raise UserError(
+                f"lora.tile_size={config.tile_size}: does not divide the {inputs} rows of {name}; {fits} would, and 0 "
+                "makes one tile of all rows"
+            )
