@@ -1,5 +1,7 @@
 """Experiment files: found, read with variants, locked, overridden; every mistake is one line."""
 
+import json
+
 import pytest
 
 from jaxup import experiment
@@ -89,51 +91,90 @@ GPT2 += ["ablation=mlp", "ablation=no_norm", "seed=1"]
 LLAMA = ["", "tiny", "smoke", "sweep", "tiny,sweep", "smoke,sweep", "code", "layers=8,control=2", "tiny,code,seed=1"]
 
 
+HEAL = ["", "quick", "smoke", "lr=1e-6,epochs=1", "steps=5,layers=originals,freeze=0:4", "lora,rank=8", "qlora"]
+TUNGUSKA = ["", "quick", "smoke", "one_duplicate", "five_duplicates,quick", "interleaved,whole", "lr=1e-4", "epochs=3"]
+TUNGUSKA += ["lora", "quick,qlora", "freeze_originals", "freeze_base=19:41", "quick,freeze_base=0:1+4:6", "undercook=5"]
+
+
 @pytest.mark.parametrize("spec", [*(f"inherit_gpt2.py:{v}" for v in GPT2), *(f"inherit_llama.py:{v}" for v in LLAMA)])
 def test_every_shipped_variant_builds_its_settings(spec):
     """Shapes and optimizers of all variants are traced, without allocating anything."""
-    import jax
-
-    from jaxup.data.batches import DataConfig
     from jaxup.depth.result import result_config
-    from jaxup.model.decoder import abstract
-    from jaxup.train import find_tokenizer, read_model, read_settings
+    from jaxup.jobs.common import new_model, read_settings
+    from jaxup.jobs.inherit import InheritJob
     from jaxup.training.inherit import InheritConfig, check
-    from jaxup.training.optimizer import make_optimizer
-    from jaxup.training.step import TrainState, make_train_step
+    from jaxup.training.partition import EVERYTHING
 
     config = experiment.load(spec)
     with config.unlocked():
         config.reference.path = ""  # there is no network: the `model` section has the same sizes
     settings = read_settings(config)
-    experiment.section(DataConfig, config.data, **find_tokenizer(config))
-    reference = read_model(config, 512)
+    InheritJob(config, settings, None)
+    reference = new_model(config.model, 512)
     for plan in check(experiment.section(InheritConfig, config.inherit), reference):
         model = result_config(plan, {"reference": reference})
-        optimizer = make_optimizer(settings.optimizer, config.steps or 10_000)
-        params = abstract(model)[1]
-        state = TrainState(params, jax.eval_shape(optimizer.init, params), *(
-            jax.ShapeDtypeStruct((), d) for d in ("int32", "bool")
-        ))  # fmt: skip
+    trace(model, settings, EVERYTHING, config)
+
+
+@pytest.mark.parametrize("spec", [*(f"heal.py:{v}" for v in HEAL), *(f"heal_tunguska.py:{v}" for v in TUNGUSKA)])
+def test_every_shipped_healing_builds_its_settings(spec, tmp_path):
+    from jaxup.depth.result import result_config
+    from jaxup.jobs.common import read_settings
+    from jaxup.jobs.heal import HealJob
+
+    config = experiment.load(spec)
+    if config.lora.rank:
+        pytest.importorskip("qwix")
+    if not config.pretrain.steps:
+        # There is no network: the sizes of Mistral-Small-Instruct-2409, as its config.json has them.
+        (tmp_path / "config.json").write_text(json.dumps({
+            "model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "head_dim": 128,
+            "hidden_size": 6144, "intermediate_size": 16384, "max_position_embeddings": 32768, "vocab_size": 32768,
+            "num_attention_heads": 48, "num_hidden_layers": 56, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6, "sliding_window": None, "tie_word_embeddings": False,
+        }))  # fmt: skip
+        config.base.path = str(tmp_path)
+    settings = read_settings(config)
+    job = HealJob(config, settings, None)
+    model = result_config(job._plan, job._models)
+    assert model.num_layers == {"heal_tunguska.py:": 99, "heal_tunguska.py:one_duplicate": 77}.get(
+        spec, model.num_layers
+    )
+    trace(model, settings, job._select(model, job._plan), config)
+
+
+def trace(model, settings, selection, config):
+    import jax
+
+    from jaxup.model.decoder import abstract
+    from jaxup.training.optimizer import make_optimizer
+    from jaxup.training.step import TrainState, make_train_step
+
+    optimizer = make_optimizer(settings.optimizer, config.steps or 10_000, selection.rates)
+    params, frozen = abstract(model)[1], ()
+    if selection.partition is not None:
+        params, *frozen = jax.eval_shape(selection.partition.split, params)
+    state = TrainState(params, jax.eval_shape(optimizer.init, params), *(
+        jax.ShapeDtypeStruct((), d) for d in ("int32", "bool")
+    ))  # fmt: skip
     shape = (settings.batch_size, config.data.seq_len)
     batch = {k: jax.ShapeDtypeStruct(shape, d) for k, d in
              (("tokens", "int32"), ("targets", "int32"), ("loss_weights", "float32"))}  # fmt: skip
-    out, _ = jax.eval_shape(make_train_step(model, settings.compute, optimizer, settings.step), state, batch)
+    step = make_train_step(model, settings.compute, optimizer, settings.step, selection.partition)
+    out, _ = jax.eval_shape(step, state, batch, *frozen)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), out) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 
 def test_the_low_data_recipe_is_the_papers():
     """arXiv 2404.08634 and its released code; the sizes of OpenLLaMA-3B as its config.json has them."""
     from jaxup.hub.families import config_from_hf
+    from jaxup.jobs.common import new_model
     from jaxup.model.shapes import count_params
-    from jaxup.train import read_model
     from jaxup.training.inherit import InheritConfig, check
 
     c = experiment.load("inherit_llama.py")
     assert (c.reference.path, c.reference.allow_pickle) == ("openlm-research/open_llama_3b", True)
-    with c.unlocked():
-        c.reference.path = ""  # there is no network: the `model` section has the same sizes
-    model = read_model(c)
+    model = new_model(c.model)
     assert model == config_from_hf({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 3200,
         "intermediate_size": 8640, "max_position_embeddings": 2048, "num_attention_heads": 32,

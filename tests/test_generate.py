@@ -288,26 +288,26 @@ TEMPLATE = (
 
 
 def test_a_chat_is_spelt_by_the_template_with_one_bos():
+    from jaxup.data.chat_formats import prompt_ids
+
     tokenizer = sentencepiece(KNOWN)
-    with pytest.raises(UserError, match="--chat: the model's tokenizer has no chat template"):
-        command.chat_ids(tokenizer, "hello", None)
+    with pytest.raises(UserError, match="the tokenizer has no chat template"):
+        prompt_ids(tokenizer, "hello", None)
     tokenizer.chat_template = TEMPLATE
-    ids = command.chat_ids(tokenizer, "it", "sat well")
+    ids = prompt_ids(tokenizer, "it", "sat well")
     text = "[system]sat well\n[user]it\n[assistant]"
     assert ids == tokenizer("<s>" + text, add_special_tokens=False)["input_ids"]
     assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert (
-        tokenizer.decode(command.chat_ids(tokenizer, "it", None), skip_special_tokens=True) == text.partition("\n")[2]
-    )
-    with pytest.raises(UserError, match=r"\A--chat: the tokenizer's chat template: System role not\Z"):
-        command.chat_ids(tokenizer, "the cat", "no")
+    assert tokenizer.decode(prompt_ids(tokenizer, "it", None), skip_special_tokens=True) == text.partition("\n")[2]
+    with pytest.raises(UserError, match=r"\Athe tokenizer's chat template: System role not\Z"):
+        prompt_ids(tokenizer, "the cat", "no")
     tokenizer.chat_template = "{% for m in messages %}"
-    with pytest.raises(UserError, match=r"\A--chat: the tokenizer's chat template: [^\n]+\Z"):
-        command.chat_ids(tokenizer, "the cat", None)
+    with pytest.raises(UserError, match=r"\Athe tokenizer's chat template: [^\n]+\Z"):
+        prompt_ids(tokenizer, "the cat", None)
     tokenizer.chat_template = "{{ messages.__class__.__mro__ }}{{ ''.__class__.__base__.__subclasses__() }}"
     with pytest.raises(UserError, match="unsafe"):
-        command.chat_ids(tokenizer, "the cat", None)
+        prompt_ids(tokenizer, "the cat", None)
 
 
 # ---- the command
@@ -390,7 +390,7 @@ def test_what_the_command_asks_for(model_dir, monkeypatch, capsys):
 
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("猫\nthe cat\n".encode())))
     run(model_dir, "--chat", "--system", "it", "--prompt-file", "-")
-    assert seen["prompts"] == [command.chat_ids(tokenizer, message, "it") for message in ("猫", "the cat")]
+    assert seen["prompts"] == [prompt_ids(tokenizer, message, "it") for message in ("猫", "the cat")]
     assert capsys.readouterr().out == "[1] 猫\nsat well 猫\n\n[2] the cat\nsat well 猫\n\n"
 
 
