@@ -272,7 +272,8 @@ def test_inheriting_from_a_hugging_face_directory(finished, corpus, tmp_path, ca
         f"--config.reference.path={export}", "--config.data.tokenizer=", "--config.inherit.which=last",
         "--config.inherit.layers=1", "--config.inherit.parts=attention,norms,embed_tokens",
         "--config.inherit.control=2", "--config.inherit.tolerance=100.0",
-        "--config.log.trackers=tensorboard", "--config.mesh.fsdp=2",
+        "--config.log.trackers=tensorboard", "--config.mesh.fsdp=2", "--config.steps=4",
+        "--config.checkpoint.interval=100",
     ]  # fmt: skip
     run(*arguments(corpus, tmp_path / "run", *more))
     summary = (tmp_path / "run" / "SUMMARY.md").read_text()
@@ -286,7 +287,7 @@ def test_inheriting_from_a_hugging_face_directory(finished, corpus, tmp_path, ca
     assert f"layers {last} of the reference (attention, norms, embed_tokens)" in summary
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     stored = json.loads((tmp_path / "run" / "checkpoints" / "control_2x" / "result.json").read_text())
-    assert stored["steps"] == 16
+    assert stored["steps"] == 8
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
