@@ -21,7 +21,7 @@ from jaxup.model.config import Compute
 from jaxup.model.decoder import abstract
 from jaxup.model.layers import Block, Linear
 from jaxup.training.lora import Adapters, LoraConfig
-from jaxup.training.sharding import BATCH_AXES, MeshConfig, make_mesh, place_batch, state_shardings
+from jaxup.training.sharding import BATCH_AXES, MeshConfig, make_mesh, place_batch
 from jaxup.training.step import StepConfig, TrainState, make_train_step
 
 qwix = pytest.importorskip("qwix")
@@ -86,9 +86,8 @@ EVERY = {"parameters": "kernel"}
 COPIES = {"layers": "copies", "parameters": "o_proj|down_proj"}
 CASES = {
     "all kernels, of which there are biases": (GPT2, "0z", EVERY, {"compute": Compute(remat="full")}),
-    "copies' projections, interleaved": (MIXED, "00z0z0zz", COPIES, {}),
+    "copies' projections, interleaved": (MIXED, "0z0zz", COPIES, {"compute": Compute(remat="dots")}),
     "nf4": (LLAMA, "0z0", COPIES, {"quantize": "nf4", "tile_size": 8}),
-    "int8": (LLAMA, "0z", EVERY, {"quantize": "int8", "compute": Compute(remat="dots")}),
 }  # fmt: skip
 cases = pytest.mark.parametrize("case", CASES)
 
@@ -172,12 +171,17 @@ def qwix_block(config, params, layer, kernels, options, x_BSD, inputs):
 
 
 @pytest.mark.parametrize(
-    ("config", "select", "options"),
-    [(LLAMA, EVERY, {}), (GPT2, EVERY, {}), (LLAMA, COPIES, CASES["nf4"][3]), (MIXED, EVERY, CASES["int8"][3])],
+    ("config", "roles", "select", "options"),
+    [
+        (LLAMA, "00", EVERY, {}),
+        (GPT2, "0z", COPIES, {}),
+        (LLAMA, "0z", COPIES, {"quantize": "nf4", "tile_size": 8}),
+        (MIXED, "0", EVERY, {"quantize": "int8"}),
+    ],
     ids=["llama", "gpt2", "nf4", "int8"],
 )
-def test_equals_qwix_on_unstacked_blocks(config, select, options):
-    config, adapters = make(config, "0z", select, **options)
+def test_equals_qwix_on_unstacked_blocks(config, roles, select, options):
+    config, adapters = make(config, roles, select, **options)
     params, tokens = noisy(config), jnp.asarray(tokens_for(config))
     trained, frozen = adapters.split(params)
     trained = learned(trained)
@@ -303,7 +307,7 @@ def test_integers_take_their_bits_and_round_to_the_nearest_level(quantize, dtype
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_merging_keeps_every_bit_of_rows_without_adapters(dtype):
-    config, adapters = make(LLAMA, "0z0z", COPIES, quantize="nf4", tile_size=8)
+    config, adapters = make(LLAMA, "0z0z", COPIES)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype).at[0].set(-0.0), noisy(config))
     trained = learned(adapters.split(params)[0])
     after = adapters.merge(trained, params)
@@ -331,13 +335,12 @@ def batch_of(config):
 
 
 def test_steps_train_the_adapters_alone_and_compile_once():
-    config, adapters = make(MIXED, "0z0z", COPIES, quantize="nf4", tile_size=8)
+    config, adapters = make(LLAMA, "0z0z", COPIES, quantize="nf4", tile_size=8)
     params, batch, optimizer = noisy(config), batch_of(config), optax.adam(0.02)
     trained, frozen = adapters.split(params)
     state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jnp.bool_(False))
-    train_step = make_train_step(
-        config, Compute(), optimizer, StepConfig(accumulation=2, loss_chunk=5, z_loss=0.0), adapters
-    )
+    options = StepConfig(accumulation=1, loss_chunk=17, z_loss=0.0)
+    train_step = make_train_step(config, Compute(), optimizer, options, adapters)
     traces = []
     step = jax.jit(lambda *args: (traces.append(1), train_step(*args))[1], donate_argnums=0)
     losses = []
@@ -352,55 +355,48 @@ def test_steps_train_the_adapters_alone_and_compile_once():
                               params["blocks"]["mlp"]["down_proj"]["kernel"][1])  # fmt: skip
 
 
-def test_mesh_does_not_change_the_step():
+def test_mesh_does_not_change_the_gradients():
+    """With A, B and what is quantised split as their kernels are."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     config, single = make(GPT2, "0z", COPIES, quantize="nf4", tile_size=8)
     _, adapters = make(GPT2, "0z", COPIES, quantize="nf4", tile_size=8, compute=Compute(batch_axes=BATCH_AXES))
-    params, batch, optimizer = noisy(config), batch_of(config), optax.sgd(0.1, momentum=0.9)
-    options = StepConfig(accumulation=1, loss_chunk=5, z_loss=0.0)
+    params, batch = noisy(config), batch_of(config)
 
-    def state_of(trained):
-        return TrainState(trained, optimizer.init(trained), jnp.int32(0), jnp.bool_(False))
+    def gradients(adapters, trained, frozen, batch):
+        loss = lambda trained: jnp.mean(jnp.sin(logits(adapters, trained, frozen, batch["tokens"])))  # noqa: E731
+        return jax.jit(jax.grad(loss))(trained)
 
     trained, frozen = single.split(params)
-    want, _ = jax.jit(make_train_step(config, Compute(), optimizer, options, single))(state_of(trained), batch, frozen)
+    want = gradients(single, learned(trained), frozen, jax.tree.map(jnp.asarray, batch))
     shardings = adapters.shardings(mesh)
-    trained, frozen = jax.jit(adapters.split, out_shardings=shardings)(params)
+    trained, frozen = jax.device_put((learned(trained), frozen), shardings)
     o_proj = trained["blocks"]["self_attn"]["o_proj"]
     assert o_proj["kernel_lora_a"].sharding.spec == PartitionSpec(None, "tensor", None)
     assert o_proj["kernel_lora_b"].sharding.spec == PartitionSpec(None, None, "fsdp")
     stored = frozen["blocks"]["self_attn"]["o_proj"]["kernel"]
     assert stored.qvalue.sharding.spec == PartitionSpec(None, "tensor", "fsdp")
     with jax.set_mesh(mesh):
-        state = state_of(trained)
-        state = state._replace(opt_state=jax.device_put(
-            state.opt_state, state_shardings(optimizer, state.opt_state, shardings[0], mesh)))  # fmt: skip
-        step = jax.jit(make_train_step(config, Compute(batch_axes=BATCH_AXES), optimizer, options, adapters))
-        got, _ = step(state, place_batch(batch, 8, mesh), frozen)
+        got = gradients(adapters, trained, frozen, place_batch(batch, 8, mesh))
     # float32 sums over devices, in another order.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), got.params, want.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.max(np.abs(b))), got, want)
 
 
 def test_dequantised_kernels_are_never_kept():
-    """Eight more quantised layers to go back through: temporary memory grows by far less than even they take."""
+    """Temporary memory of a gradient that goes back through 24 quantised layers: less than they take in bfloat16."""
     config = dataclasses.replace(LLAMA, hidden_size=64, intermediate_size=512)
+    config, adapters = make(config, "z" + 24 * "0", COPIES, quantize="nf4", tile_size=8)
+    trained, frozen = jax.eval_shape(adapters.split, abstract(config)[1])
 
-    def loss(adapters, trained, frozen, tokens):
+    def loss(trained, frozen, tokens):
         return jnp.sum(adapters.hidden(trained, frozen, tokens)[1])
 
-    def temporary(roles):
-        deeper, adapters = make(config, roles, COPIES, quantize="nf4", tile_size=8)
-        trained, frozen = jax.eval_shape(adapters.split, abstract(deeper)[1])
-        gradient = jax.jit(jax.grad(functools.partial(loss, adapters)))
-        memory = gradient.lower(trained, frozen, jax.ShapeDtypeStruct((1, 2), jnp.int32)).compile().memory_analysis()
-        # The gradients are of the adapters alone.
-        assert memory.output_size_in_bytes < sum(4 * leaf.size for leaf in jax.tree.leaves(trained)) + 1000
-        kernels = sum(leaf.size for leaf in jax.tree.leaves(frozen["blocks"]) if leaf.dtype == jnp.uint4)
-        return np.array([memory.temp_size_in_bytes, kernels])
-
-    grown, kernels = temporary("z" + 16 * "0") - temporary("z" + 8 * "0")
-    # Dequantised they would be four bytes each. A CPU holds a number of four bits in one byte, and copies it.
-    assert grown < 2 * kernels
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    memory = jax.jit(jax.grad(loss)).lower(trained, frozen, tokens).compile().memory_analysis()
+    # The gradients are of the adapters alone.
+    assert memory.output_size_in_bytes < sum(4 * leaf.size for leaf in jax.tree.leaves(trained)) + 1000
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(frozen["blocks"]) if leaf.dtype == jnp.uint4)
+    # Kept in float32 they would be four bytes each. XLA's CPU holds four bits in a byte, and copies those once.
+    assert memory.temp_size_in_bytes < 2 * kernels
 
 
 @pytest.mark.parametrize(

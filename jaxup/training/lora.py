@@ -187,8 +187,8 @@ def _import_qwix() -> Any:
 def _check(config: LoraConfig, kernels: dict[Path, _Kernel]) -> None:
     if config.rank < 1:
         raise UserError(f"lora.rank={config.rank}: adapters need a rank of at least 1")
-    if not config.alpha > 0:
-        raise UserError(f"lora.alpha={config.alpha}: must be positive: it is what the adapters' part is multiplied by")
+    if not 0 < config.alpha < math.inf:
+        raise UserError(f"lora.alpha={config.alpha}: must be positive: A @ B is multiplied by alpha / rank")
     if config.quantize and config.quantize not in QUANTISED:
         raise UserError(f"lora.quantize={config.quantize!r}: unknown{suggest(config.quantize, QUANTISED)}")
     names = [path[-1] for path in kernels]
