@@ -33,7 +33,7 @@ from jaxup.training.lora import Adapters, LoraConfig
 from jaxup.training.partition import EVERYTHING, Partition, Selection
 from jaxup.training.rundir import read_json, write_atomically
 
-BASE, BEFORE, HEALED, CONTROL = "base", "before", "healed", "control"
+BASE, BEFORE, HEALED, MERGED, CONTROL = "base", "before", "healed", "merged", "control"
 RATES = ("copies", "originals", "new", "ends")
 _ROLES = {"copy": "copies", "original": "originals", "new": "new"}
 
@@ -132,6 +132,9 @@ def run_heal(
     with jax.set_mesh(run.mesh):
         whole = param_shardings(before.model, run.mesh)
         params = jax.jit(functools.partial(put_together, selection), out_shardings=whole)(trained, begin())
+    if isinstance(selection.partition, Adapters):  # as exported: merged, and where blocks were quantised, not any more
+        merged = before._replace(origin=f"{HEALED}, its adapters merged into {BEFORE}")
+        results.insert(results.index(healed) + 1, _measured(run, MERGED, merged, lambda: params))
     return Outcome(tuple(results), params)
 
 

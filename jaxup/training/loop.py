@@ -213,11 +213,12 @@ def train_model(
         if start:
             print(f"{name}: resumes at step {start} of {steps} ({origin})", flush=True)
             state = checkpoints.restore(start, program.abstract_state)
-            frozen = [] if trained is None else program.init(initialise())[1:]
+            frozen = () if trained is None else program.init(initialise())[1:]
         else:
             some = "" if trained is None else f", of which {trained:,} train"
             print(f"{name}: {origin}; {model.num_layers} layers, {count_params(model):,} parameters{some}", flush=True)
             state, *frozen = program.init(initialise())
+            frozen = tuple(frozen)
         before = _check_frozen(directory, frozen) if frozen else None
         if jax.process_index() == 0:
             run.log.rewind(name, start)
@@ -246,7 +247,7 @@ def describe_model(directory: Path, run: Run, model: ModelConfig, plan: DepthPla
     write_atomically(directory / "model.json", json.dumps(about, indent=1))
 
 
-def _check_frozen(directory: Path, frozen: list[Params]) -> str:
+def _check_frozen(directory: Path, frozen: tuple[Params, ...]) -> str:
     """The digest of what does not train; UserError if a run that resumes began with another."""
     now, path = digest(frozen), directory / "frozen.json"
     then = read_json(path)

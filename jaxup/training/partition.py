@@ -49,7 +49,7 @@ class Partition:
         """The inverse of `split`: new arrays where a leaf was split, in the wider dtype of the two."""
         parts = [traverse_util.flatten_dict(part) for part in (trained, frozen)]
 
-        def leaf(path: tuple[str, ...], mask: np.ndarray) -> jax.Array:
+        def leaf(path: tuple[str, ...], mask: np.ndarray) -> Any:
             found = [part[path] for part in parts if path in part]
             if len(found) == 1:
                 return found[0]

@@ -1,0 +1,336 @@
+"""Healing from end to end: an up-scaled model trained whole or in part, interrupted, exported, and asked."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxup import export, generate, train
+from jaxup.data.batches import Batches
+from jaxup.depth.plan import DepthPlan
+from jaxup.errors import Stopped, UserError
+from jaxup.training import loop
+from jaxup.training.partition import digest
+
+TINY = [
+    "--config.model.hidden_size=16", "--config.model.intermediate_size=24", "--config.model.num_heads=2",
+    "--config.model.num_kv_heads=1", "--config.model.num_layers=3", "--config.plan=upscale(base, 1:3, copies=1)",
+    "--config.pretrain.steps=4", "--config.pretrain.batch_size=8", "--config.pretrain.data.seq_len=32",
+    "--config.pretrain.data.tokenizer=bpe:300", "--config.pretrain.data.val_fraction=0.3",
+    "--config.pretrain.optimizer.warmup_steps=2", "--config.data.seq_len=64", "--config.data.val_fraction=0.2",
+    "--config.batch_size=8", "--config.eval.interval=4", "--config.eval.rows=8", "--config.eval.batch_size=8",
+    "--config.checkpoint.interval=3", "--config.log.interval=1", "--config.sample.tokens=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder for runs, with some text and some chats; both are tokenised once for all of them."""
+    folder = tmp_path_factory.mktemp("heal")
+    (folder / "corpus").mkdir()
+    for file in sorted((Path(train.__file__).parent / "training").glob("*.py")):
+        (folder / "corpus" / file.with_suffix(".txt").name).write_text(file.read_text())
+    with open(folder / "chats.jsonl", "w") as file:
+        for a in range(20):
+            for b in range(10):
+                turns = [("user", f"{a} + {b}?"), ("assistant", f"{a + b}"), ("user", "sure?"), ("assistant", "yes")]
+                messages = [{"role": role, "content": text} for role, text in turns[: 2 + 2 * (b % 2)]]
+                file.write(json.dumps({"messages": messages}) + "\n")
+    return folder
+
+
+def run(runs, name, *more):
+    data = [f"--config.data.files={runs / 'chats.jsonl'}", f"--config.pretrain.data.source={runs / 'corpus'}"]
+    train.main(["train", "--config=heal.py:smoke", *TINY, *data, f"--workdir={runs / name}", *more])
+    return runs / name
+
+
+def result(workdir, name):
+    return json.loads((workdir / "checkpoints" / name / "result.json").read_text())
+
+
+def losses(workdir):
+    timed = {"tokens_per_second", "tflops_per_device", "mfu"}
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in timed} for r in records]
+
+
+def exported(workdir, out, *more):
+    export.main(["export", str(workdir), str(out), *more])
+    return load_file(out / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    """Everything trains; and which rows each model was trained on."""
+    rows = {}
+    with pytest.MonkeyPatch.context() as patch:
+        read, begin = Batches.__call__, loop._train
+
+        def recorded(self, step, share=slice(None)):
+            rows.setdefault(rows["now"], []).append(self.rows_of(step))
+            return read(self, step, share)
+
+        def named(run, name, *args):
+            rows["now"] = name
+            return begin(run, name, *args)
+
+        patch.setattr(Batches, "__call__", recorded)
+        patch.setattr(loop, "_train", named)
+        return run(runs, "whole"), rows
+
+
+def test_healing_begins_with_the_function_of_the_base_and_ends_better(whole):
+    workdir, rows = whole
+    base, before, healed, control = (result(workdir, name) for name in ("base", "before", "healed", "control"))
+    assert (base["layers"], before["layers"], healed["layers"], control["layers"]) == (3, 5, 5, 3)
+    # The zeroed copies add exact zeros; the two models are two programs, whose sums may round apart.
+    assert before["val_loss"] == pytest.approx(base["val_loss"], abs=1e-5)
+    first = next(r for r in losses(workdir) if r["model"] == "healed" and "val_loss" in r)
+    assert first["step"] == 0
+    assert first["val_loss"] == pytest.approx(before["val_loss"], abs=1e-5)
+    assert healed["val_loss"] < before["val_loss"] - 0.5
+    np.testing.assert_array_equal(rows["healed"], rows["control"])  # the same batches
+    assert DepthPlan.from_yaml((workdir / "plan.yaml").read_text()).num_layers == 5
+
+
+def test_every_row_is_trained_on_once_an_epoch(whole):
+    workdir, rows = whole
+    epochs, steps = 2, result(workdir, "healed")["steps"]
+    seen = np.concatenate(rows["healed"])
+    count = len(np.unique(seen))
+    assert steps == -(-epochs * count // 8)
+    assert (np.bincount(seen[: epochs * count]) == epochs).all()
+
+
+def test_the_run_keeps_the_model_before_and_after_each_epoch(whole, tmp_path):
+    workdir, rows = whole
+    count = len(np.unique(np.concatenate(rows["healed"])))
+    ends = [-(-count // 8), -(-2 * count // 8)]
+    kept = sorted(int(p.name) for p in (workdir / "checkpoints" / "healed").iterdir() if p.name.isdecimal())
+    assert kept == ends
+    assert [
+        r["step"] for r in losses(workdir) if r["model"] == "healed" and "val_loss" in r and r["step"] in ends
+    ] == ends
+    base = exported(workdir, tmp_path / "base", "--model", "pretrained")
+    before = exported(workdir, tmp_path / "before", "--model", "before")
+    for i, layer in enumerate((0, 1, 2, 1, 2)):
+        for name in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm"):
+            np.testing.assert_array_equal(
+                before[f"model.layers.{i}.{name}.weight"], base[f"model.layers.{layer}.{name}.weight"]
+            )
+    assert not before["model.layers.3.self_attn.o_proj.weight"].any()
+    healed = exported(workdir, tmp_path / "healed")
+    final = load_file(workdir / "export" / "model.safetensors")
+    assert healed.keys() == final.keys()
+    for name in final:
+        np.testing.assert_array_equal(healed[name], final[name])
+    middle = exported(workdir, tmp_path / "middle", "--step", str(ends[0]))
+    assert (middle["model.norm.weight"] != final["model.norm.weight"]).any()
+
+
+def test_a_second_call_does_nothing(whole, runs, capsys):
+    workdir, _ = whole
+    before = {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*") if p.name != "model.json"}
+    run(runs, "whole")
+    assert "healed: finished before" in capsys.readouterr().out
+    after = {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*") if p.name != "model.json"}
+    assert {p: t for p, t in after.items() if p.is_file()} == {p: t for p, t in before.items() if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def copies(runs):
+    """Only the copies train, and of them only what was zeroed; no control."""
+    return run(runs, "copies", "--config.train.layers=copies", "--config.train.parameters=o_proj|down_proj",
+               "--config.heal.control=False")  # fmt: skip
+
+
+def test_what_does_not_train_keeps_every_bit_in_the_export(copies, tmp_path):
+    final = load_file(copies / "export" / "model.safetensors")
+    before = exported(copies, tmp_path / "before", "--model", "before")
+    changed = {name for name in final if final[name].tobytes() != before[name].tobytes()}
+    assert changed == {
+        f"model.layers.{i}.{name}.weight" for i in (3, 4) for name in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert result(copies, "healed")["trained"] == 2 * (16 * 16 + 24 * 16)
+    assert (
+        "1,280 parameters trained (layers copies, parameters o_proj|down_proj)" in (copies / "SUMMARY.md").read_text()
+    )
+    healed = exported(copies, tmp_path / "healed")
+    assert all(healed[name].tobytes() == final[name].tobytes() for name in final)
+
+
+def test_checkpoints_hold_what_trains_alone(copies):
+    """Two moments and the params of 1,280 numbers: the 8 kB of them, not the model's."""
+    (newest,) = (
+        p for p in (copies / "checkpoints" / "healed").iterdir() if p.name == str(result(copies, "healed")["steps"])
+    )
+    size = sum(p.stat().st_size for p in newest.rglob("*") if p.is_file())
+    whole = sum(p.stat().st_size for p in (copies / "checkpoints" / "before" / "0").rglob("*") if p.is_file())
+    assert size < whole
+
+
+def test_a_run_that_breaks_off_in_an_epoch_goes_on_as_if_it_had_not(copies, runs, monkeypatch, capsys):
+    arguments = ["--config.train.layers=copies", "--config.train.parameters=o_proj|down_proj",
+                 "--config.heal.control=False"]  # fmt: skip
+    read = Batches.__call__
+    healing = []
+
+    def stopping(self, step, share=slice(None)):
+        if healing and step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return read(self, step, share)
+
+    begin = loop._train
+
+    def named(run, name, *args):
+        healing.extend([name] * (name == "healed"))
+        return begin(run, name, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "__call__", stopping)
+        patch.setattr(loop, "_train", named)
+        # A signal reaches the main thread; the batch is read in another one, and it is the handler that counts.
+        with pytest.raises(Stopped, match="healed: saved at step"):
+            run(runs, "broken", *arguments)
+    assert not (runs / "broken" / "SUMMARY.md").exists()
+    run(runs, "broken", *arguments)
+    assert "healed: resumes at step" in capsys.readouterr().out
+    assert losses(runs / "broken") == losses(copies)
+    final, want = (load_file(r / "export" / "model.safetensors") for r in (runs / "broken", copies))
+    assert all(final[name].tobytes() == want[name].tobytes() for name in want)
+
+
+def test_a_run_does_not_go_on_from_another_frozen_model(copies, runs, capsys):
+    import shutil
+
+    other = runs / "swapped"
+    shutil.copytree(copies, other)
+    (other / "checkpoints" / "healed" / "result.json").unlink()
+    path = other / "checkpoints" / "healed" / "frozen.json"
+    path.write_text(json.dumps({"digest": "0" * 64}))
+    with pytest.raises(UserError, match="not those the run began with"):
+        run(runs, "swapped", "--config.train.layers=copies", "--config.train.parameters=o_proj|down_proj",
+            "--config.heal.control=False")  # fmt: skip
+
+
+def test_a_digest_sees_every_bit_and_place():
+    tree = {"a": jnp.arange(24.0).reshape(2, 3, 4), "b": jnp.zeros((3,), jnp.bfloat16), "c": jnp.int8(3)}
+    first = digest(tree)
+    assert digest(jax.tree.map(jnp.copy, tree)) == first
+    flipped = np.asarray(tree["a"]).copy()
+    flipped.view(np.uint32)[1, 2, 3] ^= 1
+    swapped = np.asarray(tree["a"])[:, ::-1]
+    for a in (flipped, swapped):
+        assert digest({**tree, "a": jnp.asarray(a)}) != first
+    assert digest({**tree, "b": jnp.array([0.0, -0.0, 0.0], jnp.bfloat16)}) != first
+    assert digest({**tree, "c": jnp.int8(2)}) != first
+
+
+# ---- from a Hugging Face directory in bfloat16, and back
+
+
+@pytest.fixture(scope="module")
+def from_directory(whole, runs):
+    """The base as a bfloat16 directory; its originals, but not its ends, are frozen."""
+    workdir, _ = whole
+    export.main(["export", str(workdir), str(runs / "base"), "--model", "pretrained", "--dtype", "bfloat16"])
+    return run(
+        runs, "directory", "--config.pretrain.steps=0", f"--config.base.path={runs / 'base'}", "--config.steps=6",
+        "--config.epochs=0", "--config.train.freeze=originals", "--config.train.rates.ends=0.5",
+        "--config.data.format=chatml", "--config.heal.control=False",
+    )  # fmt: skip
+
+
+def test_a_bfloat16_model_comes_back_with_the_bits_that_did_not_train(from_directory, runs):
+    base = load_file(runs / "base" / "model.safetensors")
+    final = load_file(from_directory / "export" / "model.safetensors")
+    assert {a.dtype.name for a in final.values()} == {"bfloat16"}
+    for i in range(3):
+        for name in [n for n in base if f"layers.{i}." in n]:
+            assert final[name].tobytes() == base[name].tobytes()
+    assert final["model.norm.weight"].tobytes() != base["model.norm.weight"].tobytes()
+    results = [result(from_directory, name) for name in ("base", "before")]
+    assert results[0]["val_loss"] == pytest.approx(results[1]["val_loss"], abs=1e-4)
+
+
+def test_the_export_answers_in_transformers_as_generate_does(from_directory, torch, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = from_directory / "export"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "3 + 4?"}], add_generation_prompt=True, tokenize=False
+    )
+    assert text == "<|im_start|>user\n3 + 4?<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        out = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    want = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    generate.main(["generate", str(from_directory), "--chat", "--prompt", "3 + 4?", "--greedy", "--max-tokens", "12"])
+    assert capsys.readouterr().out.rstrip("\n") == want.rstrip("\n")
+
+
+def test_adapters_are_merged_into_the_export(runs, whole, tmp_path):
+    pytest.importorskip("qwix")
+    workdir = run(
+        runs, "lora", "--config.lora.rank=2", "--config.lora.alpha=4", "--config.train.layers=copies",
+        "--config.heal.control=False", "--config.steps=6", "--config.epochs=0",
+    )  # fmt: skip
+    before = exported(workdir, tmp_path / "before", "--model", "before")
+    final = load_file(workdir / "export" / "model.safetensors")
+    changed = {name for name in final if final[name].tobytes() != before[name].tobytes()}
+    kernels = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    assert changed == {f"model.layers.{i}.{name}.weight" for i in (3, 4) for name in kernels}
+    for name in changed:
+        assert np.linalg.matrix_rank(final[name].astype(np.float64) - before[name], tol=1e-6) == 2
+    healed, merged = result(workdir, "healed"), result(workdir, "merged")
+    # The merged weights are rounded to float32 once more.
+    assert merged["val_loss"] == pytest.approx(healed["val_loss"], abs=1e-5)
+    again = exported(workdir, tmp_path / "healed")
+    assert all(np.allclose(again[name], final[name], rtol=0, atol=1e-7) for name in final)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--config.train.parameters=no_such"], r"train: nothing would train: no parameter's path contains 'no_such'"),
+        (["--config.train.layers=new"], "train: nothing would train: no layers are new"),
+        (["--config.train.layers=7:9"], "train: layers '7:9': the model has layers 0:5, half open"),
+        (["--config.train.layers=copies", "--config.train.freeze=all"], "no layers are copies without all"),
+        (["--config.train.rates.ends=-1"], "train.rates.ends=-1.0: must be a number and not negative"),
+        (["--config.plan=upscale(base, 2:9)"], "layer"),
+        (["--config.plan=upscale(other, 1:2)"], "plan: 'other': the one model there is, trained here, is called"),
+        (["--config.plan=plan.yaml"], "plan='plan.yaml': for a base that is trained here, one line"),
+        (["--config.data.seq_len=3"], "data"),
+        (["--config.data.format=chatlm"], "data.format: .*did you mean 'chatml'"),
+        (["--config.data.files=nowhere.jsonl"], "data.files: .*nowhere.jsonl"),
+        (["--config.pretrain.steps=0"], "base.path: "),
+        (["--config.lora.rank=-1"], "lora"),
+        (["--config.base.path=no/such/model"], "base"),
+    ],
+)  # fmt: skip
+def test_mistakes_write_nothing(runs, more, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run(runs, "mistake", *more)
+    assert "\n" not in str(caught.value)
+    assert not (runs / "mistake").exists()
+
+
+def test_a_bad_row_is_named(runs, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    rows = (runs / "chats.jsonl").read_text().splitlines()
+    path.write_text("\n".join([*rows[:40], '{"messages": [{"role": "assistant", "content": "first"}]}', *rows[40:]]))
+    with pytest.raises(UserError, match=re.escape(f"{path}:41")):
+        run(runs, "mistake", f"--config.data.files={path}")
+    assert not (runs / "mistake").exists()
