@@ -80,3 +80,27 @@ def test_adamw_equals_torch(torch):
     # divides by norm + 1e-6.
     np.testing.assert_allclose(params["a"]["kernel"], kernel.detach(), rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(params["b"]["scale"], scale.detach(), rtol=2e-5, atol=1e-6)
+
+
+def test_rates_are_the_learning_rates_of_parameter_groups(torch):
+    """A row of a stacked kernel with a rate of its own is a parameter group of torch's AdamW."""
+    rng = np.random.default_rng(1)
+    start, factors = rng.normal(size=(3, 7, 5)), np.array([1.0, 0.1, 0.0], np.float32)
+    gradients = [0.05 * rng.normal(size=start.shape) for _ in range(6)]
+    params = {"blocks": {"kernel": jnp.asarray(start, jnp.float32)}}
+    optimizer = make_optimizer(OptimizerConfig(**BASE), 6, {"blocks": {"kernel": factors.reshape(3, 1, 1)}})
+    state = optimizer.init(params)
+    for g in gradients:
+        updates, state = optimizer.update({"blocks": {"kernel": jnp.asarray(g, jnp.float32)}}, state, params)
+        params = optax.apply_updates(params, updates)
+    rows = [torch.nn.Parameter(torch.tensor(row)) for row in start]
+    groups = [{"params": [row], "lr": BASE["learning_rate"] * float(f)} for row, f in zip(rows, factors, strict=True)]
+    oracle = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for g in gradients:
+        for row, part in zip(rows, g, strict=True):
+            row.grad = torch.tensor(part)
+        torch.nn.utils.clip_grad_norm_(rows, 1.0)
+        oracle.step()
+    for got, row in zip(params["blocks"]["kernel"], rows, strict=True):
+        np.testing.assert_allclose(got, row.detach(), rtol=2e-5, atol=1e-6)  # as above
+    np.testing.assert_array_equal(params["blocks"]["kernel"][2], start[2].astype(np.float32))

@@ -6,11 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
-from jaxup.model.decoder import init
+from jaxup.model.decoder import abstract, init
 from jaxup.model.sharding import param_shardings
 from jaxup.training.optimizer import OptimizerConfig, make_optimizer
 from jaxup.training.sharding import (
@@ -101,6 +103,82 @@ def test_mesh_does_not_change_the_step(mesh_config):
     q = state.params["blocks"]["self_attn"]["q_proj"]["kernel"]
     split = {"fsdp": mesh_config[1], "tensor": mesh_config[2]}
     assert q.sharding.shard_shape(q.shape) == (3, 16 // split["fsdp"], 4 // split["tensor"], 4)
+
+
+# ---- packed rows
+
+
+def conversations():
+    """Ids and what is trained, of lengths that fill two rows of 12 but for one place."""
+    rng = np.random.default_rng(3)
+    return [(rng.integers(0, 64, n).astype(np.int32), rng.random(n) < 0.6) for n in (5, 7, 4, 3, 4)]
+
+
+def packed(groups, width):
+    """One row for each group of conversations; the fields by their definition, a token at a time."""
+    fields = ("tokens", "targets", "segment_ids", "positions")
+    batch = {name: np.zeros((len(groups), width), np.int32) for name in fields}
+    batch["loss_weights"] = np.zeros((len(groups), width), np.float32)
+    for row, group in enumerate(groups):
+        at = 0
+        for segment, (ids, trained) in enumerate(group, 1):
+            for position, token in enumerate(ids):
+                batch["tokens"][row, at], batch["positions"][row, at] = token, position
+                batch["segment_ids"][row, at] = segment
+                if position + 1 < len(ids):
+                    batch["targets"][row, at] = ids[position + 1]
+                    batch["loss_weights"][row, at] = trained[position + 1]
+                at += 1
+    return batch
+
+
+ROPE = ModelConfig.llama(
+    vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, max_positions=16
+)
+
+
+def loss_and_gradient(model, batch):
+    """The mean loss over the loss tokens, and its gradient, as one plain step of descent shows it."""
+    step = make_train_step(
+        model, Compute(), optax.sgd(1.0), StepConfig(accumulation=1, loss_chunk=5, z_loss=0.0)
+    )  # fmt: skip
+    params = init(model, 0)
+    state, metrics = jax.jit(step)(
+        TrainState(params, optax.sgd(1.0).init(params), jnp.int32(0), jnp.bool_(False)), batch
+    )
+    return metrics["loss"], jax.tree.map(jnp.subtract, params, state.params)
+
+
+@pytest.mark.parametrize("model", [MODEL, ROPE], ids=["learned positions", "rotary positions"])
+def test_packed_rows_have_the_loss_and_gradient_of_rows_of_one_conversation(model):
+    c = conversations()
+    loss, gradient = loss_and_gradient(model, packed([[c[0], c[1]], [c[2], c[3], c[4]]], 12))
+    want, want_gradient = loss_and_gradient(model, packed([[one] for one in c], 12))
+    # The same sums of float32 in another order; a subtraction of params of about 0.02 to 1 loses up to 6e-8.
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-7), gradient, want_gradient)
+
+
+def test_no_gradient_flows_between_segments():
+    """The loss of one conversation, and every token that only the other has."""
+    first, second = np.arange(0, 5, dtype=np.int32), np.arange(10, 17, dtype=np.int32)
+    for trained, other in ((first, second), (second, first)):
+        group = [(ids, np.full(len(ids), ids is trained)) for ids in (first, second)]
+        batch = jax.tree.map(jnp.asarray, packed([group], 12))
+        # A head of its own: a tied one gives every token of the vocabulary a gradient.
+        params = init(ROPE, 0)
+        graphdef, _ = abstract(ROPE)
+
+        def loss(params, batch=batch, graphdef=graphdef):
+            logits = nnx.merge(graphdef, params)(
+                batch["tokens"], positions_BS=batch["positions"], segment_ids_BS=batch["segment_ids"]
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+            return jnp.sum(losses * batch["loss_weights"])
+
+        rows = jnp.abs(jax.jit(jax.grad(loss))(params)["embed_tokens"]).max(axis=1)
+        assert (rows[trained[:-1]] > 0).all()  # the last token predicts nothing
+        assert (rows[other] == 0).all()
 
 
 def test_gradient_norms_per_layer():
