@@ -17,8 +17,8 @@ conversations, which are tokenised beforehand, as often as `--rounds` times `--s
 
 Each runs in a process of its own, on the same cores; they take turns, so that a machine whose speed
 drifts slows them all alike. Before anything is timed each computes the loss of the same held-out
-conversations, and those that train on the same batches do so again after the warm-up: what differs
-is left out. Figures are medians over rounds, in tokens of conversations (padding is none).
+conversations, and those that are padded, which train on the same batches, do so again after the
+warm-up: what differs is left out. Figures are medians over rounds, in tokens of conversations (padding is none).
 
 memory: bytes of one compiled step of the up-scaled model, for full training and parts of it; nothing
 is run. Temporaries are XLA's, gradients and activations among them.
@@ -212,9 +212,9 @@ def jaxup_contestant(a: argparse.Namespace, out: Any) -> None:
         }
 
     before = validation_loss()
-    warmup = steps(a.warmup)
+    steps(a.warmup)
     more = answer(
-        out, before=before, after=validation_loss(), warmup=warmup["seconds"], threads=len(os.sched_getaffinity(0)),
+        out, before=before, after=validation_loss(), threads=len(os.sched_getaffinity(0)),
         device=jax.devices()[0].device_kind,
     )  # fmt: skip
     while more:
@@ -232,7 +232,7 @@ def trl_contestant(a: argparse.Namespace, out: Any) -> None:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     gpu, packing, by_row = torch.cuda.is_available(), "packed" in a.worker, "by row" in a.worker
-    counts = dict.fromkeys(("seconds", "content", "loss", "positions"), 0.0)
+    counts = dict.fromkeys(("content", "loss", "positions"), 0)
 
     class Counting(SFTTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
@@ -246,19 +246,18 @@ def trl_contestant(a: argparse.Namespace, out: Any) -> None:
         """Times what lies between ends of steps: the next batch, forward, backward, clip and AdamW."""
 
         def on_step_end(self, args, state, control, **kwargs):
+            nonlocal began
             if gpu:
                 torch.cuda.synchronize()
             if state.global_step < a.warmup or (state.global_step - a.warmup) % a.steps:
                 return
-            counts["seconds"] = time.perf_counter() - self.began
+            said = {**counts, "seconds": time.perf_counter() - began}
             if state.global_step == a.warmup:
-                said = {"before": self.before, "after": validation_loss(), "warmup": counts["seconds"],
+                said = {"before": before, "after": validation_loss(),
                         "threads": torch.get_num_threads(), "device": "cuda" if gpu else "cpu"}  # fmt: skip
-            else:
-                said = counts
             control.should_training_stop = not answer(out, **said)
-            counts.update(dict.fromkeys(counts, 0.0))
-            self.began = time.perf_counter()
+            counts.update(dict.fromkeys(counts, 0))
+            began = time.perf_counter()
 
     # In the order of jaxup's first epoch.
     padded = rows_of(a, "padded", "train")
@@ -276,7 +275,7 @@ def trl_contestant(a: argparse.Namespace, out: Any) -> None:
             output_dir=str(a.scratch / a.worker), max_length=a.seq, packing=packing,
             per_device_train_batch_size=1 if by_row else a.batch,
             gradient_accumulation_steps=a.batch if by_row else 1,
-            max_steps=a.warmup + a.steps * (a.rounds + 1), 
+            max_steps=a.warmup + a.steps * (a.rounds + 1),
             # What is padded sees jaxup's batches; packed rows lie longest conversation first.
             train_sampling_strategy="random" if packing else "sequential",
             learning_rate=1e-4, lr_scheduler_type="constant", adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8,
@@ -306,9 +305,8 @@ def trl_contestant(a: argparse.Namespace, out: Any) -> None:
                 sums += np.array([float(trainer.compute_loss(trainer.model, inputs)) * count, count])
         return float(sums[0] / sums[1])
 
-    turns = Turns()
-    turns.before, turns.began = validation_loss(), time.perf_counter()
-    trainer.add_callback(turns)
+    before, began = validation_loss(), time.perf_counter()
+    trainer.add_callback(Turns())
     trainer.train()
 
 
@@ -350,17 +348,21 @@ def speed(a: argparse.Namespace) -> None:
 
 def compete(a: argparse.Namespace, log: IO[str]) -> dict[str, list[dict[str, float]]]:
     """What each contestant said of each round."""
-    workers, facts = {}, {}
-    for name in a.contestants.split(","):  # one after the other: compiling is not to be timed against anything
-        pipe = subprocess.PIPE
-        workers[name] = subprocess.Popen(command(a, name), stdin=pipe, stdout=pipe, stderr=log, text=True)
-        facts[name] = hear(workers[name], log)
+    pipe = subprocess.PIPE
+    workers = {
+        name: subprocess.Popen(command(a, name), stdin=pipe, stdout=pipe, stderr=log, text=True)
+        for name in a.contestants.split(",")
+    }
+    # They compile and warm up side by side; nothing is timed before all have.
+    facts = {name: hear(worker, log) for name, worker in workers.items()}
     rounds = {name: [] for name in workers if same(a, name, facts)}
     for _ in range(a.rounds):
         for name, each in rounds.items():
             workers[name].stdin.write("\n")
             workers[name].stdin.flush()
             each.append(hear(workers[name], log))
+            if "refused" in each[-1]:
+                raise SystemExit(f"{name}: {each[-1]['refused']}")
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
@@ -381,7 +383,7 @@ def same(a: argparse.Namespace, name: str, facts: dict[str, dict[str, Any]]) -> 
         print(f"{name}: left out: {f['refused']}")
         return False
     off = [f["before"] - next(other["before"] for other in facts.values() if "before" in other)]
-    line = f"{name}: {f['device']}, {f['threads']} threads, warm-up {f['warmup']:.1f} s, loss {f['before']:.6f} "
+    line = f"{name}: {f['device']}, {f['threads']} threads, loss {f['before']:.6f} "
     line += f"({off[0]:+.1e}), after {a.warmup} steps {f['after']:.6f}"
     if name == "trl padded" and "after" in facts.get("jaxup padded", {}):
         off.append(f["after"] - facts["jaxup padded"]["after"])
