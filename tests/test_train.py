@@ -290,17 +290,18 @@ def test_inheriting_from_a_hugging_face_directory(finished, corpus, tmp_path, ca
     assert stored["steps"] == 8
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+DOCS = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/healing.md"))
 
 
-def readme_commands():
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+def documented_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", DOCS, re.S)
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if "jaxup." in line]
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_parse(command):
-    """Each command line of the README names an entry point, files, variants and keys that exist."""
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_parse(command):
+    """Each command line names an entry point, files, variants and keys that exist."""
     from jaxup import experiment
 
     words = shlex.split(command[command.index("-m jaxup.") :])
@@ -314,16 +315,20 @@ def test_readme_commands_parse(command):
             assert recipe_line.parse(args.recipe).plan(num_layers=12)
 
 
-def test_readme_flags_exist():
+def test_documented_flags_exist():
     from jaxup import experiment
 
-    config = experiment.load("inherit_gpt2.py")
-    keys = re.findall(r"--config\.([\w.]+)", README)
-    assert len(keys) > 5
-    for key in keys:
-        node = config
+    def has(config, key):
         for part in key.split("."):
-            node = node[part]
+            if part not in config:
+                return False
+            config = config[part]
+        return True
+
+    configs = [experiment.load(name) for name in ("inherit_gpt2.py", "heal.py")]
+    keys = set(re.findall(r"--config\.([\w.]+)", DOCS))
+    assert len(keys) > 15
+    assert [key for key in keys if not any(has(config, key) for config in configs)] == []
 
 
 @pytest.mark.parametrize(
