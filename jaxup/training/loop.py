@@ -88,7 +88,8 @@ class Result:
 class _Program(NamedTuple):
     train_step: Callable
     eval_step: Callable
-    init: Callable[[Params], tuple[TrainState, *tuple[Params, ...]]]  # all params -> the state, and what is frozen
+    init_state: Callable[[Params], TrainState]
+    frozen: Callable[[Params], tuple[Params, ...]]  # all params -> those that do not train, if there are any
     join: Callable[..., Params]  # (what trains, what is frozen) -> all params
     abstract_state: TrainState
 
@@ -124,13 +125,12 @@ def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, sel
     def split(params: Params) -> tuple[Params, ...]:
         return (params,) if partition is None else partition.split(params)
 
-    def init(params: Params) -> tuple[TrainState, *tuple[Params, ...]]:
-        trained, *frozen = split(params)
-        trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
-        return TrainState(trained, optimizer.init(trained), jnp.int32(0), jnp.bool_(False)), *frozen
+    def init_state(params: Params) -> TrainState:
+        trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), split(params)[0])
+        return TrainState(trained, optimizer.init(trained), jnp.int32(0), jnp.bool_(False))
 
     params, *frozen = (whole,) if partition is None else partition.shardings(mesh)
-    abstract_state, *_ = jax.eval_shape(init, abstract(model)[1])
+    abstract_state = jax.eval_shape(init_state, abstract(model)[1])
     shardings = TrainState(
         params, state_shardings(optimizer, abstract_state.opt_state, params, mesh), replicated, replicated
     )
@@ -141,7 +141,8 @@ def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, sel
             out_shardings=(shardings, replicated),
         ),
         eval_step=_eval_step(model, settings, mesh, partition),
-        init=jax.jit(init, out_shardings=(shardings, *frozen)),
+        init_state=jax.jit(init_state, out_shardings=shardings),
+        frozen=jax.jit(lambda params: split(params)[1:], out_shardings=tuple(frozen)),
         join=jax.jit(
             lambda params, *frozen: partition.join(params, *frozen) if frozen else params, out_shardings=whole
         ),
@@ -212,13 +213,14 @@ def train_model(
         start = checkpoints.latest or 0
         if start:
             print(f"{name}: resumes at step {start} of {steps} ({origin})", flush=True)
+            frozen = () if trained is None else program.frozen(initialise())
             state = checkpoints.restore(start, program.abstract_state)
-            frozen = () if trained is None else program.init(initialise())[1:]
         else:
             some = "" if trained is None else f", of which {trained:,} train"
             print(f"{name}: {origin}; {model.num_layers} layers, {count_params(model):,} parameters{some}", flush=True)
-            state, *frozen = program.init(initialise())
-            frozen = tuple(frozen)
+            params = initialise()
+            state, frozen = program.init_state(params), program.frozen(params)
+            del params
         before = _check_frozen(directory, frozen) if frozen else None
         if jax.process_index() == 0:
             run.log.rewind(name, start)
