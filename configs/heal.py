@@ -135,7 +135,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.rates = ConfigDict({"copies": 1.0, "originals": 1.0, "new": 1.0, "ends": 1.0})
     c.lora = ConfigDict()
     c.lora.rank = (v["rank"] or (16 if small else 64)) if adapters else 0  # 0 = no adapters
-    c.lora.alpha = 2.0 * c.lora.rank
+    c.lora.alpha = 0.0  # 0 = twice the rank
     c.lora.quantize = "nf4" if v["qlora"] else ""
     c.lora.tile_size = 32 if small else 64  # values that share a scale
 

@@ -93,8 +93,10 @@ def train(config: ConfigDict, workdir: Path, title: str) -> None:
         with rundir.writer_lock(workdir) if writes else contextlib.nullcontext():
             if writes:
                 rundir.check_directory(workdir, config.to_dict())
+                rundir.check_inputs(workdir, job.inputs, write=False)
                 resolved = json.dumps(config.to_dict(), indent=1)
                 rundir.write_atomically(workdir / "config.json", resolved + "\n")
+                rundir.check_inputs(workdir, job.inputs, write=True)
                 print(yaml.safe_dump(json.loads(resolved), sort_keys=False, default_flow_style=None), flush=True)
                 print(job.report(), end="", flush=True)
                 devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}"

@@ -479,7 +479,7 @@ def test_what_formats_warn_of_is_plain_lines(tmp_path, config, opened, capsys):
         ({"val_files": "gone.jsonl"}, "data.val_files: no such file or directory: gone.jsonl"),
         ({"layout": "sharegtp"}, "data.layout='sharegtp': not known; did you mean 'sharegpt'?"),
         ({"on_bad": "skp"}, "data.on_bad='skp': not known; did you mean 'skip'?"),
-        ({"format": "alpacca"}, "data.format: chat format: 'alpacca' is not known; did you mean 'alpaca'?"),
+        ({"format": "alpacca"}, "data.format='alpacca': not known; did you mean 'alpaca'?"),
         ({"format": ""}, "data.format: in the conversation that begins "),
         ({"seq_len": 1}, "data.seq_len=1: must be at least 2"),
         ({"seq_len": 9}, "train conversations are longer; the shortest needs "),

@@ -133,7 +133,7 @@ def test_every_shipped_healing_builds_its_settings(spec, tmp_path):
             "num_attention_heads": 48, "num_hidden_layers": 56, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
             "rope_theta": 1e6, "sliding_window": None, "tie_word_embeddings": False,
         }))  # fmt: skip
-        config.base.path = str(tmp_path)
+        config.base.path, config.data.files = str(tmp_path), "chats.jsonl"
     settings = read_settings(config)
     job = HealJob(config, settings, None)
     model = result_config(job._plan, job._models)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -144,11 +145,15 @@ def test_a_second_call_does_nothing(whole, runs, capsys):
     assert {p: t for p, t in after.items() if p.is_file()} == {p: t for p, t in before.items() if p.is_file()}
 
 
+COPIES = [
+    "--config.train.layers=copies", "--config.train.parameters=o_proj|down_proj", "--config.heal.control=False",
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def copies(runs):
     """Only the copies train, and of them only what was zeroed; no control."""
-    return run(runs, "copies", "--config.train.layers=copies", "--config.train.parameters=o_proj|down_proj",
-               "--config.heal.control=False")  # fmt: skip
+    return run(runs, "copies", *COPIES)
 
 
 def test_what_does_not_train_keeps_every_bit_in_the_export(copies, tmp_path):
@@ -177,8 +182,6 @@ def test_checkpoints_hold_what_trains_alone(copies):
 
 
 def test_a_run_that_breaks_off_in_an_epoch_goes_on_as_if_it_had_not(copies, runs, monkeypatch, capsys):
-    arguments = ["--config.train.layers=copies", "--config.train.parameters=o_proj|down_proj",
-                 "--config.heal.control=False"]  # fmt: skip
     read = Batches.__call__
     healing = []
 
@@ -198,26 +201,13 @@ def test_a_run_that_breaks_off_in_an_epoch_goes_on_as_if_it_had_not(copies, runs
         patch.setattr(loop, "_train", named)
         # A signal reaches the main thread; the batch is read in another one, and it is the handler that counts.
         with pytest.raises(Stopped, match="healed: saved at step"):
-            run(runs, "broken", *arguments)
+            run(runs, "broken", *COPIES)
     assert not (runs / "broken" / "SUMMARY.md").exists()
-    run(runs, "broken", *arguments)
+    run(runs, "broken", *COPIES)
     assert "healed: resumes at step" in capsys.readouterr().out
     assert losses(runs / "broken") == losses(copies)
     final, want = (load_file(r / "export" / "model.safetensors") for r in (runs / "broken", copies))
     assert all(final[name].tobytes() == want[name].tobytes() for name in want)
-
-
-def test_a_run_does_not_go_on_from_another_frozen_model(copies, runs, capsys):
-    import shutil
-
-    other = runs / "swapped"
-    shutil.copytree(copies, other)
-    (other / "checkpoints" / "healed" / "result.json").unlink()
-    path = other / "checkpoints" / "healed" / "frozen.json"
-    path.write_text(json.dumps({"digest": "0" * 64}))
-    with pytest.raises(UserError, match="not those the run began with"):
-        run(runs, "swapped", "--config.train.layers=copies", "--config.train.parameters=o_proj|down_proj",
-            "--config.heal.control=False")  # fmt: skip
 
 
 def test_a_digest_sees_every_bit_and_place():
@@ -238,12 +228,12 @@ def test_a_digest_sees_every_bit_and_place():
 
 @pytest.fixture(scope="module")
 def from_directory(whole, runs):
-    """The base as a bfloat16 directory; its originals, but not its ends, are frozen."""
+    """The base as a bfloat16 directory; its layers, but not its ends, are frozen."""
     workdir, _ = whole
     export.main(["export", str(workdir), str(runs / "base"), "--model", "pretrained", "--dtype", "bfloat16"])
     return run(
         runs, "directory", "--config.pretrain.steps=0", f"--config.base.path={runs / 'base'}", "--config.steps=6",
-        "--config.epochs=0", "--config.train.freeze=originals", "--config.train.rates.ends=0.5",
+        "--config.epochs=0", "--config.train.freeze=0:3", "--config.train.rates.ends=0.5",
         "--config.data.format=chatml", "--config.heal.control=False",
     )  # fmt: skip
 
@@ -298,6 +288,65 @@ def test_adapters_are_merged_into_the_export(runs, whole, tmp_path):
     assert all(np.allclose(again[name], final[name], rtol=0, atol=1e-7) for name in final)
 
 
+# ---- inputs that change under a run
+
+
+def edited(copies, runs, name):
+    """A copy of the run that looks as if it had been stopped before its end."""
+    shutil.copytree(copies, runs / name)
+    (runs / name / "checkpoints" / "healed" / "result.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path / "inputs.json", "begun with another plan and another data"),
+        (lambda path: path / "checkpoints" / "healed" / "digest.json", "not those the run began with"),
+        (
+            lambda path: path / "checkpoints" / "before" / "model.json",
+            "gone or damaged; remove .* to have it built again",
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_from_something_else(copies, runs, change, message, tmp_path_factory):
+    name = tmp_path_factory.mktemp("name").name
+    edited(copies, runs, name)
+    change(runs / name).write_text("{}")
+    with pytest.raises(UserError, match=message):
+        run(runs, name, *COPIES)
+
+
+def test_a_finished_model_whose_checkpoint_is_gone_is_not_taken_for_another(copies, runs):
+    shutil.copytree(copies, runs / "gone")
+    steps = result(copies, "healed")["steps"]
+    shutil.rmtree(runs / "gone" / "checkpoints" / "healed" / str(steps))
+    with pytest.raises(UserError, match=f"finished at step {steps}, and that checkpoint is gone; that of step"):
+        run(runs, "gone", *COPIES)
+
+
+def test_a_plan_of_one_model_may_call_it_anything(whole, runs, tmp_path):
+    """A mergekit file with the name of a model that is not at hand; base.path says where it is."""
+    from jaxup.experiment import load
+    from jaxup.jobs.common import read_settings
+    from jaxup.jobs.heal import HealJob
+
+    base = tmp_path / "base"
+    export.main(["export", str(whole[0]), str(base), "--model", "pretrained"])
+    recipe = tmp_path / "recipe.yaml"
+    slices = [{"sources": [{"model": "org/Name", "layer_range": r}]} for r in ([0, 2], [1, 3])]
+    recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
+    overrides = [("pretrain.steps", "0"), ("base.path", str(base)), ("plan", str(recipe))]
+    config = load("heal.py:smoke", overrides)
+    assert HealJob(config, read_settings(config), None)._plan.num_layers == 4
+    recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices, "chat_template": "chatml"}))
+    with pytest.raises(UserError, match=r"plan: .*chat_template are carried out by"):
+        HealJob(config, read_settings(config), None)
+    slices[1]["sources"][0]["model"] = "org/Other"
+    recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
+    with pytest.raises(UserError, match="several models, 'org/Name' and 'org/Other'"):
+        HealJob(config, read_settings(config), None)
+
+
 # ---- mistakes
 
 
@@ -308,12 +357,20 @@ def test_adapters_are_merged_into_the_export(runs, whole, tmp_path):
         (["--config.train.layers=new"], "train: nothing would train: no layers are new"),
         (["--config.train.layers=7:9"], "train: layers '7:9': the model has layers 0:5, half open"),
         (["--config.train.layers=copies", "--config.train.freeze=all"], "no layers are copies without all"),
+        (["--config.train.freeze=all"], "no layers are all without all"),
+        (["--config.optimizer.learning_rate=-1e-3"], "optimizer.learning_rate=-0.001: must be a number"),
+        (["--config.export.dtype=float8"], "export.dtype='float8': not known"),
+        (["--config.base.dtype=bf16"], "base.dtype='bf16': not known"),
+        (["--config.lora.quantize=nf4"], "lora.quantize=nf4: goes with lora.rank"),
+        (["--config.lora.rank=100"], "lora.rank=100: more than the kernels themselves have, at most 16"),
+        (["--config.eval.rows=-1"], "eval.rows must be at least 0"),
+        (["--config.step.loss_chunk=0"], "step.loss_chunk must be at least 1"),
         (["--config.train.rates.ends=-1"], "train.rates.ends=-1.0: must be a number and not negative"),
         (["--config.plan=upscale(base, 2:9)"], "layer"),
         (["--config.plan=upscale(other, 1:2)"], "plan: 'other': the one model there is, trained here, is called"),
         (["--config.plan=plan.yaml"], "plan='plan.yaml': for a base that is trained here, one line"),
         (["--config.data.seq_len=3"], "data"),
-        (["--config.data.format=chatlm"], "data.format: .*did you mean 'chatml'"),
+        (["--config.data.format=chatlm"], "data.format='chatlm': .*did you mean 'chatml'"),
         (["--config.data.files=nowhere.jsonl"], "data.files: .*nowhere.jsonl"),
         (["--config.pretrain.steps=0"], "base.path: "),
         (["--config.lora.rank=-1"], "lora"),

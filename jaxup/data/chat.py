@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxup.data.batches import Batches, validation_batches
-from jaxup.data.chat_formats import Format, open_format, show
+from jaxup.data.chat_formats import ALIASES, SPELLINGS, Format, open_format, show
 from jaxup.data.chat_templates import TEMPLATES
 from jaxup.data.conversations import Conversations, open_conversations, split_spec
 from jaxup.data.docstrings import is_docstrings, write_docstrings
@@ -122,7 +122,7 @@ def open_chat(config: ChatConfig, *, tokenizer: PreTrainedTokenizerBase, root: s
     What the formats warn of goes to stderr, a line each. Raises UserError, in one line, for data, a format or a
     setting that will not do, a store of other rows, or one that another process is making.
     """
-    _check(config)
+    check_config(config)
     with _plain_warnings():
         with errors_of("data.format"):
             format = open_format(config.format or None, tokenizer)
@@ -150,16 +150,24 @@ def open_chat(config: ChatConfig, *, tokenizer: PreTrainedTokenizerBase, root: s
         return _opened(store, format, meta, layouts)
 
 
-def _check(config: ChatConfig) -> None:
+def check_config(config: ChatConfig) -> None:
+    """UserError for what is wrong whatever the files hold."""
     if config.seq_len < 2:
         raise UserError(f"data.seq_len={config.seq_len}: must be at least 2")
     if not config.val_files and not 0 < config.val_fraction < 1:
         raise UserError(f"data.val_fraction={config.val_fraction}: must lie between 0 and 1")
     if not config.files:
         raise UserError("data.files: name the chat data: files, directories or datasets")
-    for key, known in (("layout", ("", *LAYOUTS)), ("on_bad", ON_BAD)):
+    for key, known in (("layout", ("", *LAYOUTS)), ("on_bad", ON_BAD), ("format", ("", *SPELLINGS, *ALIASES))):
         if (value := getattr(config, key)) not in known:
             raise UserError(f"data.{key}={value!r}: not known{suggest(value, filter(None, known))}")
+
+
+def check_files(config: ChatConfig, root: str) -> None:
+    """UserError for files that are not there or not chat data, as far as their first rows tell."""
+    for key in ("files", "val_files"):
+        if getattr(config, key):
+            _open_files(config, key, getattr(config, key), root)
 
 
 def _open_files(config: ChatConfig, key: str, spec: str, root: str) -> Conversations:

@@ -54,8 +54,6 @@ def prepare(store: Store, source: Source, tokenizer: PreTrainedTokenizerBase | N
     """
     progress = store.read_json(PROGRESS)
     if progress is None:
-        if not store.is_empty():
-            raise UserError(f"data.store: {store.path} is not empty and not a token store; choose another data.store")
         made = {**wanted, "tokenizer": dict(wanted["tokenizer"])}
         progress = {"made": made, "splits": {}, "tokenizer_saved": False}
     check_same(store, progress["made"], wanted)

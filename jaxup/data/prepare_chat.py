@@ -53,8 +53,6 @@ def prepare_chat(
     """Makes `store` complete. The caller holds the lock."""
     progress = store.read_json(PROGRESS)
     if progress is None:
-        if not store.is_empty():
-            raise UserError(f"data.store: {store.path} is not empty and not a token store; choose another data.store")
         progress = {"made": wanted, **_nothing_read()}
     check_same(store, progress["made"], wanted)
     vocab_size = 1 + max(format.tokenizer.get_vocab().values())

@@ -133,7 +133,12 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes of this machine from preparing the same store. No lock on object stores."""
+        """Keeps other processes of this machine from preparing the same store. No lock on object stores.
+
+        UserError, and nothing is written, if what is there is neither a store nor one begun.
+        """
+        if self.read_json(META) is None and self.read_json(PROGRESS) is None and not self.is_empty():
+            raise UserError(f"data.store: {self.path} is not empty and not a token store; choose another data.store")
         if not self.local:
             yield
             return

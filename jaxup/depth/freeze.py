@@ -27,7 +27,8 @@ def trainable(
       params: the result's tree, of arrays or ShapeDtypeStructs; leaves under "blocks" [M, ...].
       layers: "all", "copies", "originals", "new", half-open ranges such as "9:12, 20", or numbers
         of layers of the result. Embeddings, final norm and head train with "all" and "originals".
-      freeze: layers, chosen in the same way, that do not train all the same; "" = none.
+      freeze: layers, chosen in the same way, that do not train all the same; "" = none. The ends are
+        frozen by "all" and "originals".
       parameters: a regular expression that the dotted path of what trains contains, such as
         "o_proj|down_proj" of "blocks.self_attn.o_proj.kernel".
 
@@ -37,7 +38,8 @@ def trainable(
     Raises:
       UserError: nothing would train, or no such layers.
     """
-    rows, ends = _rows(plan, layers), layers in ("all", "originals")
+    whole = ("all", "originals")
+    rows, ends = _rows(plan, layers), layers in whole and freeze not in whole
     if freeze:
         rows = rows & ~_rows(plan, freeze)
     try:

@@ -50,6 +50,11 @@ class Call:
     column: int
     text: str
 
+    @property
+    def models(self) -> list[str]:
+        """The names of all models, in the order they are written."""
+        return [n for source in self.sources for n in ([source] if isinstance(source, str) else source.models)]
+
     def plan(self, num_layers: int | Callable[[str], int]) -> DepthPlan:
         """The plan for models of so many layers, or by their names; UserError if it does not go with them."""
         if self.recipe == "concat":

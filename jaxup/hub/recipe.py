@@ -56,8 +56,9 @@ class Recipe:
 
 
 def open_recipe(
-    recipe: str, *, models: Mapping[str, str] | None = None, config_from: str | None = None, revision: str | None = None
-) -> Recipe:
+    recipe: str, *, models: Mapping[str, str] | None = None, default: str | None = None,
+    config_from: str | None = None, revision: str | None = None,
+) -> Recipe:  # fmt: skip
     """The recipe that a file holds or a line is.
 
     Args:
@@ -65,6 +66,7 @@ def open_recipe(
         `jaxup.depth.recipe_line`. The sources of a plan file are models.
       models: where models are: the name that the recipe has for one, with or without its
         "@revision" -> a directory, Hub id or URL.
+      default: where the recipe's one model is that is not in `models`, whatever its name.
       config_from: a directory whose config.json stands in for every model that is no directory and
         not in the Hub's cache. Nothing is then fetched.
       revision: of the models that are Hub ids and come without one.
@@ -72,7 +74,7 @@ def open_recipe(
     Raises:
       UserError: what is wrong in the recipe, with its place; a model that is not at hand.
     """
-    found = _Models(dict(models or {}), config_from, revision)
+    found = _Models(dict(models or {}), default, config_from, revision)
     if not os.path.lexists(os.path.expanduser(recipe)) and recipe_line.is_line(recipe):
         call = recipe_line.parse(recipe)
         plan = call.plan(lambda model: found[model].config.num_layers)
@@ -169,8 +171,10 @@ def _read_text(name: str) -> str:
 class _Models:
     """The models of a recipe by the names that it has for them, each opened when first asked for."""
 
-    def __init__(self, places: dict[str, str], config_from: str | None, revision: str | None):
-        self.places, self.config_from, self.revision = places, config_from, revision
+    def __init__(
+        self, places: dict[str, str], default: str | None, config_from: str | None, revision: str | None
+    ):  # fmt: skip
+        self.places, self.default, self.config_from, self.revision = places, default, config_from, revision
         self.opened: dict[str, Model] = {}
         self.asked: set[str] = set()  # of the places
 
@@ -184,6 +188,13 @@ class _Models:
         self.asked |= {name, path}
         if name in self.places:
             path, revision = _split(self.places[name])
+        elif self.default is not None and path not in self.places:
+            others = self.opened.keys() - self.places.keys()
+            if others:
+                raise UserError(
+                    f"the recipe is of several models, {min(others)!r} and {name!r}: name the place of each"
+                )
+            path, revision = self.default, None
         elif path in self.places:
             path, other = _split(self.places[path])
             # A directory has no revisions: it is the one that was asked for.

@@ -185,7 +185,7 @@ def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
             )
         if {device.platform for device in leaf.devices()} != {"cpu"} or len(leaf.devices()) > 1:
             # Of the layer only: what is taken off a device whole stays on the host as long as the array.
-            return np.asarray(leaf if layer is None else leaf[layer])
+            return np.asarray(leaf if layer is None else _layer_of(leaf, layer))
         leaf = np.asarray(leaf)  # a view
     return leaf if layer is None else leaf[layer]
 
@@ -197,7 +197,12 @@ def _replicated(sharding: jax.sharding.NamedSharding) -> Callable:
 
 @functools.cache
 def _replicated_layer(sharding: jax.sharding.NamedSharding) -> Callable:
-    return jax.jit(lambda leaf, i: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), out_shardings=sharding)
+    return jax.jit(_layer_of, out_shardings=sharding)
+
+
+@jax.jit  # with the layer an argument: leaf[layer] is one program for each layer
+def _layer_of(leaf: jax.Array, layer: int | jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
 def _write_shards(

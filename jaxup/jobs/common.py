@@ -20,6 +20,7 @@ class Job(Protocol):
 
     data: Any  # TokenData or ChatData, once opened; its str() is one line
     steps: int  # likewise
+    inputs: dict[str, str]  # likewise: what must be the same when the run resumes, and is not in the configuration
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh): ...
 
@@ -43,6 +44,12 @@ def read_settings(config: ConfigDict) -> Settings:
     optimizer = section(OptimizerConfig, config.optimizer)
     if (config.steps > 0) == (config.epochs > 0) or min(config.steps, config.epochs) < 0:
         raise UserError(f"steps={config.steps}, epochs={config.epochs}: one of them must be positive, the other 0")
+    step = section(StepConfig, config.step)
+    for key, value in (("step.accumulation", step.accumulation), ("step.loss_chunk", step.loss_chunk)):
+        if value < 1:
+            raise UserError(f"{key} must be at least 1, not {value}")
+    if config.eval.rows < 0:
+        raise UserError(f"eval.rows must be at least 0, not {config.eval.rows}; 0 = all")
     # Refuses an unknown schedule or a warmup that does not fit; how many steps epochs are, the data will say.
     learning_rate(optimizer, config.steps or optimizer.warmup_steps)
     for key in ("eval.interval", "log.interval", "checkpoint.interval", "checkpoint.keep"):
@@ -52,7 +59,7 @@ def read_settings(config: ConfigDict) -> Settings:
         if node < 1:
             raise UserError(f"{key} must be at least 1, not {node}")
     return Settings(
-        seed=config.seed, batch_size=config.batch_size, optimizer=optimizer, step=section(StepConfig, config.step),
+        seed=config.seed, batch_size=config.batch_size, optimizer=optimizer, step=step,
         compute=section(Compute, config.compute), eval_interval=config.eval.interval, eval_rows=config.eval.rows,
         eval_batch_size=config.eval.batch_size, log_interval=config.log.interval,
         checkpoint_interval=config.checkpoint.interval, keep_checkpoints=config.checkpoint.keep,
@@ -93,6 +100,8 @@ def make_sampler(config: ConfigDict, data: Any, prompt: list[int], ends: tuple[i
     """A function from a model to a short text by it after the prompt, up to one of `ends`; pure, given the seed."""
     import numpy as np
 
+    from jaxup.hub.card import printable
+
     def sample(model, params) -> str:
         from jaxup.model.sampling import generate
 
@@ -101,6 +110,7 @@ def make_sampler(config: ConfigDict, data: Any, prompt: list[int], ends: tuple[i
             model, params, np.asarray([prompt], np.int32), max_tokens=count, temperature=config.sample.temperature,
             top_k=config.sample.top_k, seed=config.seed, vocab_size=data.vocab_size, eos_ids=ends,
         )  # fmt: skip
-        return data.tokenizer.decode([*prompt, *(int(t[0]) for t in steps if t[0] >= 0)])
+        # A model's tokenizer and template are not to be trusted with a terminal.
+        return printable(data.tokenizer.decode([*prompt, *(int(t[0]) for t in steps if t[0] >= 0)]))
 
     return sample

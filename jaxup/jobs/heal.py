@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
 import sys
 import tempfile
 from functools import cached_property
@@ -15,7 +17,7 @@ from flax import nnx
 
 from jaxup import experiment
 from jaxup.data.batches import DataConfig, open_data
-from jaxup.data.chat import ChatConfig, open_chat
+from jaxup.data.chat import ChatConfig, check_config, check_files, open_chat
 from jaxup.data.chat_formats import end_ids, prompt_ids
 from jaxup.data.tokenizer import load_tokenizer
 from jaxup.depth import picture, recipe_line
@@ -23,19 +25,23 @@ from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.depth.result import caveats, result_config
-from jaxup.errors import UserError
+from jaxup.errors import UserError, suggest
 from jaxup.hub import writer
 from jaxup.hub.card import model_card
 from jaxup.hub.directory import PLAN, carried_files, tokenizer_directory
+from jaxup.hub.header import parse_json
+from jaxup.hub.load import DTYPES as LOADED
 from jaxup.hub.load import load
+from jaxup.hub.reader import open_checkpoint
 from jaxup.hub.recipe import Recipe, open_recipe, parse_places
+from jaxup.hub.shards import DTYPES as SAVED
 from jaxup.hub.vocabulary import with_template
 from jaxup.jobs.common import make_sampler, new_model
 from jaxup.model.decoder import Params, init
 from jaxup.model.sharding import param_shardings
 from jaxup.training import report
 from jaxup.training.heal import BASE, HEALED, Outcome, Source, TrainConfig, run_heal, select
-from jaxup.training.loop import Result, Run, Settings, load_trained, random_params, train_model
+from jaxup.training.loop import Result, Run, Settings, abstract_params, load_trained, random_params, train_model
 from jaxup.training.lora import LoraConfig
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.rundir import write_atomically
@@ -54,11 +60,16 @@ class HealJob:
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
         self._config, self._settings, self._mesh = config, settings, mesh
-        self._train = experiment.section(
-            TrainConfig, {**config.train, "rates": config.train.rates.to_dict()}
-        )  # fmt: skip
-        self._lora = experiment.section(LoraConfig, config.lora)
+        self._train = experiment.section(TrainConfig, {**config.train, "rates": config.train.rates.to_dict()})
+        alpha = config.lora.alpha or 2.0 * config.lora.rank
+        self._lora = experiment.section(LoraConfig, {**config.lora, "alpha": alpha})
+        if self._lora.quantize and not self._lora.rank:
+            raise UserError(f"lora.quantize={self._lora.quantize}: goes with lora.rank; without adapters all trains")
         self._chat = experiment.section(ChatConfig, config.data)
+        check_config(self._chat)
+        for key, dtype, known in (("base", config.base.dtype, LOADED), ("export", config.export.dtype, SAVED)):
+            if dtype and dtype not in known:
+                raise UserError(f"{key}.dtype={dtype!r}: not known{suggest(dtype, known)}")
         self._is_new = not config.base.path and bool(config.pretrain.steps)
         if self._is_new:
             self._plan, self._recipe = self._own_plan(), None
@@ -96,12 +107,21 @@ class HealJob:
 
     def _open_recipe(self) -> Recipe:
         c = self._config
-        if not c.plan and not c.base.path:
-            raise UserError("base.path: name the model to train, or give a plan that does")
-        places = parse_places(c.base.models)
-        if c.base.path:
-            places[BASE] = c.base.path
-        recipe = open_recipe(c.plan or f"identity({BASE})", models=places, revision=c.base.revision or None)
+        line = c.plan or f"identity({BASE})"
+        if not c.base.path and recipe_line.is_line(line) and BASE in recipe_line.parse(line).models:
+            raise UserError(f"base.path: name the model that the plan, {line}, calls {BASE}")
+        try:
+            recipe = open_recipe(
+                line, models=parse_places(c.base.models), default=c.base.path or None,
+                revision=c.base.revision or None,
+            )  # fmt: skip
+        except UserError as error:  # which speaks of the depth tools' flags
+            raise UserError("plan: " + _IN_FLAGS.sub("--config.base.models=", str(error))) from None
+        if recipe.tokenizer not in (None, "base") or recipe.chat_template is not None:
+            raise UserError(
+                f"plan: {recipe.name}: tokenizer_source and chat_template are carried out by `python -m jaxup.build`; "
+                "give what it makes as base.path, and the format as data.format"
+            )
         if len({model.revision for model in recipe.models.values()}) > 1:
             raise UserError("plan: its models are at several revisions; give local directories")
         for note in recipe.notes:
@@ -122,12 +142,14 @@ class HealJob:
     def open_data(self, root: str) -> None:
         c = self._config
         if self._is_new:
+            check_files(self._chat, root)  # before a vocabulary is trained
             self._text = open_data(experiment.section(DataConfig, c.pretrain.data), root=root)
             tokenizer = self._text.tokenizer
             self._models = {BASE: new_model(c.model, self._text.vocab_size)}
         else:
             main = self._recipe.models[self._recipe.base]
             tokenizer = load_tokenizer(str(tokenizer_directory(main.path, revision=main.revision)))
+            self._check_weights()
         self.data = open_chat(self._chat, tokenizer=tokenizer, root=root)
         self._model = result_config(self._plan, self._models)
         if self._model.vocab_size < self.data.vocab_size:
@@ -140,11 +162,28 @@ class HealJob:
         self._milestones = frozenset(n for n in (math.ceil(e * per_epoch) for e in ends) if n <= self.steps)
         tokenizer = self.data.tokenizer
         tokenizer.chat_template = self.data.chat_template or tokenizer.chat_template
-        self._ends = end_ids(c.data.format or None, tokenizer)
-        self.sample = make_sampler(c, self.data, prompt_ids(tokenizer, c.sample.prompt), self._ends)
+        if tokenizer.chat_template:
+            self._ends, prompt = end_ids(c.data.format or None, tokenizer), prompt_ids(tokenizer, c.sample.prompt)
+        else:  # of plain text and segments
+            self._ends, prompt = (tokenizer.eos_token_id,), tokenizer(c.sample.prompt)["input_ids"]
+        self.sample = make_sampler(c, self.data, prompt, self._ends)
+        self._vocabulary = self._vocabulary_files()
+        stores = [self.data.store, *([self._text.store] if self._is_new else [])]
+        self.inputs = {"plan": self._plan.to_yaml(), "data": " and ".join(os.path.basename(store) for store in stores)}
+
+    def _check_weights(self) -> None:
+        """Looks at the headers of all files, so that what cannot be loaded is known before anything is written."""
+        for model in self._recipe.models.values():
+            try:
+                open_checkpoint(model.path, revision=model.revision, allow_pickle=self._config.base.allow_pickle)
+            except UserError as error:
+                raise UserError(str(error).replace("--allow-pickle", "--config.base.allow_pickle=true")) from None
 
     def report(self) -> str:
         notes = [f"plan: {note}" for note in caveats(self._plan, self._models)]
+        if self.data.seq_len > self._model.max_positions:
+            positions = self._model.max_positions
+            notes.append(f"data: rows of {self.data.seq_len} tokens, and the base was made for {positions}")
         return "\n".join([str(self._plan), *notes, "", self.data.report(color=sys.stdout.isatty()), ""])
 
     # ---- the run
@@ -155,7 +194,7 @@ class HealJob:
         before = Source(self._model, lambda: self._build(base), f"{self._config.plan or 'identity'} of {self._origin}")
         selection, control = self._select(self._model, self._plan), None
         if self._config.heal.control:
-            everything = dataclasses.replace(self._train, layers="all", freeze="")
+            everything = dataclasses.replace(self._train, layers="all", freeze="", rates={})
             control = self._select(base.model, identity(BASE, base.model.num_layers), everything)
         about = {"train": dataclasses.asdict(self._train), "lora": dataclasses.asdict(self._lora),
                  "seed": self._settings.seed}  # fmt: skip
@@ -178,7 +217,7 @@ class HealJob:
             run, PRETRAINED, model, steps=steps, origin=f"random, seed {run.settings.seed}",
             initialise=lambda: random_params(run, model),
         )  # fmt: skip
-        return Source(model, lambda: load_trained(run, PRETRAINED, model), self._origin)
+        return Source(model, lambda: load_trained(run, PRETRAINED, abstract_params(model, run.mesh)), self._origin)
 
     def _stored_base(self) -> Source | None:
         if self._base_name is None:
@@ -242,7 +281,7 @@ class HealJob:
         )
 
     def _export(self, run: Run, title: str, params: Params) -> None:
-        files, ids, model_type = self._vocabulary_files()
+        files, ids, model_type = self._vocabulary
         dtype = self._config.export.dtype or None
         card = model_card(
             self._model, title=title, dtype=dtype or writer.main_dtype(params), plan=self._plan, source=self._origin,
@@ -268,10 +307,11 @@ class HealJob:
         if self._chat.format:
             files = with_template(files, self.data.chat_template)
         # Generation has to stop where the format ends a turn.
-        settings = json.loads(files.get("generation_config.json", b"{}"))
+        settings = parse_json(files.get("generation_config.json", b"{}"), "generation_config.json")
         settings = {"bos_token_id": tokenizer.bos_token_id, **settings, "eos_token_id": list(self._ends)}
         files["generation_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
         return files, ids, model_type
 
 
+_IN_FLAGS = re.compile(r"--model (?:NAME=DIR, or --config-from DIR.*$)?")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

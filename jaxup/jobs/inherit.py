@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxup.hub.reader import load_config
 from jaxup.jobs.common import make_sampler, new_model, tokenizer_of
 from jaxup.training import report
 from jaxup.training.inherit import InheritConfig, Outcome, Reference, check, run_inherit
-from jaxup.training.loop import Run, Settings, load_trained
+from jaxup.training.loop import Run, Settings, abstract_params, load_trained
 from jaxup.training.optimizer import learning_rate
 from jaxup.training.rundir import write_atomically
 
@@ -52,6 +53,7 @@ class InheritJob:
             raise UserError(f"data: the tokenizer has {tokens} tokens, the model only {self._model.vocab_size}")
         self.steps = config.steps or math.ceil(config.epochs * self.data.train_rows / self._settings.batch_size)
         learning_rate(self._settings.optimizer, self.steps)  # refuses a warmup that does not fit
+        self.inputs = {"data": os.path.basename(self.data.store)}
         prompt = self.data.tokenizer(config.sample.prompt, add_special_tokens=False)["input_ids"]
         self.sample = make_sampler(config, self.data, prompt)
 
@@ -93,7 +95,7 @@ def finish(run: Run, title: str, outcome: Outcome) -> None:
     from jaxup.hub.card import model_card
     from jaxup.hub.directory import PLAN
 
-    params = load_trained(run, outcome.target.name, outcome.target_model)
+    params = load_trained(run, outcome.target.name, abstract_params(outcome.target_model, run.mesh))
     plan, reference = outcome.plan.to_yaml(), outcome.results[0]
     card = model_card(
         outcome.target_model, title=title, dtype="float32", plan=outcome.plan,

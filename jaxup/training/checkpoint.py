@@ -23,12 +23,15 @@ class Checkpoints:
     laid out over whatever mesh the abstract state names.
     """
 
-    def __init__(self, directory: os.PathLike | str, *, keep: int, always: Collection[int] = ()):
+    def __init__(
+        self, directory: os.PathLike | str, *, keep: int, always: Collection[int] = (),
+        advice: str = "remove it to go on from the one before",
+    ):  # fmt: skip
         from orbax.checkpoint import v1 as ocp
 
         # Orbax reports its internals at INFO and its own deprecations at WARNING.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        self._directory = directory
+        self._directory, self._advice = directory, advice  # what to do about a damaged checkpoint
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             os.path.abspath(directory),  # Orbax refuses relative paths
@@ -71,7 +74,7 @@ class Checkpoints:
             return self._load(step, {"params": abstract_params})["params"]
 
     def _load(self, step: int, tree: dict[str, Any]) -> dict[str, Any]:
-        with restoring(f"{self._directory}/{step}", "remove it to go on from the one before"):
+        with restoring(f"{self._directory}/{step}", self._advice):
             return self._checkpointer.load(step, tree)
 
 

@@ -28,7 +28,17 @@ from jaxup.model.decoder import Params, abstract
 from jaxup.model.shapes import count_params
 from jaxup.model.sharding import param_shardings
 from jaxup.training.checkpoint import Checkpoints
-from jaxup.training.loop import Result, Run, abstract_params, describe_model, evaluate, train_model
+from jaxup.training.loop import (
+    Result,
+    Run,
+    abstract_params,
+    check_digest,
+    describe_model,
+    evaluate,
+    load_trained,
+    read_result,
+    train_model,
+)
 from jaxup.training.lora import Adapters, LoraConfig
 from jaxup.training.partition import EVERYTHING, Partition, Selection
 from jaxup.training.rundir import read_json, write_atomically
@@ -114,6 +124,8 @@ def run_heal(
     trained. `about`: what `jaxup.export` needs to know to put a checkpoint together.
     """
     results = []
+    if base is not None:
+        base = base._replace(params=functools.partial(_unchanged, run, base.params))
     if base is not None and plan.rows != identity(plan.rows[0].source, base.model.num_layers).rows:
         results.append(_measured(run, BASE, base, base.params))
     begin = lambda: _kept(run, plan, before)  # noqa: E731
@@ -154,15 +166,24 @@ def load_state(run: Run, name: str, model: ModelConfig, selection: Selection = E
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes, selection.partition.shardings(run.mesh)[0],
         )  # fmt: skip
-    with Checkpoints(run.directory / "checkpoints" / name, keep=run.settings.keep_checkpoints) as checkpoints:
-        return checkpoints.restore_params(checkpoints.latest, wanted)
+    return load_trained(run, name, wanted)
+
+
+def _unchanged(run: Run, params: Callable[[], Params]) -> Params:
+    """The base, each time the one that it was at first: files may change under a run."""
+    loaded = params()
+    directory = run.directory / "checkpoints" / BASE
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+    check_digest(directory, loaded)
+    return loaded
 
 
 def _measured(run: Run, name: str, source: Source, params: Callable[[], Params]) -> Result:
     """The model's validation loss and a sample; kept, so that resuming does not load it again."""
-    path = run.directory / "checkpoints" / name / "result.json"
-    if stored := read_json(path):
-        return Result(**stored)
+    directory = run.directory / "checkpoints" / name
+    if stored := read_result(directory):
+        return stored
     loaded = params()
     result = Result(
         name=name, origin=source.origin, layers=source.model.num_layers, params=count_params(source.model), steps=0,
@@ -170,8 +191,8 @@ def _measured(run: Run, name: str, source: Source, params: Callable[[], Params])
     )  # fmt: skip
     print(f"{name}: {source.origin}; validation loss {result.val_loss:.4f}", flush=True)
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(dataclasses.asdict(result), indent=1))
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
     return result
 
 
@@ -179,9 +200,12 @@ def _kept(run: Run, plan: DepthPlan, before: Source) -> Params:
     """The model before healing, from the run if it is there, else built and put there."""
     directory = run.directory / "checkpoints" / BEFORE
     shapes = abstract_params(before.model, run.mesh)
-    with jax.set_mesh(run.mesh), Checkpoints(directory, keep=1) as checkpoints:
+    advice = f"remove {directory} to have it built again"
+    with jax.set_mesh(run.mesh), Checkpoints(directory, keep=1, advice=advice) as checkpoints:
         if checkpoints.latest is not None:
-            dtypes = read_json(directory / "model.json")["dtypes"]
+            dtypes = (read_json(directory / "model.json") or {}).get("dtypes")
+            if dtypes is None:
+                raise UserError(f"{directory}/model.json: gone or damaged; {advice}")
             flat = {
                 path: jax.ShapeDtypeStruct(leaf.shape, dtypes[".".join(path)], sharding=leaf.sharding)
                 for path, leaf in traverse_util.flatten_dict(shapes).items()

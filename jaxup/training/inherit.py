@@ -30,8 +30,17 @@ from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params, init
 from jaxup.model.shapes import count_params
 from jaxup.model.sharding import param_shardings
-from jaxup.training.loop import Result, Run, evaluate, load_trained, random_params, train_model
-from jaxup.training.rundir import read_json, write_atomically
+from jaxup.training.loop import (
+    Result,
+    Run,
+    abstract_params,
+    evaluate,
+    load_trained,
+    random_params,
+    read_result,
+    train_model,
+)
+from jaxup.training.rundir import write_atomically
 
 REFERENCE = "reference"
 
@@ -119,7 +128,7 @@ def run_inherit(
             reference_run, REFERENCE, model, steps=reference.steps or steps, origin=f"random, seed {run.settings.seed}",
             initialise=lambda: random_params(run, model),
         )  # fmt: skip
-        source = lambda: load_trained(run, REFERENCE, model)  # noqa: E731
+        source = lambda: load_trained(run, REFERENCE, abstract_params(model, run.mesh))  # noqa: E731
     else:
         source = reference.pretrained
         benchmark = _measure(run, model, reference)
@@ -161,17 +170,17 @@ def run_inherit(
 
 def _measure(run: Run, model: ModelConfig, reference: Reference) -> Result:
     """What a model that is there reaches; kept beside the checkpoints, so that resuming does not load it again."""
-    path = run.directory / "checkpoints" / REFERENCE / "result.json"
-    if stored := read_json(path):
-        return Result(**stored)
+    directory = run.directory / "checkpoints" / REFERENCE
+    if stored := read_result(directory):
+        return stored
     params = reference.pretrained()
     result = Result(
         name=REFERENCE, origin=reference.name, layers=model.num_layers, params=count_params(model), steps=0,
         tokens=0, val_loss=evaluate(run, model, params), seconds=0.0, sample=run.sample(model, params),
     )  # fmt: skip
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(dataclasses.asdict(result), indent=1))
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
     return result
 
 

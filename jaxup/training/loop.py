@@ -99,10 +99,27 @@ def random_params(run: Run, model: ModelConfig) -> Params:
     return jax.jit(lambda: init(model, run.settings.seed), out_shardings=param_shardings(model, run.mesh))()
 
 
-def load_trained(run: Run, name: str, model: ModelConfig) -> Params:
-    """The parameters of a finished model of this run."""
-    with Checkpoints(run.directory / "checkpoints" / name, keep=run.settings.keep_checkpoints) as checkpoints:
-        return checkpoints.restore_params(checkpoints.latest, abstract_params(model, run.mesh))
+def load_trained(run: Run, name: str, wanted: Params) -> Params:
+    """The parameters of a finished model of this run, or those of them that trained, like the abstract `wanted`."""
+    directory = run.directory / "checkpoints" / name
+    with Checkpoints(directory, keep=run.settings.keep_checkpoints) as checkpoints:
+        steps, latest = read_result(directory).steps, checkpoints.latest
+        if latest != steps:
+            there = "; there is none" if latest is None else f"; that of step {latest} is there"
+            raise UserError(
+                f"{directory}: finished at step {steps}, and that checkpoint is gone{there}: "
+                "delete result.json beside it to train on from what there is"
+            )
+        return checkpoints.restore_params(latest, wanted)
+
+
+def read_result(directory: Path) -> Result | None:
+    """That of the finished model whose checkpoints are in `directory`, or None."""
+    stored = read_json(directory / "result.json")
+    try:
+        return None if stored is None else Result(**stored)
+    except TypeError:
+        raise UserError(f"{directory}/result.json: damaged, or of another version; delete it to finish again") from None
 
 
 def abstract_params(model: ModelConfig, mesh: Mesh) -> Params:
@@ -201,9 +218,9 @@ def train_model(
     directory = run.directory / "checkpoints" / name
     if jax.process_index() == 0:
         describe_model(directory, run, model, plan, **(about or {}))
-    if stored := read_json(directory / "result.json"):
-        print(f"{name}: finished before, validation loss {stored['val_loss']:.4f}", flush=True)
-        return Result(**stored)
+    if stored := read_result(directory):
+        print(f"{name}: finished before, validation loss {stored.val_loss:.4f}", flush=True)
+        return stored
 
     began = time.monotonic()
     keep = run.settings.keep_checkpoints
@@ -221,7 +238,7 @@ def train_model(
             params = initialise()
             state, frozen = program.init_state(params), program.frozen(params)
             del params
-        before = _check_frozen(directory, frozen) if frozen else None
+        before = check_digest(directory, frozen) if frozen else None
         if jax.process_index() == 0:
             run.log.rewind(name, start)
         run.stop.deferred = True
@@ -249,13 +266,13 @@ def describe_model(directory: Path, run: Run, model: ModelConfig, plan: DepthPla
     write_atomically(directory / "model.json", json.dumps(about, indent=1))
 
 
-def _check_frozen(directory: Path, frozen: tuple[Params, ...]) -> str:
-    """The digest of what does not train; UserError if a run that resumes began with another."""
-    now, path = digest(frozen), directory / "frozen.json"
+def check_digest(directory: Path, params: Any) -> str:
+    """The digest of params that stay the same, kept in `directory`; UserError if it was another before."""
+    now, path = digest(params), directory / "digest.json"
     then = read_json(path)
-    if then is not None and then["digest"] != now:
+    if then is not None and then != {"digest": now}:
         raise UserError(
-            f"{directory}: the parameters that do not train are not those the run began with; "
+            f"{directory}: these parameters are not those the run began with; "
             "put the model that it began with back, or choose another --workdir"
         )
     if jax.process_index() == 0 and then is None:

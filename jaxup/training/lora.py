@@ -192,6 +192,9 @@ def _check(config: LoraConfig, kernels: dict[Path, _Kernel]) -> None:
     if config.quantize and config.quantize not in QUANTISED:
         raise UserError(f"lora.quantize={config.quantize!r}: unknown{suggest(config.quantize, QUANTISED)}")
     names = [path[-1] for path in kernels]
+    largest = max(min(kernel.matrix) for kernel in kernels.values())
+    if config.rank > largest:
+        raise UserError(f"lora.rank={config.rank}: more than the kernels themselves have, at most {largest}")
     if not any(len(kernel.rows) for kernel in kernels.values()):
         raise UserError(f"lora: no kernel of a block is among what is to train; adapters go to {', '.join(names)}")
     if config.tile_size < 0:

@@ -44,9 +44,11 @@ class MetricsLog:
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8").splitlines():
                 try:
-                    records.append(json.loads(line))
+                    record = json.loads(line)
                 except json.JSONDecodeError:
                     continue  # the torn last line of a killed run
+                if isinstance(record, dict) and {"model", "step"} <= record.keys():
+                    records.append(record)
         return records
 
     def rewind(self, model: str, step: int) -> None:

@@ -33,6 +33,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     c, peak, end = config, config.learning_rate, config.end_learning_rate
     if c.schedule not in SCHEDULES:
         raise UserError(f"optimizer.schedule: unknown {c.schedule!r}{suggest(c.schedule, SCHEDULES)}")
+    for key, rate in (("learning_rate", peak), ("end_learning_rate", end)):
+        if not 0 <= rate < float("inf"):
+            raise UserError(f"optimizer.{key}={rate}: must be a number and not negative")
     if not 0 <= c.warmup_steps <= steps:
         raise UserError(f"optimizer.warmup_steps={c.warmup_steps} does not fit a run of {steps} steps")
     # Intervals between the first step at the peak and the last step.

@@ -1,6 +1,6 @@
 """The run directory: one writer at a time, one configuration, nothing half written.
 
-config.json  plan.yaml  metrics.jsonl  checkpoints/MODEL/STEP/  plots/  export/  SUMMARY.md
+config.json  inputs.json  plan.yaml  metrics.jsonl  checkpoints/MODEL/STEP/  plots/  export/  SUMMARY.md
 """
 
 from __future__ import annotations
@@ -64,6 +64,20 @@ def check_directory(directory: Path, config: dict[str, Any]) -> None:
             )
     elif directory.is_dir() and any(p.name != ".lock" for p in directory.iterdir()):
         raise UserError(f"{directory}: not empty and not a run directory (no config.json); choose another --workdir")
+
+
+def check_inputs(directory: Path, inputs: dict[str, str], *, write: bool) -> None:
+    """Refuses to go on with other inputs than the run was begun with: files may change while their names stay."""
+    path = directory / "inputs.json"
+    stored = read_json(path)
+    if stored is None:
+        if write:
+            write_atomically(path, json.dumps(inputs, indent=1))
+    elif differing := [key for key in inputs if stored.get(key) != inputs[key]]:
+        raise UserError(
+            f"{directory}: this run was begun with {' and '.join(f'another {key}' for key in differing)}: "
+            "put back what it was, or choose another --workdir"
+        )
 
 
 def read_json(path: Path) -> Any:
