@@ -12,8 +12,9 @@ The recipe is that of "Unveiling the Secret Recipe" (Pareja et al. 2024, arXiv 2
 fine-tuned models of 3 to 7 billion parameters on grids of batches (128, 3840, 7680 samples) and
 learning rates (1e-6 to 1e-4):
 
-- a large batch with a low learning rate scored best: 512 packed rows of 4,096 tokens are about
-  their 3,840 samples. 2e-5 was best for Granite, 1e-6 for Mistral (`:lr=1e-6`);
+- a large batch with a low learning rate scored best. 512 packed rows of 4,096 tokens hold 3,840
+  samples, their middle size, of 546 tokens each. 2e-5 was best for Granite, 1e-6 for Mistral
+  (`:lr=1e-6`);
 - a constant rate without warmup lost nothing against warmup and decay, and leaves every step
   comparable: a run can be made longer, and its curve be read, without knowing where it ends;
 - all data mixed did as well as phases;
@@ -21,9 +22,9 @@ learning rates (1e-6 to 1e-4):
   the loss tokens of the whole batch, however it is split into micro-batches;
 - conversations longer than a row are dropped, not cut.
 
-What it does not say: how to heal zeroed copies, which begin with o_proj and down_proj at 0. Ask
-that with the variants, and see configs/heal_tunguska.py. This default has not been run: it needs an
-accelerator and a model.
+It does not speak of zeroed copies, which begin with o_proj and down_proj at 0 and may want another
+rate: see configs/heal_tunguska.py. This default has not been run: it needs an accelerator and a
+model.
 
 Variants, after a colon and separated by commas:
 
@@ -32,11 +33,12 @@ Variants, after a colon and separated by commas:
                            control, the base, is trained on the same batches; smoke is for tests
     lr=F                   learning rate (default 2e-5; quick: 1e-3)
     epochs=N               (default 2)
-    steps=N                stop after so many steps, whatever the epochs
-    layers=WHAT            what trains: all, copies, originals, new, or ranges such as 9:12+20
-    freeze=WHAT            what does not, all the same
+    steps=N                stop after so many steps, whatever the epochs (as an override: with epochs=0)
+    layers=WHAT            what trains: all, copies, originals, new, or layers such as 9:12+20
+    freeze=WHAT            what of it does not: originals, 0:9, ...
     parameters=REGEX       only what has such a path: o_proj|down_proj
-    lora, qlora            adapters on what trains, merged into the export; qlora: over the blocks in NF4
+    lora, qlora            adapters on what trains, merged into the export; qlora: while training the
+                           blocks are stored in 4 bits (NF4)
     rank=N                 of the adapters (default 64; quick: 16); alpha is twice that
     control=1              also the base itself, trained on the same batches (quick: unless control=0)
     seed=N                 of initialisation, split and batches
@@ -67,6 +69,8 @@ def get_config(arg: str = "") -> ConfigDict:
         control=-1,  # -1 = 1 with quick and smoke, else 0
         seed=0,
     )
+    if v["lora"] and v["qlora"]:
+        raise UserError("variants lora and qlora: choose one")
     adapters = v["lora"] or v["qlora"]
     if v["rank"] and not adapters:
         raise UserError(f"variant rank={v['rank']}: goes with lora or qlora")

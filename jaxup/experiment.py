@@ -70,6 +70,7 @@ def variants(arg: str, **options: Any) -> dict[str, Any]:
     values = {k: v[0] if isinstance(v, tuple) else v for k, v in options.items()}
     words = {str(choice): key for key, v in options.items() if isinstance(v, tuple) for choice in v}
     words.update({key: key for key, v in options.items() if v is False})
+    chosen: dict[str, str] = {}
     for item in filter(None, arg.split(",")):
         key, given, text = item.partition("=")
         if not given:
@@ -79,6 +80,9 @@ def variants(arg: str, **options: Any) -> dict[str, Any]:
             text = "True" if options[key] is False else item
         if key not in options:
             raise UserError(f"unknown variant {key!r}{suggest(key, options)}")
+        if key in chosen:
+            raise UserError(f"variants {chosen[key]!r} and {item!r}: choose one")
+        chosen[key] = item
         value = _parse(key, text, values[key])
         if isinstance(options[key], tuple) and value not in options[key]:
             raise UserError(f"variant {key}={text}{suggest(text, options[key])}")
