@@ -31,7 +31,7 @@ def plan_of(roles):
 
 
 CASES = {
-    "copies": (LLAMA, "00zz00", {"layers": "copies"}, Compute()),
+    "copies": (LLAMA, "00zz00", {"layers": "copies"}, Compute(unroll=0)),
     "copies' projections, interleaved": (
         MIXED, "00z0z0zz", {"layers": "copies", "parameters": "o_proj|down_proj"}, Compute(remat="dots")),
     "originals": (GPT2, "0z0z0", {"layers": "originals"}, Compute(remat="full")),

@@ -151,7 +151,8 @@ class Decoder(nnx.Module):
 
         policy = _REMAT.get(self.compute.remat)
         if stack is not None:
-            return self.norm(stack.scan(body, (x_BSD, None), self.blocks, full_L, policy=policy)[0]), None
+            carry = stack.scan(body, (x_BSD, None), self.blocks, full_L, policy=policy, unroll=self.compute.unroll)
+            return self.norm(carry[0]), None
         if order is None:
             step, runs, length = body, (self.blocks, jnp.arange(num_layers), full_L), num_layers
         else:

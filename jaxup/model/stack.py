@@ -43,12 +43,15 @@ class SplitStack:
     masks: Mapping[str, np.ndarray]
 
     def scan(
-        self, step: Step, carry: Carry, like: Any, full_L: jax.Array, *, policy: Callable[..., bool] | None
-    ) -> Carry:
+        self, step: Step, carry: Carry, like: Any, full_L: jax.Array, *, policy: Callable[..., bool] | None,
+        unroll: int = 1,
+    ) -> Carry:  # fmt: skip
         """Runs all layers; `like` is a pytree with the structure of the blocks' module.
 
         `policy` is that of `jax.checkpoint`: what the backward pass keeps of a layer; None: all but
         the frozen parameters, which it looks up again where they lie.
+
+        `unroll` is that of `Compute`, for each scan.
 
         Layers that take the same leaves from the same stacks are one scan, and what repeats, such as
         one frozen layer and two that train, is one scan of scans: programs are as many as patterns.
@@ -78,7 +81,8 @@ class SplitStack:
                 return step(carry, (block, layer, full_L[layer]))
 
             body = jax.checkpoint(body, policy=policy or keep)
-            return jax.lax.scan(body, carry, (rows, first + jnp.arange(count)))[0]
+            each = min(unroll, count) or count
+            return jax.lax.scan(body, carry, (rows, first + jnp.arange(count)), unroll=each)[0]
 
         def group(carry: Carry, first: jax.Array, pattern: Sequence[tuple[Kind, int]], rows):
             taken = dict.fromkeys(rows, 0)
