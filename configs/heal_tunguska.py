@@ -32,7 +32,17 @@ control=1, seed=N, smoke, and
                            questions and answers made of its docstrings. The control, the base trained
                            on the same batches, says what the added depth is worth
 
-A quick model is far from trained out, and its up-scale small: what it answers it answers for itself.
+Measured once, on 2 cores of an AMD EPYC (Zen 3, 2.4 GHz), Python 3.11, jax 0.10.2, seed 0: about six
+and a half minutes for `:quick` and `:quick,freeze_originals`, four and a half for
+`:quick,undercook=20`. Validation loss in nats per loss token; base and up-scale begin at 5.345:
+
+    variant            trains               steps   healed, 10 layers   control, 6 layers
+                       everything           133     3.755               3.765
+    freeze_originals   the copies           133     4.405               3.765
+    undercook=20       everything            20     4.390               4.396
+
+A quick model is far from trained out, and a hundredth of a nat is within noise: it shows that the
+questions can be asked, not what they come to at 39B.
 """
 
 from pathlib import Path

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import traverse_util
+from test_heal import COPIES, TINY, runs  # noqa: F401
 from test_train import arguments, corpus, losses  # noqa: F401
 
 from jaxup.hub.layouts import flatten
@@ -53,6 +54,27 @@ def test_two_processes_train_what_one_does(corpus, tmp_path):  # noqa: F811
         for key in a.keys() & {"loss", "val_loss"}:
             # Sums in another order: float32 rounding, carried through eight updates.
             assert a[key] == pytest.approx(b[key], rel=1e-5)
+
+
+def test_two_processes_heal_what_one_does(runs, tmp_path):  # noqa: F811
+    """Copies alone train; what is frozen is split over both processes, and so is its digest."""
+    data = [f"--config.data.files={runs / 'chats.jsonl'}", f"--config.pretrain.data.source={runs / 'corpus'}"]
+    healing = ["--config=heal.py:smoke", *TINY, *COPIES, *data, "--config.steps=6", "--config.epochs=0"]
+    one = subprocess.run([sys.executable, "-m", "jaxup.train", *healing, f"--workdir={tmp_path / 'one'}"],
+                         env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    processes = spawn_two(*healing, f"--workdir={tmp_path / 'two'}", "--config.mesh.data=1", "--config.mesh.fsdp=4")
+    for process in processes:
+        _, err = process.communicate(timeout=400)
+        assert process.returncode == 0, err
+    single, double = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [(r["model"], r["step"]) for r in single] == [(r["model"], r["step"]) for r in double]
+    for a, b in zip(single, double, strict=True):
+        for key in a.keys() & {"loss", "val_loss"}:
+            # Sums in another order: float32 rounding, carried through ten updates.
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
+    first, second = (safetensors.numpy.load_file(tmp_path / d / "export" / "model.safetensors") for d in ("one", "two"))
+    assert first.keys() == second.keys()
 
 
 def test_a_signal_to_one_stops_both_at_the_same_step(corpus, tmp_path):  # noqa: F811
