@@ -189,7 +189,8 @@ class HealJob:
     # ---- the run
 
     def carry_out(self, run: Run, title: str) -> None:
-        write_atomically(run.directory / "plan.yaml", self._plan.to_yaml())
+        if jax.process_index() == 0:
+            write_atomically(run.directory / "plan.yaml", self._plan.to_yaml())
         base = self._pretrain_base(run) if self._is_new else self._stored_base()
         before = Source(self._model, lambda: self._build(base), f"{self._config.plan or 'identity'} of {self._origin}")
         selection, control = self._select(self._model, self._plan), None
@@ -308,7 +309,9 @@ class HealJob:
             files = with_template(files, self.data.chat_template)
         # Generation has to stop where the format ends a turn.
         settings = parse_json(files.get("generation_config.json", b"{}"), "generation_config.json")
-        settings = {"bos_token_id": tokenizer.bos_token_id, **settings, "eos_token_id": list(self._ends)}
+        known = settings.get("eos_token_id")
+        ends = dict.fromkeys([*(known if isinstance(known, list) else [] if known is None else [known]), *self._ends])
+        settings = {"bos_token_id": tokenizer.bos_token_id, **settings, "eos_token_id": list(ends)}
         files["generation_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
         return files, ids, model_type
 
