@@ -709,7 +709,8 @@ def test_it_starts_without_jax():
 def slow_build(out, *args):
     """The command in a process of its own, that waits after each write so that it can be hit in the middle."""
     code = """
-        import os, sys, time
+        import os, signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
         write = os.pwrite
         def pwrite(*args):
             time.sleep(0.05)

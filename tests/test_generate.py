@@ -13,6 +13,7 @@ from scipy import stats
 from scipy.special import softmax
 
 from jaxup import generate as command
+from jaxup.data.chat_formats import prompt_ids
 from jaxup.data.tokenizer import train_bpe
 from jaxup.errors import UserError
 from jaxup.hub import load as hub
@@ -288,8 +289,6 @@ TEMPLATE = (
 
 
 def test_a_chat_is_spelt_by_the_template_with_one_bos():
-    from jaxup.data.chat_formats import prompt_ids
-
     tokenizer = sentencepiece(KNOWN)
     with pytest.raises(UserError, match="the tokenizer has no chat template"):
         prompt_ids(tokenizer, "hello", None)
