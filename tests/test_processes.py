@@ -40,6 +40,15 @@ def spawn_two(*args, command=("-m", "jaxup.train"), devices=2):
     ]  # fmt: skip
 
 
+def check_losses(one, two):
+    single, double = losses(one), losses(two)
+    assert [(r["model"], r["step"]) for r in single] == [(r["model"], r["step"]) for r in double]
+    for a, b in zip(single, double, strict=True):
+        for key in a.keys() & {"loss", "val_loss"}:
+            # Sums in another order: float32 rounding, carried through at most ten updates.
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
+
+
 def test_two_processes_train_what_one_does(corpus, tmp_path):  # noqa: F811
     one = subprocess.run([sys.executable, "-m", "jaxup.train", *arguments(corpus, tmp_path / "one")],
                          env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)  # fmt: skip
@@ -48,12 +57,7 @@ def test_two_processes_train_what_one_does(corpus, tmp_path):  # noqa: F811
     for process in processes:
         _, err = process.communicate(timeout=400)
         assert process.returncode == 0, err
-    single, double = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert [(r["model"], r["step"]) for r in single] == [(r["model"], r["step"]) for r in double]
-    for a, b in zip(single, double, strict=True):
-        for key in a.keys() & {"loss", "val_loss"}:
-            # Sums in another order: float32 rounding, carried through eight updates.
-            assert a[key] == pytest.approx(b[key], rel=1e-5)
+    check_losses(tmp_path / "one", tmp_path / "two")
 
 
 def test_two_processes_heal_what_one_does(runs, tmp_path):  # noqa: F811
@@ -67,12 +71,7 @@ def test_two_processes_heal_what_one_does(runs, tmp_path):  # noqa: F811
     for process in processes:
         _, err = process.communicate(timeout=400)
         assert process.returncode == 0, err
-    single, double = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert [(r["model"], r["step"]) for r in single] == [(r["model"], r["step"]) for r in double]
-    for a, b in zip(single, double, strict=True):
-        for key in a.keys() & {"loss", "val_loss"}:
-            # Sums in another order: float32 rounding, carried through ten updates.
-            assert a[key] == pytest.approx(b[key], rel=1e-5)
+    check_losses(tmp_path / "one", tmp_path / "two")
     first, second = (safetensors.numpy.load_file(tmp_path / d / "export" / "model.safetensors") for d in ("one", "two"))
     assert first.keys() == second.keys()
 
