@@ -403,6 +403,7 @@ def test_dequantised_kernels_are_never_kept():
     ("change", "message"),
     [
         ({"rank": 0}, r"lora.rank=0: adapters need a rank of at least 1"),
+        ({"rank": 1000}, r"lora.rank=1000: more than the kernels themselves have, at most \d+$"),
         ({"alpha": 0.0}, r"lora.alpha=0.0: must be positive"),
         ({"alpha": float("nan")}, r"lora.alpha=nan: must be positive"),
         ({"quantize": "nf5"}, r"lora.quantize='nf5': unknown; did you mean 'nf4'\?"),
