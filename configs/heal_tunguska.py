@@ -32,9 +32,10 @@ control=1, seed=N, smoke, and
                            questions and answers made of its docstrings. The control, the base trained
                            on the same batches, says what the added depth is worth
 
-Measured once, on 2 cores of an AMD EPYC (Zen 3, 2.4 GHz), Python 3.11, jax 0.10.2, seed 0: about six
-and a half minutes for `:quick` and `:quick,freeze_originals`, four and a half for
-`:quick,undercook=20`. Validation loss in nats per loss token; base and up-scale begin at 5.345:
+Measured once, on 2 cores of an AMD EPYC (Zen 3, 2.4 GHz), Python 3.11, jax 0.10.2, seed 0: seven
+minutes for `:quick` (with tests running beside it for a while), six and a half for
+`:quick,freeze_originals`, four and a half for `:quick,undercook=20`. Validation loss in nats
+per loss token; base and up-scale begin at 5.345:
 
     variant            trains               steps   healed, 10 layers   control, 6 layers
                        everything           133     3.755               3.765

@@ -171,9 +171,7 @@ def _read_text(name: str) -> str:
 class _Models:
     """The models of a recipe by the names that it has for them, each opened when first asked for."""
 
-    def __init__(
-        self, places: dict[str, str], default: str | None, config_from: str | None, revision: str | None
-    ):  # fmt: skip
+    def __init__(self, places: dict[str, str], default: str | None, config_from: str | None, revision: str | None):
         self.places, self.default, self.config_from, self.revision = places, default, config_from, revision
         self.opened: dict[str, Model] = {}
         self.asked: set[str] = set()  # of the places
