@@ -50,9 +50,9 @@ ZEROED = """      parameters:
 
 def make(directory: Path, layers: int) -> None:
     """A model in shards of 1 GB; its values are pieces of one block of random ones, none above 2."""
-    from jaxup.hub import shards
-    from jaxup.hub.families import config_from_hf, family_of_hf
-    from jaxup.hub.layouts import expected_tensors
+    from jaxup.families import config_from_hf, family_of_hf
+    from jaxup.families.layouts import expected_tensors
+    from jaxup.files import shards
     from jaxup.model.shapes import param_shapes
 
     hf = {**LLAMA, "num_hidden_layers": layers}

@@ -400,8 +400,8 @@ def same(a: argparse.Namespace, name: str, facts: dict[str, dict[str, Any]]) -> 
 
 def scaled(a: argparse.Namespace, line: str):
     """(the plan of a line, the model that it makes)."""
-    from jaxup.depth import recipe_line
     from jaxup.depth.result import result_config
+    from jaxup.recipes import line as recipe_line
 
     plan = recipe_line.parse(line).plan(a.layers)
     return plan, result_config(plan, {"base": model_config(a)})

@@ -39,10 +39,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
+    from jaxup.building.work import carry_out, check_place, prepare
     from jaxup.depth.result import caveats
-    from jaxup.hub.build import carry_out, check_place, prepare
-    from jaxup.hub.recipe import open_recipe, parse_places
-    from jaxup.hub.staging import check_space
+    from jaxup.files.staging import check_space
+    from jaxup.recipes.open import open_recipe, parse_places
 
     signal.signal(signal.SIGTERM, _stop)
     out = Path(args.out).expanduser()

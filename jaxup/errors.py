@@ -17,11 +17,28 @@ import difflib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 
 class UserError(Exception):
-    """Something the user can put right: says where, what is wrong and what was probably meant."""
+    """Something the user can put right, in one line: `AT: WHAT; HINT`.
+
+    Args:
+      what: what is wrong.
+      at: the places it is in, the widest first: a file, a flag, a key of the configuration, a line
+        and column. A place that ends in a point is a section, and its key follows at once.
+      hint: what was probably meant, or what to do.
+    """
+
+    def __init__(self, what: str, *, at: str | Sequence[str] = (), hint: str = ""):
+        self.what, self.hint = what, hint
+        self.at = (at,) if isinstance(at, str) else tuple(at)
+        places = "".join(place if place.endswith(".") else f"{place}: " for place in self.at)
+        super().__init__(f"{places}{what}" + (f"; {hint}" if hint else ""))
+
+    def within(self, *at: str) -> UserError:
+        """The same error inside of wider places: `raise error.within("config.json") from None`."""
+        return UserError(self.what, at=(*at, *self.at), hint=self.hint)
 
 
 class Stopped(Exception):

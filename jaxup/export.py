@@ -40,9 +40,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
 
+    from jaxup.files.shards import parse_size
+    from jaxup.files.staging import check_replaceable
     from jaxup.hub.directory import MARKS
-    from jaxup.hub.shards import parse_size
-    from jaxup.hub.staging import check_replaceable
 
     # All that can be known to fail is looked at before the model is read.
     size = parse_size(args.max_shard_size)
@@ -76,7 +76,7 @@ def _is_run(source: Path) -> bool:
         raise UserError(f"{source}: neither a run directory nor a model: it has no config.json")
     if not source.exists() and re.match(r"[/.~]", str(source)):
         raise UserError(f"{source}: no such run or model directory")
-    from jaxup.training.rundir import read_json
+    from jaxup.text import read_json
 
     config = read_json(source / "config.json") if source.is_dir() else None
     if isinstance(config, dict) and "model_type" not in config:
@@ -179,7 +179,7 @@ def _checkpoints(run: Path) -> dict[str, list[int]]:
 def _read_about(run: Path, name: str) -> _Trained:
     from jaxup.depth.plan import DepthPlan
     from jaxup.model.config import ModelConfig, RopeScaling
-    from jaxup.training.rundir import read_json
+    from jaxup.text import read_json
 
     path = run / "checkpoints" / name / "model.json"
     about = read_json(path)
@@ -235,7 +235,7 @@ def _vocabulary(run: Path, store: str) -> dict[str, Any]:
     """What `writer.save` needs of the finished run's export, which moves with it; else of the store that it reads."""
     from jaxup.data.store import META, Store
     from jaxup.hub.directory import carried_files
-    from jaxup.training.rundir import read_json
+    from jaxup.text import read_json
 
     if (config := read_json(run / "export" / "config.json")) is not None:
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}

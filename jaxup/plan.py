@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from jaxup.errors import Parser, UserError, entry_point
 
 if TYPE_CHECKING:
-    from jaxup.hub.recipe import Recipe
     from jaxup.model.config import ModelConfig
+    from jaxup.recipes.open import Recipe
 
 _STDOUT = "-"
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     _check_outputs([args.png, args.to_mergekit, args.to_plan], args.png, args.force)
 
     from jaxup.depth.result import result_config
-    from jaxup.hub.recipe import open_recipe, parse_places
+    from jaxup.recipes.open import open_recipe, parse_places
 
     recipe = open_recipe(
         args.recipe, models=parse_places(args.model), config_from=args.config_from, revision=args.revision
@@ -194,7 +194,7 @@ _DULL = frozenset(("transformers_version", "architectures", "use_cache", "name_o
 def _disagreements(recipe: Recipe) -> Iterator[str]:
     """First what is a matter of choice, and what is chosen; then what makes the result impossible."""
     from jaxup.depth.result import disagreements
-    from jaxup.hub.families import family_of_hf
+    from jaxup.families import family_of_hf
 
     models, plan = recipe.models, recipe.plan
     families = [family_of_hf(model.hf) for model in models.values()]
@@ -268,8 +268,8 @@ def _contents(recipe: Recipe, args: argparse.Namespace) -> list[tuple[str, bytes
         title = os.path.basename(recipe.name) if os.path.lexists(os.path.expanduser(recipe.name)) else recipe.name
         contents.append((args.png, png(recipe.plan, title)))
     if args.to_mergekit is not None:
-        from jaxup.depth import mergekit
-        from jaxup.hub.recipe import described
+        from jaxup.recipes import mergekit
+        from jaxup.recipes.open import described
 
         names = {path: name for model in recipe.models.values() for path, name in described(model).names.items()}
         contents.append((args.to_mergekit, mergekit.dump(recipe.plan, base=recipe.base, names=names).encode()))

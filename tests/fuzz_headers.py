@@ -19,8 +19,8 @@ import numpy as np
 import safetensors.numpy
 
 from jaxup.errors import UserError
-from jaxup.hub.header import read_header
-from jaxup.hub.storage import Local
+from jaxup.files.header import read_header
+from jaxup.files.storage import Local
 
 FILE = "model.safetensors"
 VALUES = [-1, 0, 1, 2**31, 2**53, 2**63, 2**64, 1.5, 1e400, None, True, "", "F32", [], {}, [0, 0], [2**62] * 3]

@@ -14,8 +14,8 @@ import safetensors.numpy
 from flax import nnx
 from plain import load_params
 
-from jaxup.hub.families import FAMILIES
-from jaxup.hub.layouts import expected_tensors, flatten, to_file
+from jaxup.families import FAMILIES
+from jaxup.families.layouts import expected_tensors, flatten, to_file
 from jaxup.hub.reader import load_config
 from jaxup.hub.writer import save
 from jaxup.model.config import Compute

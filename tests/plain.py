@@ -6,7 +6,7 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from jaxup.hub.layouts import flatten, from_file
+from jaxup.families.layouts import flatten, from_file
 from jaxup.hub.reader import open_checkpoint
 from jaxup.model.decoder import abstract
 

@@ -25,21 +25,22 @@ from passthrough import passthrough
 from plain import load_params
 
 import jaxup.build
+from jaxup.building import copying
+from jaxup.building.vocabulary import Vocabulary
+from jaxup.building.work import build, carry_out, prepare
 from jaxup.depth import picture
 from jaxup.depth.apply import apply
 from jaxup.depth.arithmetic import rescale
 from jaxup.depth.plan import ENDS, ZEROED, DepthPlan, Row
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
-from jaxup.hub import copying, manifest, shards
-from jaxup.hub.build import build, prepare
-from jaxup.hub.families import FAMILIES, config_from_hf
-from jaxup.hub.layouts import expected_tensors, flatten, from_file
+from jaxup.families import FAMILIES, config_from_hf
+from jaxup.families.layouts import expected_tensors, flatten, from_file
+from jaxup.files import manifest, shards
 from jaxup.hub.reader import load_config, open_checkpoint
-from jaxup.hub.recipe import Model, Recipe, open_recipe
-from jaxup.hub.vocabulary import Vocabulary
 from jaxup.model.decoder import init
 from jaxup.model.shapes import param_shapes
+from jaxup.recipes.open import Model, Recipe, open_recipe
 
 SIZES = {
     "llama": {"vocab_size": 13, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2,
@@ -507,7 +508,7 @@ def test_no_more_is_in_memory_than_a_few_chunks(tmp_path):
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import pickle
-        from jaxup.hub import build
+        from jaxup.building import work
         recipe = pickle.loads({__import__("pickle").dumps(recipe_of(plan, {"m": path}))!r})
         # Not ru_maxrss, which is at least that of the process that started this one.
         peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
@@ -601,7 +602,7 @@ def test_damaged_sources_are_refused(tmp_path, monkeypatch):
     victim.write_bytes(whole)
     work = prepare(recipe)
     victim.write_bytes(whole[: len(whole) // 4])  # after it has been looked at
-    refused(lambda: jaxup.hub.build.carry_out(work, tmp_path / "out", sparse=True, force=False, progress=False), "ends")
+    refused(lambda: carry_out(work, tmp_path / "out", sparse=True, force=False, progress=False), "ends")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
@@ -701,7 +702,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_it_starts_without_jax():
-    code = "import sys, jaxup.build as b, jaxup.hub.build; sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
+    code = "import sys, jaxup.build as b, jaxup.building.work; sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(jaxup.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 

@@ -172,7 +172,7 @@ def trace(model, settings, selection, config):
 
 def test_the_low_data_recipe_is_the_papers():
     """arXiv 2404.08634 and its released code; the sizes of OpenLLaMA-3B as its config.json has them."""
-    from jaxup.hub.families import config_from_hf
+    from jaxup.families import config_from_hf
     from jaxup.jobs.common import new_model
     from jaxup.model.shapes import count_params
     from jaxup.training.inherit import InheritConfig, check

@@ -19,7 +19,7 @@ from plain import load_params
 from jaxup import export, train
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
-from jaxup.hub.layouts import flatten
+from jaxup.families.layouts import flatten
 from jaxup.hub.reader import load_config
 
 TINY = [

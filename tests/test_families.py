@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxup.errors import UserError
-from jaxup.hub.families import FAMILIES, config_from_hf, config_to_hf, with_family_biases
+from jaxup.families import FAMILIES, config_from_hf, config_to_hf, with_family_biases
 from jaxup.model.config import LAYER_TYPES, ModelConfig, RopeScaling
 from jaxup.model.shapes import count_params
 

@@ -27,9 +27,9 @@ from jaxup.depth.plan import ZEROED, DepthPlan, Row
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
+from jaxup.families.layouts import flatten
 from jaxup.hub import reader
 from jaxup.hub.directory import carried_files, tokenizer_directory
-from jaxup.hub.layouts import flatten
 from jaxup.hub.load import load
 from jaxup.hub.reader import is_finite
 from jaxup.hub.writer import save

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from passthrough import passthrough
 
-from jaxup.depth import marked_yaml, mergekit
+from jaxup.depth import marked_yaml
 from jaxup.depth.arithmetic import rescale
 from jaxup.depth.plan import END_PATHS, ZEROED, DepthPlan, Row
 from jaxup.errors import UserError
+from jaxup.recipes import mergekit
 
 LLAMA = {path: f"model.layers.{{layer}}.{path.removeprefix('blocks.').rpartition('.')[0]}.weight" for path in (
     "blocks.input_layernorm.scale", "blocks.self_attn.q_proj.kernel", "blocks.self_attn.k_proj.kernel",
@@ -557,7 +558,7 @@ def test_what_passthrough_cannot_say():
 
 
 def test_reading_needs_no_jax():
-    code = "import sys, jaxup.depth.mergekit; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, jaxup.recipes.mergekit; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -14,7 +14,7 @@ from scipy.special import logsumexp
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import ZEROED, DepthPlan, Row
 from jaxup.depth.result import result_config
-from jaxup.hub.layouts import flatten
+from jaxup.families.layouts import flatten
 from jaxup.model.attention import attention
 from jaxup.model.config import Compute, ModelConfig, RopeScaling
 from jaxup.model.decoder import KVCache, abstract, init, named_axes

@@ -11,8 +11,8 @@ from jaxup import plan as entry
 from jaxup.depth import recipes
 from jaxup.depth.plan import DepthPlan, Row
 from jaxup.errors import UserError
-from jaxup.hub import recipe as hub_recipe
-from jaxup.hub.recipe import open_recipe
+from jaxup.recipes import open as hub_recipe
+from jaxup.recipes.open import open_recipe
 
 MISTRAL = {  # Mistral-Small-Instruct-2409
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_hidden_layers": 56, "hidden_size": 6144,

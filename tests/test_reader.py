@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import jaxup
 from jaxup.errors import UserError
-from jaxup.hub.layouts import flatten
+from jaxup.families.layouts import flatten
 from jaxup.hub.reader import load_config
 from jaxup.hub.writer import save
 from jaxup.model.config import ModelConfig

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from jaxup.depth import recipes
 from jaxup.depth.plan import ENDS, ZEROED, DepthPlan, Row
-from jaxup.depth.recipe_line import RECIPES, is_line, parse, usage
 from jaxup.errors import UserError
+from jaxup.recipes.line import RECIPES, is_line, parse, usage
 
 
 def order(plan):

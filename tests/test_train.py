@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from jaxup import build, export, generate, plan, train
-from jaxup.depth import recipe_line
 from jaxup.errors import NonFinite, UserError
+from jaxup.recipes import line as recipe_line
 
 TINY = [
     "--config=inherit_gpt2.py:smoke", "--config.steps=8", "--config.batch_size=8", "--config.model.num_layers=4",

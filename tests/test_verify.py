@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx, traverse_util
 
+from jaxup.building.verify import verify
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import ZEROED, DepthPlan, Row
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
 from jaxup.hub.reader import open_checkpoint
-from jaxup.hub.verify import verify
 from jaxup.hub.writer import save
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from jaxup.building.vocabulary import open_vocabulary
 from jaxup.data.chat_templates import TEMPLATES
 from jaxup.depth.plan import DepthPlan, Row
 from jaxup.errors import UserError
-from jaxup.hub.recipe import Model, Recipe
-from jaxup.hub.vocabulary import open_vocabulary
 from jaxup.model.config import ModelConfig
+from jaxup.recipes.open import Model, Recipe
 
 A, B = ["<s>", "</s>", "sun", "moon", "sea"], ["</s>", "<s>", "sea", "rain", "sun", "ice"]
 

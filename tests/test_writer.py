@@ -26,10 +26,10 @@ import jaxup
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan, Row
 from jaxup.errors import UserError
-from jaxup.hub import shards
-from jaxup.hub import staging as staging_module
+from jaxup.families.layouts import flatten
+from jaxup.files import shards
+from jaxup.files import staging as staging_module
 from jaxup.hub.card import model_card
-from jaxup.hub.layouts import flatten
 from jaxup.hub.reader import load_config
 from jaxup.hub.writer import save
 from jaxup.model.decoder import abstract
@@ -403,7 +403,7 @@ def test_a_disk_that_is_too_small_or_fills_up(tmp_path, monkeypatch):
 
 KILLED = """
 import os, sys
-from jaxup.hub import staging
+from jaxup.files import staging
 when, out = sys.argv[1:]
 calls = {"rename": 0}
 def kill(): os.kill(os.getpid(), 9)

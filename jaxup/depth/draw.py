@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from jaxup.depth.plan import ENDS, PARTS, DepthPlan, Row
+from jaxup.text import named
 
 # What a character of the strip means, and its colour on a terminal (SGR parameters).
 CHARACTERS = {
@@ -98,7 +99,7 @@ def _cells(run: Sequence[Row], start: int) -> tuple[str, ...]:
     first, new = run[0], run[0].role == "new"
     return (
         ranges(range(start, start + len(run))),
-        "-" if new else _printable(first.source),
+        "-" if new else named(first.source),
         "-" if new else ranges(row.layer for row in run),
         first.role,
         "all" if first.parts == PARTS else ", ".join(first.parts) or "none",
@@ -109,7 +110,7 @@ def _cells(run: Sequence[Row], start: int) -> tuple[str, ...]:
 def _scales(scales: Sequence[tuple[str, float | tuple[float, ...]]]) -> Iterator[str]:
     for filter, value in scales:
         for factors in [value if isinstance(value, tuple) else (value,)]:
-            yield f"{_printable(filter) or 'all'} {' '.join(f'x {factor:g}' for factor in factors)}"
+            yield f"{named(filter) or 'all'} {' '.join(f'x {factor:g}' for factor in factors)}"
 
 
 def _runs(rows: Sequence[Row], start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -217,10 +218,6 @@ def _remarks(plan: DepthPlan) -> Iterator[str]:
 def _layers(layers: Sequence[int], of: str) -> str:
     many = len(layers) > 1
     return f"layer{'s' * many} {ranges(layers)}{of} {'are' if many else 'is'}"
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() else repr(name)
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -10,6 +10,7 @@ import yaml
 from jaxup.depth.plan import DepthPlan
 from jaxup.model.config import ModelConfig
 from jaxup.model.shapes import count_params
+from jaxup.text import backticks, printable
 
 
 def model_card(
@@ -59,19 +60,10 @@ def model_card(
 def _code(text: str) -> str:
     """On one line, between more backticks than it holds in a row: nothing in it is markdown or HTML."""
     text = " ".join(printable(text).split())[:200] or "?"
-    fence = _fence(text, 1)
+    fence = backticks(text, 1)
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 def _block(text: str) -> str:
-    fence = _fence(text, 3)
+    fence = backticks(text)
     return f"{fence}text\n{printable(text)}\n{fence}"
-
-
-def _fence(text: str, least: int) -> str:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    return "`" * max(least, longest + 1)
-
-
-def printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)

@@ -6,9 +6,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from jaxup.hub import manifest
-from jaxup.hub.reader import INDEX, SINGLE
-from jaxup.hub.storage import Local, open_storage
+from jaxup.files import manifest
+from jaxup.files.shards import INDEX, SINGLE
+from jaxup.files.storage import Local, open_storage
 
 CARD, PLAN = "README.md", "jaxup_plan.yaml"
 # One of these makes a directory a model's, which `force` may replace. A config.json is not enough: runs have one.

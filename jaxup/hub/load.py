@@ -17,8 +17,8 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest
+from jaxup.families.layouts import flatten
 from jaxup.hub import reader
-from jaxup.hub.layouts import flatten
 from jaxup.hub.transfer import transfer
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Decoder, abstract, init

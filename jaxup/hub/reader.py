@@ -12,16 +12,17 @@ import ml_dtypes
 import numpy as np
 
 from jaxup.errors import UserError
-from jaxup.hub import pickles
-from jaxup.hub.families import Family, config_from_hf, family_of_hf
-from jaxup.hub.header import TensorInfo, parse_json, read_header
-from jaxup.hub.layouts import Tensor, expected_tensors
-from jaxup.hub.manifest import check_manifest
-from jaxup.hub.storage import Local, Storage, open_storage
+from jaxup.families import Family, config_from_hf, family_of_hf
+from jaxup.families.layouts import Tensor, expected_tensors
+from jaxup.files import pickles
+from jaxup.files.header import TensorInfo, read_header
+from jaxup.files.manifest import check_manifest
+from jaxup.files.shards import INDEX, SINGLE
+from jaxup.files.storage import Local, Storage, open_storage
 from jaxup.model.config import ModelConfig
 from jaxup.model.shapes import param_shapes
+from jaxup.text import parse_json
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -61,7 +62,7 @@ def dtype_of(info: TensorInfo) -> np.dtype:
 def open_checkpoint(path_or_id: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> Checkpoint:
     """Reads config.json and the headers; UserError unless they are exactly one model of a known family.
 
-    `allow_pickle` reads pytorch_model.bin where there is no safetensors file; see `jaxup.hub.pickles`.
+    `allow_pickle` reads pytorch_model.bin where there is no safetensors file; see `jaxup.files.pickles`.
     """
     storage = open_storage(path_or_id, revision=revision)
     hf, family, config = _config(storage)

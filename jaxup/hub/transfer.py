@@ -29,11 +29,11 @@ from jaxup.depth.apply import scale_rows
 from jaxup.depth.arithmetic import rescale
 from jaxup.depth.plan import ENDS, DepthPlan
 from jaxup.errors import UserError
+from jaxup.families.layouts import Tensor, as_head, flatten, from_file, transpose
+from jaxup.files.header import TensorInfo
+from jaxup.files.storage import Local, aligned
 from jaxup.hub import reader
-from jaxup.hub.header import TensorInfo
-from jaxup.hub.layouts import Tensor, as_head, flatten, from_file, transpose
 from jaxup.hub.reader import Checkpoint, dtype_of, is_finite
-from jaxup.hub.storage import Local, aligned
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import init
 from jaxup.model.shapes import param_shapes

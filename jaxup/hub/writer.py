@@ -19,13 +19,13 @@ import jax
 import numpy as np
 
 from jaxup.errors import UserError, suggest
-from jaxup.hub import manifest
+from jaxup.families import config_to_hf, with_family_biases
+from jaxup.families.layouts import Tensor, expected_tensors, flatten, to_file
+from jaxup.files import manifest
+from jaxup.files.shards import DTYPES, INDEX, SINGLE, Stored, index, json_bytes, parse_size, split, write_shard
+from jaxup.files.staging import check_space, staged_directory
 from jaxup.hub.directory import CARD, MARKS
-from jaxup.hub.families import config_to_hf, with_family_biases
-from jaxup.hub.layouts import Tensor, expected_tensors, flatten, to_file
-from jaxup.hub.reader import INDEX, SINGLE, is_finite, widest
-from jaxup.hub.shards import DTYPES, Stored, index, json_bytes, parse_size, split, write_shard
-from jaxup.hub.staging import check_space, staged_directory
+from jaxup.hub.reader import is_finite, widest
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.shapes import param_shapes

@@ -100,7 +100,7 @@ def make_sampler(config: ConfigDict, data: Any, prompt: list[int], ends: tuple[i
     """A function from a model to a short text by it after the prompt, up to one of `ends`; pure, given the seed."""
     import numpy as np
 
-    from jaxup.hub.card import printable
+    from jaxup.text import printable
 
     def sample(model, params) -> str:
         from jaxup.model.sampling import generate

@@ -16,35 +16,35 @@ import jax
 from flax import nnx
 
 from jaxup import experiment
+from jaxup.building.vocabulary import with_template
 from jaxup.data.batches import DataConfig, open_data
 from jaxup.data.chat import ChatConfig, check_config, check_files, open_chat
 from jaxup.data.chat_formats import end_ids, prompt_ids
 from jaxup.data.tokenizer import load_tokenizer
-from jaxup.depth import picture, recipe_line
+from jaxup.depth import picture
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.depth.result import caveats, result_config
 from jaxup.errors import UserError, suggest
+from jaxup.files.shards import DTYPES as SAVED
 from jaxup.hub import writer
 from jaxup.hub.card import model_card
 from jaxup.hub.directory import PLAN, carried_files, tokenizer_directory
-from jaxup.hub.header import parse_json
 from jaxup.hub.load import DTYPES as LOADED
 from jaxup.hub.load import load
 from jaxup.hub.reader import open_checkpoint
-from jaxup.hub.recipe import Recipe, open_recipe, parse_places
-from jaxup.hub.shards import DTYPES as SAVED
-from jaxup.hub.vocabulary import with_template
 from jaxup.jobs.common import make_sampler, new_model
 from jaxup.model.decoder import Params, init
 from jaxup.model.sharding import param_shardings
+from jaxup.recipes import line as recipe_line
+from jaxup.recipes.open import Recipe, open_recipe, parse_places
+from jaxup.text import parse_json, write_atomically
 from jaxup.training import report
 from jaxup.training.heal import BASE, HEALED, Outcome, Source, TrainConfig, run_heal, select
 from jaxup.training.loop import Result, Run, Settings, abstract_params, load_trained, random_params, train_model
 from jaxup.training.lora import LoraConfig
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
-from jaxup.training.rundir import write_atomically
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

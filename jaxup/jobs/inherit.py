@@ -13,11 +13,11 @@ from jaxup.data.batches import DataConfig, open_data
 from jaxup.errors import UserError
 from jaxup.hub.reader import load_config
 from jaxup.jobs.common import make_sampler, new_model, tokenizer_of
+from jaxup.text import write_atomically
 from jaxup.training import report
 from jaxup.training.inherit import InheritConfig, Outcome, Reference, check, run_inherit
 from jaxup.training.loop import Run, Settings, abstract_params, load_trained
 from jaxup.training.optimizer import learning_rate
-from jaxup.training.rundir import write_atomically
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -27,6 +27,7 @@ from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
 from jaxup.model.shapes import count_params
 from jaxup.model.sharding import param_shardings
+from jaxup.text import read_json, write_atomically
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.loop import (
     Result,
@@ -41,7 +42,6 @@ from jaxup.training.loop import (
 )
 from jaxup.training.lora import Adapters, LoraConfig
 from jaxup.training.partition import EVERYTHING, Partition, Selection
-from jaxup.training.rundir import read_json, write_atomically
 
 BASE, BEFORE, HEALED, MERGED, CONTROL = "base", "before", "healed", "merged", "control"
 RATES = ("copies", "originals", "new", "ends")

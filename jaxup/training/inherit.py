@@ -30,6 +30,7 @@ from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params, init
 from jaxup.model.shapes import count_params
 from jaxup.model.sharding import param_shardings
+from jaxup.text import write_atomically
 from jaxup.training.loop import (
     Result,
     Run,
@@ -40,7 +41,6 @@ from jaxup.training.loop import (
     read_result,
     train_model,
 )
-from jaxup.training.rundir import write_atomically
 
 REFERENCE = "reference"
 

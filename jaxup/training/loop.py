@@ -31,11 +31,11 @@ from jaxup.model.decoder import Params, abstract, init
 from jaxup.model.shapes import count_params
 from jaxup.model.sharding import param_shardings
 from jaxup.progress import Progress
+from jaxup.text import read_json, write_atomically
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.metrics import MetricsLog, peak_flops
 from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxup.training.partition import EVERYTHING, Selection, digest
-from jaxup.training.rundir import read_json, write_atomically
 from jaxup.training.sharding import BATCH_AXES, local_rows, place_batch, state_shardings
 from jaxup.training.signals import StopRequest
 from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxup.errors import UserError, suggest
-from jaxup.training.rundir import write_atomically
+from jaxup.text import write_atomically
 
 # Dense bf16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets.
 PEAK_FLOPS = {

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxup.text import backticks, write_atomically
 from jaxup.training.loop import Result
-from jaxup.training.rundir import write_atomically
 
 
 def write_summary(
@@ -30,8 +30,7 @@ def write_summary(
     lines += [f"- **{r.name}**: {r.origin}" for r in results]
     lines += ["", f"## {plan_title}", "", "```", plan_text.strip(), "```", "", "## Samples", ""]
     for r in results:
-        # A fence longer than any run of backticks in the text cannot be closed by it.
-        fence = "`" * max(3, 1 + max((len(run) for run in _backticks(r.sample)), default=0))
+        fence = backticks(r.sample)
         lines += [f"**{r.name}**", "", f"{fence}text", r.sample.rstrip(), fence, ""]
     text = "\n".join(lines)
     write_atomically(directory / "SUMMARY.md", text)
@@ -117,14 +116,3 @@ def _saved(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=140)
     plt.close(figure)
     return path
-
-
-def _backticks(text: str) -> list[str]:
-    runs, current = [], ""
-    for character in text:
-        if character == "`":
-            current += character
-        elif current:
-            runs.append(current)
-            current = ""
-    return [*runs, current]

@@ -16,16 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxup.errors import UserError
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Whoever reads `path` sees the old text or the new, whatever kills the writer."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+from jaxup.text import read_json, write_atomically
 
 
 @contextlib.contextmanager
@@ -78,16 +69,6 @@ def check_inputs(directory: Path, inputs: dict[str, str], *, write: bool) -> Non
             f"{directory}: this run was begun with {' and '.join(f'another {key}' for key in differing)}: "
             "put back what it was, or choose another --workdir"
         )
-
-
-def read_json(path: Path) -> Any:
-    """The parsed file, or None if there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[str]:

@@ -28,9 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from passthrough import passthrough  # noqa: E402
 
-from jaxup.depth import mergekit  # noqa: E402
 from jaxup.errors import UserError  # noqa: E402
-from jaxup.hub.recipe import described, open_recipe  # noqa: E402
+from jaxup.recipes import mergekit  # noqa: E402
+from jaxup.recipes.open import described, open_recipe  # noqa: E402
 
 VOCAB, WIDTH, HEADS = 50, 16, 4
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -26,15 +26,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxup.building.origins import Origin
 from jaxup.depth.arithmetic import rescale
 from jaxup.errors import UserError
-from jaxup.hub import shards
-from jaxup.hub.layouts import Tensor
-from jaxup.hub.manifest import mismatch, span_digests
-from jaxup.hub.origins import Origin
+from jaxup.families.layouts import Tensor
+from jaxup.files import shards
+from jaxup.files.manifest import mismatch, span_digests
+from jaxup.files.shards import Stored
+from jaxup.files.storage import Local
 from jaxup.hub.reader import Checkpoint, dtype_of, is_finite
-from jaxup.hub.shards import Stored
-from jaxup.hub.storage import Local
 from jaxup.progress import Progress
 
 _PIECE = 64 * 2**20  # bytes that one thread handles, and that are hashed, together

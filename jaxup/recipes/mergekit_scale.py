@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxup.depth.marked_yaml import List, Map, Place, mapping, number, shown
-from jaxup.depth.mergekit_keys import Keys
 from jaxup.depth.plan import Scales, simplest_scales
 from jaxup.errors import suggest
+from jaxup.recipes.mergekit_keys import Keys
 
 MAX_FILTERS = 64  # of one scale: each is looked for in every tensor's name
 

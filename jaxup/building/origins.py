@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxup.depth.plan import ENDS, DepthPlan
-from jaxup.hub.families import Family
-from jaxup.hub.header import TensorInfo
-from jaxup.hub.layouts import Tensor, expected_tensors
+from jaxup.families import Family
+from jaxup.families.layouts import Tensor, expected_tensors
+from jaxup.files.header import TensorInfo
+from jaxup.files.shards import DTYPES, Stored
 from jaxup.hub.reader import Checkpoint, dtype_of
-from jaxup.hub.shards import DTYPES, Stored
 from jaxup.model.config import ModelConfig
 from jaxup.model.shapes import param_shapes
 

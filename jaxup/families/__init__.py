@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxup.errors import UserError, suggest
-from jaxup.hub import config_keys as keys
-from jaxup.hub.config_keys import GPT2_SIZES, LLAMA_SIZES, ROPE, UNIFORM, WINDOWS, Rule, parsed, short, suggest_key
-from jaxup.hub.layouts import TensorRow
+from jaxup.families import keys
+from jaxup.families.keys import GPT2_SIZES, LLAMA_SIZES, ROPE, UNIFORM, WINDOWS, Rule, parsed, short, suggest_key
+from jaxup.families.layouts import TensorRow
 from jaxup.model.config import ModelConfig
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from jaxup.errors import UserError, first_line, suggest
 from jaxup.hub.directory import carried_files, tokenizer_directory
-from jaxup.hub.header import parse_json
-from jaxup.hub.recipe import Recipe
+from jaxup.recipes.open import Recipe
+from jaxup.text import parse_json
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GENERATION = "generation_config.json"

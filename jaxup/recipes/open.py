@@ -14,15 +14,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxup.depth import marked_yaml, mergekit, plan_yaml, recipe_line
+from jaxup.depth import marked_yaml, plan_yaml
 from jaxup.depth.marked_yaml import Map, Place
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, first_line, suggest
-from jaxup.hub.families import family_of_hf
+from jaxup.families import family_of_hf
+from jaxup.files.storage import SCHEMES
 from jaxup.hub.reader import read_config
-from jaxup.hub.storage import SCHEMES
 from jaxup.model.config import ModelConfig
 from jaxup.model.shapes import param_shapes
+from jaxup.recipes import line as recipe_line
+from jaxup.recipes import mergekit
 
 # At the top of a file, what tells its kind.
 _MERGEKIT_KEYS = ("merge_method", "slices", "modules")
@@ -63,7 +65,7 @@ def open_recipe(
 
     Args:
       recipe: a path to a mergekit file or a plan file, told apart by what they hold, or one line; see
-        `jaxup.depth.recipe_line`. The sources of a plan file are models.
+        `jaxup.recipes.line`. The sources of a plan file are models.
       models: where models are: the name that the recipe has for one, with or without its
         "@revision" -> a directory, Hub id or URL.
       default: where the recipe's one model is that is not in `models`, whatever its name.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxup.errors import UserError
-from jaxup.hub.header import parse_json
+from jaxup.text import parse_json
 
 NAME = "jaxup_manifest.json"
 _CHUNK = 2**20  # bytes

@@ -18,23 +18,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxup.building import copying
+from jaxup.building.origins import Origin, tensor_origins
+from jaxup.building.vocabulary import Vocabulary, open_vocabulary
 from jaxup.depth import picture
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
-from jaxup.hub import copying, manifest
-from jaxup.hub.card import model_card, printable
+from jaxup.families import Family, config_from_hf, config_to_hf, with_family_biases
+from jaxup.families.layouts import Tensor, flatten, to_file
+from jaxup.files import manifest
+from jaxup.files.shards import INDEX, Stored, index, json_bytes, parse_size, split
+from jaxup.files.staging import check_replaceable, check_space, staged_directory
+from jaxup.files.storage import Local
+from jaxup.hub.card import model_card
 from jaxup.hub.directory import CARD, MARKS, PLAN, carried_files
-from jaxup.hub.families import Family, config_from_hf, config_to_hf, with_family_biases
-from jaxup.hub.layouts import Tensor, flatten, to_file
-from jaxup.hub.origins import Origin, tensor_origins
-from jaxup.hub.reader import INDEX, Checkpoint, check_tied, open_checkpoint
-from jaxup.hub.recipe import Recipe
-from jaxup.hub.shards import Stored, index, json_bytes, parse_size, split
-from jaxup.hub.staging import check_replaceable, check_space, staged_directory
-from jaxup.hub.storage import Local
-from jaxup.hub.vocabulary import Vocabulary, open_vocabulary
+from jaxup.hub.reader import Checkpoint, check_tied, open_checkpoint
 from jaxup.model.config import LAYER_TYPES, ModelConfig
 from jaxup.model.shapes import param_shapes
+from jaxup.recipes.open import Recipe
+from jaxup.text import printable, size
 
 PICTURE = "plan.png"
 
@@ -49,9 +51,9 @@ class Built(NamedTuple):
     report: str  # of the verification, if it was asked for
 
     def __str__(self) -> str:
-        text = f"{_size(self.nbytes)} in {self.seconds:.1f} s, {_size(int(self.nbytes / self.seconds))}/s"
+        text = f"{size(self.nbytes)} in {self.seconds:.1f} s, {size(int(self.nbytes / self.seconds))}/s"
         if self.zero_bytes:
-            text += f", {_size(self.zero_bytes)} of it zeros" + " that take no space" * self.sparse
+            text += f", {size(self.zero_bytes)} of it zeros" + " that take no space" * self.sparse
         return text
 
 
@@ -89,19 +91,19 @@ class Work:
             kind = "zero" if origin.is_zero else "copied" if origin.is_copy else "computed" if origin.info else "new"
             counts[kind] += 1
             sizes[kind] += stored.nbytes
-        lines = [f"{out}: {self.config.num_layers} layers, {len(self.tensors)} tensors, {_size(self.nbytes)}"]
+        lines = [f"{out}: {self.config.num_layers} layers, {len(self.tensors)} tensors, {size(self.nbytes)}"]
         lines += [
-            f"  {name}: {len(shard)} tensors, {_size(sum(stored.nbytes for stored, _ in shard))}"
+            f"  {name}: {len(shard)} tensors, {size(sum(stored.nbytes for stored, _ in shard))}"
             for name, shard in self.shards.items()
         ]
         lines.append(f"  also {', '.join(sorted({*self.texts, CARD, PICTURE, manifest.NAME}))}")
         how = {"zero": "holes of the files" if sparse else "allocated, not written", "computed": "scaled or cast",
-               "new": "newly initialised", "copied": f"as bytes, {_size(self._read())} of them read"}  # fmt: skip
+               "new": "newly initialised", "copied": f"as bytes, {size(self._read())} of them read"}  # fmt: skip
         for kind in ("copied", "computed", "new", "zero"):
             if counts[kind]:
-                lines.append(f"{kind}: {counts[kind]} tensors, {_size(sizes[kind])} ({how[kind]})")
+                lines.append(f"{kind}: {counts[kind]} tensors, {size(sizes[kind])} ({how[kind]})")
         free = shutil.disk_usage(out.parent).free
-        lines.append(f"disk: {_size(self.needed(sparse))} needed, {_size(free)} free")
+        lines.append(f"disk: {size(self.needed(sparse))} needed, {size(free)} free")
         return "\n".join(lines)
 
     def _read(self) -> int:
@@ -122,7 +124,7 @@ def prepare(
       UserError: a model is not at hand, or not what its config.json says; the models do not fit each
         other; the family of the base model cannot express the result.
     """
-    size, plan = parse_size(max_shard_size), recipe.plan
+    largest, plan = parse_size(max_shard_size), recipe.plan
     if vocabulary is None and (recipe.tokenizer is not None or recipe.chat_template is not None):
         vocabulary = open_vocabulary(recipe)
     vocabulary = vocabulary or Vocabulary()
@@ -151,7 +153,7 @@ def prepare(
         stored.tensor.name: (stored, origin)
         for stored, origin in tensor_origins(plan, config, family, exported, checkpoints, frozenset(rows))
     }
-    shards = split([stored for stored, _ in origins.values()], size)
+    shards = split([stored for stored, _ in origins.values()], largest)
     weights = collections.Counter()
     for stored, _ in origins.values():
         weights[stored.dtype.name] += stored.nbytes // stored.dtype.itemsize
@@ -188,7 +190,7 @@ def build(
       force: replaces `out` if it is empty or holds a model.
       allow_pickle: read pytorch_model.bin where there is no safetensors file.
       vocabulary: None: as the recipe says.
-      verify: before `out` appears, run what was built; see `jaxup.hub.verify`. Imports jax.
+      verify: before `out` appears, run what was built; see `jaxup.building.verify`. Imports jax.
       progress: show it on stderr.
 
     Raises:
@@ -235,7 +237,7 @@ def carry_out(
         manifest.write_manifest(directory, spans)
         seconds, report = time.monotonic() - began, ""
         if verify:
-            from jaxup.hub.verify import verify as run
+            from jaxup.building.verify import verify as run
 
             report = run(plan, work.checkpoints, directory, own_vocabulary=bool(work.rows), progress=progress)
     return Built(work.nbytes, work.zero_bytes, sparse, seconds, report)
@@ -345,8 +347,3 @@ def _new_tensor(leaves: Mapping[tuple[str, int | None], np.ndarray], tensor: Ten
         for path, shape in zip(tensor.paths, tensor.part_shapes, strict=True)
     ]
     return to_file(tensor, parts, np.dtype(np.float32))
-
-
-def _size(count: int) -> str:
-    power = min(len(str(count)) - 1, 12) // 3
-    return f"{count / 1000**power:,.4g} {('bytes', 'KB', 'MB', 'GB', 'TB')[power]}"

@@ -22,7 +22,7 @@ from flax import nnx, traverse_util
 from jaxup.depth.arithmetic import rescale
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
-from jaxup.hub.layouts import from_file
+from jaxup.families.layouts import from_file
 from jaxup.hub.reader import Checkpoint, open_checkpoint
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.layers import Block, block_norm

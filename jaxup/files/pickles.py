@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from jaxup.errors import UserError, first_line
-from jaxup.hub.header import TensorInfo
-from jaxup.hub.storage import Local, Storage
+from jaxup.files.header import TensorInfo
+from jaxup.files.storage import Local, Storage
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}

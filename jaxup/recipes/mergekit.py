@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from jaxup.depth import marked_yaml
 from jaxup.depth.marked_yaml import MAX_LAYERS, List, Map, Place, is_int, mapping, sequence, shown
-from jaxup.depth.mergekit_dump import dump
-from jaxup.depth.mergekit_keys import LAYERS, Keys
-from jaxup.depth.mergekit_scale import Scale, Scaling, spelled
 from jaxup.depth.plan import DepthPlan, Row, Scales
 from jaxup.errors import UserError, suggest
+from jaxup.recipes.mergekit_dump import dump
+from jaxup.recipes.mergekit_keys import LAYERS, Keys
+from jaxup.recipes.mergekit_scale import Scale, Scaling, spelled
 
 __all__ = ["Merge", "Source", "dump", "load"]
 

@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxup.errors import UserError
-from jaxup.hub.layouts import Tensor
-from jaxup.hub.reader import SINGLE
+from jaxup.families.layouts import Tensor
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order in which a file holds them
 

@@ -6,14 +6,14 @@ reader accepts some files that break the specification, so every byte must be ac
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from jaxup.errors import UserError
-from jaxup.hub.storage import Local, Storage
+from jaxup.files.storage import Local, Storage
+from jaxup.text import parse_json
 
 # Thirty thousand tensors in one file; parsing costs some fifteen times its size in memory.
 _MAX_HEADER = 4 * 2**20
@@ -94,28 +94,3 @@ def _check(entry: Any) -> tuple[str, int, int]:
 
 def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
-
-
-def parse_json(text: bytes, shown: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys; UserError (starting with `shown`) for anything else."""
-
-    def unique(pairs):
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in result if names.count(name) > 1)
-            raise UserError(f"{shown}: the key {twice[:200]!r} appears twice")
-        return result
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError:
-        raise UserError(f"{shown}: nested too deeply") from None
-    except ValueError as error:  # malformed JSON, malformed UTF-8 or a number of thousands of digits
-        raise UserError(f"{shown}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{shown}: must be a JSON object, not {type(value).__name__}")
-    return value
