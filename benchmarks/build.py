@@ -53,12 +53,13 @@ def make(directory: Path, layers: int) -> None:
     from jaxup.families import config_from_hf, family_of_hf
     from jaxup.families.layouts import expected_tensors
     from jaxup.files import shards
-    from jaxup.model.shapes import param_shapes
+    from jaxup.model.spec import spec
 
     hf = {**LLAMA, "num_hidden_layers": layers}
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(hf))
-    tensors = expected_tensors(family_of_hf(hf).tensors, param_shapes(config_from_hf(hf)))
+    table = spec(config_from_hf(hf))
+    tensors = expected_tensors(family_of_hf(hf).rows(table), table)
     stored = [shards.Stored(tensor, shards.DTYPES["bfloat16"]) for tensor in tensors]
     files = shards.split(stored, 10**9)
     (directory / "model.safetensors.index.json").write_bytes(shards.index(files))

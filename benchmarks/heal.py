@@ -430,7 +430,7 @@ def memory(a: argparse.Namespace) -> None:
     import jax
 
     from jaxup.model.decoder import abstract
-    from jaxup.model.shapes import count_params
+    from jaxup.model.spec import count_params
     from jaxup.training.step import make_train_step
 
     plan, model = scaled(a, a.plan)

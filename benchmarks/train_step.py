@@ -50,6 +50,7 @@ def jaxup_step(a: argparse.Namespace):
 
     from jaxup.model.config import Compute, ModelConfig
     from jaxup.model.decoder import init
+    from jaxup.model.spec import flops_per_token
     from jaxup.training.metrics import peak_flops
     from jaxup.training.optimizer import OptimizerConfig, make_optimizer
     from jaxup.training.step import StepConfig, TrainState, make_train_step
@@ -82,7 +83,7 @@ def jaxup_step(a: argparse.Namespace):
         return float(jax.block_until_ready((state, metrics))[1]["loss"])
 
     facts = {"device": jax.devices()[0].device_kind, "dtype": dtype, "peak": peak_flops(),
-             "flops_per_token": model.flops_per_token(a.seq)}  # fmt: skip
+             "flops_per_token": flops_per_token(model, a.seq)}  # fmt: skip
     return step, facts
 
 

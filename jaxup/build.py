@@ -40,7 +40,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     from jaxup.building.work import carry_out, check_place, prepare
-    from jaxup.depth.result import caveats
     from jaxup.files.staging import check_space
     from jaxup.recipes.open import open_recipe, parse_places
 
@@ -49,8 +48,7 @@ def main(argv: list[str]) -> None:
     recipe = open_recipe(args.recipe, models=parse_places(args.model), revision=args.revision)
     if args.dtype is not None:
         recipe = dataclasses.replace(recipe, plan=dataclasses.replace(recipe.plan, out_dtype=args.dtype))
-    configs = {name: model.config for name, model in recipe.models.items()}
-    for note in (*recipe.notes, *caveats(recipe.plan, configs)):
+    for note in recipe.notes:
         warnings.warn(note, stacklevel=1)
     work = prepare(recipe, max_shard_size=args.max_shard_size, allow_pickle=args.allow_pickle)
     check_place(work, out, force=args.force)

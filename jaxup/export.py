@@ -178,7 +178,7 @@ def _checkpoints(run: Path) -> dict[str, list[int]]:
 
 def _read_about(run: Path, name: str) -> _Trained:
     from jaxup.depth.plan import DepthPlan
-    from jaxup.model.config import ModelConfig, RopeScaling
+    from jaxup.model.config import ModelConfig
     from jaxup.text import read_json
 
     path = run / "checkpoints" / name / "model.json"
@@ -186,12 +186,7 @@ def _read_about(run: Path, name: str) -> _Trained:
     if about is None:
         raise UserError(f"{path}: is not there; the command that made the run writes it when it is given again")
     try:
-        fields = dict(about["model"])
-        if fields["rope_scaling"] is not None:
-            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-        if fields["layer_types"] is not None:
-            fields["layer_types"] = tuple(fields["layer_types"])
-        model = ModelConfig(**fields)
+        model = ModelConfig.from_dict(about["model"])
         plan = DepthPlan.from_yaml(about["plan"]) if about["plan"] else None
         healed = about if "before" in about else None
         return _Trained(model, str(about["store"]), plan, about.get("dtypes"), healed)
@@ -202,14 +197,14 @@ def _read_about(run: Path, name: str) -> _Trained:
 def _abstract(trained: _Trained) -> Params:
     """The model's params as ShapeDtypeStructs, in the dtypes they are stored in."""
     import jax
-    from flax import traverse_util
 
     from jaxup.model.decoder import abstract
+    from jaxup.model.spec import flatten, unflatten
 
-    shapes = traverse_util.flatten_dict(abstract(trained.model)[1], sep=".")
+    shapes = flatten(abstract(trained.model)[1])
     dtypes = trained.dtypes or {}
-    return traverse_util.unflatten_dict(
-        {path: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(path, "float32")) for path, leaf in shapes.items()}, sep="."
+    return unflatten(
+        {path: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(path, "float32")) for path, leaf in shapes.items()}
     )
 
 

@@ -85,7 +85,6 @@ def main(argv: list[str]) -> None:
 def report(recipe: Recipe, *, color: bool = False) -> Iterator[str]:
     """The lines that describe a recipe; those on what the models disagree about come last."""
     from jaxup.depth.draw import describe
-    from jaxup.depth.result import caveats
 
     before = " + ".join(str(count) for _, count in recipe.plan.sources)
     yield f"{recipe.name}: {before} -> {recipe.plan.num_layers} layers"
@@ -98,14 +97,13 @@ def report(recipe: Recipe, *, color: bool = False) -> Iterator[str]:
     yield from _sizes(recipe)
     yield ""
     yield from _origins(recipe)
-    yield from caveats(recipe.plan, {name: model.config for name, model in recipe.models.items()})
     yield from _disagreements(recipe)
 
 
 def _sizes(recipe: Recipe) -> Iterator[str]:
     """Layers, parameters and bytes of each model and of the result, as a table."""
     from jaxup.depth.result import result_config
-    from jaxup.model.shapes import count_params
+    from jaxup.model.spec import count_params
 
     rows = []
     for name, model in recipe.models.items():
@@ -137,7 +135,6 @@ def _dtype(hf: dict[str, Any]) -> str:
 
 def _result_bytes(recipe: Recipe, config: ModelConfig) -> tuple[int, list[str]]:
     """Bytes of the result's tensors and their dtypes, each as that of the model that the tensor comes from."""
-    from jaxup.model.shapes import param_shapes
 
     plan, total, dtypes = recipe.plan, 0, {}
     head = plan.head({name: model.config.tie_embeddings for name, model in recipe.models.items()})

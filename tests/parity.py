@@ -14,12 +14,13 @@ import safetensors.numpy
 from flax import nnx
 from plain import load_params
 
-from jaxup.families import FAMILIES
-from jaxup.families.layouts import expected_tensors, flatten, to_file
+from jaxup.families import config_from_hf, family_of_hf
+from jaxup.families.layouts import expected_tensors, to_file
 from jaxup.hub.reader import load_config
 from jaxup.hub.writer import save
 from jaxup.model.config import Compute
 from jaxup.model.decoder import KVCache, abstract
+from jaxup.model.spec import flatten, spec
 from jaxup.training.loss import cross_entropy
 
 SEQ = 17  # odd, longer than the sliding windows and than what rotary scaling starts from
@@ -229,10 +230,11 @@ def gradient_difference(model, grads):
     its epsilon, of the whole gradient, so that much is granted to every parameter.
     """
     flat = flatten(jax.tree.map(np.asarray, grads))
-    table = FAMILIES[model.config.model_type].tensors
+    hf = json.loads(model.config.to_json_string())
+    table = spec(config_from_hf(hf))
     ours = {
         t.name: to_file(t, [flat[p] if t.layer is None else flat[p][t.layer] for p in t.paths])
-        for t in expected_tensors(table, {p: g.shape for p, g in flat.items()})
+        for t in expected_tensors(family_of_hf(hf).rows(table), table)
     }
     theirs = {name: p.grad.numpy().astype(np.float64) for name, p in model.named_parameters()}
     assert ours.keys() == theirs.keys()

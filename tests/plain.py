@@ -6,9 +6,10 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from jaxup.families.layouts import flatten, from_file
+from jaxup.families.layouts import from_file
 from jaxup.hub.reader import open_checkpoint
 from jaxup.model.decoder import abstract
+from jaxup.model.spec import flatten
 
 
 def load_params(path, config, *, dtype=None):

@@ -35,11 +35,11 @@ from jaxup.depth.plan import ENDS, ZEROED, DepthPlan, Row
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
 from jaxup.families import FAMILIES, config_from_hf
-from jaxup.families.layouts import expected_tensors, flatten, from_file
+from jaxup.families.layouts import expected_tensors, from_file
 from jaxup.files import manifest, shards
 from jaxup.hub.reader import load_config, open_checkpoint
 from jaxup.model.decoder import init
-from jaxup.model.shapes import param_shapes
+from jaxup.model.spec import flatten, spec
 from jaxup.recipes.open import Model, Recipe, open_recipe
 
 SIZES = {
@@ -63,7 +63,8 @@ def make(directory, model_type="llama", layers=4, *, seed=0, tied=False, dtype="
     (directory / "config.json").write_text(json.dumps(hf))
     (directory / "generation_config.json").write_text('{"eos_token_id": 1}')
     rng, arrays = np.random.default_rng(seed), {}
-    for tensor in expected_tensors(FAMILIES[model_type].tensors, param_shapes(config_from_hf(hf))):
+    table = spec(config_from_hf(hf))
+    for tensor in expected_tensors(FAMILIES[model_type].rows(table), table):
         # GPT-2's own files leave the prefix out.
         name = tensor.name.removeprefix("transformer.") if seed % 2 else tensor.name
         arrays[name] = rng.normal(0, 1, tensor.shape).astype(shards.DTYPES[dtype])
@@ -118,7 +119,7 @@ def naive(plan, paths):
     config = result_config(plan, {name: load_config(path) for name, path in paths.items()})
     tied = {name: load_config(path).tie_embeddings for name, path in paths.items()}
     result = {}
-    for path in param_shapes(config):
+    for path in spec(config):
         inside = path.removeprefix("blocks.")
         if inside != path:
             layers = [
@@ -139,8 +140,8 @@ def check(plan, paths, out, **options):
     config = result_config(plan, {name: load_config(path) for name, path in paths.items()})
     assert load_config(out) == config
     expected, tensors = naive(plan, paths), weights(out)
-    for tensor in expected_tensors(FAMILIES[json.loads((out / "config.json").read_text())["model_type"]].tensors,
-                                   param_shapes(config)):  # fmt: skip
+    family = FAMILIES[json.loads((out / "config.json").read_text())["model_type"]]
+    for tensor in expected_tensors(family.rows(spec(config)), spec(config)):
         array = tensors.pop(tensor.name)
         for path, part in zip(tensor.paths, from_file(tensor, array), strict=True):
             want = expected[path] if tensor.layer is None else expected[path][tensor.layer]
@@ -359,7 +360,7 @@ def test_config_keeps_all_but_what_must_change(tmp_path):
 def test_layers_keep_their_windows(tmp_path, more, rows):
     path = make(tmp_path / "m", "qwen2", **more)
     source, config = load_config(path), check(simple(4, rows), {"m": path}, tmp_path / "out")
-    assert [config.window_of(i) for i in range(len(rows))] == [source.window_of(layer) for layer in rows]
+    assert config == source.with_layers(rows)
 
 
 def test_the_base_gives_config_and_files(tmp_path):
@@ -513,7 +514,7 @@ def test_no_more_is_in_memory_than_a_few_chunks(tmp_path):
         # Not ru_maxrss, which is at least that of the process that started this one.
         peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
         before = peak()
-        build.build(recipe, {str(tmp_path / "out")!r})
+        work.build(recipe, {str(tmp_path / "out")!r})
         assert "jax" not in sys.modules
         print(before, peak())
     """

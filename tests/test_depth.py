@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from jaxup.depth.apply import apply
 from jaxup.depth.compose import compose
-from jaxup.depth.plan import ALL_PARTS, ENDS, MODULE_PARTS, PARTS, DepthPlan, Row
+from jaxup.depth.plan import ALL_PARTS, ENDS, PARTS, DepthPlan, Row
 from jaxup.depth.recipes import identity, inherit
 from jaxup.errors import UserError
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract, init
+from jaxup.model.spec import PART_OF
 
 PATHS = (
     ("input_layernorm", "scale"), ("self_attn", "q_proj", "kernel"), ("self_attn", "o_proj", "kernel"),
@@ -56,7 +57,7 @@ def naive(plan, sources, init):
     for path in PATHS:
         layers = []
         for i, row in enumerate(plan.rows):
-            inherited = MODULE_PARTS[path[0]] in row.parts
+            inherited = PART_OF[".".join(("blocks", *path))] in row.parts
             value = at(sources[row.source] if inherited else init, ("blocks", *path))[row.layer if inherited else i]
             for name, scale in row.scales:
                 if name in ".".join(path):

@@ -174,7 +174,7 @@ def test_the_low_data_recipe_is_the_papers():
     """arXiv 2404.08634 and its released code; the sizes of OpenLLaMA-3B as its config.json has them."""
     from jaxup.families import config_from_hf
     from jaxup.jobs.common import new_model
-    from jaxup.model.shapes import count_params
+    from jaxup.model.spec import count_params
     from jaxup.training.inherit import InheritConfig, check
 
     c = experiment.load("inherit_llama.py")

@@ -19,8 +19,8 @@ from plain import load_params
 from jaxup import export, train
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
-from jaxup.families.layouts import flatten
 from jaxup.hub.reader import load_config
+from jaxup.model.spec import flatten
 
 TINY = [
     "--config=inherit_gpt2.py:smoke", "--config.steps=2", "--config.batch_size=8", "--config.model.num_layers=2",
@@ -191,15 +191,31 @@ def test_a_damaged_checkpoint_is_one_line(run, tmp_path):
 
 
 def test_model_configs_come_back(tmp_path):
-    from jaxup.model.config import ModelConfig, RopeScaling
+    from jaxup.model.config import LayerKind, ModelConfig, RopeScaling
 
     model = dataclasses.replace(
         ModelConfig.llama(vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2, num_kv_heads=1,
                           max_positions=8),
-        sliding_window=3, layer_types=("full_attention", "sliding_attention"),
+        kinds=(LayerKind(), LayerKind(window=3)),
         rope_scaling=RopeScaling(kind="linear", factor=2.0),
     )  # fmt: skip
     (tmp_path / "checkpoints" / "x").mkdir(parents=True)
     about = {"model": dataclasses.asdict(model), "store": "s", "plan": None}
     (tmp_path / "checkpoints" / "x" / "model.json").write_text(json.dumps(about))
     assert export._read_about(tmp_path, "x").model == model
+
+
+def test_model_configs_of_before_layer_kinds_come_back():
+    from jaxup.model.config import LayerKind, ModelConfig, depth_scaled
+
+    model = ModelConfig.gpt2(vocab_size=9, hidden_size=8, num_layers=2, num_heads=2, max_positions=8, bias=True)
+    old = dataclasses.asdict(model)
+    del old["kinds"]
+    for then, now in (
+        ((None, None, False), (LayerKind(),)),
+        ((3, None, False), (LayerKind(window=3),)),
+        ((3, ["full_attention", "sliding_attention"], False), (LayerKind(), LayerKind(window=3))),
+        ((None, None, True), depth_scaled(2)),
+    ):
+        fields = dict(zip(("sliding_window", "layer_types", "depth_scaled_attention"), then))
+        assert ModelConfig.from_dict(old | fields) == dataclasses.replace(model, kinds=now)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from jaxup.errors import UserError
 from jaxup.families import FAMILIES, config_from_hf, config_to_hf, with_family_biases
-from jaxup.model.config import LAYER_TYPES, ModelConfig, RopeScaling
-from jaxup.model.shapes import count_params
+from jaxup.families.windows import LAYER_TYPES
+from jaxup.model.config import LayerKind, ModelConfig, RopeScaling, depth_scaled
+from jaxup.model.spec import count_params
 
 GPT2 = ModelConfig.gpt2(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, bias=True)
 LLAMA = ModelConfig(
@@ -21,8 +22,8 @@ LLAMA = ModelConfig(
     max_positions=32, norm="rmsnorm", norm_eps=1e-6, positions="rope", rope_theta=500.0, activation="silu",
     gated_mlp=True, tie_embeddings=False,
 )  # fmt: skip
-WINDOWED = dataclasses.replace(LLAMA, sliding_window=3)
-MIXED = dataclasses.replace(WINDOWED, layer_types=LAYER_TYPES)
+WINDOWED = dataclasses.replace(LLAMA, kinds=(LayerKind(window=3),))
+MIXED = dataclasses.replace(WINDOWED, kinds=(LayerKind(), LayerKind(window=3)))
 BIASES = ("norm_bias", "qkv_bias", "o_bias", "mlp_bias")
 BIASLESS = dataclasses.replace(GPT2, **dict.fromkeys(BIASES, False))
 LLAMA3 = RopeScaling(
@@ -37,7 +38,7 @@ YARN = RopeScaling(
 CONFIGS = {
     "gpt2": (GPT2, "gpt2"),
     "gpt2-biasless": (BIASLESS, "gpt2"),
-    "gpt2-untied-scaled": (dataclasses.replace(GPT2, tie_embeddings=False, depth_scaled_attention=True), "gpt2"),
+    "gpt2-untied-scaled": (dataclasses.replace(GPT2, tie_embeddings=False, kinds=depth_scaled(2)), "gpt2"),
     "llama": (LLAMA, "llama"),
     "llama-biases": (dataclasses.replace(LLAMA, qkv_bias=True, o_bias=True, mlp_bias=True), "llama"),
     "llama-o-bias": (dataclasses.replace(LLAMA, o_bias=True), "llama"),
@@ -53,7 +54,7 @@ CONFIGS = {
     "qwen2-odd-heads": (dataclasses.replace(LLAMA, num_heads=3, num_kv_heads=1, qkv_bias=True), "qwen2"),
     "qwen3": (dataclasses.replace(LLAMA, qk_norm=True), "qwen3"),
     "qwen3-window-first": (
-        dataclasses.replace(MIXED, qk_norm=True, layer_types=LAYER_TYPES[::-1], rope_scaling=YARN), "qwen3"
+        dataclasses.replace(MIXED, qk_norm=True, kinds=MIXED.kinds[::-1], rope_scaling=YARN), "qwen3"
     ),
     "qwen3-q-bias": (dataclasses.replace(WINDOWED, qk_norm=True, qkv_bias=True), "qwen3"),
 }  # fmt: skip
@@ -126,16 +127,15 @@ def test_random_configs_round_trip(data):
         return {name: data.draw(strategy, label=name) for name, strategy in strategies.items()}
 
     kv_heads, depth = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
-    types = st.none() | st.lists(st.sampled_from(LAYER_TYPES), min_size=depth, max_size=depth).map(tuple)
     fields = draw(
         num_heads=st.integers(1, 3).map(lambda n: n * kv_heads), head_dim=st.integers(1, 9).map(lambda n: 2 * n),
         vocab_size=st.integers(1, 999), hidden_size=st.integers(1, 99), intermediate_size=st.integers(1, 99),
         max_positions=st.integers(1, 99), norm_eps=numbers, rope_theta=st.floats(1.5, 1e8), rope_scaling=scalings,
         activation=st.sampled_from(["gelu", "gelu_tanh", "silu", "relu"]), tie_embeddings=st.booleans(),
-        qkv_bias=st.booleans(), qk_norm=st.booleans(), init_std=numbers, sliding_window=st.none() | st.integers(1, 99),
+        qkv_bias=st.booleans(), qk_norm=st.booleans(), init_std=numbers,
     )  # fmt: skip
-    if fields["sliding_window"]:
-        fields["layer_types"] = data.draw(types)
+    window = LayerKind(window=data.draw(st.none() | st.integers(1, 99)))
+    fields["kinds"] = tuple(data.draw(st.lists(st.sampled_from([LayerKind(), window]), min_size=depth, max_size=depth)))
     config = dataclasses.replace(LLAMA, num_kv_heads=kv_heads, num_layers=depth, **fields)
     check_round_trip(config, model_type=data.draw(st.sampled_from([None, *FAMILIES])))
 
@@ -221,7 +221,7 @@ def test_windows_of_layers_equal_those_of_transformers(keys, torch):
     theirs = AutoConfig.for_model("qwen3", num_hidden_layers=4, **keys)
     ours = config_from_hf({"model_type": "qwen3", "num_hidden_layers": 4, **keys})
     expected = [theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types]
-    assert [ours.window_of(layer) for layer in range(4)] == expected
+    assert [kind.window for kind in ours.kinds_of_layers] == expected
 
 
 # ---- config.json of published models, and their numbers of parameters
@@ -300,11 +300,11 @@ PUBLISHED = {
         3_426_473_600,
         dict(head_dim=100, num_kv_heads=32),
     ),
-    "Mistral-7B-v0.1": (MISTRAL_7B, 7_241_732_096, dict(sliding_window=4096, layer_types=None, rope_theta=1e4)),
+    "Mistral-7B-v0.1": (MISTRAL_7B, 7_241_732_096, dict(windows=(4096,), rope_theta=1e4)),
     "Mistral-7B-v0.3": (
         MISTRAL_7B | dict(attention_dropout=0.0, rope_theta=1000000.0, sliding_window=None, vocab_size=32768),
         7_248_023_552,
-        dict(sliding_window=None, rope_theta=1e6),
+        dict(windows=(None,), rope_theta=1e6),
     ),
     "Mistral-Nemo-Instruct-2407": (
         MISTRAL_7B | dict(
@@ -322,7 +322,7 @@ PUBLISHED = {
         22_247_282_688,
         dict(head_dim=128, num_heads=48),
     ),
-    "Qwen2-7B": (QWEN2_7B, 7_615_616_512, dict(sliding_window=None, qkv_bias=True, o_bias=False, head_dim=128)),
+    "Qwen2-7B": (QWEN2_7B, 7_615_616_512, dict(windows=(None,), qkv_bias=True, o_bias=False, head_dim=128)),
     "Qwen2.5-0.5B": (
         QWEN2_7B | dict(
             hidden_size=896, intermediate_size=4864, max_position_embeddings=32768, max_window_layers=24,
@@ -472,18 +472,19 @@ def test_accepted_spellings():
     assert config_from_hf({"model_type": "llama", "_private": 1, **both}).rope_theta == 7.0
     assert config_from_hf({"model_type": "llama", "num_attention_heads": 8}).num_kv_heads == 8
     assert config_from_hf({"model_type": "gpt2", "n_inner": 5, "reorder_and_upcast_attn": True}).intermediate_size == 5
-    assert config_from_hf({"model_type": "mistral", "sliding_window": None}).sliding_window is None
+    assert config_from_hf({"model_type": "mistral", "sliding_window": None}).windows == (None,)
     same = {"layer_types": ["sliding_attention"] * 32, "partial_rotary_factor": 1.0}
     assert config_from_hf({"model_type": "mistral", **same}) == config_from_hf({"model_type": "mistral"})
-    assert config_from_hf({"model_type": "llama", "layer_types": ["full_attention"] * 32}).layer_types is None
+    assert config_from_hf({"model_type": "llama", "layer_types": ["full_attention"] * 32}).kinds == (LayerKind(),)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"norm_bias": True}, {"depth_scaled_attention": True}, {"norm": "layernorm"}, {"gated_mlp": False},
-        {"sliding_window": 4, "mlp_bias": True}, {"num_heads": 6, "o_bias": True}, {"qk_norm": True, "mlp_bias": True},
-        {"sliding_window": 4, "layer_types": LAYER_TYPES, "o_bias": True},
+        {"norm_bias": True}, {"kinds": depth_scaled(2)}, {"norm": "layernorm"}, {"gated_mlp": False},
+        {"kinds": WINDOWED.kinds, "mlp_bias": True}, {"num_heads": 6, "o_bias": True},
+        {"qk_norm": True, "mlp_bias": True}, {"kinds": MIXED.kinds, "o_bias": True},
+        {"kinds": (LayerKind(window=4), LayerKind(window=5))},
     ],
 )  # fmt: skip
 def test_models_that_no_family_computes_are_not_exported(change):

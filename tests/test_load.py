@@ -27,7 +27,6 @@ from jaxup.depth.plan import ZEROED, DepthPlan, Row
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
-from jaxup.families.layouts import flatten
 from jaxup.hub import reader
 from jaxup.hub.directory import carried_files, tokenizer_directory
 from jaxup.hub.load import load
@@ -36,11 +35,12 @@ from jaxup.hub.writer import save
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract, init
 from jaxup.model.sharding import param_shardings
+from jaxup.model.spec import flatten
 
 LLAMA = dataclasses.replace(
     ModelConfig.llama(vocab_size=41, hidden_size=16, intermediate_size=20, num_layers=4, num_heads=4, num_kv_heads=2,
                       max_positions=32),
-    head_dim=6, qkv_bias=True, sliding_window=None,
+    head_dim=6, qkv_bias=True,
 )  # fmt: skip
 LLAMA = dataclasses.replace(LLAMA, o_bias=True)
 GPT2 = ModelConfig.gpt2(vocab_size=41, hidden_size=16, num_layers=4, num_heads=2, max_positions=30, bias=True)

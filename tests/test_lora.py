@@ -18,8 +18,9 @@ from test_partition import deep, plan_of
 from jaxup.depth.freeze import trainable
 from jaxup.errors import UserError
 from jaxup.model.config import Compute
-from jaxup.model.decoder import abstract
+from jaxup.model.decoder import abstract, column_arrays
 from jaxup.model.layers import Block, Linear
+from jaxup.model.spec import flatten
 from jaxup.training.lora import Adapters, LoraConfig
 from jaxup.training.sharding import BATCH_AXES, MeshConfig, make_mesh, place_batch
 from jaxup.training.step import StepConfig, TrainState, make_train_step
@@ -56,7 +57,9 @@ def added(trained, adapters):
     """path of a kernel -> (its layers, s * A @ B of each in float64)."""
     flat = traverse_util.flatten_dict(trained)
     return {
-        path[:-1]: (adapters.rows(path), ALPHA / RANK * np.float64(a) @ np.float64(flat[*path[:-1], "kernel_lora_b"]))
+        path[:-1]: (
+            adapters.rows(".".join(path)), ALPHA / RANK * np.float64(a) @ np.float64(flat[*path[:-1], "kernel_lora_b"])
+        )
         for path, a in flat.items() if path[-1] == "kernel_lora_a"
     }  # fmt: skip
 
@@ -123,7 +126,7 @@ def test_function_and_gradients_are_those_of_merged_kernels(case):
     kernel_grads = traverse_util.flatten_dict(kernel_grads)
     for path in added(trained, adapters):
         a, b = (np.float64(flat[*path, f"kernel_lora_{name}"]) for name in "ab")
-        g = np.float64(kernel_grads[*path, "kernel"])[adapters.rows((*path, "kernel_lora_a"))]
+        g = np.float64(kernel_grads[*path, "kernel"])[adapters.rows(".".join((*path, "kernel_lora_a")))]
         g = ALPHA / RANK * g.reshape(len(a), a.shape[1], b.shape[2])
         for name, want in (("a", g @ b.swapaxes(1, 2)), ("b", a.swapaxes(1, 2) @ g)):
             np.testing.assert_allclose(grads[*path, f"kernel_lora_{name}"], want, atol=2e-5 * np.max(np.abs(want)))
@@ -147,8 +150,8 @@ class Flat(nnx.Module):
 
 def qwix_block(config, params, layer, kernels, options, x_BSD, inputs):
     """Layer `layer` as a module of its own after `qwix.apply_lora_to_model`, with A, B of the named kernels."""
-    block = Block(config, Compute(), rngs=nnx.Rngs(0))
-    nnx.update(block, jax.tree.map(lambda leaf: leaf[layer], params["blocks"]))
+    leaves = flatten({"blocks": params["blocks"]})
+    block = Block(config, Compute(), {path: leaf[layer] for path, leaf in leaves.items()})
     for _, owner in list(nnx.iter_modules(block)):
         for name, child in list(vars(owner).items()):
             if isinstance(child, Linear):
@@ -187,15 +190,14 @@ def test_equals_qwix_on_unstacked_blocks(config, roles, select, options):
     trained = learned(trained)
     flat = traverse_util.flatten_dict(trained)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    types = config.layer_types or [""] * config.num_layers
 
     def run(layer, x_BSD):
         kernels = {
             path: [flat[*path, f"kernel_lora_{name}"][list(rows).index(layer)] for name in "ab"]
             for path, (rows, _) in added(trained, adapters).items() if layer in rows
         }  # fmt: skip
-        inputs = {"layer": jnp.int32(layer), "full": jnp.bool_(types[layer] == "full_attention"),
-                  "positions_BS": positions, "segment_ids_BS": None}  # fmt: skip
+        kind = {name: column[layer] for name, column in column_arrays(config).items()}
+        inputs = {"layer": jnp.int32(layer), "kind": kind, "positions_BS": positions, "segment_ids_BS": None}
         block = qwix_block(config, params, layer, kernels, options, x_BSD, inputs)
         o_proj = block.self_attn.o_proj.linear.kernel
         return block(x_BSD, **inputs)[0], (o_proj.array.qvalue[...], o_proj.array.scale[...]) if options else ()
@@ -240,7 +242,7 @@ def test_only_chosen_kernels_of_chosen_layers_have_adapters():
         "blocks.mlp.down_proj.kernel_lora_a": (3, F, RANK),
         "blocks.mlp.down_proj.kernel_lora_b": (3, RANK, D),
     }
-    assert adapters.rows(("blocks", "self_attn", "o_proj", "kernel_lora_b")).tolist() == [1, 3, 4]
+    assert adapters.rows("blocks.self_attn.o_proj.kernel_lora_b").tolist() == [1, 3, 4]
 
 
 def test_a_is_drawn_by_seed_kernel_and_layer():
@@ -407,7 +409,7 @@ def test_dequantised_kernels_are_never_kept():
         ({"alpha": 0.0}, r"lora.alpha=0.0: must be positive"),
         ({"alpha": float("nan")}, r"lora.alpha=nan: must be positive"),
         ({"quantize": "nf5"}, r"lora.quantize='nf5': unknown; did you mean 'nf4'\?"),
-        ({"quantize": "nf4", "tile_size": 64}, r"lora.tile_size=64: does not divide the 24 rows of down_proj; 8 would"),
+        ({"quantize": "nf4", "tile_size": 64}, r"lora.tile_size=64: does not divide the 16 rows of q_proj; 8 would"),
         ({"tile_size": -1}, r"lora.tile_size=-1: must be at least 0"),
     ],
 )

@@ -14,11 +14,10 @@ from scipy.special import logsumexp
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import ZEROED, DepthPlan, Row
 from jaxup.depth.result import result_config
-from jaxup.families.layouts import flatten
 from jaxup.model.attention import attention
-from jaxup.model.config import Compute, ModelConfig, RopeScaling
-from jaxup.model.decoder import KVCache, abstract, init, named_axes
-from jaxup.model.shapes import count_params, param_shapes
+from jaxup.model.config import Compute, LayerKind, ModelConfig, RopeScaling, depth_scaled
+from jaxup.model.decoder import KVCache, abstract, init
+from jaxup.model.spec import count_params, flatten, spec
 from jaxup.training.loss import cross_entropy
 
 
@@ -45,9 +44,9 @@ LLAMA = ModelConfig(
     max_positions=300, norm="rmsnorm", norm_eps=1e-6, positions="rope", rope_theta=1e4, activation="silu",
     gated_mlp=True, tie_embeddings=False,
 )  # fmt: skip
-WINDOWED = dataclasses.replace(LLAMA, sliding_window=4)
+WINDOWED = dataclasses.replace(LLAMA, kinds=(LayerKind(window=4),))
 MIXED = dataclasses.replace(
-    WINDOWED, layer_types=("full_attention", "sliding_attention", "full_attention"), qk_norm=True, qkv_bias=True,
+    LLAMA, kinds=(LayerKind(), LayerKind(window=4), LayerKind()), qk_norm=True, qkv_bias=True,
     rope_scaling=RopeScaling(kind="llama3", factor=4.0, original_max_positions=8, low_freq_factor=1.0,
                              high_freq_factor=4.0),
 )  # fmt: skip
@@ -72,9 +71,9 @@ def test_cached_decoding_equals_the_full_forward(config):
 
 @configs
 def test_an_order_of_layers_runs_as_the_model_built_by_its_plan(config):
-    """One program for all orders; layer types and depth-scaled attention go by the place in the result."""
+    """One program for all orders; windows and divisors of attention go with the layer, as its weights do."""
     if config == GPT2:
-        config = dataclasses.replace(config, num_layers=3, depth_scaled_attention=True)
+        config = dataclasses.replace(config, num_layers=3, kinds=depth_scaled(3))
     params, tokens = noisy(config), tokens_for(config)
     graphdef, _ = abstract(config)
     run = jax.jit(lambda params, tokens, order: nnx.merge(graphdef, params)(tokens, order=order))
@@ -157,8 +156,8 @@ def test_no_gradient_from_later_tokens_other_segments_or_beyond_the_window(confi
 
     t, s = np.arange(seq)[:, None], np.arange(seq)[None]
     visible = (s <= t) & (segments[:, None] == segments[None])
-    if config.sliding_window:
-        visible &= t - s < config.sliding_window
+    if config.windows[0]:
+        visible &= t - s < config.windows[0]
     np.testing.assert_array_equal(np.asarray(influence(params)) > 0, visible)
 
 
@@ -223,8 +222,11 @@ def test_the_tree_is_described_before_it_exists(config):
     shapes = jax.tree.map(lambda a: a.shape, abstract(config)[1])
     params = jax.jit(init, static_argnums=0)(config, 0)
     assert jax.tree.map(lambda a: a.shape, params) == shapes
-    assert param_shapes(config) == {path: leaf.shape for path, leaf in flatten(params).items()}
+    assert {path: param.shape for path, param in spec(config).items()} == {
+        path: leaf.shape for path, leaf in flatten(params).items()
+    }
     assert count_params(config) == sum(p.size for p in jax.tree.leaves(params))
-    axes = flatten(named_axes(config))
-    assert {k: len(v) for k, v in axes.items()} == {k: v.ndim for k, v in flatten(params).items()}
+    assert {path: len(param.axes) for path, param in spec(config).items()} == {
+        path: leaf.ndim for path, leaf in flatten(params).items()
+    }
     assert not np.array_equal(params["embed_tokens"], jax.jit(init, static_argnums=0)(config, 1)["embed_tokens"])

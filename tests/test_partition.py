@@ -21,8 +21,7 @@ from jaxup.training.step import StepConfig, TrainState, make_train_step
 
 
 def deep(config, num_layers):
-    types = config.layer_types and tuple(config.layer_types[i % len(config.layer_types)] for i in range(num_layers))
-    return dataclasses.replace(config, num_layers=num_layers, layer_types=types)
+    return config.with_layers([i % config.num_layers for i in range(num_layers)])
 
 
 def plan_of(roles):

@@ -17,10 +17,10 @@ from flax import traverse_util
 from test_heal import COPIES, TINY, runs  # noqa: F401
 from test_train import arguments, corpus, losses  # noqa: F401
 
-from jaxup.families.layouts import flatten
 from jaxup.hub.writer import save
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract
+from jaxup.model.spec import flatten
 
 pytestmark = pytest.mark.slow
 
@@ -101,7 +101,7 @@ from jax.sharding import AxisType
 jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], 2, int(os.environ["JAX_PROCESS_ID"]))
 from flax import nnx
 from jaxup import UserError, load
-from jaxup.families.layouts import flatten
+from jaxup.model.spec import flatten
 from jaxup.hub.reader import load_config
 from plain import load_params
 good, bad = sys.argv[1:]

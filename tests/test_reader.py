@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import jaxup
 from jaxup.errors import UserError
-from jaxup.families.layouts import flatten
 from jaxup.hub.reader import load_config
 from jaxup.hub.writer import save
-from jaxup.model.config import ModelConfig
+from jaxup.model.config import LayerKind, ModelConfig, depth_scaled
 from jaxup.model.decoder import abstract
+from jaxup.model.spec import flatten
 
 GPT2 = ModelConfig.gpt2(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, bias=True)
 BIASLESS = dataclasses.replace(GPT2, norm_bias=False, qkv_bias=False, o_bias=False, mlp_bias=False)
@@ -31,10 +31,10 @@ LLAMA = ModelConfig(
 CONFIGS = {
     "gpt2": GPT2,
     "gpt2-biasless": BIASLESS,
-    "gpt2-untied-scaled": dataclasses.replace(GPT2, tie_embeddings=False, depth_scaled_attention=True),
+    "gpt2-untied-scaled": dataclasses.replace(GPT2, tie_embeddings=False, kinds=depth_scaled(GPT2.num_layers)),
     "llama": LLAMA,
     "llama-qkv-bias-only": dataclasses.replace(LLAMA, qkv_bias=True, tie_embeddings=True),
-    "mistral": dataclasses.replace(LLAMA, sliding_window=3),
+    "mistral": dataclasses.replace(LLAMA, kinds=(LayerKind(window=3),)),
     "mistral-odd-heads": dataclasses.replace(LLAMA, num_heads=3, num_kv_heads=1),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

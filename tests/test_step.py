@@ -14,6 +14,7 @@ from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import abstract, init
 from jaxup.model.sharding import param_shardings
+from jaxup.model.spec import flops_per_token
 from jaxup.training.optimizer import OptimizerConfig, make_optimizer
 from jaxup.training.sharding import (
     BATCH_AXES,
@@ -234,6 +235,6 @@ def test_flops_count_the_matrix_products():
     # By hand: 6 x weights of every product plus causal attention at half.
     per_layer = 16 * 16 * 4 + 2 * 16 * 64
     expected = 6 * (3 * per_layer + 16 * 64) + 3 * 12 * 16 * 12 / 2
-    assert MODEL.flops_per_token(12) == expected
+    assert flops_per_token(MODEL, 12) == expected
     gated = dataclasses.replace(MODEL, gated_mlp=True)
-    assert gated.flops_per_token(12) == expected + 6 * 3 * 16 * 64
+    assert flops_per_token(gated, 12) == expected + 6 * 3 * 16 * 64

@@ -9,15 +9,16 @@ from flax import nnx, traverse_util
 
 from jaxup.building.verify import verify
 from jaxup.depth.apply import apply
+from jaxup.depth.materials import materials
 from jaxup.depth.plan import ZEROED, DepthPlan, Row
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
-from jaxup.hub.reader import open_checkpoint
+from jaxup.hub.reader import open_checkpoint, stored_dtypes
 from jaxup.hub.writer import save
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract
-from jaxup.model.shapes import param_shapes
+from jaxup.model.spec import spec
 
 CONFIGS = {
     "gpt2": ModelConfig.gpt2(vocab_size=41, hidden_size=16, num_layers=3, num_heads=2, max_positions=30, bias=True),
@@ -30,7 +31,7 @@ UPSCALE = DepthPlan((Row("m", 0), Row("m", 1), Row("m", 1, "copy", ZEROED), Row(
 def build(root, name, plan, seed=0):
     """A model's directory, that of what the plan makes of it, and both trees."""
     rng = np.random.default_rng(seed)
-    leaves = {path: rng.standard_normal(shape, np.float32) for path, shape in param_shapes(CONFIGS[name]).items()}
+    leaves = {path: rng.standard_normal(param.shape, np.float32) for path, param in spec(CONFIGS[name]).items()}
     params = traverse_util.unflatten_dict(leaves, sep=".")
     built = jax.tree.map(np.asarray, apply(plan, {"m": params}))
     save(root / "source", CONFIGS[name], params)
@@ -39,7 +40,11 @@ def build(root, name, plan, seed=0):
 
 
 def checked(root, plan):
-    return verify(plan, {"m": open_checkpoint(root / "source")}, root / "result")
+    sources = {"m": open_checkpoint(root / "source")}
+    config = sources["m"].config
+    table = spec(result_config(plan, {"m": config}))
+    bill = materials(plan, table, {"m": config.tie_embeddings}, stored_dtypes(sources))
+    return verify(bill, sources, root / "result")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

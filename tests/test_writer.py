@@ -26,7 +26,6 @@ import jaxup
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan, Row
 from jaxup.errors import UserError
-from jaxup.families.layouts import flatten
 from jaxup.files import shards
 from jaxup.files import staging as staging_module
 from jaxup.hub.card import model_card
@@ -34,6 +33,7 @@ from jaxup.hub.reader import load_config
 from jaxup.hub.writer import save
 from jaxup.model.decoder import abstract
 from jaxup.model.sharding import param_shardings
+from jaxup.model.spec import flatten
 
 ROOT = str(Path(staging_module.__file__).parents[2])
 DTYPES = ("float32", "bfloat16", "float16")

@@ -1,20 +1,20 @@
-"""Where each tensor of a plan's result comes from: a source's bytes, zeros, products, or new values."""
+"""Where the bytes of each tensor of a plan's result come from: the bill of materials, tensor by tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxup.depth.plan import ENDS, DepthPlan
-from jaxup.families import Family
+from jaxup.depth.materials import Bill
+from jaxup.families.family import Family
 from jaxup.families.layouts import Tensor, expected_tensors
 from jaxup.files.header import TensorInfo
 from jaxup.files.shards import DTYPES, Stored
 from jaxup.hub.reader import Checkpoint, dtype_of
 from jaxup.model.config import ModelConfig
-from jaxup.model.shapes import param_shapes
+from jaxup.model.spec import spec
 
 
 class Origin(NamedTuple):
@@ -41,61 +41,35 @@ class Origin(NamedTuple):
 
 
 def tensor_origins(
-    plan: DepthPlan, config: ModelConfig, family: Family, exported: ModelConfig,
-    checkpoints: Mapping[str, Checkpoint], gathered: frozenset[str] = frozenset(),
+    bill: Bill, family: Family, exported: ModelConfig, checkpoints: Mapping[str, Checkpoint],
+    gathered: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[Stored, Origin]]:  # fmt: skip
     """The result's tensors in the order of the family's table.
 
-    `config` is the result's and `exported` what the family makes of it: biases it always has are
-    zeros. `gathered` are those of "embed_tokens" and "lm_head" whose rows a vocabulary rearranges.
+    `exported` is what the family makes of the result's config: biases it always has are zeros.
+    `gathered` are those of "embed_tokens" and "lm_head" whose rows a vocabulary rearranges.
     """
     stored = {
         name: {(tensor.paths, tensor.layer): info for tensor, info in checkpoint.tensors}
         for name, checkpoint in checkpoints.items()
     }
-    some = dtype_of(next(iter(checkpoints.values())).tensors[0][1])
-    tied = {name: checkpoint.config.tie_embeddings for name, checkpoint in checkpoints.items()}
-    ends = {end: (end, getattr(plan, end)) for end in ENDS} | {"lm_head": plan.head(tied)}
-    known = param_shapes(config)
-
-    for tensor in expected_tensors(family.tensors, param_shapes(exported)):
-        noise, rows, paths = 0.0, None, tensor.paths
-        if tensor.layer is None:
-            end = tensor.paths[0].split(".")[0]
-            (part, name), layer = ends[end], None
-            if part != end:  # the head of a tied model is its embedding
-                paths = (part,)
-            factors = tuple(plan.factors(path) for path in tensor.paths)
-            rows = end if end in gathered and name is not None else None
-        else:
-            row = plan.rows[tensor.layer]
-            inside = [path.removeprefix("blocks.") for path in tensor.paths]
-            name, layer = (row.source if row.inherits(inside[0]) else None), row.layer
-            factors = tuple(map(row.factors, inside))
-            noise = row.noise if name is not None and inside[0].endswith(".kernel") else 0.0
-        info = None if name is None else stored[name].get((paths, layer))
-        if plan.dtype:
-            before = DTYPES[plan.dtype]
-        elif name is not None:
-            before = dtype_of(info) if info else some
-        else:
-            before = np.dtype(np.float32) if layer is None else _stack_dtype(plan, inside[0], tensor, stored)
-        after = DTYPES[plan.out_dtype] if plan.out_dtype else before
-        # A parameter that is scaled by zero is not read.
-        zero = all(f == (0.0,) for f in factors) or not set(tensor.paths) & set(known)
-        if zero:
-            origin = Origin(None, None, (), after, after)
-        elif name is None:
-            origin = Origin(None, None, factors, before, after, new=tensor)
-        else:
-            origin = Origin(name, info, factors, before, after, rows, tensor if noise else None, noise)
-        yield Stored(tensor, after), origin
-
-
-def _stack_dtype(
-    plan: DepthPlan, inside: str, tensor: Tensor, stored: Mapping[str, Mapping[Any, TensorInfo]]
-) -> np.dtype:
-    """The dtype of new layers: that of the sources' own, as in a stack; float32 holds several."""
-    sources = {row.source for row in plan.rows if row.inherits(inside)}
-    found = {dtype_of(info) for name in sources for (paths, _), info in stored[name].items() if paths == tensor.paths}
-    return found.pop() if len(found) == 1 else np.dtype(np.float32)
+    some = np.dtype(next(iter(bill.values()))[0].after)
+    for tensor in expected_tensors(family.rows(spec(exported)), spec(exported)):
+        # All of one tensor are of one part: they come from one place.
+        made = [bill[path][tensor.layer or 0] for path in tensor.paths if path in bill]
+        if all(material.is_zero for material in made):
+            after = DTYPES[made[0].after] if made else some
+            yield Stored(tensor, after), Origin(None, None, (), after, after)
+            continue
+        first = made[0]
+        before, after = DTYPES[first.before], DTYPES[first.after]
+        factors = tuple(material.factors for material in made)
+        if first.source is None:
+            yield Stored(tensor, after), Origin(None, None, factors, before, after, new=tensor)
+            continue
+        info = stored[first.source][tuple(material.path for material in made), first.layer]
+        end = tensor.paths[0].split(".")[0]
+        yield Stored(tensor, after), Origin(
+            first.source, info, factors, before, after, end if end in gathered else None,
+            tensor if first.noise else None, first.noise,
+        )  # fmt: skip

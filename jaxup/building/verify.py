@@ -17,45 +17,37 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, traverse_util
 
 from jaxup.depth.arithmetic import rescale
-from jaxup.depth.plan import DepthPlan
+from jaxup.depth.materials import Bill
 from jaxup.errors import UserError
-from jaxup.families.layouts import from_file
+from jaxup.families.layouts import Tensor, from_file
+from jaxup.files.header import TensorInfo
 from jaxup.hub.reader import Checkpoint, open_checkpoint
 from jaxup.model.config import Compute, ModelConfig
-from jaxup.model.layers import Block, block_norm
+from jaxup.model.decoder import Decoder
+from jaxup.model.spec import STACK, spec, unflatten
 from jaxup.progress import Progress
 
 _BATCH, _SEQ = 2, 32
 
-Leaves = dict[str, np.ndarray]  # by dotted path; of one block without its layer axis
-
-
-class _Model(NamedTuple):
-    """What running a model needs, read when it is asked for."""
-
-    config: ModelConfig
-    leaf: Callable[[str], np.ndarray]  # path of what is no block
-    block: Callable[[int], Leaves]  # layer -> paths inside the block
+Leaves = dict[str, np.ndarray]  # by path
 
 
 def verify(
-    plan: DepthPlan, sources: Mapping[str, Checkpoint], out: str | Path, *, own_vocabulary: bool = False,
+    bill: Bill, sources: Mapping[str, Checkpoint], out: str | Path, *, own_vocabulary: bool = False,
     progress: bool = False,
 ) -> str:  # fmt: skip
     """What a comparison of logits says of the model in `out`, one line each; UserError if it is not the plan's.
 
-    It is run beside the plan carried out in memory, where not a bit may differ, and beside each
-    source whole, from which a zeroed up-scale that drops nothing does not differ either. What the
-    plan initialises, or mixes noise into, is taken from `out`, and so are embedding and head if they
-    follow a vocabulary of the result's own.
+    It is run beside the bill of materials carried out in memory, where not a bit may differ, and
+    beside each source whole, from which a zeroed up-scale that drops nothing does not differ either.
+    What is newly initialised, or has noise mixed in, is taken from `out`, and so are embedding and
+    head if they follow a vocabulary of the result's own.
     """
-    built = open_checkpoint(out)
-    result = _whole(built)
-    planned = _planned(plan, sources, result, own_vocabulary)
-    models = {"the plan in memory": planned} | {repr(name): _whole(sources[name]) for name, _ in plan.sources}
+    result = _whole(open_checkpoint(out))
+    planned = _planned(bill, sources, result, own_vocabulary)
+    models = {"the plan in memory": planned} | {repr(name): _whole(source) for name, source in sources.items()}
     smallest = min(model.config.vocab_size for model in (result, *models.values()))
     length = min(_SEQ, *(model.config.max_positions for model in (result, *models.values())))
     tokens_BS = np.random.default_rng(0).integers(0, smallest, (_BATCH, length), np.int32)
@@ -89,103 +81,87 @@ def _difference(a_BSV: np.ndarray, b_BSV: np.ndarray) -> str:
 # ---- models read piece by piece
 
 
+class _Model(NamedTuple):
+    """What running a model needs, read when it is asked for."""
+
+    config: ModelConfig
+    leaf: Callable[[str, int | None], np.ndarray]  # (path, layer) -> float32, without the axis of layers
+
+
 def _whole(checkpoint: Checkpoint) -> _Model:
     """A model as it is."""
-    ends, blocks = _index(checkpoint)
-
-    def leaf(path: str) -> np.ndarray:
-        return _parts(checkpoint, ends[path])[path].astype(np.float32)
-
-    def block(layer: int) -> Leaves:
-        tensors = blocks[layer]
-        leaves = {path: part for pair in tensors for path, part in _parts(checkpoint, pair).items()}
-        return {path.removeprefix("blocks."): leaf.astype(np.float32) for path, leaf in leaves.items()}
-
-    return _Model(checkpoint.config, leaf, block)
+    leaf = _reader(checkpoint)
+    return _Model(checkpoint.config, lambda path, layer: leaf(path, layer).astype(np.float32))
 
 
-def _planned(plan: DepthPlan, sources: Mapping[str, Checkpoint], result: _Model, own_vocabulary: bool) -> _Model:
-    """What the plan makes of the sources; what they do not have is the result's."""
-    indexed = {name: _index(checkpoint) for name, checkpoint in sources.items()}
-    tied = {name: checkpoint.config.tie_embeddings for name, checkpoint in sources.items()}
+def _planned(bill: Bill, sources: Mapping[str, Checkpoint], result: _Model, own_vocabulary: bool) -> _Model:
+    """What the materials come to; what the sources do not have is the result's."""
+    readers = {name: _reader(checkpoint) for name, checkpoint in sources.items()}
 
-    def cast(array: np.ndarray, factors: tuple[float, ...]) -> np.ndarray:
-        return rescale(array, factors, plan.dtype, plan.out_dtype).astype(np.float32)
+    def leaf(path: str, layer: int | None) -> np.ndarray:
+        given = own_vocabulary and path in ("embed_tokens", "lm_head.kernel")
+        if path not in bill or given:  # a bias that the family always has; rows in another order
+            return result.leaf(path, layer)
+        made = bill[path][layer or 0]
+        if made.source is None or made.noise:
+            return result.leaf(path, layer)
+        array = readers[made.source](made.path, made.layer)
+        array = array if made.path.startswith(STACK) or made.path == path else array.T
+        return rescale(array, made.factors, made.before, made.after).astype(np.float32)
 
-    def leaf(path: str) -> np.ndarray:
-        end = path.split(".")[0]
-        origin = plan.head(tied) if end == "lm_head" else (end, getattr(plan, end))
-        if origin is None or origin[1] is None or (own_vocabulary and end in ("embed_tokens", "lm_head")):
-            return result.leaf(path)
-        part, name = origin
-        there = path if part == end else part
-        array = _parts(sources[name], indexed[name][0][there])[there]
-        return cast(array.T if part != end else array, plan.factors(path))
-
-    def block(layer: int) -> Leaves:
-        row = plan.rows[layer]
-        leaves = result.block(layer)
-        for pair in indexed[row.source][1][row.layer]:
-            for path, part in _parts(sources[row.source], pair).items():
-                inside = path.removeprefix("blocks.")
-                if row.inherits(inside) and not (row.noise and inside.endswith(".kernel")):
-                    leaves[inside] = cast(part, row.factors(inside))
-        return leaves
-
-    return _Model(result.config, leaf, block)
+    return _Model(result.config, leaf)
 
 
-def _index(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[list[Any]]]:
-    """(what is no block by path, what is a block by layer), as pairs of `Checkpoint.tensors`."""
-    ends: dict[str, Any] = {}
-    blocks: list[list[Any]] = [[] for _ in range(checkpoint.config.num_layers)]
-    for tensor, info in checkpoint.tensors:
-        if tensor.layer is None:
-            ends |= dict.fromkeys(tensor.paths, (tensor, info))
-        else:
-            blocks[tensor.layer].append((tensor, info))
-    return ends, blocks
+def _reader(checkpoint: Checkpoint) -> Callable[[str, int | None], np.ndarray]:
+    """(path, layer) -> the parameter as it is stored; the tensor read last is kept, which may hold several."""
+    where = {(path, tensor.layer): (tensor, info) for tensor, info in checkpoint.tensors for path in tensor.paths}
 
+    @functools.lru_cache(maxsize=1)
+    def parts(tensor: Tensor, info: TensorInfo) -> list[np.ndarray]:
+        return from_file(tensor, checkpoint.read(info))
 
-def _parts(checkpoint: Checkpoint, pair: Any) -> Leaves:
-    tensor, info = pair
-    return dict(zip(tensor.paths, from_file(tensor, checkpoint.read(info)), strict=True))
+    def leaf(path: str, layer: int | None) -> np.ndarray:
+        tensor, info = where[path, layer]
+        return parts(tensor, info)[tensor.paths.index(path)]
+
+    return leaf
 
 
 # ---- running them
 
 
 def _logits(model: _Model, tokens_BS: np.ndarray, advance: Callable[[], Any]) -> np.ndarray:
-    config = model.config
-    embedding = model.leaf("embed_tokens")
-    x_BSD = embedding[tokens_BS]
-    if config.positions == "learned":
-        x_BSD = x_BSD + model.leaf("embed_positions")[: tokens_BS.shape[1]][None]
-    # One program for all models that differ in depth only.
-    step = _block(config.with_layers([0]) if config.layer_types is None else config)
+    """The Decoder's own steps, with the parameters of one of them in memory."""
+    config, table = model.config, spec(model.config)
+
+    def leaves(*parts: str) -> Leaves:
+        return {path: model.leaf(path, None) for path, param in table.items() if param.part in parts}
+
+    embedding = leaves("embed_tokens", "embed_positions")
+    x_BSD = _embed(config.with_layers([0]))(embedding, tokens_BS)
     for layer in range(config.num_layers):
-        block = traverse_util.unflatten_dict(model.block(layer), sep=".")
-        x_BSD = step(block, x_BSD, np.int32(layer), np.bool_(config.window_of(layer) is None))
+        block = {path: model.leaf(path, layer)[None] for path, param in table.items() if param.stacked}
+        # One program for all layers of a kind, of whichever model.
+        x_BSD = _block(config.with_layers([layer]))(block, x_BSD)
         advance()
-    norm = {name: model.leaf(f"norm.{name}") for name in (["scale", "bias"] if config.norm_bias else ["scale"])}
-    head = embedding.T if config.tie_embeddings else model.leaf("lm_head.kernel")
-    return np.asarray(_head(config.with_layers([0]))(norm, x_BSD, head))
+    head = {"embed_tokens": embedding["embed_tokens"]} if config.tie_embeddings else leaves("lm_head")
+    return np.asarray(_head(config.with_layers([0]))(leaves("norm") | head, x_BSD))
 
 
-@functools.cache
-def _block(config: ModelConfig) -> Callable[..., jax.Array]:
-    graphdef = nnx.split(nnx.eval_shape(lambda: Block(config, Compute(attention="xla"), rngs=nnx.Rngs(params=0))))[0]
+def _program(run: Callable[[Decoder, jax.Array], jax.Array]) -> Callable[[ModelConfig], Callable[..., jax.Array]]:
+    """config -> a compiled (leaves, x) -> run(a Decoder that has these leaves only, x)."""
 
-    @jax.jit
-    def step(params: Any, x_BSD: jax.Array, layer: jax.Array, full: jax.Array) -> jax.Array:
-        positions_BS = jnp.arange(x_BSD.shape[1], dtype=jnp.int32)[None]
-        block = nnx.merge(graphdef, params)
-        return block(x_BSD, layer=layer, full=full, positions_BS=positions_BS, segment_ids_BS=None)[0]
+    @functools.cache
+    def compiled(config: ModelConfig) -> Callable[..., jax.Array]:
+        return jax.jit(lambda leaves, x: run(Decoder(config, unflatten(leaves), Compute(attention="xla")), x))
 
-    return step
+    return compiled
 
 
-@functools.cache
-def _head(config: ModelConfig) -> Callable[..., jax.Array]:
-    graphdef = nnx.split(nnx.eval_shape(lambda: block_norm(config)))[0]
-    return jax.jit(lambda norm, x_BSD, head_DV: nnx.merge(graphdef, norm)(x_BSD) @ head_DV)
+def _positions(x: jax.Array) -> jax.Array:
+    return jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+
+
+_embed = _program(lambda decoder, tokens_BS: decoder.embed(tokens_BS, _positions(tokens_BS)))
+_block = _program(lambda decoder, x_BSD: decoder.run(x_BSD, _positions(x_BSD))[0])
+_head = _program(lambda decoder, x_BSD: decoder.logits(decoder.norm(x_BSD)))

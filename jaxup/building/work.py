@@ -22,20 +22,19 @@ from jaxup.building import copying
 from jaxup.building.origins import Origin, tensor_origins
 from jaxup.building.vocabulary import Vocabulary, open_vocabulary
 from jaxup.depth import picture
-from jaxup.depth.result import result_config
 from jaxup.errors import UserError
-from jaxup.families import Family, config_from_hf, config_to_hf, with_family_biases
-from jaxup.families.layouts import Tensor, flatten, to_file
+from jaxup.families import family_of_hf
+from jaxup.families.layouts import Tensor, to_file
 from jaxup.files import manifest
 from jaxup.files.shards import INDEX, Stored, index, json_bytes, parse_size, split
 from jaxup.files.staging import check_replaceable, check_space, staged_directory
 from jaxup.files.storage import Local
 from jaxup.hub.card import model_card
 from jaxup.hub.directory import CARD, MARKS, PLAN, carried_files
-from jaxup.hub.reader import Checkpoint, check_tied, open_checkpoint
-from jaxup.model.config import LAYER_TYPES, ModelConfig
-from jaxup.model.shapes import param_shapes
+from jaxup.hub.reader import Checkpoint, check_tied, open_checkpoint, stored_dtypes
+from jaxup.model.spec import STACK, flatten
 from jaxup.recipes.open import Recipe
+from jaxup.recipes.outcome import Outcome, outcome
 from jaxup.text import printable, size
 
 PICTURE = "plan.png"
@@ -62,7 +61,7 @@ class Work:
     """All that is known of a build before its first byte is written."""
 
     recipe: Recipe
-    config: ModelConfig
+    made: Outcome
     checkpoints: Mapping[str, Checkpoint]  # by the plan's source names
     shards: Mapping[str, list[tuple[Stored, Origin]]]
     texts: Mapping[str, bytes]  # the files that hold no tensors
@@ -91,7 +90,7 @@ class Work:
             kind = "zero" if origin.is_zero else "copied" if origin.is_copy else "computed" if origin.info else "new"
             counts[kind] += 1
             sizes[kind] += stored.nbytes
-        lines = [f"{out}: {self.config.num_layers} layers, {len(self.tensors)} tensors, {size(self.nbytes)}"]
+        lines = [f"{out}: {self.recipe.plan.num_layers} layers, {len(self.tensors)} tensors, {size(self.nbytes)}"]
         lines += [
             f"  {name}: {len(shard)} tensors, {size(sum(stored.nbytes for stored, _ in shard))}"
             for name, shard in self.shards.items()
@@ -136,36 +135,26 @@ def prepare(
         checkpoints[name] = open_checkpoint(model.path, revision=model.revision, allow_pickle=allow_pickle)
         if isinstance(storage := checkpoints[name].storage, Local):
             manifest.check_manifest(Path(storage.root), ["config.json"])
-    configs = {name: model.config for name, model in recipe.models.items()}
-    config = result_config(plan, configs, base=recipe.base, vocab_size=vocabulary.size)
-    base = recipe.models[recipe.base]
-    family, exported = with_family_biases(config, base.hf["model_type"])
-    if family.model_type != base.hf["model_type"]:
-        raise UserError(
-            f"{base.path}: a {base.hf['model_type']} model cannot be what the recipe makes, only {family.model_type}"
-        )
+    made = outcome(recipe, stored_dtypes(checkpoints), vocab_size=vocabulary.size)
     # Where every token keeps its row, the bytes are copied.
     rows = {
         end: rows for end, rows in vocabulary.rows.items()
         if (name := getattr(plan, end)) and not np.array_equal(rows, np.arange(checkpoints[name].config.vocab_size))
     }  # fmt: skip
+    family = family_of_hf(made.hf)
     origins = {
         stored.tensor.name: (stored, origin)
-        for stored, origin in tensor_origins(plan, config, family, exported, checkpoints, frozenset(rows))
+        for stored, origin in tensor_origins(made.bill, family, made.exported, checkpoints, frozenset(rows))
     }
     shards = split([stored for stored, _ in origins.values()], largest)
-    weights = collections.Counter()
-    for stored, _ in origins.values():
-        weights[stored.dtype.name] += stored.nbytes // stored.dtype.itemsize
-    dtype = weights.most_common(1)[0][0]
-
+    base = recipe.models[recipe.base]
     texts = dict(carried_files(base.path, base.revision) if vocabulary.files is None else vocabulary.files)
-    texts["config.json"] = json_bytes(_edited(base.hf, family, exported, dtype) | vocabulary.token_ids)
+    texts["config.json"] = json_bytes(made.hf | vocabulary.token_ids)
     if len(shards) > 1:
         texts[INDEX] = index(shards)
     texts[PLAN] = _plan_text(recipe).encode()
     return Work(
-        recipe, config, checkpoints, {file: [origins[stored.tensor.name] for stored in shard]
+        recipe, made, checkpoints, {file: [origins[stored.tensor.name] for stored in shard]
         for file, shard in shards.items()}, texts, rows,
     )  # fmt: skip
 
@@ -239,7 +228,7 @@ def carry_out(
         if verify:
             from jaxup.building.verify import verify as run
 
-            report = run(plan, work.checkpoints, directory, own_vocabulary=bool(work.rows), progress=progress)
+            report = run(work.made.bill, work.checkpoints, directory, own_vocabulary=bool(work.rows), progress=progress)
     return Built(work.nbytes, work.zero_bytes, sparse, seconds, report)
 
 
@@ -253,41 +242,7 @@ def _check_tied(checkpoint: Checkpoint) -> None:
         check_tied(checkpoint, checkpoint.read(info, rows), rows)
 
 
-# ---- config.json and what is written about the plan
-
-
-# Fields of ModelConfig that several keys decide together, by one of these.
-_DECIDED_BY = {"rope_theta": ("rope_theta", "rope_scaling"), "layer_types": ("layer_types", "sliding_window")}
-
-
-def _edited(base: Mapping[str, Any], family: Family, config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The base model's config.json with what must change for it to be `config`; UserError if that cannot be."""
-    wanted = config_to_hf(config, dtype=dtype, eos_token_id=None, bos_token_id=None, model_type=family.model_type)
-    before, hf = config_from_hf(base), dict(base)
-    for key in family.keys:
-        if any(getattr(before, field) != getattr(config, field) for field in key.fields):
-            hf[key.name] = wanted[key.name]
-    # transformers 4 reads `torch_dtype`, 5 `dtype`; neither minds the other.
-    hf |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype", "torch_dtype"], dtype)
-    if isinstance(hf.get("layer_types"), list):
-        hf["layer_types"] = [LAYER_TYPES[config.window_of(i) is not None] for i in range(config.num_layers)]
-    for rule in family.rules:
-        candidate = hf | {name: wanted[name] for name in rule.names if name in wanted}
-        fields = [field for name in rule.names for field in _DECIDED_BY.get(name, ())]
-        if any(getattr(before, field) != getattr(config, field) for field in fields) or (
-            _says(candidate, config) and not _says(hf, config)
-        ):
-            hf = candidate
-    if not _says(hf, config):
-        raise UserError(f"config.json: no {family.model_type} config.json says what the recipe makes: {config}")
-    return hf
-
-
-def _says(hf: Mapping[str, Any], config: ModelConfig) -> bool:
-    try:
-        return config_from_hf(hf) == config
-    except UserError:
-        return False
+# ---- what is written about the plan
 
 
 def _plan_text(recipe: Recipe) -> str:
@@ -306,7 +261,7 @@ def _card(work: Work, title: str) -> str:
     names = {model.path: None for model in (recipe.models[recipe.base], *recipe.models.values())}
     dtypes = {stored.dtype.name: None for stored, _ in work.tensors}
     return model_card(
-        work.config, title=title, dtype=", ".join(dtypes), source=recipe.name, plan=recipe.plan, picture=PICTURE,
+        work.made.config, title=title, dtype=", ".join(dtypes), source=recipe.name, plan=recipe.plan, picture=PICTURE,
         base_models=[name for name in names if not os.path.exists(name)],
     )  # fmt: skip
 
@@ -314,14 +269,12 @@ def _card(work: Work, title: str) -> str:
 # ---- newly initialised values
 
 
-def _new_leaves(work: Work) -> dict[tuple[str, int | None], np.ndarray]:
+def _new_leaves(work: Work) -> dict[tuple[str, int], np.ndarray]:
     """The newly initialised params that the result needs, by path and layer: `init` with seed 0, as jaxup.load."""
-    known = param_shapes(work.config)
     needed: dict[str, list[int]] = {}
-    for _, origin in work.tensors:
-        for path in origin.new.paths if origin.new else ():
-            if path in known:
-                needed.setdefault(path, []).extend([] if origin.new.layer is None else [origin.new.layer])
+    for path, rows in work.made.bill.items():
+        new = [i for i, made in enumerate(rows) if not made.is_zero and (made.source is None or made.noise)]
+        needed |= {path: new} if new else {}
     if not needed:
         return {}
     import jax
@@ -329,21 +282,21 @@ def _new_leaves(work: Work) -> dict[tuple[str, int | None], np.ndarray]:
     from jaxup.model.decoder import init
 
     def make() -> dict[str, Any]:
-        leaves = flatten(init(work.config, 0))
-        return {path: leaves[path][np.array(layers)] if layers else leaves[path] for path, layers in needed.items()}
+        leaves = flatten(init(work.made.config, 0))
+        return {
+            path: leaves[path][np.array(layers)] if path.startswith(STACK) else leaves[path][None]
+            for path, layers in needed.items()
+        }
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         made = jax.tree.map(np.asarray, jax.jit(make)())
-    leaves: dict[tuple[str, int | None], np.ndarray] = {}
-    for path, layers in needed.items():
-        leaves |= {(path, layer): made[path][i] for i, layer in enumerate(layers)} or {(path, None): made[path]}
-    return leaves
+    return {(path, layer): made[path][i] for path, layers in needed.items() for i, layer in enumerate(layers)}
 
 
-def _new_tensor(leaves: Mapping[tuple[str, int | None], np.ndarray], tensor: Tensor) -> np.ndarray:
+def _new_tensor(leaves: Mapping[tuple[str, int], np.ndarray], tensor: Tensor) -> np.ndarray:
     """The new values of a tensor, in the layout of the file, float32."""
     parts = [
-        leaves.get((path, tensor.layer), np.zeros(shape, np.float32))
+        leaves.get((path, tensor.layer or 0), np.zeros(shape, np.float32))
         for path, shape in zip(tensor.paths, tensor.part_shapes, strict=True)
     ]
     return to_file(tensor, parts, np.dtype(np.float32))

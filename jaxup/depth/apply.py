@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxup.depth.plan import ENDS, MODULE_PARTS, DepthPlan
+from jaxup.depth.materials import Bill, Material, common, materials
+from jaxup.depth.plan import ENDS, DepthPlan
 from jaxup.errors import UserError, suggest
+from jaxup.model.spec import PART_OF, STACK, flatten, unflatten
 
 Params = dict[str, Any]  # nested dict of arrays
 INIT = None  # the name, among the sources, of the freshly initialised tree
@@ -45,67 +47,86 @@ def apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None = 
       UserError: a source is missing or is not what the plan was made for, sources and `init` do
         not fit each other, or something new is needed and there is no `init`.
     """
-    trees: dict[str | None, Params] = {}
+    trees: dict[str | None, dict[str, Any]] = {}
     for name, _ in plan.sources:
         if name not in sources:
             raise UserError(f"apply: the plan's source {name!r} is not given{suggest(name, sources)}")
-        trees[name] = sources[name]
+        trees[name] = flatten(sources[name])
     if init is not None:
-        trees[INIT] = init
+        trees[INIT] = flatten(init)
     _check_depths(plan, trees)
     _check_shapes(trees)
-    result = {end: tree for end in ENDS if (tree := _end(plan, end, trees)) is not None}
-    if init is not None and (differ := set(result) ^ (set(init) - {"blocks"})):
-        end = min(differ)
-        raise UserError(f"apply: {end} is in {'init' if end in init else 'the result'} only")
+    tied = {name: "lm_head.kernel" not in trees[name] for name, _ in plan.sources}
+    paths = [*_of("blocks", next(iter(trees.values()))), *_end_paths(plan, trees, tied)]
 
-    blocks = {name: tree["blocks"] for name, tree in trees.items()}
-    names = list(blocks)
-    # Any tree does as the first: all have the same structure.
-    result["blocks"] = jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: _leaf(plan, _path(path), dict(zip(names, leaves))), *blocks.values()
-    )
-    if any(row.noise for row in plan.rows):
-        if init is None:
-            raise UserError("apply: layers are to be mixed with newly initialised ones, and no init is given")
-        result = add_noise(plan, result, init)
-    return result
+    def stored(source: str | None, path: str, layer: int | None) -> str:
+        if source not in trees:
+            raise UserError(f"apply: {path} is to be newly initialised, and no init is given")
+        return trees[source][path].dtype.name
+
+    bill = materials(plan, paths, tied, stored)
+    leaves = {path: _leaf(path, made, trees) for path, made in bill.items()}
+    if any(made.noise for rows in bill.values() for made in rows):
+        leaves = add_noise(bill, leaves, trees[INIT])
+    return unflatten(leaves)
 
 
-def add_noise(plan: DepthPlan, params: Params, init: Params) -> Params:
-    """The params of the plan's result, without noise, with the noise that its rows ask for.
+def add_noise(bill: Bill, leaves: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves, made without noise, with that of their materials: values of `fresh`, by path.
 
     A kernel becomes (1 - noise) * inherited + noise * new, in float32, rounded to its own dtype.
     """
 
-    def mix(keys: Any, leaf: Any, new: Any) -> Any:
-        path = _path(keys)
-        noise = np.array([row.noise if row.inherits(path) else 0 for row in plan.rows], np.float32)
-        if not path.endswith(".kernel") or not noise.any():
-            return leaf
-        noise = noise.reshape(-1, *[1] * (leaf.ndim - 1))
+    def mix(leaf: Any, rows: tuple[Material, ...], new: Any) -> Any:
+        noise = np.array([made.noise for made in rows], np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
         mixed = (1 - noise) * leaf.astype(jnp.float32) + noise * new.astype(jnp.float32)
         return jnp.where(noise == 0, leaf, mixed.astype(leaf.dtype))
 
-    return params | {"blocks": jax.tree_util.tree_map_with_path(mix, params["blocks"], init["blocks"])}
+    noisy = {path for path, rows in bill.items() if any(made.noise for made in rows)}
+    return {path: mix(leaf, bill[path], fresh[path]) if path in noisy else leaf for path, leaf in leaves.items()}
 
 
-def _leaf(plan: DepthPlan, path: str, leaves: Mapping[str | None, Any]) -> jax.Array:
-    """The result's [M, ...] leaf at `path` of a block, from [L, ...] of each source."""
-    origins = []  # (source, layer) of each row
-    for i, row in enumerate(plan.rows):
-        if not row.inherits(path) and INIT not in leaves:
-            raise UserError(f"apply: {path} of layer {i} is to be newly initialised, and no init is given")
-        origins.append((row.source, row.layer) if row.inherits(path) else (INIT, i))
-    names = {name for name, _ in origins}
-    dtype = jnp.dtype(plan.dtype or jnp.result_type(*[leaves[name].dtype for name in names - {INIT} or names]))
+def _end_paths(
+    plan: DepthPlan, trees: Mapping[str | None, Mapping[str, Any]], tied: Mapping[str, bool]
+) -> Iterator[str]:
+    """What the result has besides blocks."""
+    for end in ENDS:
+        part, name = (plan.head(tied) or (end, None)) if end == "lm_head" else (end, getattr(plan, end))
+        if end == "lm_head" and plan.head(tied) is None:
+            found: list[str] = []
+        elif name is INIT and INIT not in trees:
+            if any(_of(end, tree) for tree in trees.values()):
+                raise UserError(f"apply: {end} is to be newly initialised, and no init is given")
+            continue
+        else:
+            found = _of(end, trees[name]) if part == end else ["lm_head.kernel"]
+        if INIT in trees and sorted(found) != sorted(there := _of(end, trees[INIT])):
+            raise UserError(f"apply: {end} is in {'init' if there else 'the result'} only")
+        yield from found
 
+
+def _of(end: str, tree: Mapping[str, Any]) -> list[str]:
+    return [path for path in tree if path.split(".")[0] == end]
+
+
+def _leaf(path: str, rows: tuple[Material, ...], trees: Mapping[str | None, Mapping[str, Any]]) -> jax.Array:
+    """A leaf of the result, [M, ...] if it is stacked."""
+    if not path.startswith(STACK):
+        (made,) = rows
+        leaf = jnp.asarray(trees[made.source][made.path])
+        leaf = (leaf if made.path == path else leaf.T).astype(made.before)
+        return scale_rows(leaf[None], [made.factors], made.after)[0] if made.factors else leaf.astype(made.after)
+    if INIT not in trees and any(made.source is INIT or made.noise for made in rows):
+        layer = next(i for i, made in enumerate(rows) if made.source is INIT or made.noise)
+        what = "is to be newly initialised" if rows[layer].source is INIT else "is to be mixed with new values"
+        raise UserError(f"apply: {path.removeprefix(STACK)} of layer {layer} {what}, and no init is given")
+    before, after = common(made.before for made in rows), common(made.after for made in rows)
     pieces = []
-    for name, run in itertools.groupby(origins, key=lambda origin: origin[0]):
-        layers = np.array([layer for _, layer in run], np.int32)
-        pieces.append(jnp.asarray(leaves[name]).at[layers].get(mode="promise_in_bounds").astype(dtype))
+    for name, run in itertools.groupby(rows, key=lambda made: made.source):
+        layers = np.array([made.layer for made in run], np.int32)
+        pieces.append(jnp.asarray(trees[name][path]).at[layers].get(mode="promise_in_bounds").astype(before))
     leaf = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
-    return scale_rows(leaf, [row.factors(path) for row in plan.rows], plan.out_dtype)
+    return scale_rows(leaf, [made.factors for made in rows], after)
 
 
 def scale_rows(leaf: jax.Array, factors: Sequence[tuple[float, ...]], out_dtype: Any = None) -> jax.Array:
@@ -124,61 +145,32 @@ def scale_rows(leaf: jax.Array, factors: Sequence[tuple[float, ...]], out_dtype:
     return jax.lax.optimization_barrier(leaf).astype(out_dtype or dtype)
 
 
-def _end(plan: DepthPlan, end: str, trees: Mapping[str | None, Params]) -> Any | None:
-    """What the plan takes for `end`, or None where the result has no such thing."""
-    name = getattr(plan, end)
-    if end == "lm_head":
-        head = plan.head({source: "lm_head" not in trees[source] for source, _ in plan.sources})
-        if head is None:
-            return None
-        part, name = head
-        if part == "embed_tokens":
-            return {"kernel": _ended(plan, "lm_head.kernel", jnp.asarray(trees[name][part]).T)}
-    if name is INIT and INIT not in trees:
-        if any(end in tree for tree in trees.values()):
-            raise UserError(f"apply: {end} is to be newly initialised, and no init is given")
-        return None
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: _ended(plan, ".".join(filter(None, (end, _path(keys)))), leaf), trees[name].get(end)
-    )
-
-
-def _ended(plan: DepthPlan, path: str, leaf: Any) -> jax.Array:
-    leaf = jnp.asarray(leaf).astype(plan.dtype or leaf.dtype)
-    if factors := plan.factors(path):
-        return scale_rows(leaf[None], [factors], plan.out_dtype)[0]
-    return leaf.astype(plan.out_dtype or leaf.dtype)
-
-
-def _check_depths(plan: DepthPlan, trees: Mapping[str | None, Params]) -> None:
+def _check_depths(plan: DepthPlan, trees: Mapping[str | None, Mapping[str, Any]]) -> None:
     depths: dict[str | None, int] = {**dict(plan.sources), INIT: plan.num_layers}
     for name, tree in trees.items():
-        for key in tree:
-            if key not in (*ENDS, "blocks"):
-                raise UserError(f"apply: {_called(name)} has {key!r}, of which a plan knows nothing")
-        for path, leaf in _flat(tree["blocks"]).items():
-            if path.split(".")[0] not in MODULE_PARTS:
-                raise UserError(f"apply: {_called(name)} has blocks.{path}, of which a plan knows nothing")
+        for path, leaf in tree.items():
+            if path not in PART_OF:
+                raise UserError(f"apply: {_called(name)} has {path}, of which a plan knows nothing")
             found = leaf.shape[0] if leaf.ndim else 0
-            if found != depths[name]:
+            if path.startswith(STACK) and found != depths[name]:
                 raise UserError(
-                    f"apply: blocks.{path} of {_called(name)} has {found} layers, but the plan says {depths[name]}"
+                    f"apply: {path} of {_called(name)} has {found} layers, but the plan says {depths[name]}"
                 )
 
 
-def _check_shapes(trees: Mapping[str | None, Params]) -> None:
+def _check_shapes(trees: Mapping[str | None, Mapping[str, Any]]) -> None:
     """All trees must be of one architecture but for depth, and for ends that some do not have."""
     seen: dict[str, tuple[str | None, tuple[int, ...]]] = {}
     first, *others = trees
-    paths = {name: _flat(tree["blocks"]).keys() for name, tree in trees.items()}
+    paths = {name: set(_of("blocks", tree)) for name, tree in trees.items()}
     for other in others:
         if differ := paths[first] ^ paths[other]:
             path = min(differ)
             has, lacks = (first, other) if path in paths[first] else (other, first)
-            raise UserError(f"apply: {_called(has)} has blocks.{path}, and {_called(lacks)} has not")
+            raise UserError(f"apply: {_called(has)} has {path}, and {_called(lacks)} has not")
     for name, tree in trees.items():
-        for path, leaf in _flat(tree).items():
-            skip = 1 if path.startswith("blocks.") else 0
+        for path, leaf in tree.items():
+            skip = 1 if path.startswith(STACK) else 0
             who, shape = seen.setdefault(path, (name, leaf.shape))
             if shape[skip:] != leaf.shape[skip:]:
                 raise UserError(
@@ -188,11 +180,3 @@ def _check_shapes(trees: Mapping[str | None, Params]) -> None:
 
 def _called(name: str | None) -> str:
     return "init" if name is INIT else repr(name)
-
-
-def _path(keys: Any) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator=".")
-
-
-def _flat(tree: Params) -> dict[str, Any]:
-    return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}

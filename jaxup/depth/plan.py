@@ -13,6 +13,7 @@ import operator
 from collections.abc import Mapping, Sequence
 
 from jaxup.errors import UserError, suggest
+from jaxup.model.spec import PART_OF, STACK
 
 ROLES = ("original", "copy", "new")
 PARTS = ("attention", "mlp", "norms")  # of a block
@@ -20,22 +21,9 @@ ENDS = ("embed_tokens", "embed_positions", "norm", "lm_head")  # what is not a b
 ALL_PARTS = PARTS + ENDS
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Which part of a block each of its modules belongs to.
-MODULE_PARTS = {
-    "self_attn": "attention",
-    "mlp": "mlp",
-    "input_layernorm": "norms",
-    "post_attention_layernorm": "norms",
-}
-
 # Every parameter that a block of some family has, and every one that is not of a block.
-BLOCK_PATHS = (
-    *(f"self_attn.{name}_proj.{kind}" for name in "qkvo" for kind in ("kernel", "bias")),
-    *(f"self_attn.{name}_norm.scale" for name in "qk"),
-    *(f"mlp.{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in ("kernel", "bias")),
-    *(f"{name}_layernorm.{kind}" for name in ("input", "post_attention") for kind in ("scale", "bias")),
-)
-END_PATHS = ("embed_tokens", "embed_positions", "norm.scale", "norm.bias", "lm_head.kernel")
+BLOCK_PATHS = tuple(path.removeprefix(STACK) for path in PART_OF if path.startswith(STACK))
+END_PATHS = tuple(path for path in PART_OF if not path.startswith(STACK))
 
 # What makes a block add nothing to the residual stream: its two projections back into it.
 ZEROED = (("o_proj", 0.0), ("down_proj", 0.0))
@@ -95,7 +83,7 @@ class Row:
 
     def inherits(self, path: str) -> bool:
         """Whether the parameter at `path` inside the block comes from the source."""
-        return MODULE_PARTS[path.split(".")[0]] in self.parts
+        return PART_OF[STACK + path] in self.parts
 
     @property
     def zeroed(self) -> bool:

@@ -11,7 +11,7 @@ from jaxup.errors import UserError, suggest
 from jaxup.model.config import ModelConfig
 
 # Two models may differ in these and still have layers of one function.
-_FREE = ("num_layers", "sliding_window", "layer_types", "tie_embeddings", "init_std")
+_FREE = ("num_layers", "kinds", "tie_embeddings", "init_std")
 
 
 def result_config(
@@ -19,7 +19,7 @@ def result_config(
 ) -> ModelConfig:
     """The configuration of what `plan` makes from models of these configurations.
 
-    Layers bring their own attention window along, and the embeddings are tied as `DepthPlan.head`
+    Layers bring their own kind along (window, scale of attention), and the embeddings are tied as `DepthPlan.head`
     has it. What models may differ in without computing something else, such as the longest
     sequence they were trained on, is as in the source `base`, by default that of the first layer. A
     given `vocab_size` takes the place of the models' own, which may then differ.
@@ -36,10 +36,6 @@ def result_config(
     for field, (a, name_a), (b, name_b) in disagreements(plan, configs):
         if field != "vocab_size" or vocab_size is None:
             raise UserError(f"plan: {field} is {a!r} in {name_a!r} and {b!r} in {name_b!r}")
-    windows = [configs[row.source].window_of(row.layer) for row in plan.rows]
-    sizes = sorted({window for window in windows if window is not None})
-    if len(sizes) > 1:
-        raise UserError(f"plan: its layers have sliding windows of {', '.join(map(str, sizes))}; a model has one")
     first = configs[plan.rows[0].source]
     free = first if base is None else configs[base]
     return dataclasses.replace(
@@ -47,8 +43,7 @@ def result_config(
         init_std=free.init_std,
         max_positions=free.max_positions if first.positions == "rope" else first.max_positions,
         num_layers=plan.num_layers,
-        sliding_window=sizes[0] if sizes else None,
-        layer_types=tuple("full_attention" if w is None else "sliding_attention" for w in windows),
+        kinds=tuple(configs[row.source].kinds_of_layers[row.layer] for row in plan.rows),
         tie_embeddings=plan.head({name: config.tie_embeddings for name, config in configs.items()}) is None,
         vocab_size=vocab_size or first.vocab_size,
     )
@@ -69,13 +64,3 @@ def disagreements(
             if field.name == "max_positions" and configs[first].positions == "rope":
                 continue
             yield field.name, (a, first), (b, other)
-
-
-def caveats(plan: DepthPlan, configs: Mapping[str, ModelConfig]) -> Iterator[str]:
-    """What the result computes otherwise than its layers did, although every tensor is as the plan says."""
-    moved = [i for i, row in enumerate(plan.rows) if row.layer != i and not row.zeroed and row.parts]
-    if moved and any(configs[plan.rows[i].source].depth_scaled_attention for i in moved):
-        yield (
-            "attention is scaled by the layer's place (scale_attn_by_inverse_layer_idx): "
-            f"{len(moved)} layers that move compute something else than they did"
-        )

@@ -7,10 +7,14 @@ matrix per layer, in the layout that a `TensorRow` names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+from jaxup.model.spec import Param
+
+Layout = Literal["linear", "conv1d", "flat", "same"]
 
 
 class TensorRow(NamedTuple):
@@ -22,7 +26,7 @@ class TensorRow(NamedTuple):
 
     name: str  # with {layer} where the layer's number stands
     paths: tuple[str, ...]  # dotted, into the params tree
-    layout: Literal["linear", "conv1d", "flat", "same"]
+    layout: Layout
     inputs: int = 1  # how many leading axes of the kernel are inputs
 
 
@@ -44,25 +48,15 @@ def as_head(embedding: Tensor) -> Tensor:
     return Tensor(row.name, (vocab, hidden), row.paths, None, ((hidden, vocab),), row)
 
 
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict from dotted path to leaf."""
-    flat: dict[str, Any] = {}
-    for name, value in params.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
-
-
-def expected_tensors(table: Iterable[TensorRow], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
-    """The tensors of a file whose params have these shapes by dotted path, blocks layer by layer."""
-    rows = [row for row in table if row.paths[0] in shapes]
-    num_layers = next(shape[0] for path, shape in shapes.items() if path.startswith("blocks."))
+def expected_tensors(rows: Sequence[TensorRow], table: Mapping[str, Param]) -> Iterator[Tensor]:
+    """The tensors of the files of a model with this `spec`, blocks layer by layer; `rows` are those of its family."""
+    stacked = [row for row in rows if table[row.paths[0]].stacked]
     for row in rows:
-        if "{layer}" not in row.name:
-            yield _tensor(row, None, [shapes[p] for p in row.paths])
-    for layer in range(num_layers):
-        for row in rows:
-            if "{layer}" in row.name:
-                yield _tensor(row, layer, [shapes[p][1:] for p in row.paths])
+        if row not in stacked:
+            yield _tensor(row, None, [table[path].each for path in row.paths])
+    for layer in range(table[stacked[0].paths[0]].shape[0]):
+        for row in stacked:
+            yield _tensor(row, layer, [table[path].each for path in row.paths])
 
 
 def _tensor(row: TensorRow, layer: int | None, parts: list[tuple[int, ...]]) -> Tensor:

@@ -9,7 +9,7 @@ import yaml
 
 from jaxup.depth.plan import DepthPlan
 from jaxup.model.config import ModelConfig
-from jaxup.model.shapes import count_params
+from jaxup.model.spec import count_params
 from jaxup.text import backticks, printable
 
 

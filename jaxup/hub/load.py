@@ -9,20 +9,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxup.depth.apply import add_noise
+from jaxup.depth.materials import materials
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest
-from jaxup.families.layouts import flatten
 from jaxup.hub import reader
 from jaxup.hub.transfer import transfer
-from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.config import Compute
 from jaxup.model.decoder import Decoder, abstract, init
 from jaxup.model.sharding import param_shardings
+from jaxup.model.spec import flatten, spec, unflatten
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -91,29 +92,24 @@ def load(
     if mesh is None:
         default = jax.config.jax_default_device
         device = SingleDeviceSharding(default if isinstance(default, jax.Device) else jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: device, abstract(config)[1])
+        shardings = dict.fromkeys(spec(config), device)
     else:
-        shardings = param_shardings(config, mesh)
-
-    quiet = dataclasses.replace(plan, rows=tuple(dataclasses.replace(row, noise=0.0) for row in plan.rows))
-    leaves = transfer(quiet, config, checkpoints, flatten(shardings), dtype, strict=strict, progress=progress)
-    if quiet != plan:
-        leaves = _with_noise(plan, config, leaves)
+        shardings = flatten(param_shardings(config, mesh))
+    tied = {name: checkpoint.config.tie_embeddings for name, checkpoint in checkpoints.items()}
+    # What is loaded in another dtype is cast before it is scaled.
+    stored = reader.stored_dtypes(checkpoints) if dtype is None else lambda *_: dtype
+    bill = materials(plan, spec(config), tied, stored)
+    leaves = transfer(bill, config, checkpoints, shardings, dtype, strict=strict, progress=progress)
+    if any(row.noise for row in plan.rows):
+        mix = lambda leaves: add_noise(bill, leaves, flatten(init(config, 0)))  # noqa: E731
+        leaves = jax.jit(mix, donate_argnums=0, out_shardings=shardings)(leaves)
     compute = Compute(dtype="bfloat16" if leaves["embed_tokens"].dtype == jnp.bfloat16 else "float32")
-    model = nnx.merge(abstract(config, compute)[0], traverse_util.unflatten_dict(leaves, sep="."))
+    model = nnx.merge(abstract(config, compute)[0], unflatten(leaves))
     main = plan.embed_tokens if plan.embed_tokens is not None else next(iter(checkpoints))
     hf = checkpoints[main].hf
     ids = tuple((key, _hashable(hf[key])) for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf)
     model.origin = Origin(str(paths[main]), revision, hf["model_type"], ids, recorded)
     return model
-
-
-def _with_noise(plan: DepthPlan, config: ModelConfig, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    def mix(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return flatten(add_noise(plan, traverse_util.unflatten_dict(leaves, sep="."), init(config, 0)))
-
-    out = {path: leaf.sharding for path, leaf in leaves.items()}
-    return jax.jit(mix, donate_argnums=0, out_shardings=out)(leaves)
 
 
 def _paths(path_or_id: Any, plan: DepthPlan | None) -> dict[str, str | os.PathLike]:

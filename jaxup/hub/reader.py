@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxup.files.manifest import check_manifest
 from jaxup.files.shards import INDEX, SINGLE
 from jaxup.files.storage import Local, Storage, open_storage
 from jaxup.model.config import ModelConfig
-from jaxup.model.shapes import param_shapes
+from jaxup.model.spec import Param, spec
 from jaxup.text import parse_json
 
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -59,6 +59,15 @@ def dtype_of(info: TensorInfo) -> np.dtype:
     return _DTYPES[info.dtype]
 
 
+def stored_dtypes(checkpoints: Mapping[str, Checkpoint]) -> Callable[[str | None, str, int | None], str]:
+    """What `jaxup.depth.materials` asks of the files: the dtype of a source's parameter; new values are float32."""
+    dtypes = {
+        (name, path, tensor.layer): dtype_of(info).name
+        for name, checkpoint in checkpoints.items() for tensor, info in checkpoint.tensors for path in tensor.paths
+    }  # fmt: skip
+    return lambda source, path, layer: "float32" if source is None else dtypes[source, path, layer]
+
+
 def open_checkpoint(path_or_id: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> Checkpoint:
     """Reads config.json and the headers; UserError unless they are exactly one model of a known family.
 
@@ -67,7 +76,7 @@ def open_checkpoint(path_or_id: str | Path, *, revision: str | None = None, allo
     storage = open_storage(path_or_id, revision=revision)
     hf, family, config = _config(storage)
     infos, files, pickled = _headers(storage, allow_pickle)
-    found, tied = _match(storage.name, family, param_shapes(config), infos)
+    found, tied = _match(storage.name, family, spec(config), infos)
     return Checkpoint(storage, hf, config, tuple(found), tied, tuple(files), pickled)
 
 
@@ -83,20 +92,6 @@ def read_config(path_or_id: str | Path, *, revision: str | None = None) -> tuple
 def load_config(path_or_id: str | Path, *, revision: str | None = None) -> ModelConfig:
     """The ModelConfig of the directory's config.json; UserError if it cannot be represented."""
     return read_config(path_or_id, revision=revision)[1]
-
-
-def common_dtypes(tensors: Iterable[tuple[Tensor, TensorInfo]]) -> dict[str, np.dtype]:
-    """The dtype of each leaf that holds all its tensors exactly."""
-    dtypes: dict[str, np.dtype] = {}
-    for tensor, info in tensors:
-        for p in tensor.paths:
-            dtypes[p] = widest(dtypes.get(p, dtype_of(info)), dtype_of(info))
-    return dtypes
-
-
-def widest(a: np.dtype, b: np.dtype) -> np.dtype:
-    """The narrowest dtype that holds both exactly. numpy knows none for bfloat16 and float16."""
-    return a if a == b else np.dtype(np.float32)
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -125,7 +120,7 @@ def _config(storage: Storage) -> tuple[dict[str, Any], Family, ModelConfig]:
 
 
 def _match(
-    name: str, family: Family, shapes: dict[str, tuple[int, ...]], infos: dict[str, TensorInfo]
+    name: str, family: Family, table: Mapping[str, Param], infos: dict[str, TensorInfo]
 ) -> tuple[list[tuple[Tensor, TensorInfo]], TensorInfo | None]:
     """Pairs what the model needs with what the files hold; also the copy of a tied head, if any."""
     unused: dict[str, tuple[str, TensorInfo]] = {}
@@ -136,9 +131,9 @@ def _match(
         if full in unused:
             raise UserError(f"{name}: tensors {stored!r} and {unused[full][0]!r} are the same parameter")
         unused[full] = (stored, info)
-    num_layers = next(shape[0] for path, shape in shapes.items() if path.startswith("blocks."))
+    num_layers = next(param.shape[0] for param in table.values() if param.stacked)
     found, missing, misshapen = [], [], []
-    for tensor in expected_tensors(family.tensors, shapes):
+    for tensor in expected_tensors(family.rows(table), table):
         stored, info = unused.pop(tensor.name, (None, None))
         if info is None:
             missing.append(tensor.name)
@@ -151,8 +146,8 @@ def _match(
     for template in family.ignored_tensors:
         for layer in range(num_layers if "{layer}" in template else 1):
             unused.pop(template.format(layer=layer), None)
-    _, tied = unused.pop("lm_head.weight", (None, None)) if "lm_head.kernel" not in shapes else (None, None)
-    if tied is not None and (tied.shape != shapes["embed_tokens"] or tied.dtype not in _DTYPES):
+    _, tied = unused.pop("lm_head.weight", (None, None)) if "lm_head.kernel" not in table else (None, None)
+    if tied is not None and (tied.shape != table["embed_tokens"].shape or tied.dtype not in _DTYPES):
         misshapen.append(f"'lm_head.weight' is {tied.dtype}{list(tied.shape)}, not the tied embedding's")
     for kind, names in (
         ("wrong tensor", misshapen),

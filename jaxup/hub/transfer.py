@@ -27,38 +27,35 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxup.depth.apply import scale_rows
 from jaxup.depth.arithmetic import rescale
-from jaxup.depth.plan import ENDS, DepthPlan
+from jaxup.depth.materials import Bill, Material, common
 from jaxup.errors import UserError
-from jaxup.families.layouts import Tensor, as_head, flatten, from_file, transpose
+from jaxup.families.layouts import Tensor, as_head, from_file, transpose
 from jaxup.files.header import TensorInfo
 from jaxup.files.storage import Local, aligned
 from jaxup.hub import reader
 from jaxup.hub.reader import Checkpoint, dtype_of, is_finite
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import init
-from jaxup.model.shapes import param_shapes
+from jaxup.model.spec import STACK, flatten, spec
 from jaxup.progress import Progress
 
 _READ_AHEAD = 64 * 2**20  # bytes
 
-_Origins = Mapping[str, tuple[str, str | None] | None]  # see `_origins`
-
 
 def transfer(
-    plan: DepthPlan, config: ModelConfig, checkpoints: Mapping[str, Checkpoint], shardings: Mapping[str, Any],
+    bill: Bill, config: ModelConfig, checkpoints: Mapping[str, Checkpoint], shardings: Mapping[str, Any],
     dtype: str | None, *, strict: bool, progress: bool,
 ) -> dict[str, jax.Array]:  # fmt: skip
-    """The leaves, by dotted path, of what `plan` makes of the checkpoints: a model of `config`; see `load`."""
-    origins = _origins(plan, checkpoints)
-    moves = list(_moves(plan, config, checkpoints, origins))
+    """The leaves, by path, of a model of `config` made of these materials, but for their noise; see `load`."""
+    moves = list(_moves(bill, checkpoints))
     alone = jax.process_count() == 1
     # Elsewhere a process would have to read what belongs to others.
     digests = [_in_background(checkpoint.check_digests) for checkpoint in checkpoints.values()] if alone else []
-    casts = _casts(plan, shardings, checkpoints, origins, dtype)
-    fresh = _fresh(plan, config, shardings, casts, origins)
+    casts = {path: _Casts.of(rows, dtype) for path, rows in bill.items()}
+    fresh = _fresh(bill, config, shardings, casts)
     sharding = next(iter(shardings.values()))
     on_host = isinstance(sharding, SingleDeviceSharding) and next(iter(sharding.device_set)).platform == "cpu"
-    target = (_Host if on_host else _Devices)(plan, config, shardings, casts, fresh)
+    target = (_Host if on_host else _Devices)(bill, config, shardings, casts, fresh)
     finite = np.ones(len(moves), bool)
     total, done = sum(_nbytes(move.info) for move in moves), 0
     # Over a network it is the requests in flight that make the speed; here, more threads cost memory.
@@ -92,38 +89,26 @@ class _Move(NamedTuple):
     targets: tuple[tuple[str, int | None, int, tuple[float, ...]], ...]
 
 
-def _moves(
-    plan: DepthPlan, config: ModelConfig, checkpoints: Mapping[str, Checkpoint], origins: _Origins
-) -> Iterator[_Move]:
+def _moves(bill: Bill, checkpoints: Mapping[str, Checkpoint]) -> Iterator[_Move]:
     """What is to be read, in the order in which it lies in the files."""
-    leaves = param_shapes(config)
-    placed = collections.defaultdict(list)
-    for position, row in enumerate(plan.rows):
-        placed[row.source, row.layer].append((position, row))
+    wanted = collections.defaultdict(list)  # (source, path, layer) -> places of the result
+    for path, rows in bill.items():
+        for i, made in enumerate(rows):
+            # What is scaled by zero stays as the stack begins, and is not read.
+            if made.source is not None and not (made.is_zero and path.startswith(STACK)):
+                place = (path, i if path.startswith(STACK) else None)
+                wanted[made.source, made.path, made.layer].append((*place, made.factors))
     for name, checkpoint in checkpoints.items():
         for tensor, info in sorted(checkpoint.tensors, key=lambda pair: (pair[1].file, pair[1].offset)):
-            targets = []
-            for part, path in enumerate(tensor.paths):
-                if tensor.layer is None:
-                    if path in leaves and origins[path.split(".")[0]] == (path.split(".")[0], name):
-                        targets.append((path, None, part, plan.factors(path)))
-                    continue
-                inside = path.removeprefix("blocks.")
-                for position, row in placed[name, tensor.layer]:
-                    # A parameter that is scaled by zero stays as the stack begins, and is not read.
-                    if row.inherits(inside) and row.factors(inside) != (0.0,):
-                        targets.append((path, position, part, row.factors(inside)))
+            targets, heads = [], []
+            for part, origin in enumerate(tensor.paths):
+                for path, layer, factors in wanted[name, origin, tensor.layer]:
+                    # A tied embedding that is a head of its own in the result lies there transposed.
+                    (targets if path == origin else heads).append((path, layer, part, factors))
             if targets:
                 yield _Move(checkpoint, tensor, info, tuple(targets))
-            if tensor.paths == ("embed_tokens",) and origins["lm_head"] == ("embed_tokens", name):
-                path = "lm_head.kernel"
-                yield _Move(checkpoint, as_head(tensor), info, ((path, None, 0, plan.factors(path)),))
-
-
-def _origins(plan: DepthPlan, checkpoints: Mapping[str, Checkpoint]) -> _Origins:
-    """For each end of the result, the parameter and the source that it is; None for a tied head."""
-    tied = {name: checkpoint.config.tie_embeddings for name, checkpoint in checkpoints.items()}
-    return {end: (end, getattr(plan, end)) for end in ENDS} | {"lm_head": plan.head(tied)}
+            if heads:
+                yield _Move(checkpoint, as_head(tensor), info, tuple(heads))
 
 
 class _Casts(NamedTuple):
@@ -133,59 +118,36 @@ class _Casts(NamedTuple):
     after: np.dtype
     leaf: np.dtype
 
+    @classmethod
+    def of(cls, rows: tuple[Material, ...], dtype: str | None) -> _Casts:
+        """All layers of a leaf have one dtype: `dtype`, or that which holds them all."""
+        before, after = common(made.before for made in rows), common(made.after for made in rows)
+        return cls(*map(jnp.dtype, (before, after, dtype or after)))
+
     @property
     def one(self) -> bool:
         return self.before == self.after == self.leaf
 
 
-def _casts(
-    plan: DepthPlan, paths: Iterable[str], checkpoints: Mapping[str, Checkpoint], origins: _Origins, dtype: str | None
-) -> dict[str, _Casts]:
-    stored = {name: reader.common_dtypes(checkpoint.tensors) for name, checkpoint in checkpoints.items()}
-    casts = {}
-    for path in paths:
-        inside = path.removeprefix("blocks.")
-        if inside == path:
-            part, name = origins[path.split(".")[0]]
-            found = [] if name is None else [stored[name][path if path.startswith(part) else part]]
-        else:
-            found = [stored[name][path] for name in {row.source for row in plan.rows if row.inherits(inside)}]
-        widest = functools.reduce(reader.widest, found) if found else jnp.dtype("float32")
-        before = jnp.dtype(plan.dtype or dtype or widest)
-        after = jnp.dtype(plan.out_dtype or before)
-        casts[path] = _Casts(before, after, jnp.dtype(dtype or after))
-    return casts
-
-
 def _fresh(
-    plan: DepthPlan, config: ModelConfig, shardings: Mapping[str, Any], casts: Mapping[str, _Casts],
-    origins: _Origins,
-) -> dict[str, jax.Array]:  # fmt: skip
-    """Newly initialised leaves of which the plan inherits nothing, or not in every layer."""
-    paths = {path for path in shardings if _is_fresh(plan, path, origins)}
+    bill: Bill, config: ModelConfig, shardings: Mapping[str, Any], casts: Mapping[str, _Casts]
+) -> dict[str, jax.Array]:
+    """Newly initialised leaves of which nothing is inherited, or not in every layer."""
+    paths = {path for path, rows in bill.items() if any(made.source is None for made in rows)}
     if not paths:
         return {}
 
     def make() -> dict[str, jax.Array]:
-        leaves = {path: leaf for path, leaf in flatten(init(config, 0)).items() if path in paths}
-        for path, leaf in leaves.items():
-            inside, leaf = path.removeprefix("blocks."), leaf.astype(casts[path].before)
-            if inside == path:
-                leaves[path] = scale_rows(leaf[None], [plan.factors(path)], casts[path].after)[0]
-            else:
-                # What is inherited comes later: zero till then.
-                factors = [(0.0,) if row.inherits(inside) else row.factors(inside) for row in plan.rows]
-                leaves[path] = scale_rows(leaf, factors, casts[path].after)
-        return {path: leaf.astype(casts[path].leaf) for path, leaf in leaves.items()}
+        made, leaves = flatten(init(config, 0)), {}
+        for path in paths:
+            leaf = made[path].astype(casts[path].before)
+            # What is inherited comes later: zero till then.
+            factors = [row.factors if row.source is None else (0.0,) for row in bill[path]]
+            stack = leaf if path.startswith(STACK) else leaf[None]
+            leaves[path] = scale_rows(stack, factors, casts[path].after).astype(casts[path].leaf).reshape(leaf.shape)
+        return leaves
 
     return jax.jit(make, out_shardings={path: shardings[path] for path in paths})()
-
-
-def _is_fresh(plan: DepthPlan, path: str, origins: _Origins) -> bool:
-    inside = path.removeprefix("blocks.")
-    if inside == path:
-        return origins[path.split(".")[0]][1] is None
-    return not all(row.inherits(inside) for row in plan.rows)
 
 
 def _read_ahead(
@@ -213,13 +175,13 @@ def _rows(move: _Move, rows: slice) -> tuple[np.ndarray, bool]:
 class _Host:
     """Leaves in the memory of this process, filled by the threads that read."""
 
-    def __init__(self, plan, config, shardings, casts, fresh):
+    def __init__(self, bill, config, shardings, casts, fresh):
         self._shardings, self._casts = shardings, casts
-        self._leaves = {path: aligned(shape, casts[path].leaf) for path, shape in param_shapes(config).items()}
+        self._leaves = {path: aligned(param.shape, casts[path].leaf) for path, param in spec(config).items()}
         for path, leaf in self._leaves.items():
             if path in fresh:
                 leaf[...] = fresh[path]
-            elif any(row.factors(path.removeprefix("blocks.")) == (0.0,) for row in plan.rows):
+            elif any(made.is_zero for made in bill[path]):
                 leaf[...] = 0
 
     def fetch(self, move: _Move) -> tuple[None, bool]:
@@ -253,13 +215,13 @@ class _Host:
 class _Devices:
     """Leaves on the devices of a mesh, or on one accelerator."""
 
-    def __init__(self, plan, config, shardings, casts, fresh):
-        shapes = param_shapes(config)
+    def __init__(self, bill, config, shardings, casts, fresh):
+        table = spec(config)
         self._shardings, self._casts = shardings, casts
-        self._leaves = {path: jax.ShapeDtypeStruct(shape, casts[path].leaf) for path, shape in shapes.items()}
-        stacks = [path for path in shapes if path.startswith("blocks.") and path not in fresh]
+        self._leaves = {path: jax.ShapeDtypeStruct(param.shape, casts[path].leaf) for path, param in table.items()}
+        stacks = [path for path in table if table[path].stacked and path not in fresh]
         zeros = jax.jit(
-            lambda: {path: jnp.zeros(shapes[path], casts[path].leaf) for path in stacks},
+            lambda: {path: jnp.zeros(table[path].shape, casts[path].leaf) for path in stacks},
             out_shardings={path: shardings[path] for path in stacks},
         )()
         self._leaves |= fresh | zeros

@@ -18,17 +18,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxup.depth.materials import common
 from jaxup.errors import UserError, suggest
 from jaxup.families import config_to_hf, with_family_biases
-from jaxup.families.layouts import Tensor, expected_tensors, flatten, to_file
+from jaxup.families.layouts import Tensor, expected_tensors, to_file
 from jaxup.files import manifest
 from jaxup.files.shards import DTYPES, INDEX, SINGLE, Stored, index, json_bytes, parse_size, split, write_shard
 from jaxup.files.staging import check_space, staged_directory
 from jaxup.hub.directory import CARD, MARKS
-from jaxup.hub.reader import is_finite, widest
+from jaxup.hub.reader import is_finite
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
-from jaxup.model.shapes import param_shapes
+from jaxup.model.spec import flatten, spec
 from jaxup.progress import Progress
 
 _OWN = ("config.json", SINGLE, INDEX, manifest.NAME)
@@ -83,7 +84,7 @@ def save(
     most = dtype or main_dtype(params)
     tensors = [
         Stored(tensor, DTYPES[dtype or _widest(tensor, leaves, most)])
-        for tensor in expected_tensors(family.tensors, param_shapes(exported))
+        for tensor in expected_tensors(family.rows(spec(exported)), spec(exported))
     ]
     shards = split(tensors, max_shard_size)
 
@@ -134,12 +135,12 @@ def save(
 def _checked(config: ModelConfig, params: Params) -> dict[str, Any]:
     """The leaves by dotted path; UserError unless they are exactly the config's."""
     leaves = flatten(params)
-    needed = param_shapes(config)
+    needed = spec(config)
     for path in sorted(set(needed) ^ set(leaves)):
         raise UserError(f"params: {path} is {'missing' if path in needed else 'not part of the model'}")
-    for path, shape in needed.items():
-        if tuple(leaves[path].shape) != shape:
-            raise UserError(f"params: {path} is {list(leaves[path].shape)}, the config needs {list(shape)}")
+    for path, param in needed.items():
+        if tuple(leaves[path].shape) != param.shape:
+            raise UserError(f"params: {path} is {list(leaves[path].shape)}, the config needs {list(param.shape)}")
     return leaves
 
 
@@ -154,8 +155,7 @@ def main_dtype(params: Params) -> str:
 
 
 def _widest(tensor: Tensor, leaves: Mapping[str, Any], default: str) -> str:
-    dtypes = [leaves[path].dtype for path in tensor.paths if path in leaves]
-    return functools.reduce(widest, dtypes).name if dtypes else default
+    return common(leaves[path].dtype.name for path in tensor.paths if path in leaves) or default
 
 
 def _token_id(tokenizer: Any, name: str, config: ModelConfig) -> int | None:

@@ -25,8 +25,9 @@ from jaxup.depth import picture
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
-from jaxup.depth.result import caveats, result_config
+from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest
+from jaxup.families import with_family_biases
 from jaxup.files.shards import DTYPES as SAVED
 from jaxup.hub import writer
 from jaxup.hub.card import model_card
@@ -87,6 +88,7 @@ class HealJob:
         model = result_config(self._plan, self._models)
         if model.positions == "learned" and model.max_positions < config.data.seq_len:
             raise UserError(f"data.seq_len={config.data.seq_len} exceeds the model's {model.max_positions} positions")
+        with_family_biases(model)  # what no family can say could not be exported in the end
         self._select(model, self._plan)
         if config.heal.control and self._base_name is None:
             raise UserError(f"heal.control: the plan takes from {len(self._models)} models; there is no one base")
@@ -180,7 +182,7 @@ class HealJob:
                 raise UserError(str(error).replace("--allow-pickle", "--config.base.allow_pickle=true")) from None
 
     def report(self) -> str:
-        notes = [f"plan: {note}" for note in caveats(self._plan, self._models)]
+        notes = []
         if self.data.seq_len > self._model.max_positions:
             positions = self._model.max_positions
             notes.append(f"data: rows of {self.data.seq_len} tokens, and the base was made for {positions}")

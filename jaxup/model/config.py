@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxup.errors import UserError
 
@@ -50,7 +51,23 @@ _ROPE_FIELDS = {
     "yarn": ("original_max_positions", "beta_fast", "beta_slow", "attention_factor", "truncate"),
 }
 
-LAYER_TYPES = ("full_attention", "sliding_attention")  # as transformers names them
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What a layer computes otherwise than others may: the constants that go with its weights, whatever its place.
+
+    Those in which the layers of a model differ are arrays [L] beside the stacked weights, and are
+    looked up with the same index (`ModelConfig.columns`).
+    """
+
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all of them
+    attention_divisor: float = 1.0  # attention logits are divided by it, besides sqrt(head_dim)
+
+    def __post_init__(self):
+        if self.window is not None and (type(self.window) is not int or self.window < 1):
+            raise UserError(f"model: a layer's window must be a positive integer, not {self.window!r}")
+        if not 0 < self.attention_divisor < math.inf:
+            raise UserError(f"model: attention_divisor must be a positive number, not {self.attention_divisor!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,9 +101,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # each head's queries and keys are RMS-normalised before the rotation
     rope_scaling: RopeScaling | None = None
-    sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
-    layer_types: tuple[str, ...] | None = None  # one of LAYER_TYPES per layer, if not all have the window
-    depth_scaled_attention: bool = False  # logits of layer l are further divided by l + 1
+    kinds: tuple[LayerKind, ...] = (LayerKind(),)  # one for each layer, or one for all
 
     init_std: float = 0.02  # GPT-2's; residual projections get init_std / sqrt(2 * num_layers)
 
@@ -106,35 +121,51 @@ class ModelConfig:
             raise UserError("model: rope_scaling needs positions='rope'")
         if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and not self.rope_theta > 1:
             raise UserError(f"model: rope_scaling yarn needs a rope_theta above 1, not {self.rope_theta}")
-        self._check_layer_types()
+        if len(self.kinds) not in (1, self.num_layers):
+            raise UserError(f"model: {len(self.kinds)} layer kinds for {self.num_layers} layers")
+        # One spelling of each function, so that equal models compare equal.
+        if len(set(self.kinds)) == 1:
+            object.__setattr__(self, "kinds", self.kinds[:1])
         for field in dataclasses.fields(self):
             choices = _CHOICES.get(field.name)
             if choices and getattr(self, field.name) not in choices:
                 raise UserError(f"model: {field.name}={getattr(self, field.name)!r} is not one of {choices}")
 
-    def _check_layer_types(self) -> None:
-        types = self.layer_types
-        if types is None:
-            return
-        if len(types) != self.num_layers or set(types) - set(LAYER_TYPES):
-            raise UserError(f"model: layer_types must name one of {LAYER_TYPES} for each of {self.num_layers} layers")
-        if "sliding_attention" in types and self.sliding_window is None:
-            raise UserError("model: layer_types has sliding_attention, but there is no sliding_window")
-        # One spelling of each function, so that equal models compare equal.
-        if len(set(types)) == 1:
-            object.__setattr__(self, "layer_types", None)
-            if types[0] == "full_attention":
-                object.__setattr__(self, "sliding_window", None)
+    @property
+    def kinds_of_layers(self) -> tuple[LayerKind, ...]:
+        """One for each layer."""
+        return self.kinds * self.num_layers if len(self.kinds) == 1 else self.kinds
 
-    def window_of(self, layer: int) -> int | None:
-        """The sliding window of one layer, None if it sees everything before it."""
-        full = self.layer_types is not None and self.layer_types[layer] == "full_attention"
-        return None if full else self.sliding_window
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The different windows that layers have, in the order in which they first do."""
+        return tuple(dict.fromkeys(kind.window for kind in self.kinds))
+
+    def columns(self) -> dict[str, tuple[int, ...] | tuple[float, ...]]:
+        """The fields of `LayerKind` in which the layers differ: numbers [L], of a window its index in `windows`."""
+        columns: dict[str, tuple[int, ...] | tuple[float, ...]] = {
+            "window": tuple(self.windows.index(kind.window) for kind in self.kinds),
+            "attention_divisor": tuple(kind.attention_divisor for kind in self.kinds),
+        }
+        return {name: column for name, column in columns.items() if len(set(column)) > 1}
 
     def with_layers(self, layers: Sequence[int]) -> ModelConfig:
         """The configuration of a model made of these layers of this one, in this order."""
-        types = self.layer_types and tuple(self.layer_types[layer] for layer in layers)
-        return dataclasses.replace(self, num_layers=len(layers), layer_types=types)
+        kinds = self.kinds_of_layers
+        return dataclasses.replace(self, num_layers=len(layers), kinds=tuple(kinds[layer] for layer in layers))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
+        """What `dataclasses.asdict` gave, also if JSON has kept it; a wrong key is a TypeError."""
+        fields = dict(fields)
+        if fields["rope_scaling"] is not None:
+            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        if "kinds" not in fields:  # as it was before there were kinds
+            window, types = fields.pop("sliding_window"), fields.pop("layer_types") or ["sliding_attention"]
+            kinds = tuple(LayerKind(window=None if kind == "full_attention" else window) for kind in types)
+            scaled = fields.pop("depth_scaled_attention")
+            return cls(**fields, kinds=depth_scaled(fields["num_layers"]) if scaled else kinds)
+        return cls(**{**fields, "kinds": tuple(LayerKind(**kind) for kind in fields["kinds"])})
 
     @classmethod
     def llama(
@@ -158,7 +189,10 @@ class ModelConfig:
         cls, *, vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int,
         bias: bool, depth_scaled_attention: bool = False,
     ) -> ModelConfig:  # fmt: skip
-        """GPT-2 (Radford et al. 2019); `bias=False` is nanoGPT's variant without any bias."""
+        """GPT-2 (Radford et al. 2019); `bias=False` is nanoGPT's variant without any bias.
+
+        `depth_scaled_attention` divides the attention logits of layer l by l + 1 as well.
+        """
         if hidden_size % num_heads:
             raise UserError(f"model: hidden_size={hidden_size} is not a multiple of num_heads={num_heads}")
         return cls(
@@ -168,24 +202,13 @@ class ModelConfig:
             norm="layernorm", norm_eps=1e-5, positions="learned", rope_theta=None,
             activation="gelu_tanh", gated_mlp=False, tie_embeddings=True,
             norm_bias=bias, qkv_bias=bias, o_bias=bias, mlp_bias=bias,
-            depth_scaled_attention=depth_scaled_attention,
+            kinds=depth_scaled(num_layers) if depth_scaled_attention else (LayerKind(),),
         )  # fmt: skip
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """Model FLOPs of one training token (forward + backward), as PaLM's appendix B counts them.
 
-        6 per weight of every matrix product, head included, embedding look-ups excluded; attention
-        adds 12 * heads * head_dim * seq_len per layer, halved because a causal token sees on
-        average half the sequence. Rematerialised work is not counted.
-        """
-        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = self.hidden_size * (2 * heads + 2 * kv_heads)
-        mlp = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
-        matmuls = self.num_layers * (attention + mlp) + self.hidden_size * self.vocab_size
-        windowed = self.num_layers if self.layer_types is None else self.layer_types.count("sliding_attention")
-        span = min(seq_len, 2 * (self.sliding_window or seq_len))
-        spans = windowed * span + (self.num_layers - windowed) * seq_len
-        return 6 * matmuls + 12 * heads * spans / 2
+def depth_scaled(num_layers: int) -> tuple[LayerKind, ...]:
+    """Attention logits of layer l divided by l + 1 (transformers' scale_attn_by_inverse_layer_idx)."""
+    return tuple(LayerKind(attention_divisor=layer + 1.0) for layer in range(num_layers))
 
 
 _CHOICES = {

@@ -10,16 +10,18 @@ D hidden, V vocabulary.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxup.model.config import Compute, ModelConfig
-from jaxup.model.layers import Block, Linear, block_norm, normal
+from jaxup.model.layers import Block, Linear, Norm, param
+from jaxup.model.spec import Param, flatten, spec, unflatten
 from jaxup.model.stack import SplitStack
 
 Params = dict[str, Any]  # nested dict of arrays: the pure form of a Decoder's nnx state
@@ -40,10 +42,9 @@ class KVCache(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """A causal language model of any family `ModelConfig` describes.
+    """A causal language model of any family `ModelConfig` describes, with the parameters that `spec` lists.
 
-    Parameters are created in float32. Calling it on int32 tokens [batch, seq] gives logits
-    [batch, seq, vocab] in the compute dtype.
+    Calling it on int32 tokens [batch, seq] gives logits [batch, seq, vocab] in the compute dtype.
 
     `order`, int32 [runs], says which layer runs when: [0, 1, 2, 1, 2, 3] runs layers 1 and 2 twice,
     -1 runs nothing, and a layer that the model lacks makes the output NaN. It is an argument of the
@@ -53,25 +54,15 @@ class Decoder(nnx.Module):
 
     origin: Any = None  # where the params came from: set by whoever loads them
 
-    def __init__(self, config: ModelConfig, compute: Compute | None = None, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, params: Params, compute: Compute | None = None):
+        """`params` is a tree such as `init` gives, of arrays or of ShapeDtypeStructs."""
         self.config, self.compute = config, compute or Compute()
-        D, V, std = config.hidden_size, config.vocab_size, config.init_std
-        self.embed_tokens = normal(rngs, (V, D), ("vocab", "embed"), std)
-        self.embed_positions = (
-            normal(rngs, (config.max_positions, D), ("positions", "embed"), std)
-            if config.positions == "learned"
-            else None
-        )
-
-        @nnx.vmap
-        def create(rngs):
-            return Block(config, self.compute, rngs=rngs)
-
-        self.blocks = create(rngs.split(config.num_layers))
-        self.norm = block_norm(config)
-        self.lm_head = (
-            None if config.tie_embeddings else Linear((D, V), ("embed", "vocab"), bias=False, std=std, rngs=rngs)
-        )
+        leaves = flatten(params)
+        self.embed_tokens = param(leaves, "embed_tokens")
+        self.embed_positions = param(leaves, "embed_positions")
+        self.blocks = Block(config, self.compute, leaves)
+        self.norm = Norm(config.norm, config.norm_eps, leaves, "norm")
+        self.lm_head = None if config.tie_embeddings else Linear(config, leaves, "lm_head")
 
     def __call__(
         self,
@@ -81,14 +72,18 @@ class Decoder(nnx.Module):
         segment_ids_BS: Int[Array, "batch seq"] | None = None,
         order: Int[Array, " runs"] | None = None,
     ) -> Float[Array, "batch seq vocab"]:
-        x_BSD = self.hidden(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS, order=order)
-        return x_BSD @ self.head_kernel().astype(x_BSD.dtype)
+        return self.logits(
+            self.hidden(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS, order=order)
+        )
 
     def hidden(
         self, tokens_BS, *, positions_BS=None, segment_ids_BS=None, order=None, stack: SplitStack | None = None
     ) -> Float[Array, "batch seq hidden"]:
         """What the head is applied to: the final norm's output. A `stack` takes the place of the blocks."""
-        return self._run(tokens_BS, positions_BS, segment_ids_BS, order=order, stack=stack)[0]
+        if positions_BS is None:
+            positions_BS = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
+        x_BSD = self.embed(tokens_BS, positions_BS)
+        return self.norm(self.run(x_BSD, positions_BS, segment_ids_BS=segment_ids_BS, order=order, stack=stack)[0])
 
     def decode(
         self,
@@ -102,59 +97,72 @@ class Decoder(nnx.Module):
         `first_B` counts the slots at each row's beginning that hold no token of it: rows of several
         lengths are padded on the left, so that they end together.
         """
-        x_BSD, cache = self._run(tokens_BS, cache=cache, first_B=first_B, order=order)
-        x_BD = x_BSD[:, -1]
-        return x_BD @ self.head_kernel().astype(x_BD.dtype), cache
+        positions_BS = cache.length + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
+        if first_B is not None:
+            positions_BS = jnp.maximum(positions_BS - first_B[:, None], 0)
+        x_BSD = self.embed(tokens_BS, positions_BS)
+        x_BSD, cache = self.run(x_BSD, positions_BS, cache=cache, first_B=first_B, order=order)
+        return self.logits(self.norm(x_BSD)[:, -1]), cache
 
-    def head_kernel(self) -> Float[Array, "hidden vocab"]:
-        return self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
+    # ---- what these consist of
 
-    def _run(self, tokens_BS, positions_BS=None, segment_ids_BS=None, cache=None, first_B=None, order=None, stack=None):
-        start = 0 if cache is None else cache.length
-        if positions_BS is None:
-            positions_BS = start + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
-            if first_B is not None:
-                positions_BS = jnp.maximum(positions_BS - first_B[:, None], 0)
+    def embed(
+        self, tokens_BS: Int[Array, "batch seq"], positions_BS: Int[Array, "#batch seq"]
+    ) -> Float[Array, "batch seq hidden"]:
+        """What the first block is applied to."""
         dtype = jnp.dtype(self.compute.dtype)
         # Cast after the look-up: the rows that are read, not the whole table.
         x_BSD = self.embed_tokens[...][tokens_BS].astype(dtype)
         if self.embed_positions is not None:
             x_BSD = x_BSD + self.embed_positions[...][positions_BS].astype(dtype)
-
         if self.compute.batch_axes:
             # The table is split over the same mesh axes as the batch: without a word from us XLA
             # may leave the activations split along the hidden axis instead.
             x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(self.compute.batch_axes))
+        return x_BSD
 
-        num_layers = self.config.num_layers
-        full_L = jnp.asarray([t == "full_attention" for t in self.config.layer_types or [""] * num_layers])
+    def logits(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """The head applied to the final norm's output."""
+        return x @ self.head_kernel().astype(x.dtype)
+
+    def head_kernel(self) -> Float[Array, "hidden vocab"]:
+        return self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
+
+    def run(
+        self, x_BSD, positions_BS, *, segment_ids_BS=None, cache: KVCache | None = None, first_B=None, order=None,
+        stack: SplitStack | None = None,
+    ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:  # fmt: skip
+        """The blocks applied one after the other; when decoding, also the cache with their keys and values."""
+        start = 0 if cache is None else cache.length
+        num_layers, columns = self.config.num_layers, column_arrays(self.config)
 
         def body(carry, layer):
             x_BSD, kv = carry
-            block, index, full = layer
+            block, index, kind = layer
             return block(
-                x_BSD, layer=index, full=full, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS,
+                x_BSD, layer=index, kind=kind, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS,
                 cache=kv, start=start, first_B=first_B,
             ), None  # fmt: skip
 
         def ordered(carry, run):
-            """As `body`, with the layer looked up; the layers that ran before decide its index."""
+            """As `body`, with the layer looked up; the layers that ran before decide its place in the cache."""
             layer, index = run
             pick = functools.partial(jax.lax.dynamic_index_in_dim, index=jnp.maximum(layer, 0), keepdims=False)
 
             def execute(carry):
                 # The look-up is what scan does with the stack too: XLA reads the layer where it lies.
-                (x_BSD, kv), _ = body(carry, (jax.tree.map(pick, self.blocks), index, pick(full_L)))
+                block, kind = jax.tree.map(pick, (self.blocks, columns))
+                (x_BSD, kv), _ = body(carry, (block, index, kind))
                 return jnp.where(layer < num_layers, x_BSD, jnp.nan), kv
 
             return jax.lax.cond(layer >= 0, execute, lambda carry: carry, carry), None
 
         policy = _REMAT.get(self.compute.remat)
         if stack is not None:
-            carry = stack.scan(body, (x_BSD, None), self.blocks, full_L, policy=policy, unroll=self.compute.unroll)
-            return self.norm(carry[0]), None
+            carry = stack.scan(body, (x_BSD, None), self.blocks, columns, policy=policy, unroll=self.compute.unroll)
+            return carry[0], None
         if order is None:
-            step, runs, length = body, (self.blocks, jnp.arange(num_layers), full_L), num_layers
+            step, runs, length = body, (self.blocks, jnp.arange(num_layers), columns), num_layers
         else:
             order = jnp.asarray(order, jnp.int32)
             step, runs, length = ordered, (order, jnp.cumsum(order >= 0) - 1), order.shape[0]
@@ -165,8 +173,8 @@ class Decoder(nnx.Module):
         unroll = min(self.compute.unroll, length) or length
         (x_BSD, kv), _ = jax.lax.scan(step, (x_BSD, kv), runs, unroll=unroll)
         if cache is not None:
-            cache = KVCache(*kv, cache.length + tokens_BS.shape[1])
-        return self.norm(x_BSD), cache
+            cache = KVCache(*kv, cache.length + x_BSD.shape[1])
+        return x_BSD, cache
 
 
 # "dots" keeps every matrix product's output, "full" only each block's input.
@@ -176,26 +184,44 @@ _REMAT = {
 }
 
 
+def column_arrays(config: ModelConfig) -> dict[str, Array]:
+    """`ModelConfig.columns`, as arrays [L]."""
+    return {
+        name: jnp.asarray(column, jnp.int32 if name == "window" else jnp.float32)
+        for name, column in config.columns().items()
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _graphdef(config: ModelConfig, compute: Compute | None) -> Any:
+    return nnx.split(Decoder(config, _shapes(config), compute))[0]
+
+
+def _shapes(config: ModelConfig) -> Params:
+    return unflatten({path: jax.ShapeDtypeStruct(param.shape, jnp.float32) for path, param in spec(config).items()})
+
+
 def abstract(config: ModelConfig, compute: Compute | None = None) -> tuple[Any, Params]:
-    """(graphdef, params as ShapeDtypeStructs) of a Decoder, without allocating anything."""
-    model = nnx.eval_shape(lambda: Decoder(config, compute, rngs=nnx.Rngs(params=0)))
-    graphdef, state = nnx.split(model)
-    return graphdef, nnx.to_pure_dict(state)
+    """(graphdef, params as float32 ShapeDtypeStructs) of a Decoder, without allocating or tracing anything."""
+    return _graphdef(config, compute), _shapes(config)
 
 
 def init(config: ModelConfig, seed: int | Array) -> Params:
     """Freshly initialised float32 params; a pure function of (config, seed), usable under jit."""
-    # nnx.Rngs makes a key of a Python int, but takes no traced one.
     is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-    rngs = nnx.Rngs(params=seed if is_key else jax.random.key(seed))
-    return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=rngs)))
+    key, ends, stacked = seed if is_key else jax.random.key(seed), itertools.count(), itertools.count()
 
+    def normal(param: Param, key: Array, number: int) -> Array:
+        return param.std * jax.random.normal(jax.random.fold_in(key, number), param.each, jnp.float32)
 
-def named_axes(config: ModelConfig) -> Params:
-    """The params tree with, in place of each array, the tuple of its axes' names."""
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-    # The stack's axis comes from vmap, so the block itself does not know of it.
-    return traverse_util.unflatten_dict({
-        path: (("layers",) if path[0] == "blocks" else ()) + param.get_metadata("axes")
-        for path, param in nnx.to_flat_state(nnx.state(model))
-    })  # fmt: skip
+    leaves, keys_L = {}, None
+    for path, entry in spec(config).items():
+        if not entry.std:
+            leaves[path] = jnp.full(entry.shape, entry.fill)
+        elif entry.stacked:
+            if keys_L is None:
+                keys_L = jax.random.split(jax.random.fold_in(key, next(ends)), config.num_layers)
+            leaves[path] = jax.vmap(normal, (None, 0, None))(entry, keys_L, next(stacked))
+        else:
+            leaves[path] = normal(entry, key, next(ends))
+    return unflatten(leaves)

@@ -1,9 +1,7 @@
 """The parts of a block: projections, norms, rotary positions, MLP.
 
-Every parameter is an `nnx.Param` that carries the names of its axes as metadata `axes`; shardings
-follow from the names by one rule table (`jaxup.training.sharding`). Modules are named as
-transformers names them in its LLaMA models, whatever the family: one vocabulary for recipes,
-filters and reports.
+A module takes its parameters from `Leaves`: arrays, or shapes of them, by their paths in
+`jaxup.model.spec`. What the table does not have, such as a bias, the module does without.
 
 Shape suffixes: B batch, S sequence, D hidden, N heads, H head_dim, F MLP width.
 """
@@ -12,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +21,28 @@ from jaxtyping import Array, Float, Int
 
 from jaxup.model.attention import attention
 from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.spec import spec
+
+Leaves = Mapping[str, Any]  # path -> array or ShapeDtypeStruct, with all layers if it is stacked
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+def param(leaves: Leaves, path: str) -> nnx.Param | None:
+    """The parameter at this path, None if the model has none there."""
+    return nnx.Param(leaves[path]) if path in leaves else None
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias over the last `inputs` axes of x; the rest of `shape` are outputs.
+    """y = x @ kernel + bias over the last `inputs` axes of x; the rest of the kernel's are outputs.
 
     `jaxup.training.lora` may give it a low-rank adapter: a pair [in, rank], [rank, out] over the
     inputs and outputs as one axis each, whose product times `lora_scale` is added to the kernel. Its
     kernel may be a `qwix.QArray` [in, out].
     """
 
-    def __init__(self, shape, axes, *, inputs: int = 1, bias: bool, std: float, rngs: nnx.Rngs):
-        self.kernel = normal(rngs, shape, axes, std)
-        self.bias = nnx.Param(jnp.zeros(shape[inputs:]), axes=axes[inputs:]) if bias else None
-        self.inputs, self.outputs = inputs, tuple(shape[inputs:])
+    def __init__(self, config: ModelConfig, leaves: Leaves, path: str):
+        table = spec(config)[f"{path}.kernel"]
+        self.kernel, self.bias = param(leaves, f"{path}.kernel"), param(leaves, f"{path}.bias")
+        self.inputs, self.outputs = table.inputs, table.each[table.inputs :]
         self.kernel_lora_a = self.kernel_lora_b = None
         self.lora_scale = 0.0
 
@@ -66,10 +70,9 @@ class Linear(nnx.Module):
 class Norm(nnx.Module):
     """LayerNorm or RMSNorm over the last axis, computed in float32."""
 
-    def __init__(self, kind: str, size: int, eps: float, *, bias: bool = False):
+    def __init__(self, kind: str, eps: float, leaves: Leaves, path: str):
         self.kind, self.eps = kind, eps
-        self.scale = nnx.Param(jnp.ones(size), axes=("norm",))
-        self.bias = nnx.Param(jnp.zeros(size), axes=("norm",)) if bias else None
+        self.scale, self.bias = param(leaves, f"{path}.scale"), param(leaves, f"{path}.bias")
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
         y = x.astype(jnp.float32)
@@ -81,10 +84,6 @@ class Norm(nnx.Module):
         if self.bias is not None:
             y = y + jnp.expand_dims(self.bias[...], batch)
         return y.astype(x.dtype)
-
-
-def block_norm(config: ModelConfig) -> Norm:
-    return Norm(config.norm, config.hidden_size, config.norm_eps, bias=config.norm_bias)
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
@@ -133,25 +132,20 @@ def rotary(
 class Attention(nnx.Module):
     """Multi-head, grouped-query or multi-query self-attention."""
 
-    def __init__(self, config: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: Compute, leaves: Leaves):
         self.config, self.compute = config, compute
-        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        std, bias = config.init_std, config.qkv_bias
-        residual_std = std / (2 * config.num_layers) ** 0.5
-        self.q_proj = Linear((D, N, H), ("embed", "heads", "head_dim"), bias=bias, std=std, rngs=rngs)
-        self.k_proj = Linear((D, K, H), ("embed", "kv_heads", "head_dim"), bias=bias, std=std, rngs=rngs)
-        self.v_proj = Linear((D, K, H), ("embed", "kv_heads", "head_dim"), bias=bias, std=std, rngs=rngs)
-        self.o_proj = Linear(
-            (N, H, D), ("heads", "head_dim", "embed"), inputs=2, bias=config.o_bias, std=residual_std, rngs=rngs
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            Linear(config, leaves, f"blocks.self_attn.{name}_proj") for name in "qkvo"
         )
-        self.q_norm = Norm("rmsnorm", H, config.norm_eps) if config.qk_norm else None
-        self.k_norm = Norm("rmsnorm", H, config.norm_eps) if config.qk_norm else None
+        self.q_norm, self.k_norm = (
+            Norm("rmsnorm", config.norm_eps, leaves, f"blocks.self_attn.{name}_norm") if config.qk_norm else None
+            for name in "qk"
+        )
 
-    def __call__(self, x_BSD, *, layer, full, positions_BS, segment_ids_BS, cache=None, start=0, first_B=None):
+    def __call__(self, x_BSD, *, layer, kind, positions_BS, segment_ids_BS, cache=None, start=0, first_B=None):
         """Returns the output and, when decoding, all layers' (k, v) cache with this one's updated.
 
-        `full` is a boolean scalar: this layer ignores the sliding window. It matters in models with
-        layers of both types only.
+        `layer` is where in the cache that is; `kind` has this layer's entry of each of the model's `columns`.
         """
         c = self.config
         q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
@@ -159,9 +153,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if c.positions == "rope":
             q, k = (rotary(y, positions_BS, c) for y in (q, k))
-        scale = c.head_dim**-0.5
-        if c.depth_scaled_attention:
-            scale = scale / (layer + 1).astype(jnp.float32)
+        scale = c.head_dim**-0.5 / kind.get("attention_divisor", c.kinds[0].attention_divisor)
         q = (q * scale).astype(x_BSD.dtype)
         if cache is not None:
             cache = tuple(jax.lax.dynamic_update_slice(c, y.astype(c.dtype)[None], (layer, 0, start, 0, 0))
@@ -174,12 +166,9 @@ class Attention(nnx.Module):
                 first=first_B, implementation=self.compute.attention,
             )  # fmt: skip
 
-        windowed = functools.partial(attend, c.sliding_window)
-        if c.layer_types is None:
-            out = windowed(q, k, v)
-        else:
-            # The window decides which program runs, so a layer's own is chosen among the two.
-            out = jax.lax.cond(full, functools.partial(attend, None), windowed, q, k, v)
+        # The window decides which program runs, so a layer's own is chosen among those of the model.
+        programs = [functools.partial(attend, window) for window in c.windows]
+        out = jax.lax.switch(kind["window"], programs, q, k, v) if len(programs) > 1 else programs[0](q, k, v)
         return self.o_proj(out), cache
 
 
@@ -192,13 +181,10 @@ ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        D, F, std, bias = config.hidden_size, config.intermediate_size, config.init_std, config.mlp_bias
-        residual_std = std / (2 * config.num_layers) ** 0.5
+    def __init__(self, config: ModelConfig, leaves: Leaves):
         self.activation = config.activation
-        self.gate_proj = Linear((D, F), ("embed", "mlp"), bias=bias, std=std, rngs=rngs) if config.gated_mlp else None
-        self.up_proj = Linear((D, F), ("embed", "mlp"), bias=bias, std=std, rngs=rngs)
-        self.down_proj = Linear((F, D), ("mlp", "embed"), bias=bias, std=residual_std, rngs=rngs)
+        self.gate_proj = Linear(config, leaves, "blocks.mlp.gate_proj") if config.gated_mlp else None
+        self.up_proj, self.down_proj = (Linear(config, leaves, f"blocks.mlp.{name}_proj") for name in ("up", "down"))
 
     def __call__(self, x_BSD: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
         act, up = ACTIVATIONS[self.activation], self.up_proj(x_BSD)
@@ -208,11 +194,12 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
-        self.input_layernorm = block_norm(config)
-        self.self_attn = Attention(config, compute, rngs=rngs)
-        self.post_attention_layernorm = block_norm(config)
-        self.mlp = MLP(config, rngs=rngs)
+    def __init__(self, config: ModelConfig, compute: Compute, leaves: Leaves):
+        norm = functools.partial(Norm, config.norm, config.norm_eps, leaves)
+        self.input_layernorm = norm("blocks.input_layernorm")
+        self.self_attn = Attention(config, compute, leaves)
+        self.post_attention_layernorm = norm("blocks.post_attention_layernorm")
+        self.mlp = MLP(config, leaves)
 
     def __call__(self, x_BSD, **attention_inputs):
         attended, cache = self.self_attn(self.input_layernorm(x_BSD), **attention_inputs)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxup.model.config import ModelConfig
-from jaxup.model.decoder import Params, abstract, named_axes
+from jaxup.model.decoder import Params
+from jaxup.model.spec import spec, unflatten
 
 # A parameter's axis -> the mesh axis that splits it. `fsdp` splits every matrix once more along
 # its hidden axis; XLA gathers a layer just before the scan uses it. Axes not named stay whole, as
@@ -28,8 +28,7 @@ def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
 
 def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:
     """A NamedSharding for each parameter."""
-    return jax.tree.map(
-        lambda leaf, axes: NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh)),
-        abstract(model)[1],
-        named_axes(model),
-    )
+    return unflatten({
+        path: NamedSharding(mesh, partition_spec(param.axes, param.shape, mesh))
+        for path, param in spec(model).items()
+    })  # fmt: skip

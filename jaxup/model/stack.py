@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Carry = Any
-# (carry, (block, its index, whether it ignores the window)) -> (carry, None)
-Step = Callable[[Carry, tuple[Any, jax.Array, jax.Array]], tuple[Carry, None]]
+# (carry, (block, its index, its entries of the columns)) -> (carry, None)
+Step = Callable[[Carry, tuple[Any, jax.Array, dict[str, jax.Array]]], tuple[Carry, None]]
 Kind = tuple[bool | None, ...]  # of each of a layer's leaves: whether it trains; None: the layer has none
 
 
@@ -43,10 +43,10 @@ class SplitStack:
     masks: Mapping[str, np.ndarray]
 
     def scan(
-        self, step: Step, carry: Carry, like: Any, full_L: jax.Array, *, policy: Callable[..., bool] | None,
-        unroll: int = 1,
+        self, step: Step, carry: Carry, like: Any, columns: Mapping[str, jax.Array], *,
+        policy: Callable[..., bool] | None, unroll: int = 1,
     ) -> Carry:  # fmt: skip
-        """Runs all layers; `like` is a pytree with the structure of the blocks' module.
+        """Runs all layers; `like` is a pytree with the structure of the blocks' module, `columns` are arrays [L].
 
         `policy` is that of `jax.checkpoint`: what the backward pass keeps of a layer; None: all but
         the frozen parameters, which it looks up again where they lie.
@@ -78,7 +78,7 @@ class SplitStack:
                 for path in lacking:
                     *owners, name = path.split(".")
                     setattr(functools.reduce(getattr, owners, block), name, None)
-                return step(carry, (block, layer, full_L[layer]))
+                return step(carry, (block, layer, {name: column[layer] for name, column in columns.items()}))
 
             body = jax.checkpoint(body, policy=policy or keep)
             each = min(unroll, count) or count

@@ -8,18 +8,14 @@ from typing import Any
 
 import yaml
 
-from jaxup.depth.plan import BLOCK_PATHS, ENDS, PARTS, DepthPlan, Row, simplest_scales
+from jaxup.depth.plan import ENDS, PARTS, DepthPlan, Row, simplest_scales
 from jaxup.errors import UserError
+from jaxup.families.llama import LLAMA
+from jaxup.model.spec import PART_OF
 
 # The names of tensors in the files of the Llama, Mistral and Qwen families, by path of the parameter.
 LLAMA_NAMES = {
-    "embed_tokens": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "lm_head.kernel": "lm_head.weight",
-} | {
-    f"blocks.{path}": "model.layers.{layer}." + path.replace("kernel", "weight").replace("scale", "weight")
-    for path in BLOCK_PATHS
-    if path not in ("input_layernorm.bias", "post_attention_layernorm.bias")
+    path: LLAMA.tensor_name(path) for path in PART_OF if path != "embed_positions" and not path.endswith("norm.bias")
 }
 
 

@@ -22,7 +22,7 @@ from jaxup.families import family_of_hf
 from jaxup.files.storage import SCHEMES
 from jaxup.hub.reader import read_config
 from jaxup.model.config import ModelConfig
-from jaxup.model.shapes import param_shapes
+from jaxup.model.spec import spec
 from jaxup.recipes import line as recipe_line
 from jaxup.recipes import mergekit
 
@@ -250,7 +250,5 @@ def _at_hand(path: str, revision: str | None) -> bool:
 
 def described(model: Model) -> mergekit.Source:
     """The model's depth and the names of its tensors in the files."""
-    shapes = param_shapes(model.config)
-    rows = family_of_hf(model.hf).tensors
-    names = {path: row.name for row in rows for path in row.paths if path in shapes}
-    return mergekit.Source(model.config.num_layers, names)
+    family = family_of_hf(model.hf)
+    return mergekit.Source(model.config.num_layers, {path: family.tensor_name(path) for path in spec(model.config)})

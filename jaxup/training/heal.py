@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from jaxup.depth.freeze import trainable
 from jaxup.depth.plan import DepthPlan
@@ -25,8 +24,8 @@ from jaxup.depth.recipes import identity
 from jaxup.errors import UserError, suggest
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
-from jaxup.model.shapes import count_params
 from jaxup.model.sharding import param_shardings
+from jaxup.model.spec import STACK, count_params, flatten, unflatten
 from jaxup.text import read_json, write_atomically
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.loop import (
@@ -104,14 +103,13 @@ def _rates(plan: DepthPlan, trained: Params, partition: Any, rates: Mapping[str,
     """A tree like `trained`, of float32 arrays: [rows, 1, ...] in "blocks", [] elsewhere."""
     rate_M = np.array([rates.get(_ROLES[row.role], 1.0) for row in plan.rows], np.float32)
 
-    def rate(path: tuple[str, ...], leaf: Any) -> np.ndarray:
-        if path[0] != "blocks":
+    def rate(path: str, leaf: Any) -> np.ndarray:
+        if not path.startswith(STACK):
             return np.float32(rates.get("ends", 1.0)).reshape((1,) * leaf.ndim)
         rows = slice(None) if partition is None else partition.rows(path)
         return rate_M[rows].reshape(-1, *[1] * (leaf.ndim - 1))
 
-    flat = traverse_util.flatten_dict(trained)
-    return traverse_util.unflatten_dict({path: rate(path, leaf) for path, leaf in flat.items()})
+    return unflatten({path: rate(path, leaf) for path, leaf in flatten(trained).items()})
 
 
 def run_heal(
@@ -207,13 +205,13 @@ def _kept(run: Run, plan: DepthPlan, before: Source) -> Params:
             if dtypes is None:
                 raise UserError(f"{directory}/model.json: gone or damaged; {advice}")
             flat = {
-                path: jax.ShapeDtypeStruct(leaf.shape, dtypes[".".join(path)], sharding=leaf.sharding)
-                for path, leaf in traverse_util.flatten_dict(shapes).items()
+                path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path], sharding=leaf.sharding)
+                for path, leaf in flatten(shapes).items()
             }
-            return checkpoints.restore_params(0, traverse_util.unflatten_dict(flat))
+            return checkpoints.restore_params(0, unflatten(flat))
         params = before.params()
         if jax.process_index() == 0:
-            dtypes = {".".join(p): leaf.dtype.name for p, leaf in traverse_util.flatten_dict(params).items()}
+            dtypes = {path: leaf.dtype.name for path, leaf in flatten(params).items()}
             describe_model(directory, run, before.model, plan, dtypes=dtypes)
         checkpoints.save_params(0, params)
         return params

@@ -28,8 +28,8 @@ from jaxup.depth.result import result_config
 from jaxup.errors import UserError
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params, init
-from jaxup.model.shapes import count_params
 from jaxup.model.sharding import param_shardings
+from jaxup.model.spec import count_params
 from jaxup.text import write_atomically
 from jaxup.training.loop import (
     Result,

@@ -28,8 +28,8 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.errors import NonFinite, Stopped, UserError
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract, init
-from jaxup.model.shapes import count_params
 from jaxup.model.sharding import param_shardings
+from jaxup.model.spec import count_params, flops_per_token
 from jaxup.progress import Progress
 from jaxup.text import read_json, write_atomically
 from jaxup.training.checkpoint import Checkpoints
@@ -353,7 +353,7 @@ class _Meter:
         self._run, self._name, self._steps = run, name, steps
         self._schedule = learning_rate(run.settings.optimizer, steps)
         # Of a model that trains in part no formula says how much of the backward pass is left.
-        self._flops_per_token = None if part else model.flops_per_token(run.data.seq_len)
+        self._flops_per_token = None if part else flops_per_token(model, run.data.seq_len)
         self._peak = peak_flops()
         self._checked = 0
         self.stop = False  # a process, this one or another, was asked to stop

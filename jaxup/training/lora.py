@@ -13,6 +13,7 @@ Names: kernels [in, out] with inputs and outputs as one axis each, adapters A [i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from typing import Any
@@ -20,18 +21,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, traverse_util
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxup.errors import UserError, suggest
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params
-from jaxup.model.layers import Linear
 from jaxup.model.sharding import param_shardings
+from jaxup.model.spec import flatten, is_kernel, spec, unflatten
 from jaxup.training.partition import Masks, Partition
 
 QUANTISED = ("nf4", "int4", "int8")
-Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,13 +69,10 @@ class Adapters(Partition):
         super().__init__(model, compute, masks)
         self._qwix, self._config, self._seed = _import_qwix(), config, seed
         decoder = nnx.merge(self._graphdef, self._shapes)
-        linears = {
-            ("blocks", *path): module for path, module in nnx.iter_modules(decoder.blocks) if isinstance(module, Linear)
-        }
-        self._kernels = {
-            path: _Kernel(module.kernel.shape, module.inputs, self.rows((*path, "kernel")))
-            for path, module in linears.items()
-        }
+        self._kernels = {  # by the path of their module
+            path.removesuffix(".kernel"): _Kernel(param.shape, param.inputs, self.rows(path))
+            for path, param in spec(model).items() if param.stacked and is_kernel(path)
+        }  # fmt: skip
         _check(config, self._kernels)
 
         self._masks = {path: np.zeros_like(mask) for path, mask in self._masks.items()}
@@ -83,14 +80,14 @@ class Adapters(Partition):
             if not len(kernel.rows):
                 continue
             (inputs, outputs), count = kernel.matrix, len(kernel.rows)
-            module, module.lora_scale = linears[path], config.alpha / config.rank
+            module = functools.reduce(getattr, path.split("."), decoder)
+            module.lora_scale = config.alpha / config.rank
             module.kernel_lora_a = _param(count, inputs, config.rank)
             module.kernel_lora_b = _param(count, config.rank, outputs)
             chosen = np.isin(np.arange(model.num_layers), kernel.rows).reshape(-1, 1, 1)
-            self._masks |= {(*path, "kernel_lora_a"): chosen, (*path, "kernel_lora_b"): chosen}
+            self._masks |= {f"{path}.kernel_lora_a": chosen, f"{path}.kernel_lora_b": chosen}
         self._graphdef, state = nnx.split(decoder)
         self._shapes = nnx.to_pure_dict(state)
-        self._stack_masks = {".".join(p[1:]): mask.reshape(-1) for p, mask in self._masks.items() if p[0] == "blocks"}
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """(fresh adapters in float32, the params with kernels quantised if they are to be).
@@ -98,66 +95,66 @@ class Adapters(Partition):
         A depends on the seed, the kernel's name and the layer only. B is zero, and so is what the
         adapters add.
         """
-        trained, frozen = {}, traverse_util.flatten_dict(params)
+        trained, frozen = {}, flatten(params)
         for path, kernel in self._kernels.items():
             if self._config.quantize:
-                frozen[*path, "kernel"] = self._quantise(kernel, frozen[*path, "kernel"])
+                frozen[f"{path}.kernel"] = self._quantise(kernel, frozen[f"{path}.kernel"])
             if len(kernel.rows):
-                trained[*path, "kernel_lora_a"] = self._draw(path, kernel)
-                trained[*path, "kernel_lora_b"] = jnp.zeros((len(kernel.rows), self._config.rank, kernel.matrix[1]))
-        return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+                trained[f"{path}.kernel_lora_a"] = self._draw(path, kernel)
+                trained[f"{path}.kernel_lora_b"] = jnp.zeros((len(kernel.rows), self._config.rank, kernel.matrix[1]))
+        return unflatten(trained), unflatten(frozen)
 
     def join(self, trained: Params, frozen: Params) -> Params:
         """`merge` into what is frozen, dequantised: the params of a plain Decoder of the same function.
 
         Of quantised kernels these are not `split`'s own, which `merge` takes.
         """
-        flat = traverse_util.flatten_dict(frozen)
+        flat = flatten(frozen)
         if self._config.quantize:
             for path, kernel in self._kernels.items():
-                dequantised = jax.lax.map(self._qwix.dequantize, flat[*path, "kernel"])
-                flat[*path, "kernel"] = dequantised.reshape(kernel.shape)
-        return self.merge(trained, traverse_util.unflatten_dict(flat))
+                dequantised = jax.lax.map(self._qwix.dequantize, flat[f"{path}.kernel"])
+                flat[f"{path}.kernel"] = dequantised.reshape(kernel.shape)
+        return self.merge(trained, unflatten(flat))
 
     def merge(self, trained: Params, params: Params) -> Params:
         """`params` with the adapters added to their kernels, in float32, rounded to the kernel's dtype.
 
         Rows without adapters keep their every bit.
         """
-        flat, adapters = traverse_util.flatten_dict(params), traverse_util.flatten_dict(trained)
+        flat, adapters = flatten(params), flatten(trained)
         for path, kernel in self._kernels.items():
             if not len(kernel.rows):
                 continue
-            a, b = (adapters[*path, f"kernel_lora_{name}"].astype(jnp.float32) for name in "ab")
+            a, b = (adapters[f"{path}.kernel_lora_{name}"].astype(jnp.float32) for name in "ab")
             # A TPU multiplies in bfloat16 unless told otherwise.
             added = jnp.matmul(a, b, precision="highest") * (self._config.alpha / self._config.rank)
-            old = flat[*path, "kernel"]
+            old = flat[f"{path}.kernel"]
             new = old[kernel.rows].astype(jnp.float32) + added.reshape(-1, *kernel.shape[1:])
-            flat[*path, "kernel"] = jnp.asarray(old).at[kernel.rows].set(new.astype(old.dtype))
-        return traverse_util.unflatten_dict(flat)
+            flat[f"{path}.kernel"] = jnp.asarray(old).at[kernel.rows].set(new.astype(old.dtype))
+        return unflatten(flat)
 
     def shardings(self, mesh: Mesh) -> tuple[Params, Params]:
         """NamedShardings of `split`'s two trees: a kernel's inputs and outputs lie in A, B and quantised as its own."""
-        trained, frozen = {}, traverse_util.flatten_dict(param_shardings(self._model, mesh))
+        trained, frozen = {}, flatten(param_shardings(self._model, mesh))
         for path, kernel in self._kernels.items():
             # Of the axes that are inputs, and of those that are outputs, only the first is ever split.
-            spec = frozen[*path, "kernel"].spec
+            spec = frozen[f"{path}.kernel"].spec
             inputs, outputs = spec[1], spec[1 + kernel.inputs]
             place = lambda *axes: NamedSharding(mesh, PartitionSpec(None, *axes))  # noqa: E731
             if self._config.quantize:
                 stack = jax.eval_shape(lambda k=kernel: self._quantise(k, jnp.zeros(k.shape)))
-                frozen[*path, "kernel"] = dataclasses.replace(
+                frozen[f"{path}.kernel"] = dataclasses.replace(
                     stack, qvalue=place(inputs, outputs), scale=place(None, outputs)
                 )
             if len(kernel.rows):
-                trained[*path, "kernel_lora_a"] = place(inputs, None)
-                trained[*path, "kernel_lora_b"] = place(None, outputs)
-        return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+                trained[f"{path}.kernel_lora_a"] = place(inputs, None)
+                trained[f"{path}.kernel_lora_b"] = place(None, outputs)
+        return unflatten(trained), unflatten(frozen)
 
-    def _draw(self, path: Path, kernel: _Kernel) -> jax.Array:
+    def _draw(self, path: str, kernel: _Kernel) -> jax.Array:
         """[rows, in, rank]"""
         rule = self._qwix.LoraRule(rank=self._config.rank, alpha=self._config.alpha)
-        key = jax.random.fold_in(jax.random.key(self._seed), zlib.crc32(".".join(path).encode()))
+        key = jax.random.fold_in(jax.random.key(self._seed), zlib.crc32(path.encode()))
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, kernel.rows)
         return jax.vmap(lambda key: rule.lora_a_initializer(key, (kernel.matrix[0], rule.rank)))(keys)
 
@@ -184,14 +181,14 @@ def _import_qwix() -> Any:
     return qwix
 
 
-def _check(config: LoraConfig, kernels: dict[Path, _Kernel]) -> None:
+def _check(config: LoraConfig, kernels: dict[str, _Kernel]) -> None:
     if config.rank < 1:
         raise UserError(f"lora.rank={config.rank}: adapters need a rank of at least 1")
     if not 0 < config.alpha < math.inf:
         raise UserError(f"lora.alpha={config.alpha}: must be positive: A @ B is multiplied by alpha / rank")
     if config.quantize and config.quantize not in QUANTISED:
         raise UserError(f"lora.quantize={config.quantize!r}: unknown{suggest(config.quantize, QUANTISED)}")
-    names = [path[-1] for path in kernels]
+    names = [path.rpartition(".")[2] for path in kernels]
     largest = max(min(kernel.matrix) for kernel in kernels.values())
     if config.rank > largest:
         raise UserError(f"lora.rank={config.rank}: more than the kernels themselves have, at most {largest}")

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, traverse_util
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Decoder, Params, abstract
 from jaxup.model.sharding import param_shardings
+from jaxup.model.spec import STACK, flatten, unflatten
 from jaxup.model.stack import SplitStack
 
 Masks = dict[str, Any]  # a tree like params, of bool [L, 1, ...] under "blocks" and [] elsewhere; see depth.freeze
@@ -31,25 +32,24 @@ class Partition:
     def __init__(self, model: ModelConfig, compute: Compute, masks: Masks):
         self.num_layers, self._model = model.num_layers, model
         self._graphdef, self._shapes = abstract(model, compute)
-        self._masks = traverse_util.flatten_dict(masks)
-        self._stack_masks = {path: mask.reshape(-1) for path, mask in _flat(masks["blocks"]).items()}
+        self._masks = flatten(masks)
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """(what trains, what does not): in "blocks" the rows of each leaf [rows, ...]; one with none is left out."""
         trained, frozen = {}, {}
-        for path, leaf in traverse_util.flatten_dict(params).items():
+        for path, leaf in flatten(params).items():
             for part, rows in ((trained, self._masks[path]), (frozen, ~self._masks[path])):
                 if rows.all():
                     part[path] = leaf
                 elif rows.any():
                     part[path] = leaf[np.flatnonzero(rows)]
-        return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+        return unflatten(trained), unflatten(frozen)
 
     def join(self, trained: Params, frozen: Params) -> Params:
         """The inverse of `split`: new arrays where a leaf was split, in the wider dtype of the two."""
-        parts = [traverse_util.flatten_dict(part) for part in (trained, frozen)]
+        parts = [flatten(part) for part in (trained, frozen)]
 
-        def leaf(path: tuple[str, ...], mask: np.ndarray) -> Any:
+        def leaf(path: str, mask: np.ndarray) -> Any:
             found = [part[path] for part in parts if path in part]
             if len(found) == 1:
                 return found[0]
@@ -57,7 +57,7 @@ class Partition:
             order = np.argsort(np.concatenate([np.flatnonzero(rows), np.flatnonzero(~rows)]))
             return jnp.concatenate(found)[order]
 
-        return traverse_util.unflatten_dict({path: leaf(path, mask) for path, mask in self._masks.items()})
+        return unflatten({path: leaf(path, mask) for path, mask in self._masks.items()})
 
     def merge(self, trained: Params, params: Params) -> Params:
         """`params` with what was trained in the place of what it was; everything keeps its dtype."""
@@ -70,24 +70,23 @@ class Partition:
         Only `trained` is to be differentiated. Nothing flows back below the first layer that trains,
         unless the embedding does.
         """
-        ends = _flat({k: v for k, v in self._shapes.items() if k != "blocks"})
-        for part in (frozen, trained):
-            ends |= _flat({k: v for k, v in part.items() if k != "blocks"})
-        ends = traverse_util.unflatten_dict(ends, sep=".")
-        decoder = nnx.merge(self._graphdef, {**ends, "blocks": self._shapes["blocks"]})
-        stack = SplitStack(_flat(trained.get("blocks", {})), _flat(frozen.get("blocks", {})), self._stack_masks)
+        halves = [flatten(half) for half in (frozen, trained)]
+        ends = {path: leaf for half in halves for path, leaf in half.items() if not path.startswith(STACK)}
+        decoder = nnx.merge(self._graphdef, unflatten(flatten(self._shapes) | ends))
+        masks = {path: mask.reshape(-1) for path, mask in _blocks(self._masks).items()}
+        stack = SplitStack(_blocks(halves[1]), _blocks(halves[0]), masks)
         return decoder, decoder.hidden(tokens_BS, stack=stack, **inputs)
 
-    def rows(self, path: tuple[str, ...]) -> np.ndarray:
-        """int [rows]: the layers of the trained leaf at this path, which begins with "blocks"."""
+    def rows(self, path: str) -> np.ndarray:
+        """int [rows]: the layers of the trained leaf at this path, a stacked one."""
         return np.flatnonzero(self._masks[path])
 
     def shardings(self, mesh: Mesh) -> tuple[Params, Params]:
         """NamedShardings of the two halves: the layers' axis is never split, so rows lie as the whole does."""
-        flat = traverse_util.flatten_dict(param_shardings(self._model, mesh))
+        flat = flatten(param_shardings(self._model, mesh))
         trained = {path: flat[path] for path, mask in self._masks.items() if mask.any()}
         frozen = {path: flat[path] for path, mask in self._masks.items() if not mask.all()}
-        return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+        return unflatten(trained), unflatten(frozen)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,5 +120,6 @@ def _words(tree: Any) -> list[jax.Array]:
     return [word(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return traverse_util.flatten_dict(tree, sep=".")
+def _blocks(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The stacked ones, by their paths inside a block."""
+    return {path.removeprefix(STACK): leaf for path, leaf in leaves.items() if path.startswith(STACK)}

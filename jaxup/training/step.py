@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, traverse_util
+from flax import nnx
 
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
+from jaxup.model.spec import STACK, flatten
 from jaxup.training.loss import cross_entropy
 from jaxup.training.partition import Partition
 
@@ -103,9 +104,9 @@ def make_eval_step(model: ModelConfig, compute: Compute, config: StepConfig, par
 def gradient_norms(grads: Params, partition: Partition | None = None) -> tuple[jax.Array, jax.Array]:
     """(norm of everything, norm of each block [L]); 0 for what does not train."""
     rest, blocks_L = jnp.float32(0), jnp.float32(0) if partition is None else jnp.zeros(partition.num_layers)
-    for path, g in traverse_util.flatten_dict(grads).items():
+    for path, g in flatten(grads).items():
         squares = jnp.square(g.astype(jnp.float32))
-        if path[0] != "blocks":
+        if not path.startswith(STACK):
             rest += jnp.sum(squares)
             continue
         squares = jnp.sum(squares, axis=tuple(range(1, g.ndim)))

@@ -1,0 +1,87 @@
+"""What a family of transformers models is here: two tables, each used in both directions.
+
+So an import and an export cannot disagree: `keys` and `rules` relate config.json to `ModelConfig`,
+`modules` relates the names and layouts of tensors to the parameters of `jaxup.model.spec`. A key or
+tensor that neither mentions is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from jaxup.families.keys import ACTIVATIONS, Key, Rule, activation, boolean
+from jaxup.families.layouts import Layout, TensorRow
+from jaxup.model.config import ModelConfig
+from jaxup.model.spec import PART_OF, Param, is_kernel
+
+# Keys of any config.json that would change the function, with the values that do not.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "auto_map": (None,),  # code of the repository's own, which is never run
+    "quantization_config": (None,),
+    "pruned_heads": (None, {}),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    model_type: str
+    architecture: str
+    keys: tuple[Key, ...]
+    rules: tuple[Rule, ...]  # applied after the keys, in this order
+    fixed: dict[str, tuple[Any, ...]]  # other keys that change the function: the values accepted
+    requires: dict[str, Any]  # the fields of ModelConfig that nothing in config.json decides
+    obstacle: Callable[[ModelConfig], str | None] = lambda config: None  # what the sizes must be, if they are not
+    has_bias: dict[str, bool] = dataclasses.field(default_factory=dict)  # transformers always has these
+    modules: Mapping[str, str]  # module of ours -> its name in a file, {layer} for its number; see `tensor_name`
+    kernels: Layout = "linear"  # of the blocks
+    ignored_tensors: tuple[str, ...]  # constant buffers that old versions saved
+    optional_prefix: str = ""  # may be absent from the names of a file
+
+    def tensor_name(self, path: str) -> str:
+        """In the files, of a parameter, with {layer}; several may share a tensor, one after the other."""
+        module, _, leaf = path.rpartition(".")
+        return f"{self.modules[module or path]}.{'bias' if leaf == 'bias' else 'weight'}"
+
+    def rows(self, table: Mapping[str, Param]) -> list[TensorRow]:
+        """The tensors that hold the parameters of a `spec`."""
+        held: dict[str, list[str]] = {}
+        for path in table:
+            held.setdefault(self.tensor_name(path), []).append(path)
+        return [TensorRow(name, tuple(paths), *self._layout(paths[0], table)) for name, paths in held.items()]
+
+    def _layout(self, path: str, table: Mapping[str, Param]) -> tuple[Layout, int]:
+        if is_kernel(path):
+            return self.kernels if table[path].stacked else "linear", table[path].inputs
+        return "same" if path.startswith("embed_") else "flat", 1
+
+    def obstacles(self, config: ModelConfig) -> Iterator[str]:
+        """What a model of this family needs and `config` lacks."""
+        yield from (f"{f}={v!r}" for f, v in self.requires.items() if getattr(config, f) != v)
+        for obstacle in (self.obstacle, *(rule.obstacle for rule in self.rules)):
+            if (need := obstacle(config)) is not None:
+                yield need
+
+    def to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        """The keys that decide what the model computes."""
+        hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
+        for key in self.keys:
+            values = [getattr(config, field) for field in key.fields]
+            # Several fields under one key are either equal counts or biases that come together.
+            hf[key.name] = any(values) if key.parse is boolean else values[0]
+            if key.parse is activation:
+                hf[key.name] = next(name for name, ours in ACTIVATIONS.items() if ours == values[0])
+        for rule in self.rules:
+            hf |= rule.write(config)
+        return hf
+
+
+def our_names(prefix: str) -> dict[str, str]:
+    """The modules of a family that names them as we do, those of blocks below `prefix`.layers."""
+    modules = dict.fromkeys(path.rpartition(".")[0] or path for path in PART_OF)
+    return {module: f"{prefix}.{module.replace('blocks.', 'layers.{layer}.')}" for module in modules} | {
+        "lm_head": "lm_head"
+    }

@@ -1,0 +1,61 @@
+"""What a recipe comes to, as far as it can be known without reading a tensor: what is shown, built and verified."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxup.depth.materials import Bill, materials
+from jaxup.depth.result import result_config
+from jaxup.errors import UserError
+from jaxup.families import edited_hf
+from jaxup.model.config import ModelConfig
+from jaxup.model.spec import spec
+from jaxup.recipes.open import Recipe
+
+
+class Outcome(NamedTuple):
+    """The result of a recipe."""
+
+    config: ModelConfig
+    hf: dict[str, Any]  # its config.json
+    exported: ModelConfig  # what that reads back as: with the biases that its family always has
+    bill: Bill
+
+    def nbytes(self) -> dict[str, int]:
+        """Dtype -> bytes of all parameters that have it, the most first."""
+        table, sizes = spec(self.config), collections.Counter[str]()
+        for path, rows in self.bill.items():
+            for made in rows:
+                sizes[made.after] += table[path].size // len(rows) * (4 if made.after == "float32" else 2)
+        return dict(sizes.most_common())
+
+
+def outcome(
+    recipe: Recipe, stored: Callable[[str | None, str, int | None], str], *, vocab_size: int | None = None
+) -> Outcome:
+    """Works it out.
+
+    Args:
+      stored: the dtypes of the models' tensors; see `jaxup.depth.materials`.
+      vocab_size: of the result, where it has another tokenizer than its models.
+
+    Raises:
+      UserError: nothing can be built: the models do not fit each other, or the family of the base
+        model cannot express the result. Names the fields and both values.
+    """
+    configs = {name: model.config for name, model in recipe.models.items()}
+    config = result_config(recipe.plan, configs, base=recipe.base, vocab_size=vocab_size)
+    tied = {name: config.tie_embeddings for name, config in configs.items()}
+    bill = materials(recipe.plan, spec(config), tied, stored)
+    weights = collections.Counter[str]()
+    for path, rows in bill.items():
+        for made in rows:
+            weights[made.after] += spec(config)[path].size // len(rows)
+    base = recipe.models[recipe.base]
+    try:
+        hf, exported = edited_hf(base.hf, config, dtype=weights.most_common(1)[0][0])
+    except UserError as error:
+        raise error.within(base.path) from None
+    return Outcome(config, hf, exported, bill)
