@@ -11,6 +11,7 @@ from jaxup import plan as entry
 from jaxup.depth import recipes
 from jaxup.depth.plan import DepthPlan, Row
 from jaxup.errors import UserError
+from jaxup.files.storage import split_revision
 from jaxup.recipes import open as hub_recipe
 from jaxup.recipes.open import open_recipe
 
@@ -105,8 +106,8 @@ def test_places(here):
     assert not open_recipe("identity(mistral)", config_from="nowhere").models["mistral"].stand_in
     refused("--model b: the recipe has no such model", open_recipe, "identity(mistral)", models={"b": "mistral"})
     refused("is for 'org/b'", open_recipe, "identity(org/a)", models={"org/b": "mistral"})
-    assert hub_recipe._split("org/a@v2") == ("org/a", "v2")
-    assert hub_recipe._split("gs://bucket/a@v2") == ("gs://bucket/a@v2", None)
+    assert split_revision("org/a@v2") == ("org/a", "v2")
+    assert split_revision("gs://bucket/a@v2") == ("gs://bucket/a@v2", None)
 
 
 def test_what_is_no_recipe(here):

@@ -12,6 +12,7 @@ import functools
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from jaxup.building import copying
 from jaxup.building.origins import Origin, tensor_origins
 from jaxup.building.vocabulary import Vocabulary, open_vocabulary
 from jaxup.depth import picture
-from jaxup.depth.result import result_config
+from jaxup.depth.plan import DepthPlan
+from jaxup.depth.result import caveats, result_config
 from jaxup.errors import UserError
 from jaxup.families import Family, config_from_hf, config_to_hf, with_family_biases
 from jaxup.families.layouts import Tensor, flatten, to_file
@@ -35,7 +37,7 @@ from jaxup.hub.directory import CARD, MARKS, PLAN, carried_files
 from jaxup.hub.reader import Checkpoint, check_tied, open_checkpoint
 from jaxup.model.config import LAYER_TYPES, ModelConfig
 from jaxup.model.shapes import param_shapes
-from jaxup.recipes.open import Recipe
+from jaxup.recipes.open import Recipe, open_recipe
 from jaxup.text import printable, size
 
 PICTURE = "plan.png"
@@ -171,9 +173,10 @@ def prepare(
 
 
 def build(
-    recipe: Recipe,
+    recipe: Recipe | DepthPlan | str,
     out: str | os.PathLike,
     *,
+    models: Mapping[str, str] | None = None,
     max_shard_size: int | str = "5GB",
     sparse: bool = True,
     force: bool = False,
@@ -185,6 +188,8 @@ def build(
     """Writes the directory `out`: what the recipe's plan makes of its models.
 
     Args:
+      recipe: opened, or a plan whose sources are named by where they are, or what `open_recipe` takes.
+      models: where models are that the recipe names otherwise; see `open_recipe`.
       max_shard_size: of a file: bytes, or such as "5GB" (10^9) or "2GiB" (2^30).
       sparse: zeros take no space on the disk; else they have blocks, which are not written either.
       force: replaces `out` if it is empty or holds a model.
@@ -199,6 +204,10 @@ def build(
         what was built is not what the plan makes.
     """
     out = Path(out)
+    if not isinstance(recipe, Recipe):
+        recipe = open_recipe(recipe, models=models, flag="models[{!r}]")
+        for note in (*recipe.notes, *caveats(recipe.plan, recipe.configs)):
+            warnings.warn(note, stacklevel=2)
     work = prepare(recipe, max_shard_size=max_shard_size, allow_pickle=allow_pickle, vocabulary=vocabulary)
     return carry_out(work, out, sparse=sparse, force=force, verify=verify, progress=progress)
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.layers import Block, Linear, block_norm, normal
 from jaxup.model.stack import SplitStack
+from jaxup.text import size
 
 Params = dict[str, Any]  # nested dict of arrays: the pure form of a Decoder's nnx state
 
@@ -71,6 +72,19 @@ class Decoder(nnx.Module):
         self.norm = block_norm(config)
         self.lm_head = (
             None if config.tie_embeddings else Linear((D, V), ("embed", "vocab"), bias=False, std=std, rngs=rngs)
+        )
+
+    def __repr__(self) -> str:
+        """Depth, sizes, parameters, and where they came from: in a line, for people."""
+        c, leaves = self.config, jax.tree.leaves(nnx.to_pure_dict(nnx.state(self, nnx.Param)))
+        heads = f"{c.num_heads}" if c.num_heads == c.num_kv_heads else f"{c.num_heads}/{c.num_kv_heads}"
+        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        dtypes = " and ".join(dict.fromkeys(leaf.dtype.name for leaf in leaves))
+        plan = getattr(self.origin, "plan", None)
+        return (
+            f"<Decoder {c.num_layers} layers of {c.hidden_size}, {heads} heads, {c.vocab_size:,} tokens: "
+            f"{sum(leaf.size for leaf in leaves):,} parameters, {size(nbytes)} in {dtypes}"
+            + (f", by {plan!r}>" if plan else ">")
         )
 
     def __call__(
