@@ -141,6 +141,10 @@ def test_models_that_are_not_at_hand(here):
     hint = "give its place with --model NAME=DIR, or --config-from DIR to see the plan from a config.json alone"
     refused("org/nope is not at hand: no such directory", open_recipe, "identity(org/nope)")
     refused(hint, open_recipe, "identity(org/nope)")
+    with pytest.raises(UserError) as error:
+        open_recipe("identity(org/nope)", models={"org/b": "mistral"}, flag="--config.base.models={}")
+    assert error.value.what.endswith(" (what is given is for 'org/b')")
+    assert error.value.hint == "give its place with --config.base.models=NAME=DIR"
     refused("./nope is not at hand: no such directory; ", open_recipe, "identity(./nope)")
     (here / "recipe.yaml").write_text(TUNGUSKA)
     refused("org/Mistral-Small is not at hand", open_recipe, "recipe.yaml")

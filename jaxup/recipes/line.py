@@ -124,8 +124,8 @@ def usage(recipe: str) -> str:
 def parse(line: str) -> Call:
     """The recipe that `line` is; UserError with the column of what is wrong. No model is looked at."""
     if len(line) > _MAX_LENGTH:
-        what = f"a recipe in one line has at most {_MAX_LENGTH} characters"
-        raise UserError(what, at=_place(_MAX_LENGTH), hint="write a file")
+        what = f"a recipe in one line has at most {_MAX_LENGTH} characters; write a file"
+        raise UserError(what, at=_place(_MAX_LENGTH))
     for i, character in enumerate(line):
         if not character.isprintable():
             raise UserError(f"a recipe in one line cannot hold {character!r}", at=_place(i + 1))

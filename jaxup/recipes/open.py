@@ -110,12 +110,12 @@ def open_recipe(
       flag: how the user says where the model {} is, for messages.
 
     Raises:
-      UserError: what is wrong in the recipe, with its place; a model that is not at hand, with
-        `flag` as the hint.
+      UserError: what is wrong in the recipe, with its place; a model that is not at hand. Only
+        then is there a hint of its own, `error.hint`: it speaks of `flag`.
     """
     found = _Models(dict(models or {}), default, config_from, revision, flag)
     if isinstance(recipe, DepthPlan):
-        opened = _of_plan(recipe, found, recipe.to_yaml(), repr(recipe))
+        opened = _of_plan(recipe, found, "a plan made in Python", "a plan made in Python")
     elif not os.path.lexists(os.path.expanduser(recipe)) and recipe_line.is_line(recipe):
         plan = recipe_line.parse(recipe).plan(lambda model: found[model].config.num_layers)
         opened = _of_plan(plan, found, recipe, recipe)
@@ -189,7 +189,7 @@ def _read_text(name: str) -> str:
     if not name:
         raise UserError("the recipe is empty; in one line one is like 'upscale(MODEL, 19:41, copies=2)'")
     if path.is_dir():
-        raise UserError("a directory, not a recipe", at=name, hint=f"did you mean {_identity(name)}?")
+        raise UserError(f"a directory, not a recipe; did you mean {_identity(name)}?", at=name)
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
