@@ -142,7 +142,7 @@ def test_models_that_are_not_at_hand(here):
     refused("org/nope is not at hand: no such directory", open_recipe, "identity(org/nope)")
     refused(hint, open_recipe, "identity(org/nope)")
     with pytest.raises(UserError) as error:
-        open_recipe("identity(org/nope)", models={"org/b": "mistral"}, flag="--config.base.models={}")
+        open_recipe("identity(org/nope)", models={"org/b": "mistral"}, flag="--config.base.models=")
     assert error.value.what.endswith(" (what is given is for 'org/b')")
     assert error.value.hint == "give its place with --config.base.models=NAME=DIR"
     refused("./nope is not at hand: no such directory; ", open_recipe, "identity(./nope)")

@@ -119,8 +119,8 @@ def test_a_plan_knows_where_its_models_are(directory, tmp_path):
 def test_what_is_wrong_is_said_in_the_words_of_python(directory, tmp_path):
     message = "org/nope is not at hand: no such directory"
     refused(message, jaxup.open_plan, "identity(org/nope)")
-    refused("; give its place with models['NAME']=DIR", jaxup.open_plan, "identity(org/nope)")
-    refused("models['b']: the recipe has no such model", jaxup.open_plan, f"identity({directory})", models={"b": "x"})
+    refused("; give its place with models: NAME=DIR", jaxup.open_plan, "identity(org/nope)")
+    refused("models: b: the recipe has no such model", jaxup.open_plan, f"identity({directory})", models={"b": "x"})
     refused("recipe:1:1: unknown recipe 'upscal'; did you mean 'upscale'?", jaxup.open_plan, "upscal(m, 1:2)")
     refused("load: two plans", jaxup.load, jaxup.identity("m", 3), plan=jaxup.identity("m", 3))
     refused(f"plan: source {str(directory)!r} has 4 layers here, but 3 in", jaxup.build_model,

@@ -205,7 +205,7 @@ def build(
     """
     out = Path(out)
     if not isinstance(recipe, Recipe):
-        recipe = open_recipe(recipe, models=models, flag="models[{!r}]")
+        recipe = open_recipe(recipe, models=models, flag="models: ")
         for note in (*recipe.notes, *caveats(recipe.plan, recipe.configs)):
             warnings.warn(note, stacklevel=2)
     work = prepare(recipe, max_shard_size=max_shard_size, allow_pickle=allow_pickle, vocabulary=vocabulary)

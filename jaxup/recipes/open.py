@@ -27,7 +27,7 @@ from jaxup.model.shapes import param_shapes
 from jaxup.recipes import line as recipe_line
 from jaxup.recipes import mergekit
 
-MODEL_FLAG = "--model {}"
+_FLAG = "--model "
 
 # At the top of a file, what tells its kind.
 _MERGEKIT_KEYS = ("merge_method", "slices", "modules")
@@ -85,7 +85,7 @@ def open_plan(recipe: str | os.PathLike[str], *, models: Mapping[str, str] | Non
     Raises:
       UserError: what is wrong in the recipe, with its place; a model whose config.json is not at hand.
     """
-    opened = open_recipe(os.fspath(recipe), models=models, flag="models[{!r}]")
+    opened = open_recipe(os.fspath(recipe), models=models, flag="models: ")
     for note in (*opened.notes, *filter(None, [opened.beyond_plan])):
         warnings.warn(note, stacklevel=2)
     return opened.plan.renamed({name: model.place for name, model in opened.models.items()})
@@ -93,7 +93,7 @@ def open_plan(recipe: str | os.PathLike[str], *, models: Mapping[str, str] | Non
 
 def open_recipe(
     recipe: str | DepthPlan, *, models: Mapping[str, str] | None = None, default: str | None = None,
-    config_from: str | None = None, revision: str | None = None, dtype: str | None = None, flag: str = MODEL_FLAG,
+    config_from: str | None = None, revision: str | None = None, dtype: str | None = None, flag: str = _FLAG,
 ) -> Recipe:  # fmt: skip
     """The recipe that a file holds, a line is, or that is just a plan.
 
@@ -107,7 +107,7 @@ def open_recipe(
         not in the Hub's cache. Nothing is then fetched.
       revision: of the models that are Hub ids and come without one.
       dtype: of the result's tensors, whatever the recipe says.
-      flag: how the user says where the model {} is, for messages.
+      flag: what the user says before NAME=DIR, for messages.
 
     Raises:
       UserError: what is wrong in the recipe, with its place; a model that is not at hand. Only
@@ -123,21 +123,21 @@ def open_recipe(
         opened = _open_file(recipe, _read_text(recipe), found)
     if unknown := found.places.keys() - found.asked:
         name = min(unknown)
-        raise UserError(f"the recipe has no such model{suggest(name, found.opened)}", at=flag.format(name))
+        raise UserError(f"the recipe has no such model{suggest(name, found.opened)}", at=f"{flag}{name}")
     if dtype is not None:
         opened = dataclasses.replace(opened, plan=dataclasses.replace(opened.plan, out_dtype=dtype))
     return opened
 
 
-def parse_places(pairs: Sequence[str], flag: str = MODEL_FLAG) -> dict[str, str]:
+def parse_places(pairs: Sequence[str], flag: str = _FLAG) -> dict[str, str]:
     """The values of `flag`, each NAME=PLACE, as `open_recipe` takes them."""
     places: dict[str, str] = {}
     for pair in pairs:
         name, separator, place = pair.partition("=")
         if not separator or not name or not place:
-            raise UserError("must be NAME=DIR", at=flag.format(pair))
+            raise UserError("must be NAME=DIR", at=f"{flag}{pair}")
         if name in places:
-            raise UserError("given twice", at=flag.format(name))
+            raise UserError("given twice", at=f"{flag}{name}")
         places[name] = place
     return places
 
@@ -220,8 +220,8 @@ class _Models:
         self, places: dict[str, str], default: str | None, config_from: str | None, revision: str | None, flag: str
     ):
         self.places, self.default, self.config_from, self.revision = places, default, config_from, revision
-        self.hint = f"give its place with {flag.format('NAME')}=DIR"
-        if flag == MODEL_FLAG:
+        self.hint = f"give its place with {flag}NAME=DIR"
+        if flag == _FLAG:
             self.hint += ", or --config-from DIR to see the plan from a config.json alone"
         self.opened: dict[str, Model] = {}
         self.asked: set[str] = set()  # of the places
