@@ -20,6 +20,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m jaxup.build", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     recipe_arguments(parser)
+    parser.add_argument("out", metavar="OUT", help="directory to be made")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
     parser.add_argument("--no-sparse", dest="sparse", action="store_false",
                         help="give zeros blocks on the disk, for storage that does not keep holes")  # fmt: skip
