@@ -7,26 +7,20 @@ inherited is copied as bytes, never loaded. Nothing is at OUT until all of it is
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import signal
 import warnings
 from pathlib import Path
 from typing import Any
 
 from jaxup.errors import Parser, Stopped, entry_point
+from jaxup.plan import recipe_arguments
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m jaxup.build", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("recipe", metavar="RECIPE", help="file, or one line")
+    recipe_arguments(parser)
     parser.add_argument("out", metavar="OUT", help="directory to be made")
-    parser.add_argument("--model", metavar="NAME=DIR", action="append", default=[],
-                        help="where the model is that the recipe calls NAME: directory, Hub id or URL; "
-                             "may be given several times")  # fmt: skip
-    parser.add_argument("--revision", help="of the models that are Hub ids: branch, tag or commit")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="of the tensors (default: as the recipe says, else as they are)")  # fmt: skip
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
     parser.add_argument("--no-sparse", dest="sparse", action="store_false",
                         help="give zeros blocks on the disk, for storage that does not keep holes")  # fmt: skip
@@ -45,9 +39,7 @@ def main(argv: list[str]) -> None:
 
     signal.signal(signal.SIGTERM, _stop)
     out = Path(args.out).expanduser()
-    recipe = open_recipe(args.recipe, models=parse_places(args.model), revision=args.revision)
-    if args.dtype is not None:
-        recipe = dataclasses.replace(recipe, plan=dataclasses.replace(recipe.plan, out_dtype=args.dtype))
+    recipe = open_recipe(args.recipe, models=parse_places(args.model), revision=args.revision, dtype=args.dtype)
     for note in recipe.notes:
         warnings.warn(note, stacklevel=1)
     work = prepare(recipe, max_shard_size=args.max_shard_size, allow_pickle=args.allow_pickle)

@@ -27,9 +27,9 @@ def backticks(text: str, least: int = 3) -> str:
 
 
 def size(nbytes: int) -> str:
-    """Bytes in powers of 1000, in four digits: "39.41 GB"."""
+    """Bytes in powers of 1000: "39.41 GB"."""
     power = min(len(str(nbytes)) - 1, 12) // 3
-    return f"{nbytes / 1000**power:,.4g} {('bytes', 'KB', 'MB', 'GB', 'TB')[power]}"
+    return f"{nbytes / 1000**power:,.2f} {('KB', 'MB', 'GB', 'TB')[power - 1]}" if power else f"{nbytes} bytes"
 
 
 def parse_json(text: bytes, shown: str) -> dict[str, Any]:
@@ -67,11 +67,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Whoever reads `path` sees the old text or the new, whatever kills the writer."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Whoever reads `path` sees the old content or the new, whatever kills the writer."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Generation: tokens against transformers', their text against its tokenizers, and the command."""
 
+import importlib
 import io
 import json
 import logging
@@ -12,7 +13,6 @@ from flax import nnx
 from scipy import stats
 from scipy.special import softmax
 
-from jaxup import generate as command
 from jaxup.data.chat_formats import prompt_ids
 from jaxup.data.tokenizer import train_bpe
 from jaxup.errors import UserError
@@ -24,6 +24,8 @@ from jaxup.model.decoder import abstract, init
 from jaxup.model.sampling import generate, restrict
 from jaxup.model.sharding import param_shardings
 from jaxup.training.sharding import MeshConfig, make_mesh
+
+command = importlib.import_module("jaxup.generate")  # in the package the name is the function's
 
 GREEDY = dict(max_tokens=24, temperature=0.0, top_k=0, seed=0)
 SAMPLED = dict(max_tokens=6, temperature=0.9, top_k=30, top_p=0.95, seed=3, vocab_size=60)

@@ -1,5 +1,6 @@
 """Healing from end to end: an up-scaled model trained whole or in part, interrupted, exported, and asked."""
 
+import importlib
 import json
 import re
 import shutil
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxup import export, generate, train
+from jaxup import export, train
 from jaxup.data.batches import Batches
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import Stopped, UserError
 from jaxup.training import loop
 from jaxup.training.partition import digest
+
+generate = importlib.import_module("jaxup.generate")  # in the package the name is the function's
 
 TINY = [
     "--config.model.hidden_size=16", "--config.model.intermediate_size=24", "--config.model.num_heads=2",

@@ -494,14 +494,15 @@ def test_the_readme_example_runs(models, tmp_path, monkeypatch):
     assert load(tmp_path / "copy").config == LLAMA
 
 
-def test_the_example_of_docs_depth_runs(models):
+def test_the_example_of_docs_depth_runs(models, tmp_path):
     docs = (Path(__file__).parent.parent / "docs" / "depth.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", docs, re.S)
     model = load(models / "llama-float32")
     scope = {"num_layers": 4, "model": model, "params": nnx.to_pure_dict(nnx.state(model)),
              "tokens": jnp.arange(8).reshape(2, 4)}  # fmt: skip
-    exec(block.replace("DIR", str(models / "llama-float32")), scope)
+    exec(block.replace("DIR", str(models / "llama-float32")).replace("OUT", str(tmp_path / "out")), scope)
     assert_same(params_of(scope["upscaled"]), flatten(scope["grown"]))
+    assert_same(params_of(load(tmp_path / "out")), flatten(scope["grown"]))
     assert np.flatnonzero(scope["masks"]["blocks"]["mlp"]["down_proj"]["kernel"]).tolist() == [3, 4, 5, 6]
     assert scope["logits"].shape == (2, 4, 41)
 

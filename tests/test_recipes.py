@@ -301,6 +301,25 @@ def test_usage_names_every_argument():
     assert usage("inherit") == "inherit(MODEL, layers=..., which=first, every=1, parts=...)"
 
 
+def test_a_recipe_is_registered_with_the_kinds_of_its_arguments():
+    @recipes.recipe
+    def tail(source: str, source_layers: int, count: int) -> DepthPlan:
+        """The last layers."""
+        if count > source_layers:
+            raise UserError(f"count={count} is too many")
+        return recipes.inherit(source, source_layers, count, which="last")
+
+    try:
+        assert parse("tail(m, 2)").plan(5) == recipes.inherit("m", 5, 2, which="last") == tail("m", 5, 2)
+        assert usage("tail") == "tail(MODEL, count)"
+        refused("tail: count=6 is too many", tail, "m", 5, 6)
+        refused("recipe:1:1: tail: count=6 is too many", lambda: parse("tail(m, 6)").plan(5))
+        refused("recipe:1:9: count must be a whole number, not x", parse, "tail(m, x)")
+        refused("recipe:1:1: unknown recipe 'tial'; did you mean 'tail'?", parse, "tial(m, 2)")
+    finally:
+        del RECIPES["tail"]
+
+
 # ---- described
 
 

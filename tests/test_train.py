@@ -1,6 +1,7 @@
 """The main job as a user runs it: resumed, interrupted, misused; and what it leaves behind."""
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -14,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxup import build, export, generate, plan, train
+from jaxup import build, export, plan, train
 from jaxup.errors import NonFinite, UserError
 from jaxup.recipes import line as recipe_line
+
+generate = importlib.import_module("jaxup.generate")  # in the package the name is the function's
 
 TINY = [
     "--config=inherit_gpt2.py:smoke", "--config.steps=8", "--config.batch_size=8", "--config.model.num_layers=4",

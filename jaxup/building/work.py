@@ -12,6 +12,7 @@ import functools
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from jaxup.building import copying
 from jaxup.building.origins import Origin, tensor_origins
 from jaxup.building.vocabulary import Vocabulary, open_vocabulary
 from jaxup.depth import picture
+from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
 from jaxup.families import family_of_hf
 from jaxup.families.layouts import Tensor, to_file
@@ -33,7 +35,7 @@ from jaxup.hub.card import model_card
 from jaxup.hub.directory import CARD, MARKS, PLAN, carried_files
 from jaxup.hub.reader import Checkpoint, check_tied, open_checkpoint, stored_dtypes
 from jaxup.model.spec import STACK, flatten
-from jaxup.recipes.open import Recipe
+from jaxup.recipes.open import Recipe, open_recipe
 from jaxup.recipes.outcome import Outcome, outcome
 from jaxup.text import printable, size
 
@@ -160,9 +162,10 @@ def prepare(
 
 
 def build(
-    recipe: Recipe,
+    recipe: Recipe | DepthPlan | str,
     out: str | os.PathLike,
     *,
+    models: Mapping[str, str] | None = None,
     max_shard_size: int | str = "5GB",
     sparse: bool = True,
     force: bool = False,
@@ -174,6 +177,8 @@ def build(
     """Writes the directory `out`: what the recipe's plan makes of its models.
 
     Args:
+      recipe: opened, or a plan whose sources are named by where they are, or what `open_recipe` takes.
+      models: where models are that the recipe names otherwise; see `open_recipe`.
       max_shard_size: of a file: bytes, or such as "5GB" (10^9) or "2GiB" (2^30).
       sparse: zeros take no space on the disk; else they have blocks, which are not written either.
       force: replaces `out` if it is empty or holds a model.
@@ -188,6 +193,10 @@ def build(
         what was built is not what the plan makes.
     """
     out = Path(out)
+    if not isinstance(recipe, Recipe):
+        recipe = open_recipe(recipe, models=models, flag="models: ")
+        for note in recipe.notes:
+            warnings.warn(note, stacklevel=2)
     work = prepare(recipe, max_shard_size=max_shard_size, allow_pickle=allow_pickle, vocabulary=vocabulary)
     return carry_out(work, out, sparse=sparse, force=force, verify=verify, progress=progress)
 

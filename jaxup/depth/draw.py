@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-from jaxup.depth.plan import ENDS, PARTS, DepthPlan, Row
+from jaxup.depth.plan import ENDS, PARTS, DepthPlan, Row, runs
 from jaxup.text import named
 
 # What a character of the strip means, and its colour on a terminal (SGR parameters).
@@ -70,10 +70,13 @@ def _colored(character: str, text: str) -> str:
 def _table(plan: DepthPlan) -> Iterator[str]:
     """A line for each run of layers; what repeats is shown once, with a line that says how often."""
     header = ("result", "source", "layers", "role", "parts", "scales")
-    cells, notes = [header], {}
+    cells: list[Sequence[str]] = [header]
+    notes: dict[int, str] = {}
     for start, stop, period, shift in _patterns(plan.rows):
-        for first, last in _runs(plan.rows, start, start + period):
-            cells.append(_cells(plan.rows[first:last], first))
+        first = start
+        for run in runs(plan.rows[start : start + period]):
+            cells.append(_cells(run, first))
+            first += len(run)
         if (times := (stop - start) // period) > 1:
             above = "the layer above" if period == 1 else f"the {period} layers above"
             next = f", each time {abs(shift)} layer{'s'[: abs(shift) != 1]} {'on' if shift > 0 else 'back'}"
@@ -113,15 +116,6 @@ def _scales(scales: Sequence[tuple[str, float | tuple[float, ...]]]) -> Iterator
             yield f"{named(filter) or 'all'} {' '.join(f'x {factor:g}' for factor in factors)}"
 
 
-def _runs(rows: Sequence[Row], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """[first, last + 1) of the rows between that differ only in being the next layer."""
-    first = start
-    for i in range(start + 1, stop + 1):
-        if i == stop or _kind(rows[i]) != _kind(rows[i - 1]) or rows[i].layer != rows[i - 1].layer + 1:
-            yield first, i
-            first = i
-
-
 def _patterns(rows: Sequence[Row]) -> Iterator[tuple[int, int, int, int]]:
     """The rows as consecutive pieces (start, stop, period, shift): the period repeats, each time `shift` layers on.
 
@@ -129,7 +123,7 @@ def _patterns(rows: Sequence[Row]) -> Iterator[tuple[int, int, int, int]]:
     """
     count, longest = len(rows), min(_MAX_PERIOD, len(rows) // 3)
     kinds, layers = list(map(_kind, rows)), [row.layer for row in rows]
-    heads = {first for first, _ in _runs(rows, 0, count)}
+    heads = set(itertools.accumulate(map(len, runs(rows)), initial=0))
     lines = list(itertools.accumulate((i in heads for i in range(count)), initial=0))  # in the table, up to a row
     # For each period and row: how many layers on the row a period later is, and for how many rows from here on.
     shifts: list[list[int | None]] = [[]]
@@ -147,12 +141,12 @@ def _patterns(rows: Sequence[Row]) -> Iterator[tuple[int, int, int, int]]:
     while start < count:
         best, spared = None, 0
         for p in range(1, min(longest, (count - start) // 3) + 1):
-            times = (holds[p][start] + p) // p
-            if shifts[p][start] is None or times < 3:
+            times, on = (holds[p][start] + p) // p, shifts[p][start]
+            if on is None or times < 3:
                 continue
             spares = lines[start + times * p] - lines[start + p] - 1
             if spares > spared:
-                best, spared = (start, start + times * p, p, shifts[p][start]), spares
+                best, spared = (start, start + times * p, p, on), spares
         if best is None:
             start += 1
             continue

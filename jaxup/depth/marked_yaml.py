@@ -2,6 +2,7 @@
 
 Reads with PyYAML's safe loader, event by event and without recursion: what a hostile file may cost
 (nesting, aliases of aliases, merge keys, long numbers, sheer size) is bounded before it is spent.
+ruamel.yaml knows lines and columns too, but sets no such bounds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from jaxup.errors import UserError, suggest
 MAX_CHARACTERS = 300_000
 MAX_NODES = 20_000  # those that merge keys copy counted again
 MAX_DEPTH = 50
-MAX_LAYERS = 10_000  # of a plan: ten times the deepest models trained
 
 _TAG = "tag:yaml.org,2002:"
 _MERGE = object()  # the key `<<`
@@ -34,7 +34,7 @@ class Place(NamedTuple):
         return f"{self.name}:{self.line}:{self.column}"
 
     def error(self, message: str) -> UserError:
-        return UserError(f"{self}: {message}")
+        return UserError(message, at=str(self))
 
 
 class Map(dict[Any, Any]):
@@ -212,8 +212,9 @@ class _Reader:
                 self.open(event, place)
             elif isinstance(event, yaml.CollectionEndEvent):
                 done = self.stack.pop()
-                for other in done.merges:
-                    done.value.merge(other)
+                if isinstance(done.value, Map):
+                    for other in done.merges:
+                        done.value.merge(other)
                 if done.anchor:
                     self.anchors[done.anchor] = done.value, done.place
                 self.take(done.value, done.place)
@@ -269,23 +270,22 @@ class _Reader:
     def take(self, value: Any, place: Place) -> None:
         """Puts a value that is read whole where it belongs."""
         self.count(1, place)
-        if not self.stack:
-            self.root = "<<" if value is _MERGE else value
-            return
-        parent = self.stack[-1]
-        if isinstance(parent.value, List):
-            parent.value.append("<<" if value is _MERGE else value)
+        parent, plain = self.stack[-1] if self.stack else None, "<<" if value is _MERGE else value
+        if parent is None:
+            self.root = plain
+        elif isinstance(parent.value, List):
+            parent.value.append(plain)
             parent.value.items_at.append(place)
         elif parent.key_at is None:
             if _is_collection(value):
                 raise place.error(f"a key must be text, not {shown(value)}")
             parent.key, parent.key_at, parent.anchors_before_value = value, place, self.anchors_seen
         else:
-            self.fill(parent, "<<" if value is _MERGE else value, place)
+            self.fill(parent, parent.value, parent.key_at, plain, place)
             parent.key_at = None
 
-    def fill(self, parent: _Open, value: Any, place: Place) -> None:
-        result, key = parent.value, parent.key
+    def fill(self, parent: _Open, result: Map, key_at: Place, value: Any, place: Place) -> None:
+        key = parent.key
         if key is _MERGE:
             maps = value if isinstance(value, List) else [value]
             if not all(isinstance(other, Map) for other in maps):
@@ -295,8 +295,8 @@ class _Reader:
             return
         if key in result:
             first = result.repeated[key][0] if key in result.repeated else result.keys_at[key]
-            result.repeated[key] = first, parent.key_at
-        result[key], result.keys_at[key], result.values_at[key] = value, parent.key_at, place
+            result.repeated[key] = first, key_at
+        result[key], result.keys_at[key], result.values_at[key] = value, key_at, place
         if self.anchors_seen > parent.anchors_before_value:
             result.anchored.add(key)
 

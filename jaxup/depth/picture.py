@@ -7,8 +7,11 @@ with two pixels per point. Pillow is imported where it is used: matplotlib alone
 
 from __future__ import annotations
 
+import base64
 import io
 import itertools
+from collections.abc import Callable
+from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxup.depth.draw import CHARACTERS, character, ranges
@@ -55,6 +58,16 @@ def png(plan: DepthPlan, title: str) -> bytes:
     return file.getvalue()
 
 
+def html(plan: DepthPlan) -> str:
+    """The picture and, to be unfolded below it, what `describe` says; names in it are not to be trusted."""
+    drawn, text = plan._repr_png_(), f"<pre>{escape(plan.describe())}</pre>"
+    if drawn is None:
+        return text
+    source = f"data:image/png;base64,{base64.b64encode(drawn).decode()}"
+    image = f'<img alt="{escape(repr(plan))}" style="max-width: 100%; max-height: 40em" src="{source}">'
+    return f"{image}<details><summary>in words</summary>{text}</details>"
+
+
 def picture(plan: DepthPlan, title: str) -> Image:
     """The plan drawn below its title; RGB, two pixels per point. UserError for hundreds of sources."""
     from PIL import Image, ImageDraw
@@ -69,8 +82,11 @@ def picture(plan: DepthPlan, title: str) -> Image:
         top += 44  # the name
         bands.append(_Band(name, count, top, height))
         top = bands[-1].bottom + 20
-    new = _Band("", 1, top + 8, max(28.0, height)) if any(row.role == "new" for row in plan.rows) else None
-    strip = (new.bottom if new else top) + 28
+    where: dict[str | None, _Band] = {band.name: band for band in bands}
+    if any(row.role == "new" for row in plan.rows):
+        where[None] = new = _Band("", 1, top + 8, max(28.0, height))
+        top = new.bottom
+    strip = top + 28
     right = left + round(plan.num_layers * width)
     used = {name: {row.layer for row in plan.rows if row.source == name and row.parts} for name, _ in plan.sources}
     labels = {band.name: _unused(band, used[band.name]) for band in bands}
@@ -93,17 +109,16 @@ def picture(plan: DepthPlan, title: str) -> Image:
 
     for band in bands:
         _draw_band(draw, band, left, right, wide, labels[band.name])
-    if new:
-        _write(draw, (left - 12, (new.top + new.bottom) // 2), "new", _SMALL, _FAINT, "rm")
+    if None in where:
+        _write(draw, (left - 12, (where[None].top + where[None].bottom) // 2), "new", _SMALL, _FAINT, "rm")
     ticks = _ticks(plan.num_layers, (right - left) / (2 * _length("000", _SMALL)))
     for i in ticks:
-        for band in [*bands, *filter(None, [new])]:
+        for band in where.values():
             draw.line([(x(i) + round(width / 2), band.top), (x(i) + round(width / 2), band.bottom)], _GRID, 2)
 
-    where = {band.name: band for band in bands}
     gap = 2 if width >= 8 and height >= 8 else 0
     for i, row in enumerate(plan.rows):
-        band, layer = (new, 0) if row.role == "new" else (where[row.source], row.layer)
+        band, layer = _place(row, where)
         low = max(band.y(layer - 1), band.y(layer) + 4)
         color = COLORS[character(row)]
         draw.rectangle([x(i), band.y(layer), max(x(i + 1), x(i) + 2) - 1 - gap, low - 1 - gap], color)
@@ -111,7 +126,7 @@ def picture(plan: DepthPlan, title: str) -> Image:
         if width >= 24:
             middle = ((x(i) + x(i + 1) - gap) // 2, strip + _STRIP // 2)
             _write(draw, middle, character(row), _SMALL, _ON[character(row)], "mm")
-    _draw_path(draw, plan, where, new, x)
+    _draw_path(draw, plan, where, x)
     below = strip + _STRIP + 10
     for i in ticks:
         _write(draw, (x(i) + round(width / 2), below), str(i), _SMALL, _FAINT, "ma")
@@ -174,11 +189,16 @@ def _draw_band(draw: Any, band: _Band, left: int, right: int, wide: int, unused:
     draw.line([(left - 4, band.top), (left - 4, band.bottom)], _GRID, 2)
 
 
-def _draw_path(draw: Any, plan: DepthPlan, where: dict[str, _Band], new: _Band | None, x: Any) -> None:
+def _place(row: Row, where: dict[str | None, _Band]) -> tuple[_Band, int]:
+    """The band that the layer is in, and its layer there; new ones have a band of their own."""
+    return (where[None], 0) if row.role == "new" else (where[row.source], row.layer)
+
+
+def _draw_path(draw: Any, plan: DepthPlan, where: dict[str | None, _Band], x: Callable[[int], int]) -> None:
     """A thin line wherever the path does not go on to the next layer or stay at the same one."""
 
     def place(i: int, row: Row) -> tuple[int, int]:
-        band, layer = (new, 0) if row.role == "new" else (where[row.source], row.layer)
+        band, layer = _place(row, where)
         return (x(i) + x(i + 1)) // 2, (band.y(layer) + band.y(layer - 1)) // 2
 
     for i, (a, b) in enumerate(itertools.pairwise(plan.rows)):

@@ -20,6 +20,7 @@ PARTS = ("attention", "mlp", "norms")  # of a block
 ENDS = ("embed_tokens", "embed_positions", "norm", "lm_head")  # what is not a block
 ALL_PARTS = PARTS + ENDS
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_LAYERS = 10_000  # of a result, ten times the deepest trained: a slip of the keyboard must not fill the memory
 
 # Every parameter that a block of some family has, and every one that is not of a block.
 BLOCK_PATHS = tuple(path.removeprefix(STACK) for path in PART_OF if path.startswith(STACK))
@@ -57,20 +58,20 @@ class Row:
 
     def __post_init__(self):
         if not isinstance(self.source, str) or not self.source:
-            raise UserError(f"plan: a source's name must be text, not {self.source!r}")
+            raise UserError(f"a source's name must be text, not {self.source!r}", at="plan")
         if self.role not in ROLES:
-            raise UserError(f"plan: unknown role {self.role!r}{suggest(self.role, ROLES)}")
+            raise UserError(f"unknown role {self.role!r}{suggest(self.role, ROLES)}", at="plan")
         for part in self.parts:
             if part not in PARTS:
-                raise UserError(f"plan: unknown part {part!r}{suggest(part, PARTS)}")
+                raise UserError(f"unknown part {part!r}{suggest(part, PARTS)}", at="plan")
         if self.role == "new" and self.parts:
-            raise UserError(f"plan: a layer of role 'new' inherits nothing, but takes {', '.join(self.parts)}")
+            raise UserError(f"a layer of role 'new' inherits nothing, but takes {', '.join(self.parts)}", at="plan")
         if self.role != "new" and not self.parts:
-            raise UserError(f"plan: a layer that inherits nothing has role 'new', not {self.role!r}")
+            raise UserError(f"a layer that inherits nothing has role 'new', not {self.role!r}", at="plan")
         if not 0 <= self.noise <= 1:
-            raise UserError(f"plan: noise={self.noise!r} is not a share from 0 to 1")
+            raise UserError(f"noise={self.noise!r} is not a share from 0 to 1", at="plan")
         if self.noise and self.scales:
-            raise UserError("plan: a layer has scales or noise, not both")
+            raise UserError("a layer has scales or noise, not both", at="plan")
         # One spelling each, so that equal rows compare equal.
         object.__setattr__(self, "layer", operator.index(self.layer))
         object.__setattr__(self, "scales", _scales(self.scales))
@@ -129,29 +130,28 @@ class DepthPlan:
         object.__setattr__(self, "scales", _scales(self.scales))
         layers = dict(self.sources)
         if len(layers) != len(self.sources):
-            raise UserError("plan: two sources have the same name")
+            raise UserError("two sources have the same name", at="plan")
         for name, count in self.sources:
             if not isinstance(name, str) or not name:
-                raise UserError(f"plan: a source's name must be text, not {name!r}")
+                raise UserError(f"a source's name must be text, not {name!r}", at="plan")
             if count < 1:
-                raise UserError(f"plan: source {name!r} cannot have {count} layers")
+                raise UserError(f"source {name!r} cannot have {count} layers", at="plan")
         if not self.rows:
-            raise UserError("plan: there are no rows; a model has at least one layer")
+            raise UserError("there are no rows; a model has at least one layer", at="plan")
         for i, row in enumerate(self.rows):
             if row.source not in layers:
-                raise UserError(f"plan: row {i} takes from unknown source {row.source!r}{suggest(row.source, layers)}")
+                unknown = f"{row.source!r}{suggest(row.source, layers)}"
+                raise UserError(f"row {i} takes from unknown source {unknown}", at="plan")
             if not 0 <= row.layer < layers[row.source]:
-                raise UserError(
-                    f"plan: row {i} takes layer {row.layer} of {row.source!r}, "
-                    f"which has layers 0-{layers[row.source] - 1}"
-                )
+                has = f"{row.source!r}, which has layers 0-{layers[row.source] - 1}"
+                raise UserError(f"row {i} takes layer {row.layer} of {has}", at="plan")
         for end in ENDS:
             name = getattr(self, end)
             if name is not None and name not in layers:
-                raise UserError(f"plan: {end} is taken from unknown source {name!r}{suggest(name, layers)}")
+                raise UserError(f"{end} is taken from unknown source {name!r}{suggest(name, layers)}", at="plan")
         for dtype in (self.dtype, self.out_dtype):
             if dtype is not None and dtype not in DTYPES:
-                raise UserError(f"plan: unknown dtype {dtype!r}{suggest(str(dtype), DTYPES)}")
+                raise UserError(f"unknown dtype {dtype!r}{suggest(str(dtype), DTYPES)}", at="plan")
 
     @property
     def num_layers(self) -> int:
@@ -195,18 +195,19 @@ class DepthPlan:
             elif not row.zeroed and any(row.factors(path) for path in BLOCK_PATHS):
                 problem = f"layer {i} is scaled"
         if problem:
-            raise UserError(f"plan: cannot be run as an order of layers: {problem}")
+            raise UserError(f"cannot be run as an order of layers: {problem}", at="plan")
         return tuple(-1 if row.zeroed else row.layer for row in self.rows)
 
-    def runs(self) -> list[tuple[Row, ...]]:
-        """The rows, with those that differ only in being the next layer put together."""
-        runs: list[list[Row]] = []
-        for row in self.rows:
-            if runs and row == dataclasses.replace(runs[-1][-1], layer=runs[-1][-1].layer + 1):
-                runs[-1].append(row)
-            else:
-                runs.append([row])
-        return [tuple(run) for run in runs]
+    def renamed(self, names: Mapping[str, str]) -> DepthPlan:
+        """The same with other names for the sources; those that get the same name become one."""
+        rows = tuple(dataclasses.replace(row, source=names[row.source]) for row in self.rows)
+        sources = {names[name]: count for name, count in self.sources}
+        end: dict[str | None, str | None] = {None: None}
+        end.update(names)
+        return dataclasses.replace(
+            self, rows=rows, sources=tuple(sources.items()), embed_tokens=end[self.embed_tokens],
+            embed_positions=end[self.embed_positions], norm=end[self.norm], lm_head=end[self.lm_head],
+        )  # fmt: skip
 
     def to_yaml(self) -> str:
         from jaxup.depth import plan_yaml
@@ -235,6 +236,38 @@ class DepthPlan:
     def __str__(self) -> str:
         return self.describe()
 
+    def __repr__(self) -> str:
+        """One line: the strip, or its two ends."""
+        strip, before = self.strip(), " + ".join(str(count) for _, count in self.sources[:8])
+        shown = strip if len(strip) <= 120 else f"{strip[:58]}...{strip[-58:]}"
+        return f"<DepthPlan {before}{' + ...' * (len(self.sources) > 8)} -> {self.num_layers} layers: {shown}>"
+
+    def _repr_png_(self) -> bytes | None:
+        """For notebooks: the picture, unless there are too many sources to draw."""
+        from jaxup.depth import picture
+
+        try:
+            return picture.png(self, " + ".join(name for name, _ in self.sources))
+        except UserError:
+            return None
+
+    def _repr_html_(self) -> str:
+        """For notebooks, which take it before the picture: that, and what `describe` says below it."""
+        from jaxup.depth import picture
+
+        return picture.html(self)
+
+
+def runs(rows: Sequence[Row]) -> list[tuple[Row, ...]]:
+    """The rows, with those that differ only in being the next layer put together."""
+    found: list[list[Row]] = []
+    for row in rows:
+        if found and row == dataclasses.replace(found[-1][-1], layer=found[-1][-1].layer + 1):
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return [tuple(run) for run in found]
+
 
 def simplest_scales(factors: Mapping[str, Sequence[float]]) -> Scales:
     """The shortest scales that give each path its factors: what a person would write."""
@@ -260,13 +293,13 @@ def simplest_scales(factors: Mapping[str, Sequence[float]]) -> Scales:
 
 def _scales(scales: Sequence[tuple[str, float | Sequence[float]]]) -> Scales:
     """In one spelling: factors of 1 left out of several, 0 instead of several with a 0."""
-    result = []
+    result: list[tuple[str, float | tuple[float, ...]]] = []
     for filter, value in scales:
         if not isinstance(filter, str) or filter in [f for f, _ in result]:
-            raise UserError(f"plan: the filter {filter!r} of a scale is not text, or is given twice")
+            raise UserError(f"the filter {filter!r} of a scale is not text, or is given twice", at="plan")
         factors = tuple(float(f) for f in (value if isinstance(value, Sequence) else (value,)))
         if not all(map(math.isfinite, factors)):
-            raise UserError(f"plan: the scale of {filter!r} must be a finite number, not {value}")
+            raise UserError(f"the scale of {filter!r} must be a finite number, not {value}", at="plan")
         if 0 in factors:
             factors = (0.0,)
         factors = tuple(f for f in factors if f != 1) or (1.0,)

@@ -26,8 +26,8 @@ from typing import Any
 import yaml
 
 from jaxup.depth import marked_yaml
-from jaxup.depth.marked_yaml import MAX_LAYERS, Map, Place, is_int, mapping, number, sequence, shown
-from jaxup.depth.plan import DTYPES, ENDS, PARTS, DepthPlan, Row, Scales
+from jaxup.depth.marked_yaml import List, Map, Place, is_int, mapping, number, sequence, shown
+from jaxup.depth.plan import DTYPES, ENDS, MAX_LAYERS, PARTS, DepthPlan, Row, Scales, runs
 from jaxup.errors import UserError, suggest
 
 HEADER = "# A depth plan. Ranges of layers are half open: [0, 6] is layers 0 to 5.\n"
@@ -38,7 +38,7 @@ ROW_KEYS = ("source", "layers", "role", "scales", "parts", "noise")
 
 def dump(plan: DepthPlan) -> str:
     rows = []
-    for run in plan.runs():
+    for run in runs(plan.rows):
         first = run[0]
         row: dict[str, Any] = {"source": first.source, "layers": [first.layer, run[-1].layer + 1]}
         if first.role != "original":
@@ -81,17 +81,18 @@ def load(text: str, name: str = "plan") -> DepthPlan:
         if value is not None and not (isinstance(value, str) and value in known):
             what = f"{key} must be a source's name or null, not" if key in ENDS else f"unknown {key}"
             raise data.values_at[key].error(f"{what} {shown(value)}{suggest(str(value), known)}")
+    scales = _scales(data)
     try:
         return DepthPlan(
             tuple(rows),
             **{end: data[end] for end in ENDS},
             sources=tuple(sources.items()),
-            scales=_scales(data),
+            scales=scales,
             dtype=data.get("dtype"),
             out_dtype=data.get("out_dtype"),
         )
     except UserError as error:
-        raise _placed(error, data.place) from None
+        raise data.place.error(error.what) from None
 
 
 def _rows(row: Map, sources: Map, room: int) -> list[Row]:
@@ -125,7 +126,7 @@ def _rows(row: Map, sources: Map, room: int) -> list[Row]:
     try:
         return [Row(source, layer, role, scales, tuple(parts), noise) for layer in range(first, stop)]
     except UserError as error:
-        raise _placed(error, row.place) from None
+        raise row.place.error(error.what) from None
 
 
 def _scales(data: Map) -> Scales:
@@ -138,13 +139,9 @@ def _scales(data: Map) -> Scales:
         scales.refuse_repeated(filter)
         if not isinstance(filter, str):
             raise scales.keys_at[filter].error(f"a scale's filter must be text, not {shown(filter)}")
-        if isinstance(value, list) and value:
+        if isinstance(value, List) and value:
             factors = tuple(number(f, "a scale", at) for f, at in zip(value, value.items_at, strict=True))
             pairs.append((filter, factors))
         else:
             pairs.append((filter, number(value, "a scale", place)))
     return tuple(pairs)
-
-
-def _placed(error: UserError, place: Place) -> UserError:
-    return place.error(str(error).removeprefix("plan: "))

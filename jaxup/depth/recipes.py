@@ -1,33 +1,58 @@
 """Recipes: functions that make a DepthPlan from a few numbers.
 
-All begin with the source's name and its number of layers. Layers are given as Python's own ranges,
+All but `concat` begin with the source's name and its number of layers. Layers are given as Python's own ranges,
 half open: `range(19, 41)` is layers 19 to 40; or as a list of numbers and ranges. Of a layer that
 occurs several times the first that is not zeroed is the original, the others are its copies.
 Zeroed copies have o_proj and down_proj scaled by 0: they add nothing to the residual stream, so the
 result computes what the source does until it is trained.
 
-Each raises UserError, naming itself, for numbers that make no sense.
+A new recipe is one function with the decorator `recipe`. Each raises UserError, naming itself, for
+numbers that make no sense.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import ParamSpec
 
-from jaxup.depth.plan import ALL_PARTS, ENDS, PARTS, ZEROED, DepthPlan, Row
+from jaxup.depth.plan import ALL_PARTS, ENDS, MAX_LAYERS, PARTS, ZEROED, DepthPlan, Row
 from jaxup.errors import UserError, suggest
 
 Layers = range | Sequence[int | range]  # several layers
 
-MAX_LAYERS = 10_000  # of a result: a slip of the keyboard must not fill the memory
+RECIPES: dict[str, Callable[..., DepthPlan]] = {}  # by name
+
+_P = ParamSpec("_P")
 
 
+def recipe(function: Callable[_P, DepthPlan]) -> Callable[_P, DepthPlan]:
+    """Makes a function known as a recipe, in Python and in one line; its errors begin with its name.
+
+    It takes (source, source_layers, ...) or, as `concat`, any number of plans. The annotations of
+    what follows say how it is written in one line: `jaxup.recipes.line` lists those there are.
+    """
+
+    @functools.wraps(function)
+    def named(*args: _P.args, **kwargs: _P.kwargs) -> DepthPlan:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            raise error.within(function.__name__) from None
+
+    RECIPES[function.__name__] = named
+    return named
+
+
+@recipe
 def identity(source: str, source_layers: int) -> DepthPlan:
     """Every layer, once, in order."""
-    return _plan(source, source_layers, [(layer, False) for layer in range(source_layers)])
+    return _plan(source, source_layers, range(source_layers))
 
 
+@recipe
 def inherit(
     source: str,
     source_layers: int,
@@ -48,99 +73,107 @@ def inherit(
     """
     for part in parts:
         if part not in ALL_PARTS:
-            raise UserError(f"inherit: unknown part {part!r}{suggest(part, ALL_PARTS)}")
+            raise UserError(f"unknown part {part!r}{suggest(part, ALL_PARTS)}")
     if which not in ("first", "last"):
-        raise UserError(f"inherit: unknown which={which!r}{suggest(which, ('first', 'last'))}")
-    _at_least(1, "inherit", every=every)
-    number = layers if isinstance(layers, int) else None
-    if layers is None or number is not None:
-        pool = range(source_layers)
+        raise UserError(f"unknown which={which!r}{suggest(which, ('first', 'last'))}")
+    _at_least(1, every=every)
+    if layers is None or isinstance(layers, int):
+        pool = list(range(source_layers))
     elif which == "last":
-        raise UserError("inherit: which='last' goes with a number of layers, not with a list of them")
+        raise UserError("which='last' goes with a number of layers, not with a list of them")
     else:
-        pool = _layers("inherit", source, source_layers, layers)
+        pool = _layers(source, source_layers, layers)
     pool = pool[::every] if which == "first" else pool[::-1][::every][::-1]
-    if number is not None:
-        if number < 1:
-            raise UserError(f"inherit: at least one layer must be inherited, not {number}")
-        if number > len(pool):
+    if isinstance(layers, int):
+        if layers < 1:
+            raise UserError(f"at least one layer must be inherited, not {layers}")
+        if layers > len(pool):
             of = f", {len(pool)} of them with every={every}" if every > 1 else ""
-            raise UserError(f"inherit: {number} layers asked of {source!r}, which has {source_layers}{of}")
-        pool = pool[:number] if which == "first" else pool[-number:]
+            raise UserError(f"{layers} layers asked of {source!r}, which has {source_layers}{of}")
+        pool = pool[:layers] if which == "first" else pool[-layers:]
     block_parts = tuple(part for part in PARTS if part in parts)
-    rows, seen = [], set()
+    rows, seen = list[Row](), set[int]()
     for layer in pool:
         role = "new" if not block_parts else "copy" if layer in seen else "original"
         rows.append(Row(source, layer, role, parts=block_parts))
         seen.add(layer)
-    ends = {end: source if end in parts else None for end in ENDS}
-    return DepthPlan(tuple(rows), **ends, sources=((source, source_layers),))
+
+    end = {name: source if name in parts else None for name in ENDS}
+    return DepthPlan(
+        tuple(rows), end["embed_tokens"], end["embed_positions"], end["norm"], end["lm_head"],
+        sources=((source, source_layers),),
+    )  # fmt: skip
 
 
+@recipe
 def duplicate(source: str, source_layers: int, layers: Layers, *, times: int = 1) -> DepthPlan:
     """Runs ranges of layers again, `times` more, each right after itself ("repeat yourself", RYS).
 
     RYS's (i, j), layers 0 to j-1 and then from i on, is `range(i, j)`. Nothing is zeroed.
     """
-    return _repeat("duplicate", source, source_layers, layers, "times", times, zeroed=False)
+    _at_least(1, times=times)
+    return _repeat(source, source_layers, layers, times, zeroed=False)
 
 
+@recipe
 def upscale(source: str, source_layers: int, layers: Layers, *, copies: int = 1) -> DepthPlan:
     """Zeroed copies of whole ranges, `copies` times, each right after its range.
 
     Llama-3-15B-Instruct-zeroed is 32 layers with `range(8, 24)` twice, and the Tunguska 39B would be
     56 layers with `range(19, 41)` twice, had its recipe not left layer 55 out by a slip.
     """
-    return _repeat("upscale", source, source_layers, layers, "copies", copies, zeroed=True)
+    _at_least(1, copies=copies)
+    return _repeat(source, source_layers, layers, copies)
 
 
+@recipe
 def interleave(source: str, source_layers: int, layers: Layers, *, copies: int = 1) -> DepthPlan:
     """Each of the layers, followed by `copies` zeroed copies of it."""
-    single = [range(layer, layer + 1) for layer in _layers("interleave", source, source_layers, layers)]
-    return _repeat("interleave", source, source_layers, single, "copies", copies, zeroed=True)
+    _at_least(1, copies=copies)
+    return _repeat(source, source_layers, _layers(source, source_layers, layers), copies)
 
 
+@recipe
 def expand(source: str, source_layers: int, every: int) -> DepthPlan:
     """Block expansion: after every so many-th layer a zeroed copy of it (LLaMA Pro, arXiv 2401.02415).
 
     The paper makes 40 layers of 32 with every=4, and trains the new ones only.
     """
-    _at_least(1, "expand", every=every)
+    _at_least(1, every=every)
     if every > source_layers:
-        raise UserError(f"expand: every={every} adds nothing to {source!r}, which has {source_layers} layers")
-    single = [range(layer, layer + 1) for layer in range(every - 1, source_layers, every)]
-    return _repeat("expand", source, source_layers, single, "copies", 1, zeroed=True)
+        raise UserError(f"every={every} adds nothing to {source!r}, which has {source_layers} layers")
+    return _repeat(source, source_layers, [*range(every - 1, source_layers, every)], 1)
 
 
+@recipe
 def solar(source: str, source_layers: int, m: int) -> DepthPlan:
     """Depth up-scaling: the source without its last `m` layers, then without its first (SOLAR, arXiv 2312.15166).
 
     The paper makes 48 layers of 32 with m=8.
     """
-    _at_least(0, "solar", m=m)
+    _at_least(0, m=m)
     if 2 * m > source_layers:
         raise UserError(
-            f"solar: m={m} would leave layers of {source!r} out, which has {source_layers}: "
-            f"m is at most {source_layers // 2}"
+            f"m={m} would leave layers of {source!r} out, which has {source_layers}: m is at most {source_layers // 2}"
         )
-    both = [*range(source_layers - m), *range(m, source_layers)]
-    return _plan(source, source_layers, [(layer, False) for layer in both])
+    return _plan(source, source_layers, [*range(source_layers - m), *range(m, source_layers)])
 
 
+@recipe
 def stack(source: str, source_layers: int, times: int, *, noise: float = 0.0) -> DepthPlan:
     """All layers, `times` times in all (G_stack, arXiv 2405.15319).
 
     The paper's optimum is 2 to 4 times. `noise` is the share of newly initialised values mixed into
     the kernels of the copies: the paper finds that 0.2 helps slightly.
     """
-    _at_least(1, "stack", times=times)
-    _check_size("stack", source_layers * times)
+    _at_least(1, times=times)
+    _check_size(source_layers * times)
     if not 0 <= noise <= 1:
-        raise UserError(f"stack: noise={noise} is not a share from 0 to 1")
-    order = [(layer, False) for layer in range(source_layers)] * times
-    return _plan(source, source_layers, order, noise)
+        raise UserError(f"noise={noise} is not a share from 0 to 1")
+    return _plan(source, source_layers, [*range(source_layers)] * times, noise=noise)
 
 
+@recipe
 def drop(source: str, source_layers: int, layers: int | Layers) -> DepthPlan:
     """The source without these layers (ShortGPT, arXiv 2403.03853; The Unreasonable Ineffectiveness
     of the Deeper Layers, arXiv 2403.17887).
@@ -148,12 +181,14 @@ def drop(source: str, source_layers: int, layers: int | Layers) -> DepthPlan:
     Args:
       layers: a number is that one layer, not how many.
     """
-    dropped = set(_layers("drop", source, source_layers, [layers] if isinstance(layers, int) else layers))
-    if len(dropped) == source_layers:
-        raise UserError(f"drop: nothing would be left of {source!r}, which has {source_layers} layers")
-    return _plan(source, source_layers, [(layer, False) for layer in range(source_layers) if layer not in dropped])
+    dropped = set(_layers(source, source_layers, [layers] if isinstance(layers, int) else layers))
+    kept = [layer for layer in range(source_layers) if layer not in dropped]
+    if not kept:
+        raise UserError(f"nothing would be left of {source!r}, which has {source_layers} layers")
+    return _plan(source, source_layers, kept)
 
 
+@recipe
 def concat(*plans: DepthPlan) -> DepthPlan:
     """What the plans make, one after the other: embeddings of the first, final norm and head of the last.
 
@@ -161,17 +196,17 @@ def concat(*plans: DepthPlan) -> DepthPlan:
     numbers of layers for a source, or scale the ends or cast, which is a whole model's.
     """
     if not plans:
-        raise UserError("concat: no plans are given")
+        raise UserError("no plans are given")
     first, last = plans[0], plans[-1]
-    _check_size("concat", sum(plan.num_layers for plan in plans))
+    _check_size(sum(plan.num_layers for plan in plans))
     sources: dict[str, int] = {}
     for plan in plans:
         if plan.scales or plan.dtype or plan.out_dtype:
-            raise UserError("concat: a plan that casts, or scales what is no layer, is a whole model's")
+            raise UserError("a plan that casts, or scales what is no layer, is a whole model's")
         for name, layers in plan.sources:
             if sources.setdefault(name, layers) != layers:
-                raise UserError(f"concat: {name!r} has {sources[name]} layers in one plan and {layers} in another")
-    rows, seen = [], set()
+                raise UserError(f"{name!r} has {sources[name]} layers in one plan and {layers} in another")
+    rows, seen = list[Row](), set[tuple[str, int]]()
     for row in (row for plan in plans for row in plan.rows):
         if row.role == "original" and (row.source, row.layer) in seen:
             row = dataclasses.replace(row, role="copy")
@@ -203,59 +238,60 @@ def check_layers(layers: Iterable[int | range], source: str, source_layers: int)
             raise UserError(f"{start}:{stop} is too far: {has}")
 
 
-def _layers(recipe: str, source: str, source_layers: int, layers: Layers) -> list[int]:
-    return [layer for span in _spans(recipe, source, source_layers, layers) for layer in span]
-
-
-def _spans(recipe: str, source: str, source_layers: int, layers: Layers) -> list[range]:
+def _spans(source: str, source_layers: int, layers: Layers) -> list[range]:
     """The ranges asked for; a single layer is a range of one."""
     items = [layers] if isinstance(layers, range) and layers.step == 1 else layers
     if not items:
-        raise UserError(f"{recipe}: the list of layers is empty")
-    try:
-        check_layers(items, source, source_layers)
-    except UserError as error:
-        raise UserError(f"{recipe}: {error}") from None
+        raise UserError("the list of layers is empty")
+    check_layers(items, source, source_layers)
     return [range(item, item + 1) if isinstance(item, int) else item for item in items]
 
 
-def _repeat(
-    recipe: str, source: str, source_layers: int, layers: Layers, name: str, times: int, *, zeroed: bool
-) -> DepthPlan:
+def _layers(source: str, source_layers: int, layers: Layers) -> list[int]:
+    return [layer for span in _spans(source, source_layers, layers) for layer in span]
+
+
+def _repeat(source: str, source_layers: int, layers: Layers, times: int, *, zeroed: bool = True) -> DepthPlan:
     """The source with each range followed by `times` more of it."""
-    spans = sorted(_spans(recipe, source, source_layers, layers), key=lambda span: span.start)
+    spans = sorted(_spans(source, source_layers, layers), key=lambda span: span.start)
     for a, b in itertools.pairwise(spans):
         if b.start < a.stop:
-            raise UserError(f"{recipe}: {a.start}:{a.stop} and {b.start}:{b.stop} overlap")
-    _at_least(1, recipe, **{name: times})
-    _check_size(recipe, source_layers + times * sum(map(len, spans)))
-    order, done = [], 0
-    for span in spans:
-        order += [(layer, False) for layer in range(done, span.stop)]
-        order += [(layer, zeroed) for layer in span] * times
+            raise UserError(f"{a.start}:{a.stop} and {b.start}:{b.stop} overlap")
+    _check_size(source_layers + times * sum(map(len, spans)))
+    order, silent, done = list[int](), set[int](), 0
+    for span in [*spans, range(source_layers, source_layers)]:
+        order += range(done, span.stop)
+        silent |= {*range(len(order), len(order) + len(span) * times)}
+        order += [*span] * times
         done = span.stop
-    order += [(layer, False) for layer in range(done, source_layers)]
-    return _plan(source, source_layers, order)
+    return _plan(source, source_layers, order, silent if zeroed else ())
 
 
-def _plan(source: str, source_layers: int, order: Iterable[tuple[int, bool]], noise: float = 0.0) -> DepthPlan:
-    """The plan with these (layer, zeroed), all ends taken from the source; `noise` is that of copies."""
-    rows, seen = [], set()
-    for layer, zeroed in order:
-        copy = zeroed or layer in seen
-        scales = ZEROED if zeroed else ()
-        rows.append(Row(source, layer, "copy" if copy else "original", scales, noise=noise if copy else 0.0))
-        if not zeroed:
+def _plan(
+    source: str, source_layers: int, order: Iterable[int], zeroed: Collection[int] = (), noise: float = 0.0
+) -> DepthPlan:
+    """The plan with these layers, all ends taken from the source.
+
+    `zeroed` are the places in `order` that add nothing, `noise` is that of copies.
+    """
+    rows, seen = list[Row](), set[int]()
+    for i, layer in enumerate(order):
+        if i in zeroed:
+            rows.append(Row(source, layer, "copy", ZEROED))
+        elif layer in seen:
+            rows.append(Row(source, layer, "copy", noise=noise))
+        else:
+            rows.append(Row(source, layer))
             seen.add(layer)
-    return DepthPlan(tuple(rows), *[source] * len(ENDS), sources=((source, source_layers),))
+    return DepthPlan(tuple(rows), source, source, source, source, sources=((source, source_layers),))
 
 
-def _at_least(least: int, recipe: str, **number: int) -> None:
-    ((name, value),) = number.items()
-    if value < least:
-        raise UserError(f"{recipe}: {name}={value} must be at least {least}")
+def _at_least(least: int, **number: int) -> None:
+    for name, value in number.items():
+        if value < least:
+            raise UserError(f"{name}={value} must be at least {least}")
 
 
-def _check_size(recipe: str, layers: int) -> None:
+def _check_size(layers: int) -> None:
     if layers > MAX_LAYERS:
-        raise UserError(f"{recipe}: the result would have {layers} layers; {MAX_LAYERS} are the most")
+        raise UserError(f"the result would have {layers} layers; {MAX_LAYERS} are the most")

@@ -32,7 +32,8 @@ def _kinds_obstacle(config: ModelConfig) -> str | None:
         return None
     if config.windows != (None,):
         return "layers without a window"
-    return f"attention divided by 1 in all layers, or in layer l by l + 1 ({_FLAG}), as the layers' places are now"
+    found = ", ".join(f"{kind.attention_divisor:g}" for kind in config.kinds_of_layers[:20])
+    return f"attention divided by l + 1 in layer l ({_FLAG}) or not at all, where its layers divide by {found}"
 
 
 GPT2 = Family(

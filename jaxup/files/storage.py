@@ -18,6 +18,7 @@ import numpy as np
 from jaxup.errors import UserError, first_line, suggest
 
 SCHEMES = ("gs", "s3", "https", "http", "file")
+HUB_ID = re.compile(r"(?!.*\.\.)[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SMALL = 4 * 2**20  # bytes; a config, or the index of 30,000 tensors
 
 
@@ -38,25 +39,40 @@ class Storage(Protocol):
 
 
 def open_storage(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Storage:
-    """The storage that a path, URL or hub id names; UserError if it cannot be any of them."""
+    """The storage that a path, URL or hub id names; UserError if it cannot be any of them.
+
+    A revision in a hub id, "org/name@revision", goes before `revision`.
+    """
     text = os.fspath(path_or_id)
     scheme, separator, _ = text.partition("://")
     if separator:
         if scheme not in SCHEMES:
-            raise UserError(f"{text}: cannot read {scheme}://{suggest(scheme, SCHEMES)}")
+            raise UserError(f"cannot read {scheme}://{suggest(scheme, SCHEMES)}", at=text)
         if revision is not None:
-            raise UserError(f"{text}: a revision goes with a hub id, not with a URL")
+            raise UserError("a revision goes with a hub id, not with a URL", at=text)
         return _Remote(text)
     path = Path(text).expanduser()
     if path.is_dir():
         if revision is not None:
-            raise UserError(f"{text}: a revision goes with a hub id, and this is a directory")
+            raise UserError("a revision goes with a hub id, and this is a directory", at=text)
         return Local(path)
     if os.path.lexists(path):
-        raise UserError(f"{path}: not a directory")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) or ".." in text:
-        raise UserError(f"{path}: no such directory")
-    return _Hub(text, revision)
+        raise UserError("not a directory", at=str(path))
+    repo, own = split_revision(text)
+    if not HUB_ID.fullmatch(repo):
+        raise UserError("no such directory", at=str(path))
+    return _Hub(repo, own or revision)
+
+
+def is_place(text: str) -> bool:
+    """Whether it names something that is there, or a URL, either of which has no revisions."""
+    return text.partition("://")[0] in SCHEMES or os.path.lexists(os.path.expanduser(text))
+
+
+def split_revision(text: str) -> tuple[str, str | None]:
+    """ "org/name@revision" as both; a directory or URL may have an @ in its name."""
+    repo, separator, revision = text.rpartition("@")
+    return (repo, revision) if separator and repo and not is_place(text) else (text, None)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
@@ -133,7 +149,7 @@ class _Hub(Local):
         self._revision = revision
         config = self._fetch("config.json")
         if config is None:
-            raise UserError(f"{self.name}: no such directory, and the model on the Hub has no config.json")
+            raise UserError("no such directory, and the model on the Hub has no config.json", at=self.name)
         # All further files come from the commit that this one came from.
         self.root, self._revision = config.parent, config.parent.name
 
@@ -169,7 +185,7 @@ class _Hub(Local):
             return None
         except Exception as error:  # a name that is none, the network, a full disk: all kinds
             reason = first_line(error)[:300]
-        raise UserError(f"{self.name}: {reason}")
+        raise UserError(reason, at=self.name)
 
 
 class _Remote:
@@ -182,7 +198,7 @@ class _Remote:
         try:
             self._files = ts.KvStore.open(self.name + "/").result()
         except ValueError as error:
-            raise UserError(f"{url}: {first_line(error)[:300]}") from None
+            raise UserError(first_line(error)[:300], at=url) from None
 
     def exists(self, file: str) -> bool:
         return self._read(file, slice(0, 0)) is not None

@@ -40,7 +40,7 @@ class Origin:
 
 
 def load(
-    path_or_id: str | os.PathLike | Mapping[str, str | os.PathLike],
+    path_or_id: str | os.PathLike | DepthPlan | Mapping[str, str | os.PathLike],
     *,
     dtype: str | None = None,
     mesh: Mesh | None = None,
@@ -58,7 +58,8 @@ def load(
     Args:
       path_or_id: a local directory if there is one, else a Hub id, fetched through huggingface_hub's
         cache (HF_TOKEN and HF_HUB_OFFLINE hold). With a plan of several sources: a mapping from
-        their names. No code that lies beside a model is ever run.
+        their names, or a plan in their place whose sources are named by where they are, as those
+        of `jaxup.open_plan`. No code that lies beside a model is ever run.
       dtype: of the params: "float32", "bfloat16" or "float16". None keeps what is stored (layers
         stored in several dtypes take the one that holds them all).
       mesh: the params are laid out by `jaxup.model.sharding.RULES` over its axes "fsdp" and
@@ -78,6 +79,10 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} cannot be loaded{suggest(dtype, DTYPES)}")
+    if isinstance(path_or_id, DepthPlan):
+        if plan is not None:
+            raise UserError("load: two plans; give the models of the second")
+        plan, path_or_id = path_or_id, {name: name for name, _ in path_or_id.sources}
     paths = _paths(path_or_id, plan)
     checkpoints = {
         name: reader.open_checkpoint(path, revision=revision, allow_pickle=allow_pickle) for name, path in paths.items()

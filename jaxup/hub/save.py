@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import nnx
 
+from jaxup.files.storage import split_revision
 from jaxup.hub import writer
 from jaxup.hub.card import model_card
 from jaxup.hub.directory import PLAN, carried_files
@@ -65,6 +66,6 @@ def save(
 
 
 def base_models(origin: Any) -> list[str]:
-    """What may be Hub ids among the model's sources."""
+    """What may be Hub ids among the model's sources, without their revisions."""
     names = [] if origin is None else [origin.path, *(name for name, _ in (origin.plan.sources if origin.plan else ()))]
-    return [name for name in dict.fromkeys(names) if not os.path.exists(name)]
+    return [split_revision(name)[0] for name in dict.fromkeys(names) if not os.path.exists(name)]

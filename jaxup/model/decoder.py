@@ -23,6 +23,7 @@ from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.layers import Block, Linear, Norm, param
 from jaxup.model.spec import Param, flatten, spec, unflatten
 from jaxup.model.stack import SplitStack
+from jaxup.text import size
 
 Params = dict[str, Any]  # nested dict of arrays: the pure form of a Decoder's nnx state
 
@@ -63,6 +64,19 @@ class Decoder(nnx.Module):
         self.blocks = Block(config, self.compute, leaves)
         self.norm = Norm(config.norm, config.norm_eps, leaves, "norm")
         self.lm_head = None if config.tie_embeddings else Linear(config, leaves, "lm_head")
+
+    def __repr__(self) -> str:
+        """Depth, sizes, parameters, and where they came from: in a line, for people."""
+        c, leaves = self.config, jax.tree.leaves(nnx.to_pure_dict(nnx.state(self, nnx.Param)))
+        heads = f"{c.num_heads}" if c.num_heads == c.num_kv_heads else f"{c.num_heads}/{c.num_kv_heads}"
+        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        dtypes = " and ".join(dict.fromkeys(leaf.dtype.name for leaf in leaves))
+        plan = getattr(self.origin, "plan", None)
+        return (
+            f"<Decoder {c.num_layers} layers of {c.hidden_size}, {heads} heads, {c.vocab_size:,} tokens: "
+            f"{sum(leaf.size for leaf in leaves):,} parameters, {size(nbytes)} in {dtypes}"
+            + (f", by {plan!r}>" if plan else ">")
+        )
 
     def __call__(
         self,

@@ -7,8 +7,9 @@
     concat(inherit(a, 0:24), inherit(b, 8:32))        one after the other
 
 The names are those of `jaxup.depth.recipes`. The model is a directory, Hub id or URL, in quotes if
-it holds a comma, a quote or parentheses; the other arguments are as the functions have them, with
-`19:41`, `:8` and `24:` for half-open ranges of layers. Errors are `UserError("recipe:1:COLUMN: ...")`.
+it holds a comma, a quote or parentheses; the other arguments are as the functions have them (their
+annotations say what may be written), with `19:41`, `:8` and `24:` for half-open ranges of layers.
+Errors are `UserError("recipe:1:COLUMN: ...")`.
 """
 
 from __future__ import annotations
@@ -16,28 +17,57 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jaxup.depth import recipes
 from jaxup.depth.compose import compose
 from jaxup.depth.plan import DepthPlan
+from jaxup.depth.recipes import RECIPES, Layers, check_layers, identity
 from jaxup.errors import UserError, suggest
 
-RECIPES = {
-    function.__name__: function
-    for function in (
-        recipes.identity, recipes.inherit, recipes.duplicate, recipes.upscale, recipes.interleave, recipes.expand,
-        recipes.solar, recipes.stack, recipes.drop, recipes.concat,
-    )
-}  # fmt: skip
-
 _MAX_LENGTH, _MAX_DEPTH, _MAX_ITEMS = 4096, 8, 1000
+
+
+class _Kind(NamedTuple):
+    """How an argument is written."""
+
+    form: str  # for messages
+    types: tuple[type, ...]  # of its value, as the scanner reads it
+    items: tuple[type, ...] = ()  # of the items, if it may be a list
+    items_form: str = ""
+
+
+_LAYERS = _Kind("layers: 8, 8:24 or [3, 8:24]", (int, slice, list), (int, slice), "layers and ranges of layers")
+# By the annotation of the recipe's parameter.
+_KINDS: dict[Any, _Kind] = {
+    int: _Kind("a whole number", (int,)),
+    float: _Kind("a number from 0 to 1", (int, float)),
+    str: _Kind("a word", (str,)),
+    Sequence[str]: _Kind("a list of words: [mlp, norms]", (str, list), (str,), "words"),
+    Layers: _LAYERS._replace(types=(slice, list)),
+    int | Layers: _LAYERS,
+    int | Layers | None: _LAYERS,
+}
 
 
 class Argument(NamedTuple):
     value: Any  # int, float, slice (a range of layers), str (a word), or a list of these
     column: int
+
+    def resolved(self, source: str, num_layers: int) -> Any:
+        """The value, with what a range leaves out; UserError with the column of layers that are not there."""
+        many = isinstance(self.value, list)
+        items = [
+            range(item.start or 0, num_layers if item.stop is None else item.stop) if isinstance(item, slice) else item
+            for item in (self.value if many else [self.value])
+        ]
+        # A number by itself may be a count, which the recipe itself checks.
+        layers = [item for item in items if isinstance(item, range) or (many and isinstance(item, int))]
+        try:
+            check_layers(layers, source, num_layers)
+        except UserError as error:
+            raise error.within(_place(self.column)) from None
+        return items if many else items[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,29 +87,22 @@ class Call:
 
     def plan(self, num_layers: int | Callable[[str], int]) -> DepthPlan:
         """The plan for models of so many layers, or by their names; UserError if it does not go with them."""
-        if self.recipe == "concat":
-            plans = [
-                recipes.identity(source, _count(source, num_layers)) if isinstance(source, str) else
-                source.plan(num_layers) for source in self.sources
-            ]  # fmt: skip
-            try:
-                return recipes.concat(*plans)
-            except UserError as error:
-                raise _error(self.column, str(error)) from None
-        (source,) = self.sources
-        inner = None if isinstance(source, str) else source.plan(num_layers)
-        name = source if inner is None else source.text
-        layers = _count(source, num_layers) if inner is None else inner.num_layers
-        values = {key: _resolved(key, argument, name, layers) for key, argument in self.arguments.items()}
+        inner, names = list[DepthPlan](), list[str]()
+        for source in self.sources:
+            if isinstance(source, str):
+                inner.append(identity(source, num_layers if isinstance(num_layers, int) else num_layers(source)))
+            else:
+                inner.append(source.plan(num_layers))
+            names.append(source if isinstance(source, str) else source.text)
+        name, layers = names[0], inner[0].num_layers
+        values = {key: argument.resolved(name, layers) for key, argument in self.arguments.items()}
         try:
+            if _takes_plans(self.recipe):
+                return RECIPES[self.recipe](*inner)
             plan = RECIPES[self.recipe](name, layers, **values)
-            return plan if inner is None else compose(plan, {name: inner})
+            return plan if name in self.sources else compose(plan, {name: inner[0]})
         except UserError as error:
-            raise _error(self.column, str(error)) from None
-
-
-def _count(model: str, num_layers: int | Callable[[str], int]) -> int:
-    return num_layers if isinstance(num_layers, int) else num_layers(model)
+            raise error.within(_place(self.column)) from None
 
 
 def is_line(text: str) -> bool:
@@ -89,8 +112,8 @@ def is_line(text: str) -> bool:
 
 def usage(recipe: str) -> str:
     """How a recipe is called: `upscale(MODEL, layers, copies=1)`."""
-    if recipe == "concat":
-        return "concat(MODEL, MODEL, ...)"
+    if _takes_plans(recipe):
+        return f"{recipe}(MODEL, MODEL, ...)"
     shown = [
         name if p.default is p.empty else f"{name}={p.default}" if isinstance(p.default, int | float | str) else
         f"{name}=..." for name, p in _parameters(recipe).items()
@@ -101,10 +124,11 @@ def usage(recipe: str) -> str:
 def parse(line: str) -> Call:
     """The recipe that `line` is; UserError with the column of what is wrong. No model is looked at."""
     if len(line) > _MAX_LENGTH:
-        raise _error(_MAX_LENGTH, f"a recipe in one line has at most {_MAX_LENGTH} characters; write a file")
+        what = f"a recipe in one line has at most {_MAX_LENGTH} characters; write a file"
+        raise UserError(what, at=_place(_MAX_LENGTH))
     for i, character in enumerate(line):
         if not character.isprintable():
-            raise _error(i + 1, f"a recipe in one line cannot hold {character!r}")
+            raise UserError(f"a recipe in one line cannot hold {character!r}", at=_place(i + 1))
     scanner = _Scanner(line)
     call = scanner.call(1)
     if scanner.peek():
@@ -112,40 +136,22 @@ def parse(line: str) -> Call:
     return call
 
 
-# What each argument of the recipes must be.
-_KINDS = {
-    "layers": "layers", "every": "number", "times": "number", "copies": "number", "m": "number",
-    "noise": "share", "which": "word", "parts": "words",
-}  # fmt: skip
+def _signature(recipe: str) -> list[inspect.Parameter]:
+    return list(inspect.signature(RECIPES[recipe], eval_str=True).parameters.values())
+
+
+def _takes_plans(recipe: str) -> bool:
+    """Whether it is of any number of models, as `concat`."""
+    return _signature(recipe)[0].kind is inspect.Parameter.VAR_POSITIONAL
 
 
 def _parameters(recipe: str) -> dict[str, inspect.Parameter]:
     """Those after the source and its number of layers."""
-    return dict(list(inspect.signature(RECIPES[recipe]).parameters.items())[2:])
+    return {parameter.name: parameter for parameter in _signature(recipe)[2:]}
 
 
-def _resolved(name: str, argument: Argument, source: str, num_layers: int) -> Any:
-    """An argument's value, with what a range leaves out; UserError with the column of layers that are not there."""
-    if _KINDS[name] != "layers":
-        return argument.value
-
-    def resolve(item: int | slice) -> int | range:
-        if isinstance(item, int):
-            return item
-        return range(item.start or 0, num_layers if item.stop is None else item.stop)
-
-    many = isinstance(argument.value, list)
-    items = [resolve(item) for item in (argument.value if many else [argument.value])]
-    try:
-        # A number by itself may be a count, which the recipe itself checks.
-        recipes.check_layers([item for item in items if many or not isinstance(item, int)], source, num_layers)
-    except UserError as error:
-        raise _error(argument.column, str(error)) from None
-    return items if many else items[0]
-
-
-def _error(column: int, message: str) -> UserError:
-    return UserError(f"recipe:1:{column}: {message}")
+def _place(column: int) -> str:
+    return f"recipe:1:{column}"
 
 
 class _Scanner:
@@ -167,7 +173,7 @@ class _Scanner:
         return rest if len(rest) <= 30 else rest[:27] + "..."
 
     def error(self, message: str, at: int | None = None) -> UserError:
-        return _error((self.at if at is None else at) + 1, message)
+        return UserError(message, at=_place((self.at if at is None else at) + 1))
 
     def match(self, pattern: str) -> str | None:
         """What matches here, and goes past it."""
@@ -199,14 +205,13 @@ class _Scanner:
         self.expect("(", f"after {name}")
         if self.peek() in (")", ""):
             raise self.error(f"{name} needs a model: {usage(name)}")
-        sources, arguments = [self.source(depth)], {}
-        if name != "concat":
-            arguments = self.arguments(name)
-        while name == "concat" and self.peek() == ",":
+        sources = [self.source(depth)]
+        while _takes_plans(name) and self.peek() == ",":
             self.at += 1
             if self.peek() == ")":
                 break
             sources.append(self.source(depth))
+        arguments = {} if _takes_plans(name) else self.arguments(name)
         self.expect(")", f"at the end of {name}(...)")
         return Call(name, tuple(sources), arguments, start + 1, self.line[start : self.at])
 
@@ -237,7 +242,7 @@ class _Scanner:
 
     def arguments(self, recipe: str) -> dict[str, Argument]:
         """Checked against what the recipe takes."""
-        parameters, found = _parameters(recipe), {}
+        parameters, found = _parameters(recipe), dict[str, Argument]()
         positional = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
         named = False
         while self.peek() == ",":
@@ -260,36 +265,25 @@ class _Scanner:
                 key = positional[len(found)]
             if key in found:
                 raise self.error(f"{key} is given twice", start)
-            found[key] = Argument(self.value(recipe, key), start + 1)
+            found[key] = Argument(self.value(recipe, key, _KINDS[parameters[key].annotation]), start + 1)
         for name, p in parameters.items():
             if p.default is p.empty and name not in found and self.peek() == ")":
                 raise self.error(f"{recipe} needs {name}: {usage(recipe)}")
         return found
 
-    def value(self, recipe: str, key: str) -> Any:
+    def value(self, recipe: str, key: str, kind: _Kind) -> Any:
         self.peek()
-        start, kind = self.at, _KINDS[key]
-        value = self.items(kind) if self.peek() == "[" and kind in ("layers", "words") else self.item()
-        right = {
-            "layers": isinstance(value, int | slice | list),
-            "number": isinstance(value, int),
-            "share": isinstance(value, int | float),
-            "word": isinstance(value, str),
-            "words": isinstance(value, str | list),
-        }[kind]
-        if key == "layers" and recipe in ("upscale", "duplicate", "interleave") and isinstance(value, int):
+        start = self.at
+        value = self.items(kind) if self.peek() == "[" and kind.items else self.item()
+        if isinstance(value, int) and slice in kind.types and int not in kind.types:
             raise self.error(f"{recipe} needs a range or a list of layers; did you mean {value}:{value + 1}?", start)
-        if not right:
-            forms = {
-                "layers": "layers: 8, 8:24 or [3, 8:24]", "number": "a whole number",
-                "share": "a number from 0 to 1", "word": "a word", "words": "a list of words: [mlp, norms]",
-            }  # fmt: skip
-            raise self.error(f"{key} must be {forms[kind]}, not {self.line[start : self.at].strip()}", start)
-        if kind == "words" and isinstance(value, str):
+        if not isinstance(value, kind.types):
+            raise self.error(f"{key} must be {kind.form}, not {self.line[start : self.at].strip()}", start)
+        if isinstance(value, str) and list in kind.types:
             return [value]
-        return float(value) if kind == "share" else value
+        return float(value) if isinstance(value, int) and float in kind.types else value
 
-    def items(self, kind: str) -> list[Any]:
+    def items(self, kind: _Kind) -> list[Any]:
         self.at += 1
         items: list[Any] = []
         while self.peek() != "]":
@@ -301,9 +295,8 @@ class _Scanner:
             items.append(self.item())
             if len(items) > _MAX_ITEMS:
                 raise self.error(f"the list has more than {_MAX_ITEMS} items", start)
-            if not isinstance(items[-1], str if kind == "words" else int | slice):
-                wanted = "words" if kind == "words" else "layers and ranges of layers"
-                raise self.error(f"the list must hold {wanted}, not {self.line[start : self.at]}", start)
+            if not isinstance(items[-1], kind.items):
+                raise self.error(f"the list must hold {kind.items_form}, not {self.line[start : self.at]}", start)
         self.at += 1
         if not items:
             raise self.error("the list is empty", self.at - 2)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxup.depth import marked_yaml
-from jaxup.depth.marked_yaml import MAX_LAYERS, List, Map, Place, is_int, mapping, sequence, shown
-from jaxup.depth.plan import DepthPlan, Row, Scales
+from jaxup.depth.marked_yaml import List, Map, Place, is_int, mapping, sequence, shown
+from jaxup.depth.plan import MAX_LAYERS, DepthPlan, Row, Scales
 from jaxup.errors import UserError, suggest
 from jaxup.recipes.mergekit_dump import dump
 from jaxup.recipes.mergekit_keys import LAYERS, Keys
@@ -119,7 +119,7 @@ class _Reader:
             try:
                 self.sources[name] = self.ask(name)
             except UserError as error:
-                raise place.error(str(error)) from None
+                raise error.within(str(place)) from None
         return name
 
     def model_name(self, value: Any, place: Place) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from jaxup.depth.plan import ENDS, PARTS, DepthPlan, Row, simplest_scales
+from jaxup.depth.plan import ENDS, PARTS, DepthPlan, Row, runs, simplest_scales
 from jaxup.errors import UserError
 from jaxup.families.llama import LLAMA
 from jaxup.model.spec import PART_OF
@@ -32,12 +33,12 @@ def dump(plan: DepthPlan, *, base: str | None = None, names: Mapping[str, str] =
     Raises:
       UserError: names what passthrough cannot do.
     """
-    _check(plan, base, names)
+    first, last = _check(plan, base, names)
     blocks = {path.removeprefix("blocks."): name for path, name in names.items() if "{layer}" in name}
     slices = []
     scales: list[list[tuple[str, float]]] = []
     # A recipe has no roles; rows that differ in nothing else are one slice.
-    for run in dataclasses.replace(plan, rows=tuple(dataclasses.replace(r, role="original") for r in plan.rows)).runs():
+    for run in runs([dataclasses.replace(row, role="original") for row in plan.rows]):
         layers = range(run[0].layer, run[-1].layer + 1)
         factors = {path: _one(run[0].factors(path)) for path in blocks}
         full = [(path, name.replace("{layer}", str(layer))) for path, name in blocks.items() for layer in layers]
@@ -46,7 +47,7 @@ def dump(plan: DepthPlan, *, base: str | None = None, names: Mapping[str, str] =
     # The scales of the slices at the ends are those of the ends too; where that is wrong, or another
     # model gives them, an empty slice does.
     counts = dict(plan.sources)
-    for end, source, prefixes in ((0, plan.embed_tokens, ("embed_",)), (-1, plan.norm, ("norm.", "lm_head."))):
+    for end, source, prefixes in ((0, first, ("embed_",)), (-1, last, ("norm.", "lm_head."))):
         ends = [(path, name) for path, name in names.items() if path.startswith(prefixes)]
         wanted = {path: _one(plan.factors(path)) for path, _ in ends}
         row = plan.rows[end]
@@ -62,28 +63,33 @@ def dump(plan: DepthPlan, *, base: str | None = None, names: Mapping[str, str] =
     return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=float("inf"))
 
 
-def _check(plan: DepthPlan, base: str | None, names: Mapping[str, str]) -> None:
-    def refuse(what: str):
-        raise UserError(f"plan: mergekit's passthrough cannot say it: {what}")
-
+def _check(plan: DepthPlan, base: str | None, names: Mapping[str, str]) -> tuple[str, str]:
+    """The sources that the embedding, and norm and head, are of; UserError for what passthrough cannot do."""
     if base is not None and base not in dict(plan.sources):
-        refuse(f"the base model {base!r} is none of the plan's sources")
+        raise _refusal(f"the base model {base!r} is none of the plan's sources")
     for i, row in enumerate(plan.rows):
         if row.parts != PARTS:
-            refuse(f"layer {i} is new" if not row.parts else f"layer {i} inherits only {', '.join(row.parts)}")
+            raise _refusal(f"layer {i} is new" if not row.parts else f"layer {i} inherits only {', '.join(row.parts)}")
         if row.noise:
-            refuse(f"layer {i} has noise mixed in")
-    for scaled in (plan, *plan.rows):
-        for filter, value in scaled.scales:
-            if isinstance(value, tuple):
-                refuse(f"{filter or 'everything'} is scaled by {len(value)} factors in turn")
+            raise _refusal(f"layer {i} has noise mixed in")
+    for filter, value in itertools.chain(plan.scales, *(row.scales for row in plan.rows)):
+        if isinstance(value, tuple):
+            raise _refusal(f"{filter or 'everything'} is scaled by {len(value)} factors in turn")
     for end in ENDS:
         if getattr(plan, end) is None and (end != "embed_positions" or end in names):
-            refuse(f"{end} is newly initialised")
-    if plan.embed_positions not in (plan.embed_tokens, None):
-        refuse(f"embed_positions is taken from {plan.embed_positions!r}, embed_tokens from {plan.embed_tokens!r}")
-    if plan.lm_head != plan.norm:
-        refuse(f"lm_head is taken from {plan.lm_head!r}, norm from {plan.norm!r}")
+            raise _refusal(f"{end} is newly initialised")
+    first, positions, last = plan.embed_tokens, plan.embed_positions, plan.norm
+    assert first is not None
+    assert last is not None
+    if positions not in (first, None):
+        raise _refusal(f"embed_positions is taken from {positions!r}, embed_tokens from {first!r}")
+    if plan.lm_head != last:
+        raise _refusal(f"lm_head is taken from {plan.lm_head!r}, norm from {last!r}")
+    return first, last
+
+
+def _refusal(what: str) -> UserError:
+    return UserError(f"mergekit's passthrough cannot say it: {what}", at="plan")
 
 
 def _one(factors: tuple[float, ...]) -> float:
@@ -107,14 +113,12 @@ def _filters(
         ending = _ending(name)
         value = (factors[path],) if factors[path] != 1 else ()
         if by_name.setdefault(ending, value) != value:
-            raise UserError(
-                f"plan: mergekit's passthrough cannot say it: parts of one tensor, {ending}, are scaled differently"
-            )
-    as_in_plan = [] if row is None else [(filter.replace("*", ""), _one((value,))) for filter, value in row.scales]
-    simplest = [(filter, _one((value,))) for filter, value in simplest_scales(by_name)]
-    for scales in ([], as_in_plan, simplest):
+            raise _refusal(f"parts of one tensor, {ending}, are scaled differently")
+    for written in ((), () if row is None else row.scales, simplest_scales(by_name)):
+        # Of several factors in turn there are none left.
+        scales = [(filter.replace("*", ""), value) for filter, value in written if isinstance(value, float)]
         if right(scales):
-            return list(scales)
+            return scales
     return [(ending, _one(value)) for ending, value in by_name.items()]
 
 

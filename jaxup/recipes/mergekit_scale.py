@@ -105,10 +105,12 @@ class Scaling:
     def refuse_unused(self, sources: Mapping[str, Mapping[str, str]]) -> None:
         """UserError for a filter that none of the tensors it applies to has in its name."""
         for scale in self.parsed.values():
-            for filter, _, place in scale.entries if scale and scale.applied else ():
+            if scale is None or scale.applied is None:
+                continue
+            names = sources[scale.applied].values()
+            for filter, _, place in scale.entries:
                 if filter in scale.found:
                     continue
-                names = sources[scale.applied].values()
                 whole = {name.partition("{layer}.")[2] or name for name in names}
                 parts = {part for name in whole for part in name.split(".")[-3:-1]}
                 near = suggest(filter.lower(), sorted(parts | whole))

@@ -1,4 +1,4 @@
-"""Opening a recipe: a mergekit file, a plan file or one line, with the config.json of its models.
+"""Opening a recipe: a mergekit file, a plan file, one line or a plan, with the config.json of its models.
 
 Of a model nothing but config.json is read, so that all that can be known to be wrong is known
 before the first tensor is touched.
@@ -10,6 +10,7 @@ import dataclasses
 import os
 import re
 import stat
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from jaxup.depth.marked_yaml import Map, Place
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, first_line, suggest
 from jaxup.families import family_of_hf
-from jaxup.files.storage import SCHEMES
+from jaxup.files.storage import HUB_ID, is_place, split_revision
 from jaxup.hub.reader import read_config
 from jaxup.model.config import ModelConfig
 from jaxup.model.spec import spec
 from jaxup.recipes import line as recipe_line
 from jaxup.recipes import mergekit
+
+_FLAG = "--model "
 
 # At the top of a file, what tells its kind.
 _MERGEKIT_KEYS = ("merge_method", "slices", "modules")
@@ -41,6 +44,11 @@ class Model:
     config: ModelConfig
     stand_in: bool = False  # the model is not at hand: this is `config_from`
 
+    @property
+    def place(self) -> str:
+        """Where `jaxup.load` finds it."""
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -56,50 +64,94 @@ class Recipe:
     name: str  # the file's name or the line
     notes: tuple[str, ...]  # what the user should know, each with its place
 
+    @property
+    def configs(self) -> dict[str, ModelConfig]:
+        return {name: model.config for name, model in self.models.items()}
 
-def open_recipe(
-    recipe: str, *, models: Mapping[str, str] | None = None, default: str | None = None,
-    config_from: str | None = None, revision: str | None = None,
-) -> Recipe:  # fmt: skip
-    """The recipe that a file holds or a line is.
+    @property
+    def beyond_plan(self) -> str:
+        """What is lost where only the plan is kept, in words; "" if that is nothing."""
+        lost = self.tokenizer is not None or self.chat_template is not None
+        return "the plan does not hold what the recipe says of tokenizer and chat template" if lost else ""
+
+
+def open_plan(recipe: str | os.PathLike[str], *, models: Mapping[str, str] | None = None) -> DepthPlan:
+    """The plan of a recipe, its sources named by the places of their models, so that `jaxup.load(plan)` finds them.
 
     Args:
-      recipe: a path to a mergekit file or a plan file, told apart by what they hold, or one line; see
-        `jaxup.recipes.line`. The sources of a plan file are models.
+      recipe: one line such as "upscale(org/Name, 8:24, copies=2)", or a mergekit or plan file.
+      models: where models are: the recipe's name for one -> a directory, Hub id or URL.
+
+    Raises:
+      UserError: what is wrong in the recipe, with its place; a model whose config.json is not at hand.
+    """
+    opened = open_recipe(os.fspath(recipe), models=models, flag="models: ")
+    for note in (*opened.notes, *filter(None, [opened.beyond_plan])):
+        warnings.warn(note, stacklevel=2)
+    return opened.plan.renamed({name: model.place for name, model in opened.models.items()})
+
+
+def open_recipe(
+    recipe: str | DepthPlan, *, models: Mapping[str, str] | None = None, default: str | None = None,
+    config_from: str | None = None, revision: str | None = None, dtype: str | None = None, flag: str = _FLAG,
+) -> Recipe:  # fmt: skip
+    """The recipe that a file holds, a line is, or that is just a plan.
+
+    Args:
+      recipe: a path to a mergekit file or a plan file, told apart by what they hold; one line, see
+        `jaxup.recipes.line`; or a plan. The sources of plans are models.
       models: where models are: the name that the recipe has for one, with or without its
         "@revision" -> a directory, Hub id or URL.
       default: where the recipe's one model is that is not in `models`, whatever its name.
       config_from: a directory whose config.json stands in for every model that is no directory and
         not in the Hub's cache. Nothing is then fetched.
       revision: of the models that are Hub ids and come without one.
+      dtype: of the result's tensors, whatever the recipe says.
+      flag: what the user says before NAME=DIR, for messages.
 
     Raises:
-      UserError: what is wrong in the recipe, with its place; a model that is not at hand.
+      UserError: what is wrong in the recipe, with its place; a model that is not at hand. Only
+        then is there a hint of its own, `error.hint`: it speaks of `flag`.
     """
-    found = _Models(dict(models or {}), default, config_from, revision)
-    if not os.path.lexists(os.path.expanduser(recipe)) and recipe_line.is_line(recipe):
-        call = recipe_line.parse(recipe)
-        plan = call.plan(lambda model: found[model].config.num_layers)
-        opened = Recipe(plan, found.opened, plan.rows[0].source, None, None, None, recipe, recipe, ())
+    found = _Models(dict(models or {}), default, config_from, revision, flag)
+    if isinstance(recipe, DepthPlan):
+        opened = _of_plan(recipe, found, "a plan made in Python", "a plan made in Python")
+    elif not os.path.lexists(os.path.expanduser(recipe)) and recipe_line.is_line(recipe):
+        plan = recipe_line.parse(recipe).plan(lambda model: found[model].config.num_layers)
+        opened = _of_plan(plan, found, recipe, recipe)
     else:
         opened = _open_file(recipe, _read_text(recipe), found)
     if unknown := found.places.keys() - found.asked:
         name = min(unknown)
-        raise UserError(f"--model {name}: the recipe has no such model{suggest(name, found.opened)}")
+        raise UserError(f"the recipe has no such model{suggest(name, found.opened)}", at=f"{flag}{name}")
+    if dtype is not None:
+        opened = dataclasses.replace(opened, plan=dataclasses.replace(opened.plan, out_dtype=dtype))
     return opened
 
 
-def parse_places(pairs: Sequence[str]) -> dict[str, str]:
-    """The values of --model, each NAME=PLACE, as `open_recipe` takes them."""
+def parse_places(pairs: Sequence[str], flag: str = _FLAG) -> dict[str, str]:
+    """The values of `flag`, each NAME=PLACE, as `open_recipe` takes them."""
     places: dict[str, str] = {}
     for pair in pairs:
         name, separator, place = pair.partition("=")
         if not separator or not name or not place:
-            raise UserError(f"--model {pair}: must be NAME=DIR")
+            raise UserError("must be NAME=DIR", at=f"{flag}{pair}")
         if name in places:
-            raise UserError(f"--model {name}: given twice")
+            raise UserError("given twice", at=f"{flag}{name}")
         places[name] = place
     return places
+
+
+def _of_plan(
+    plan: DepthPlan, found: _Models, text: str, name: str, written: Mapping[str, Place] | None = None
+) -> Recipe:
+    """`written` says where in the text the depth of each source is."""
+    for source, count in plan.sources:
+        if (layers := found[source].config.num_layers) != count:
+            where = f"{found[source].path}: config.json"
+            at = str(written[source]) if written else "plan"
+            raise UserError(f"source {source!r} has {count} layers here, but {layers} in {where}", at=at)
+    return Recipe(plan, found.opened, plan.rows[0].source, None, None, None, text, name, ())
 
 
 def _open_file(name: str, text: str, found: _Models) -> Recipe:
@@ -107,16 +159,7 @@ def _open_file(name: str, text: str, found: _Models) -> Recipe:
     if not isinstance(data, Map):
         raise place.error(f"a recipe is a mapping with slices or rows, not {marked_yaml.shown(data)}")
     if any(key in data for key in _PLAN_KEYS) and not any(key in data for key in _MERGEKIT_KEYS):
-        plan = plan_yaml.load(text, name)
-        for source, count in plan.sources:
-            if (layers := found[source].config.num_layers) != count:
-                where = f"{found[source].path}: config.json"
-                raise (
-                    data["sources"]
-                    .values_at[source]
-                    .error(f"source {source!r} has {count} layers here, but {layers} in {where}")
-                )
-        return Recipe(plan, found.opened, plan.rows[0].source, None, None, None, text, name, ())
+        return _of_plan(plan_yaml.load(text, name), found, text, name, data["sources"].values_at)
     if not any(key in data for key in _MERGEKIT_KEYS):
         hint = f"; a model's recipe is {_identity(str(Path(name).parent))}" if "model_type" in data else _nearest(data)
         raise place.error(f"neither a mergekit recipe (merge_method, slices) nor a plan (sources, rows){hint}")
@@ -146,35 +189,40 @@ def _read_text(name: str) -> str:
     if not name:
         raise UserError("the recipe is empty; in one line one is like 'upscale(MODEL, 19:41, copies=2)'")
     if path.is_dir():
-        raise UserError(f"{name}: a directory, not a recipe; did you mean {_identity(name)}?")
+        raise UserError(f"a directory, not a recipe; did you mean {_identity(name)}?", at=name)
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{name}: not a regular file")
+            raise UserError("not a regular file", at=name)
         if status.st_size > 4 * marked_yaml.MAX_CHARACTERS:
-            raise UserError(f"{name}: {status.st_size} bytes are too many for a recipe; is it a model's file?")
+            raise UserError(f"{status.st_size} bytes are too many for a recipe; is it a model's file?", at=name)
         data = path.read_bytes()
     except FileNotFoundError:
         near = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = suggest(path.name, near)
         hint = hint if hint.startswith("; did") else "; in one line a recipe is like 'upscale(MODEL, 19:41, copies=2)'"
-        raise UserError(f"{name}: no such file{hint}") from None
+        raise UserError(f"no such file{hint}", at=name) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
+        raise UserError(f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}", at=name) from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not a text file (UTF-8): byte {data[error.start]:#04x} at {error.start}") from None
+        raise UserError(f"not a text file (UTF-8): byte {data[error.start]:#04x} at {error.start}", at=name) from None
     if "\0" in text:
-        raise UserError(f"{name}: not a text file: a zero byte at {text.index(chr(0))}")
+        raise UserError(f"not a text file: a zero byte at {text.index(chr(0))}", at=name)
     return text
 
 
 class _Models:
     """The models of a recipe by the names that it has for them, each opened when first asked for."""
 
-    def __init__(self, places: dict[str, str], default: str | None, config_from: str | None, revision: str | None):
+    def __init__(
+        self, places: dict[str, str], default: str | None, config_from: str | None, revision: str | None, flag: str
+    ):
         self.places, self.default, self.config_from, self.revision = places, default, config_from, revision
+        self.hint = f"give its place with {flag}NAME=DIR"
+        if flag == _FLAG:
+            self.hint += ", or --config-from DIR to see the plan from a config.json alone"
         self.opened: dict[str, Model] = {}
         self.asked: set[str] = set()  # of the places
 
@@ -184,10 +232,10 @@ class _Models:
         return self.opened[name]
 
     def _open(self, name: str) -> Model:
-        path, revision = _split(name)
+        path, revision = split_revision(name)
         self.asked |= {name, path}
         if name in self.places:
-            path, revision = _split(self.places[name])
+            path, revision = split_revision(self.places[name])
         elif self.default is not None and path not in self.places:
             others = self.opened.keys() - self.places.keys()
             if others:
@@ -196,10 +244,10 @@ class _Models:
                 )
             path, revision = self.default, None
         elif path in self.places:
-            path, other = _split(self.places[path])
+            path, other = split_revision(self.places[path])
             # A directory has no revisions: it is the one that was asked for.
-            revision = other or (None if _is_place(path) else revision)
-        if revision is None and not _is_place(path):
+            revision = other or (None if is_place(path) else revision)
+        if revision is None and not is_place(path):
             revision = self.revision
         if self.config_from is not None and not _at_hand(path, revision):
             try:
@@ -209,43 +257,24 @@ class _Models:
         try:
             hf, config = read_config(path, revision=revision)
         except UserError as error:
-            if os.path.lexists(os.path.expanduser(path)) or "config.json:" in str(error):
+            # What is at hand and wrong is not called absent.
+            if len(error.at) != 1 or os.path.lexists(os.path.expanduser(path)):
                 raise
-            reason = str(error)
-            for shown in (path, f"{path} at {revision}", str(Path(path).expanduser())):
-                reason = reason.removeprefix(f"{shown}: ")
-            others = ", ".join(map(repr, self.places.keys() - self.asked))
-            raise UserError(
-                f"{name} is not at hand: {reason}; give its place with --model NAME=DIR"
-                f"{f' (what is given is for {others})' if others else ''}, "
-                "or --config-from DIR to see the plan from a config.json alone"
-            ) from None
+            given = ", ".join(map(repr, self.places.keys() - self.asked))
+            given = given and f" (what is given is for {given})"
+            raise UserError(f"{name} is not at hand: {error.what}{given}", hint=self.hint) from None
         return Model(path, revision, hf, config)
-
-
-def _split(name: str) -> tuple[str, str | None]:
-    """ "org/name@revision" as both, as mergekit writes it; a directory or URL may have an @ in its name."""
-    path, separator, revision = name.rpartition("@")
-    return (path, revision) if separator and path and not _is_place(name) else (name, None)
-
-
-def _is_place(path: str) -> bool:
-    """Whether it names a directory that is there, or a URL, either of which has no revisions."""
-    return path.partition("://")[0] in SCHEMES or os.path.lexists(os.path.expanduser(path))
 
 
 def _at_hand(path: str, revision: str | None) -> bool:
     """Whether config.json can be read without fetching anything."""
     if os.path.lexists(os.path.expanduser(path)):
         return True
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+    if not HUB_ID.fullmatch(path):
         return False
     from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str)
-    except ValueError:  # a name that no model can have
-        return False
+    return isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str)
 
 
 def described(model: Model) -> mergekit.Source:

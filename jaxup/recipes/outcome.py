@@ -24,12 +24,12 @@ class Outcome(NamedTuple):
     bill: Bill
 
     def nbytes(self) -> dict[str, int]:
-        """Dtype -> bytes of all parameters that have it, the most first."""
+        """Dtype -> bytes of all parameters that have it."""
         table, sizes = spec(self.config), collections.Counter[str]()
         for path, rows in self.bill.items():
             for made in rows:
                 sizes[made.after] += table[path].size // len(rows) * (4 if made.after == "float32" else 2)
-        return dict(sizes.most_common())
+        return dict(sizes)
 
 
 def outcome(
@@ -45,9 +45,8 @@ def outcome(
       UserError: nothing can be built: the models do not fit each other, or the family of the base
         model cannot express the result. Names the fields and both values.
     """
-    configs = {name: model.config for name, model in recipe.models.items()}
-    config = result_config(recipe.plan, configs, base=recipe.base, vocab_size=vocab_size)
-    tied = {name: config.tie_embeddings for name, config in configs.items()}
+    config = result_config(recipe.plan, recipe.configs, base=recipe.base, vocab_size=vocab_size)
+    tied = {name: source.tie_embeddings for name, source in recipe.configs.items()}
     bill = materials(recipe.plan, spec(config), tied, stored)
     weights = collections.Counter[str]()
     for path, rows in bill.items():

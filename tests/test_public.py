@@ -1,0 +1,215 @@
+"""The names of the package, and how plans and models show themselves."""
+
+import ast
+import base64
+import html.parser
+import importlib
+import importlib.resources
+import io
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import jaxup
+from jaxup.depth.plan import Row
+from jaxup.errors import UserError
+from jaxup.model.spec import flatten
+from jaxup.model.config import ModelConfig
+from jaxup.model.decoder import Decoder, abstract
+
+ROOT = Path(jaxup.__file__).parent
+CONFIG = ModelConfig.llama(
+    vocab_size=41, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2, max_positions=32
+)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "small"
+    jaxup.save(Decoder(CONFIG, init(CONFIG, 0)), path)
+    return path
+
+
+def params(model):
+    return flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def assert_same(a, b):
+    a, b = params(a), params(b)
+    assert a.keys() == b.keys()
+    for path, leaf in a.items():
+        np.testing.assert_array_equal(leaf, b[path])
+
+
+def refused(message, function, *args, **kwargs):
+    with pytest.raises(UserError) as error:
+        function(*args, **kwargs)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ---- the names
+
+
+def test_a_type_checker_knows_the_names_that_there_are():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    typed = {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("jaxup")
+        for alias in node.names
+    }
+    assert sorted([*typed, "__version__"]) == sorted(jaxup.__all__) == dir(jaxup)
+    for name, (module, attribute) in typed.items():
+        assert getattr(jaxup, name) is getattr(importlib.import_module(module), attribute), name
+    assert (importlib.resources.files("jaxup") / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        jaxup.laod  # noqa: B018
+
+
+@pytest.mark.parametrize("before", ["", "import jaxup.generate; ", "jaxup.generate; import jaxup.generate; "])
+def test_generate_is_the_function_whatever_is_imported(before):
+    code = (
+        f"import importlib, jaxup; {before}from jaxup import generate;"
+        "assert callable(generate) and generate is jaxup.generate;"
+        "assert importlib.import_module('jaxup.generate').main and generate is jaxup.generate;"
+        "import jaxup.plan; assert jaxup.plan.main"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- from a recipe to a model
+
+
+def test_a_plan_knows_where_its_models_are(directory, tmp_path):
+    line = f"upscale({directory}, 1:3)"
+    plan = jaxup.open_plan(line)
+    assert plan == jaxup.upscale(str(directory), 3, range(1, 3))
+    named = jaxup.open_plan("upscale(base, 1:3)", models={"base": str(directory)})
+    assert named == plan
+    (tmp_path / "plan.yaml").write_text(jaxup.upscale("base", 3, range(1, 3)).to_yaml())
+    assert jaxup.open_plan(tmp_path / "plan.yaml", models={"base": str(directory)}) == plan
+    two = jaxup.open_plan("concat(a, b)", models={"a": str(directory), "b": str(directory)})
+    assert two.sources == ((str(directory), 3),)
+    assert two.num_layers == 6
+
+    model = jaxup.load(plan)
+    assert_same(model, jaxup.load(directory, plan=plan))
+    grown = jaxup.apply_plan(plan, {str(directory): nnx.to_pure_dict(nnx.state(jaxup.load(directory)))})
+    for path, leaf in flatten(grown).items():
+        np.testing.assert_array_equal(leaf, params(model)[path])
+    for recipe, out in ((line, "line"), (plan, "plan"), (tmp_path / "plan.yaml", "file")):
+        models = {"base": str(directory)} if out == "file" else None
+        jaxup.build_model(recipe if out == "plan" else str(recipe), tmp_path / out, models=models)
+        assert_same(jaxup.load(tmp_path / out), model)
+
+
+def test_what_is_wrong_is_said_in_the_words_of_python(directory, tmp_path):
+    message = "org/nope is not at hand: no such directory"
+    refused(message, jaxup.open_plan, "identity(org/nope)")
+    refused("; give its place with models: NAME=DIR", jaxup.open_plan, "identity(org/nope)")
+    refused("models: b: the recipe has no such model", jaxup.open_plan, f"identity({directory})", models={"b": "x"})
+    refused("recipe:1:1: unknown recipe 'upscal'; did you mean 'upscale'?", jaxup.open_plan, "upscal(m, 1:2)")
+    refused("load: two plans", jaxup.load, jaxup.identity("m", 3), plan=jaxup.identity("m", 3))
+    refused(f"plan: source {str(directory)!r} has 4 layers here, but 3 in", jaxup.build_model,
+            jaxup.identity(str(directory), 4), tmp_path / "out")  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "merge_method: passthrough\nchat_template: chatml\n"
+        f"slices: [{{sources: [{{model: {directory}, layer_range: [0, 2]}}], note: 1}}]\n"
+    )
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        jaxup.open_plan(recipe)
+    first, second = (str(warning.message) for warning in warned)
+    assert "'note' means nothing to passthrough" in first
+    assert second == "the plan does not hold what the recipe says of tokenizer and chat template"
+
+
+def test_a_revision_goes_with_the_name_of_its_model():
+    """Nothing is fetched here: what is not in the cache is named with its revision."""
+    for use in (lambda: jaxup.load("org/nope@v2"), lambda: jaxup.load(jaxup.identity("org/nope@v2", 3))):
+        refused("org/nope at v2: no such directory", use)
+    plan = jaxup.identity("base", 3).renamed({"base": "org/nope@v2"})
+    assert plan == jaxup.identity("org/nope@v2", 3)
+
+
+# ---- how they show themselves
+
+
+class Tags(html.parser.HTMLParser):
+    """What a browser would make of a piece of HTML."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.seen, self.text = [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag != "img":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_plan_shows_its_strip_and_its_picture():
+    tunguska = jaxup.upscale("org/Mistral-Small", 56, range(19, 41), copies=2)
+    assert repr(tunguska) == f"<DepthPlan 56 -> 100 layers: {'0' * 41}{'z' * 44}{'0' * 15}>"
+    assert str(tunguska) == tunguska.describe()
+    assert repr(jaxup.stack("m", 80, 5)) == f"<DepthPlan 80 -> 400 layers: {'0' * 58}...{'X' * 58}>"
+    assert repr(jaxup.concat(jaxup.identity("a", 2), jaxup.identity("b", 1))) == "<DepthPlan 2 + 1 -> 3 layers: 000>"
+    drawn = tunguska._repr_png_()
+    assert Image.open(io.BytesIO(drawn)).format == "PNG"
+    shown = Tags(tunguska._repr_html_())
+    assert [tag for tag, _ in shown.seen] == ["img", "details", "summary", "pre"]
+    image = shown.seen[0][1]
+    assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == drawn
+    assert image["alt"] == repr(tunguska)
+    assert shown.text == f"in words{tunguska.describe()}"
+
+
+def test_names_are_not_trusted_with_a_page():
+    name = "</pre><script>alert('\"')</script>&amp;"
+    plan = jaxup.identity(name, 2)
+    assert name not in repr(plan)
+    shown = Tags(plan._repr_html_())
+    assert [tag for tag, _ in shown.seen] == ["img", "details", "summary", "pre"]
+    assert shown.text.endswith(plan.describe())
+    many = jaxup.DepthPlan((Row(name, 0),), *[name] * 4, ((name, 1), *((str(i), 1) for i in range(5000))))
+    assert many._repr_png_() is None  # which has a picture of nothing
+    assert [tag for tag, _ in Tags(many._repr_html_()).seen] == ["pre"]
+    assert len(repr(many)) < 120
+
+
+def test_a_decoder_shows_its_sizes_and_its_plan(directory):
+    plan = jaxup.upscale(str(directory), 3, range(1, 3))
+    model = jaxup.load(plan, dtype="bfloat16")
+    count = sum(leaf.size for leaf in params(model).values())
+    assert repr(model) == (
+        f"<Decoder 5 layers of 16, 4/2 heads, 41 tokens: {count:,} parameters, {2 * count / 1000:.2f} KB in bfloat16, "
+        f"by {plan!r}>"
+    )
+    graph, shapes = abstract(CONFIG)  # without values
+    assert re.fullmatch(r"<Decoder 3 layers .* in float32>", repr(nnx.merge(graph, shapes)))
+    seen = []
+    jax.jit(lambda model, tokens: seen.append(repr(model)) or model(tokens))(model, jnp.zeros((1, 2), jnp.int32))
+    assert seen[0].startswith("<Decoder 5 layers")
