@@ -17,8 +17,7 @@ from jaxup.errors import Parser, Stopped, entry_point
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m jaxup.build", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("build", __doc__)
     parser.add_argument("recipe", metavar="RECIPE", help="file, or one line")
     parser.add_argument("out", metavar="OUT", help="directory to be made")
     parser.add_argument("--model", metavar="NAME=DIR", action="append", default=[],

@@ -26,8 +26,7 @@ _STDOUT = "-"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m jaxup.plan", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("plan", __doc__)
     parser.add_argument("recipe", metavar="RECIPE", help="file, or one line")
     parser.add_argument("--model", metavar="NAME=DIR", action="append", default=[],
                         help="where the model is that the recipe calls NAME: directory, Hub id or URL; "

@@ -59,7 +59,7 @@ class Recipe:
 
 def open_recipe(
     recipe: str, *, models: Mapping[str, str] | None = None, default: str | None = None,
-    config_from: str | None = None, revision: str | None = None,
+    config_from: str | None = None, revision: str | None = None, flag: str = "--model ",
 ) -> Recipe:  # fmt: skip
     """The recipe that a file holds or a line is.
 
@@ -72,11 +72,12 @@ def open_recipe(
       config_from: a directory whose config.json stands in for every model that is no directory and
         not in the Hub's cache. Nothing is then fetched.
       revision: of the models that are Hub ids and come without one.
+      flag: what the user says before NAME=DIR, for messages.
 
     Raises:
       UserError: what is wrong in the recipe, with its place; a model that is not at hand.
     """
-    found = _Models(dict(models or {}), default, config_from, revision)
+    found = _Models(dict(models or {}), default, config_from, revision, flag)
     if not os.path.lexists(os.path.expanduser(recipe)) and recipe_line.is_line(recipe):
         call = recipe_line.parse(recipe)
         plan = call.plan(lambda model: found[model].config.num_layers)
@@ -85,19 +86,19 @@ def open_recipe(
         opened = _open_file(recipe, _read_text(recipe), found)
     if unknown := found.places.keys() - found.asked:
         name = min(unknown)
-        raise UserError(f"--model {name}: the recipe has no such model{suggest(name, found.opened)}")
+        raise UserError(f"the recipe has no such model{suggest(name, found.opened)}", at=f"{flag}{name}")
     return opened
 
 
-def parse_places(pairs: Sequence[str]) -> dict[str, str]:
-    """The values of --model, each NAME=PLACE, as `open_recipe` takes them."""
+def parse_places(pairs: Sequence[str], flag: str = "--model ") -> dict[str, str]:
+    """The values of --model, or of another flag, each NAME=PLACE, as `open_recipe` takes them."""
     places: dict[str, str] = {}
     for pair in pairs:
         name, separator, place = pair.partition("=")
         if not separator or not name or not place:
-            raise UserError(f"--model {pair}: must be NAME=DIR")
+            raise UserError("must be NAME=DIR", at=f"{flag}{pair}")
         if name in places:
-            raise UserError(f"--model {name}: given twice")
+            raise UserError("given twice", at=f"{flag}{name}")
         places[name] = place
     return places
 
@@ -173,8 +174,11 @@ def _read_text(name: str) -> str:
 class _Models:
     """The models of a recipe by the names that it has for them, each opened when first asked for."""
 
-    def __init__(self, places: dict[str, str], default: str | None, config_from: str | None, revision: str | None):
+    def __init__(
+        self, places: dict[str, str], default: str | None, config_from: str | None, revision: str | None, flag: str
+    ):  # fmt: skip
         self.places, self.default, self.config_from, self.revision = places, default, config_from, revision
+        self.flag = flag
         self.opened: dict[str, Model] = {}
         self.asked: set[str] = set()  # of the places
 
@@ -215,11 +219,10 @@ class _Models:
             for shown in (path, f"{path} at {revision}", str(Path(path).expanduser())):
                 reason = reason.removeprefix(f"{shown}: ")
             others = ", ".join(map(repr, self.places.keys() - self.asked))
-            raise UserError(
-                f"{name} is not at hand: {reason}; give its place with --model NAME=DIR"
-                f"{f' (what is given is for {others})' if others else ''}, "
-                "or --config-from DIR to see the plan from a config.json alone"
-            ) from None
+            hint = f"give its place with {self.flag}NAME=DIR{f' (what is given is for {others})' if others else ''}"
+            if self.flag == "--model ":
+                hint += ", or --config-from DIR to see the plan from a config.json alone"
+            raise UserError(f"{name} is not at hand: {reason}", hint=hint) from None
         return Model(path, revision, hf, config)
 
 
