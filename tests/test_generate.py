@@ -17,6 +17,8 @@ from jaxup.data.chat_formats import prompt_ids
 from jaxup.data.tokenizer import train_bpe
 from jaxup.errors import UserError
 from jaxup.hub import load as hub
+from jaxup.hub import text_generation
+from jaxup.hub.text_generation import Detokenizer, stop_ids
 from jaxup.hub.writer import save
 from jaxup.model import sampling
 from jaxup.model.config import ModelConfig
@@ -248,7 +250,7 @@ def test_pieces_are_the_text_in_whole_characters(make):
         for cut in (0, 1, len(ids) // 2):
             if "\N{REPLACEMENT CHARACTER}" in decode(ids[:cut]):
                 continue  # the text of a prompt ends with a whole character
-            detokenizer = command.Detokenizer(tokenizer, ids[:cut])
+            detokenizer = Detokenizer(tokenizer, ids[:cut])
             pieces = [detokenizer.push(token) for token in ids[cut:]]
             assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
             assert decode(ids[:cut]) + "".join(pieces) + detokenizer.rest() == decode(ids)
@@ -260,14 +262,14 @@ def test_pieces_of_tokens_that_are_no_text():
     for seed in range(20):
         ids = np.random.default_rng(seed).integers(0, len(tokenizer), 60).tolist()
         prompt = "the cat" if seed % 2 else ""
-        detokenizer = command.Detokenizer(tokenizer, tokenizer(prompt)["input_ids"])
+        detokenizer = Detokenizer(tokenizer, tokenizer(prompt)["input_ids"])
         text = "".join(map(detokenizer.push, ids)) + detokenizer.rest()
         assert prompt + text == tokenizer.decode(tokenizer(prompt)["input_ids"] + ids, skip_special_tokens=True)
 
 
 def test_the_end_of_a_long_text_is_decoded_alone():
     tokenizer = train_bpe(KNOWN, 300)
-    detokenizer, longest = command.Detokenizer(tokenizer, []), 0
+    detokenizer, longest = Detokenizer(tokenizer, []), 0
     decode = detokenizer._decode
 
     def measured(ids):
@@ -361,6 +363,30 @@ def test_the_command_writes_what_transformers_writes(model_dir, torch, capsys, t
     assert re.search(r"^24 tokens, ", err, re.M)
 
 
+def test_texts_and_chats_in_one_batch_from_python(model_dir, capsys):
+    """What the command writes of each, and its pieces as they come."""
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(model_dir), hub.load(model_dir)
+    chat = [{"role": "system", "content": "sat"}, {"role": "user", "content": "the cat"}]
+    prompts, how = ["it sat on", chat], {"max_tokens": 9, "temperature": 0.0}
+    texts = text_generation.generate(model, tokenizer, prompts, **how)
+    run(model_dir, "--prompt", "it sat on", "--greedy", "--max-tokens", 9)
+    run(model_dir, "--prompt", "the cat", "--system", "sat", "--chat", "--greedy", "--max-tokens", 9)
+    assert capsys.readouterr().out == f"it sat on{texts[0]}\n{texts[1]}\n"
+    writing = text_generation.Writing(model, tokenizer, prompts, top_k=0, top_p=1.0, seed=0, **how)
+    pieces = list(writing)
+    assert len(pieces) == len(writing.counts) == 9
+    assert ["".join(row) + rest for row, rest in zip(zip(*pieces), writing.rest())] == texts
+    # The directory that the model came from says what ends a text; a model without one ends with its tokenizer's.
+    first = tokenizer(texts[0], add_special_tokens=False)["input_ids"][0]
+    assert text_generation.generate(model, tokenizer, prompts[:1], eos_ids=[first], **how) != texts[:1]
+    model.origin = None
+    assert text_generation.generate(model, tokenizer, prompts, **how) == texts
+    with pytest.raises(UserError, match="generate: top_p must be above 0 and at most 1, not 0"):
+        text_generation.generate(model, tokenizer, prompts, top_p=0)
+
+
 def fake(tokens, seen, after=None):
     """In place of sampling.generate: these tokens for the first prompt, then `after`."""
 
@@ -429,10 +455,10 @@ def test_what_ends_a_text(generation, config, expected, tmp_path):
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     if isinstance(expected, tuple):
-        assert command.stop_ids(tmp_path, Tokenizer()) == expected
+        assert stop_ids(tmp_path, Tokenizer()) == expected
     else:
         with pytest.raises(UserError, match=re.escape(expected)):
-            command.stop_ids(tmp_path, Tokenizer())
+            stop_ids(tmp_path, Tokenizer())
 
 
 @pytest.mark.parametrize(
