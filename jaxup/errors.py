@@ -18,6 +18,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -56,7 +57,7 @@ class NonFinite(Exception):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser for which a wrong flag is a user's mistake like any other: one line."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 

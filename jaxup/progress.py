@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 
 class Progress:
@@ -16,7 +20,7 @@ class Progress:
     def __init__(self, label: str, *, total: int | None, unit: str, start: int = 0, interval: float = 10.0):
         self.label, self.total, self.unit, self.interval = label, total, unit, interval
         self.done = self.first = start
-        self._bar = None
+        self._bar: Bar | None = None
 
     def __enter__(self) -> Progress:
         self._began = self._printed = time.monotonic()
@@ -40,7 +44,7 @@ class Progress:
         elif time.monotonic() - self._printed >= self.interval:
             self._line(detail)
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar:
             self._bar.stop()
         elif kind is None:
