@@ -149,10 +149,7 @@ def main(argv: list[str]) -> None:
         args.model = str(path)
     load_config(args.model, revision=args.revision)  # what is no model shall not be called one without tokenizer
     directory = tokenizer_directory(args.model, revision=args.revision)
-    try:
-        tokenizer = load_tokenizer(str(directory))
-    except UserError as error:  # which speaks of training's configuration
-        raise UserError(str(error).removeprefix("data.")) from None
+    tokenizer = load_tokenizer(str(directory))
     ends = stop_ids(directory, tokenizer)
     if args.chat:
         try:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""What long work says meanwhile: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+
+
+def say(message: object) -> None:
+    """A line of the program's own on stderr, which is there at once."""
+    print(f"jaxup: {message}", file=sys.stderr, flush=True)
 
 
 class Progress:

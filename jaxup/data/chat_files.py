@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxup.data.layouts import COLUMNS, LAYOUTS
-from jaxup.data.sources import PATH_SUFFIXES, file_hash
+from jaxup.data.sources import file_hash, hidden, import_datasets, is_dataset_name, of_split_train
 from jaxup.errors import UserError, first_line, suggest
 
 MIB = 2**20
@@ -53,12 +53,11 @@ def find_files(spec: str) -> list[File]:
         return [_file(path, path.name)]
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return [_dataset(spec, path.resolve().name, _load(spec, "load_from_disk", str(path)))]
-    within = [(p, p.relative_to(path)) for p in path.rglob("*") if p.suffix in _READERS]
-    within = [(p, name) for p, name in within if not any(part.startswith(".") for part in name.parts)]
+    within = [p for p in path.rglob("*") if p.suffix in _READERS and not hidden(p, path)]
     # Beside data in other files, .json says something about it.
-    json_too = all(p.suffix == ".json" for p, _ in within)
-    within = [(p, name.as_posix()) for p, name in within if json_too or p.suffix != ".json"]
-    found = [_file(p, name) for p, name in sorted(within, key=lambda item: item[1]) if p.is_file() and p.stat().st_size]
+    json_too = all(p.suffix == ".json" for p in within)
+    names = {p.relative_to(path).as_posix(): p for p in within if json_too or p.suffix != ".json"}
+    found = [_file(p, name) for name, p in sorted(names.items()) if p.is_file() and p.stat().st_size]
     if not found:
         raise UserError(f"{spec}: no chat data in this directory (looked for {', '.join(_READERS)})")
     return found
@@ -193,10 +192,7 @@ _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parque
 
 def _dataset(spec: str, name: str, data: Any) -> File:
     """`data` is a datasets.Dataset or DatasetDict."""
-    if isinstance(data, dict):
-        if "train" not in data:
-            raise UserError(f'{spec}: no split "train"; its splits: {", ".join(data)}')
-        data = data["train"]
+    data = of_split_train(spec, data)
     if not len(data):
         raise UserError(f"{spec}: no rows")
     rows = functools.partial(_read_dataset, spec, data.select_columns(_columns(spec, data.column_names)))
@@ -211,10 +207,7 @@ def _read_dataset(spec: str, dataset: Any) -> Iterator[Row]:
 
 
 def _load(spec: str, how: str, *args: Any, **options: Any) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f'{spec}: a dataset needs datasets; pip install "jaxup[data]"') from None
+    datasets = import_datasets(spec)
     try:
         return getattr(datasets, how)(*args, **options)
     except Exception as error:  # whatever a damaged directory, a network or the hub makes the libraries raise
@@ -223,8 +216,7 @@ def _load(spec: str, how: str, *args: Any, **options: Any) -> Any:
 
 def _hub_dataset(spec: str) -> File:
     name, _, config = spec.partition(":")
-    looks_like_path = re.match(r"[./~\\]|\w+://", spec) or spec.endswith("/") or Path(spec).suffix in PATH_SUFFIXES
-    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not is_dataset_name(spec):
         raise UserError(f"no such file or directory: {spec or repr(spec)}")
     try:
         return _dataset(spec, spec, _load(spec, "load_dataset", name, config or None, split="train"))

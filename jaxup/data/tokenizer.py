@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from jaxup.errors import UserError, first_line
 
@@ -23,50 +23,51 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 
 END_OF_TEXT = "<|endoftext|>"
+BATCH_CHARACTERS = 2**20  # texts are tokenised in batches of about so much,
+BATCH_TEXTS = 1024  # and no more than so many of them
 SMALLEST_VOCABULARY = 257  # the 256 bytes and END_OF_TEXT
 
 
-def bpe_vocab_size(spec: str) -> int | None:
-    """N when `spec` is `bpe:N` (train a byte-level BPE of N tokens on the source), None when it names a tokenizer."""
+def bpe_vocab_size(spec: str) -> int:
+    """N when `spec` is `bpe:N` (train a byte-level BPE of N tokens on the source), 0 when it names a tokenizer."""
     if not spec.startswith("bpe:"):
-        return None
+        return 0
     size = spec.removeprefix("bpe:")
     if not re.fullmatch(r"[0-9]{1,9}", size) or int(size) < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"data.tokenizer: {spec!r}: write bpe:N to train a vocabulary of N >= {SMALLEST_VOCABULARY} tokens"
-            " on the source, such as bpe:8192"
-        )
+        wanted = f"a vocabulary of N >= {SMALLEST_VOCABULARY} tokens on the source, such as bpe:8192"
+        raise UserError(f"{spec!r}: write bpe:N to train {wanted}", at="tokenizer")
     return int(size)
 
 
-def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: str, *, name: str = "") -> PreTrainedTokenizerBase:
     """The Hugging Face tokenizer in the directory `spec`, or of that hub id; from the local cache if it is there.
 
-    No code that comes with a tokenizer is ever run. Raises UserError, in one line, on any failure.
+    No code that comes with a tokenizer is ever run. Raises UserError, in one line, on any failure; `name` is what it
+    calls the directory.
     """
+    path, name = Path(spec).expanduser(), name or spec
     if bpe_vocab_size(spec):
-        raise UserError(f"data.tokenizer: {spec!r} is trained when a token store is made; there is none to load")
-    path = Path(spec).expanduser()
+        raise UserError(f"{spec!r} is trained when a token store is made; there is none to load", at="tokenizer")
     if path.is_dir():
         if not any((path / file).exists() for file in _FILES):
-            raise UserError(f"data.tokenizer: no tokenizer in {spec}: none of {', '.join(_FILES)}")
-        return _from_pretrained(spec, str(path))
+            raise UserError(f"no tokenizer in {name}: none of {', '.join(_FILES)}", at="tokenizer")
+        return _from_pretrained(str(path), name)
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec):
-        raise UserError(f"data.tokenizer: no such directory: {spec}")
+        raise UserError(f"no such directory: {name}", at="tokenizer")
     try:
-        return _from_pretrained(spec, spec, local_files_only=True)
+        return _from_pretrained(spec, name, local_files_only=True)
     except UserError:
-        return _from_pretrained(spec, spec)
+        return _from_pretrained(spec, name)
 
 
-def _from_pretrained(spec: str, path: str, **kwargs) -> PreTrainedTokenizerBase:
+def _from_pretrained(spec: str, name: str, **options: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
+        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False, **options)
     except Exception as error:  # OSError, ValueError, KeyError, tokenizers' bare Exception, ...
-        reason = first_line(error)
-        raise UserError(f"data.tokenizer: cannot load {spec}: {reason}") from None
+        reason = first_line(error).replace(spec, name)
+        raise UserError(f"cannot load {name}: {reason}", at="tokenizer") from None
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -78,7 +79,8 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"data.tokenizer: a vocabulary of {vocab_size} is too small; at least {SMALLEST_VOCABULARY}")
+        what = f"a vocabulary of {vocab_size} is too small; at least {SMALLEST_VOCABULARY}"
+        raise UserError(what, at="tokenizer")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -107,6 +109,23 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         state = {key: state[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
     state["eos"] = tokenizer.eos_token_id
     return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+T = TypeVar("T")
+
+
+def batched(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """Lists of as many items, each with so much text, as are tokenised at once."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += characters(item)
+        if total >= BATCH_CHARACTERS or len(batch) == BATCH_TEXTS:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 class Encoder:

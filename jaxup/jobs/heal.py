@@ -17,9 +17,9 @@ from flax import nnx
 
 from jaxup import experiment
 from jaxup.building.vocabulary import with_template
-from jaxup.data.batches import DataConfig, open_data
 from jaxup.data.chat import ChatConfig, check_config, check_files, open_chat
 from jaxup.data.chat_formats import end_ids, prompt_ids
+from jaxup.data.documents import DataConfig, open_data
 from jaxup.data.tokenizer import load_tokenizer
 from jaxup.depth import picture
 from jaxup.depth.apply import apply

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxup import experiment
-from jaxup.data.batches import DataConfig, open_data
+from jaxup.data.documents import DataConfig, open_data
 from jaxup.errors import UserError
 from jaxup.hub.reader import load_config
 from jaxup.jobs.common import make_sampler, new_model, tokenizer_of

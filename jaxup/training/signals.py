@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 
 from jaxup.errors import Stopped
+from jaxup.progress import say
 
 
 class StopRequest:
@@ -36,4 +36,4 @@ class StopRequest:
         if not self.deferred or (again and signum == signal.SIGINT):
             raise Stopped(f"stopped by {signal.Signals(signum).name}", self.exit_code)
         if not again:
-            print(f"jaxup: {signal.Signals(signum).name}: saving, then leaving", file=sys.stderr, flush=True)
+            say(f"{signal.Signals(signum).name}: saving, then leaving")
