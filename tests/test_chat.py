@@ -611,9 +611,8 @@ def test_docstrings_are_questions_and_answers(tmp_path):
 @pytest.fixture
 def small_library(monkeypatch):
     """A part of the standard library."""
-    source = docstrings.python_source(val_fraction=0.5)
-    files = tuple(f for f in source.files if f[0] in ("shutil.py", "textwrap.py", "glob.py", "json/__init__.py"))
-    monkeypatch.setattr(docstrings, "python_source", lambda *_, **__: dataclasses.replace(source, files=files))
+    files = [f for f in docstrings.library() if f[0] in ("shutil.py", "textwrap.py", "glob.py", "json/__init__.py")]
+    monkeypatch.setattr(docstrings, "library", lambda: files)
 
 
 def test_docstrings_are_chat_data(tmp_path, config, opened, small_library, monkeypatch):

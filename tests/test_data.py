@@ -112,8 +112,8 @@ class Interrupted(Exception):
 
 
 def interrupt_after(monkeypatch, count):
-    """The documents of FileSource end in `Interrupted` after `count` of them, over all splits."""
-    original, seen = sources.FileSource._documents, [0]
+    """The documents of a source end in `Interrupted` after `count` of them, over all splits."""
+    original, seen = sources.Source.documents, [0]
 
     def documents(self, split):
         for text in original(self, split):
@@ -122,7 +122,7 @@ def interrupt_after(monkeypatch, count):
                 raise Interrupted
             yield text
 
-    monkeypatch.setattr(sources.FileSource, "_documents", documents)
+    monkeypatch.setattr(sources.Source, "documents", documents)
 
 
 def tree(path):

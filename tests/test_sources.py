@@ -230,7 +230,7 @@ def test_sources_without_text(tmp_path, monkeypatch):
         both(opened(tmp_path / "one.txt", val_fraction=1e-9))
     with pytest.raises(UserError, match="not a text file"):
         both(opened(tmp_path / "binary.txt"))
-    with pytest.raises(UserError, match="not a parquet file"):
+    with pytest.raises(UserError, match="not a sound parquet file"):
         both(opened(tmp_path / "bad.parquet"))
     with pytest.raises(UserError, match=r"val_fraction=1\.5"):
         opened("python", val_fraction=1.5)

@@ -7,8 +7,8 @@ step alone, and any number of processes reads the same global batch, each only i
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -43,13 +43,13 @@ class Batches:
 
     def __init__(self, rows: Fields, *, batch_size: int, seed: int, num_rows: int | None = None):
         self.batch_size = batch_size
-        self._rows, self._seed = rows, seed
+        self._rows = rows
         self._subset = None
         self.num_rows = len(rows) if num_rows is None else num_rows
         if self.num_rows < len(rows):
             self._subset = np.sort(permutation(seed, SUBSET_EPOCH, len(rows))[:num_rows])
-        # Two: a batch may straddle two epochs. Least recently used first.
-        self._permutations: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        # Two are kept: a batch may straddle two epochs.
+        self._permutation = functools.lru_cache(2)(lambda epoch: permutation(seed, epoch, self.num_rows))
 
     def rows_of(self, step: int) -> np.ndarray:
         """The rows of the global batch of `step` (0-based): int64 [batch_size]."""
@@ -66,14 +66,6 @@ class Batches:
     def __call__(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """The batch of `step`, or the `rows` of it that this process owns; only those are read."""
         return self._rows.batch(self.rows_of(step)[rows])
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            self._permutations[epoch] = permutation(self._seed, epoch, self.num_rows)
-            if len(self._permutations) > 2:
-                self._permutations.popitem(last=False)
-        self._permutations.move_to_end(epoch)
-        return self._permutations[epoch]
 
 
 def validation_batches(

@@ -111,8 +111,8 @@ def open_chat(config: ChatConfig, *, tokenizer: PreTrainedTokenizerBase, root: s
             names = safe_name(Path(next(iter(layouts))).stem), config.format or "chat"
             store = Store(config.store or default_path(root, *names, decides=[decides]))
             read = {} if store.read_json(META) else look(streams, config, format)
-            template = _chat_template(config, tokenizer)
-            make = functools.partial(prepare_chat, config, store, format, streams, wanted, read, template)
+            about = {"layouts": layouts, "chat_template": _chat_template(config, tokenizer)}
+            make = functools.partial(prepare_chat, config, store, format, streams, wanted, read, about)
             meta = store.complete(wanted, make)
         train, validation = (open_packed(store, split, meta) for split in SPLITS)
     return ChatData(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxup.data.layouts import COLUMNS, LAYOUTS
-from jaxup.data.sources import file_hash, hidden, import_datasets, is_dataset_name, of_split_train
+from jaxup.data.sources import file_hash, hidden, is_dataset_name, load_dataset, of_split_train, parquet_batches
 from jaxup.errors import UserError, first_line, suggest
 
 MIB = 2**20
@@ -52,7 +52,7 @@ def find_files(spec: str) -> list[File]:
     if path.is_file():
         return [_file(path, path.name)]
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return [_dataset(spec, path.resolve().name, _load(spec, "load_from_disk", str(path)))]
+        return [_dataset(spec, path.resolve().name, load_dataset(spec, "load_from_disk", str(path)))]
     within = [p for p in path.rglob("*") if p.suffix in _READERS and not hidden(p, path)]
     # Beside data in other files, .json says something about it.
     json_too = all(p.suffix == ".json" for p in within)
@@ -162,20 +162,11 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError(f'{path}: parquet needs pyarrow; pip install "jaxup[data]"') from None
-    try:
-        with pq.ParquetFile(path) as file:
-            columns, number = _columns(str(path), file.schema_arrow.names), 0
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(number, str(path), value, "", (number - 1) / file.metadata.num_rows)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a sound parquet file ({first_line(error)})") from None
+    number = 0
+    for batch, rows in parquet_batches(path, BATCH_ROWS, lambda schema: _columns(str(path), schema.names)):
+        for value in batch.to_pylist():
+            number += 1
+            yield Row(number, str(path), value, "", (number - 1) / rows)
 
 
 def _columns(path: str, names: list[str]) -> list[str]:
@@ -206,20 +197,12 @@ def _read_dataset(spec: str, dataset: Any) -> Iterator[Row]:
             yield Row(number, spec, dict(zip(columns, values, strict=True)), "", (number - 1) / len(dataset))
 
 
-def _load(spec: str, how: str, *args: Any, **options: Any) -> Any:
-    datasets = import_datasets(spec)
-    try:
-        return getattr(datasets, how)(*args, **options)
-    except Exception as error:  # whatever a damaged directory, a network or the hub makes the libraries raise
-        raise UserError(f"{spec}: cannot load the dataset: {type(error).__name__}: {first_line(error)}") from None
-
-
 def _hub_dataset(spec: str) -> File:
     name, _, config = spec.partition(":")
     if not is_dataset_name(spec):
         raise UserError(f"no such file or directory: {spec or repr(spec)}")
     try:
-        return _dataset(spec, spec, _load(spec, "load_dataset", name, config or None, split="train"))
+        return _dataset(spec, spec, load_dataset(spec, "load_dataset", name, config or None, split="train"))
     except UserError as error:
         raise UserError(f"no such file or directory: {spec}, and on the Hugging Face hub: {error}") from None
 

@@ -287,9 +287,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, message: str, system: str | N
     """A user's message as the tokenizer's chat template spells it, up to where the reply begins."""
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template")
-    messages = [{"role": "user", "content": message}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
+    said = [("system", system), ("user", message)] if system is not None else [("user", message)]
+    messages = [{"role": role, "content": text} for role, text in said]
     try:
         # The template spells BOS itself: nothing is added to its text when it is tokenized.
         encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)

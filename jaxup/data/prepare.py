@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxup.data.sources import SPLITS, Source, Split
 from jaxup.data.store import META, PROGRESS, Store, check_same, shard_rows
-from jaxup.data.tokenizer import Encoder, batched, bpe_vocab_size, tokenizer_hash, train_bpe
+from jaxup.data.tokenizer import batched, bpe_vocab_size, encoder, tokenizer_hash, train_bpe
 from jaxup.errors import UserError
 from jaxup.progress import Progress, say
 
@@ -137,7 +137,7 @@ def _token_documents(
                 raise UserError(f"token {part.max()} is outside {vocabulary}", at=("source", source.spec))
             yield part.astype(dtype)
         return
-    encode, eos = Encoder(tokenizer), tokenizer.eos_token_id
+    encode, eos = encoder(tokenizer), tokenizer.eos_token_id
     for batch in batched(itertools.islice(source.documents(split), start, None), len):
         for ids in encode(batch):
             ids.append(eos)

@@ -57,9 +57,9 @@ def look(streams: dict[str, Conversations], config: ChatConfig, format: Format) 
 
 def prepare_chat(
     config: ChatConfig, store: Store, format: Format, streams: dict[str, Conversations], wanted: dict[str, Any],
-    read: dict[str, int], template: str | None,
+    read: dict[str, int], about: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Makes `store` complete. The caller holds the lock."""
+    """Makes `store` complete. The caller holds the lock. `about`: its META has this too, the "chat_template" in it."""
     progress = store.read_json(PROGRESS) or {"made": wanted, **_nothing_read()}
     check_same(store, progress["made"], wanted)
     vocab_size = 1 + max(format.tokenizer.get_vocab().values())
@@ -94,11 +94,10 @@ def prepare_chat(
         hashes = {split: table["text_hash"][table["validation"] == (split == "validation")] for split in SPLITS}
         statistics["shared"] = int(np.isin(hashes["validation"], hashes["train"]).sum())
         tokenizer = copy.copy(format.tokenizer)
-        tokenizer.chat_template = template
+        tokenizer.chat_template = about["chat_template"]
         store.save_tokenizer(tokenizer)
-        layouts = {path: layout for stream in streams.values() for path, layout in stream.layouts.items()}
         made = {**wanted, "tokenizer": {**wanted["tokenizer"], "vocab_size": vocab_size}, "dtype": dtype}
-        store.write_json(META, {**made, "statistics": statistics, "layouts": layouts, "chat_template": template})
+        store.write_json(META, {**made, "statistics": statistics, **about})
         shutil.rmtree(directory, ignore_errors=True)
     store.delete(PROGRESS)
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, TypeVar
 from jaxup.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # transformers says on import that it misses PyTorch, which its tokenizers do not need.
@@ -128,25 +127,15 @@ def batched(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list
         yield batch
 
 
-class Encoder:
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
     """Documents -> ids, without special tokens; text that spells a special token stays ordinary text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._backend = None if backend is None else _plain_copy(backend)
-
-    def __call__(self, documents: list[str]) -> list[list[int]]:
-        if self._backend is None:
-            return self._tokenizer(documents, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [e.ids for e in self._backend.encode_batch_fast(documents, add_special_tokens=False)]
-
-
-def _plain_copy(backend: Tokenizer) -> Tokenizer:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return lambda texts: tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     from tokenizers import Tokenizer
 
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = True
-    return copy
+    plain = Tokenizer.from_str(backend.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    plain.encode_special_tokens = True
+    return lambda texts: [e.ids for e in plain.encode_batch_fast(texts, add_special_tokens=False)]
