@@ -13,11 +13,15 @@ Every `python -m jaxup.NAME` runs under `entry_point`, so exit codes mean the sa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NoReturn
+
+from jaxup.progress import say
 
 
 class UserError(Exception):
@@ -30,6 +34,8 @@ class UserError(Exception):
       hint: what was probably meant, or what to do.
     """
 
+    exit_code = 2
+
     def __init__(self, what: str, *, at: str | Sequence[str] = (), hint: str = ""):
         self.what, self.hint = what, hint
         self.at = (at,) if isinstance(at, str) else tuple(at)
@@ -39,6 +45,15 @@ class UserError(Exception):
     def within(self, *at: str) -> UserError:
         """The same error inside of wider places: `raise error.within("config.json") from None`."""
         return UserError(self.what, at=(*at, *self.at), hint=self.hint)
+
+
+@contextlib.contextmanager
+def within(*at: str) -> Iterator[None]:
+    """Says in what wider places a user's mistake is that comes up in the block, or in the decorated function."""
+    try:
+        yield
+    except UserError as error:
+        raise error.within(*at) from None
 
 
 class Stopped(Exception):
@@ -52,6 +67,8 @@ class Stopped(Exception):
 class NonFinite(Exception):
     """A loss or gradient was NaN or infinite; the message names the model and the step."""
 
+    exit_code = 3
+
 
 class Parser(argparse.ArgumentParser):
     """The ArgumentParser of the command `jaxup NAME`: a wrong flag is a user's mistake like any other, one line."""
@@ -62,7 +79,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
@@ -85,20 +102,13 @@ def entry_point(main: Callable[[list[str]], int | None], argv: list[str] | None 
     warnings.formatwarning = lambda message, *_: f"jaxup: warning: {message}\n"  # no file and line of ours
     try:
         code = main(sys.argv if argv is None else argv) or 0
-    except UserError as error:
-        code = _say(error, 2)
-    except NonFinite as error:
-        code = _say(error, 3)
-    except Stopped as error:
-        code = _say(error, error.exit_code)
+    except (UserError, NonFinite, Stopped) as error:
+        say(error)
+        code = error.exit_code
     except KeyboardInterrupt:
-        code = _say("interrupted", 130)
+        say("interrupted")
+        code = 130
     except BrokenPipeError:  # `... | head` closed our stdout; it is not an error worth a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
-
-
-def _say(message: object, code: int) -> int:
-    print(f"jaxup: {message}", file=sys.stderr, flush=True)
-    return code

@@ -86,10 +86,7 @@ def main(argv: list[str]) -> None:
         args.model = str(path)
     load_config(args.model, revision=args.revision)  # what is no model shall not be called one without tokenizer
     directory = tokenizer_directory(args.model, revision=args.revision)
-    try:
-        tokenizer = load_tokenizer(str(directory))
-    except UserError as error:  # which speaks of training's configuration
-        raise UserError(error.what, at="tokenizer", hint=error.hint) from None
+    tokenizer = load_tokenizer(str(directory))
     ends = stop_ids(directory, tokenizer)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     prompts: list[Prompt] = [[*system, {"role": "user", "content": text}] if args.chat else text for text in texts]

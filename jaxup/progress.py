@@ -1,9 +1,18 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""What long work says meanwhile: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+
+def say(message: object) -> None:
+    """A line of the program's own on stderr, which is there at once."""
+    print(f"jaxup: {message}", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -16,7 +25,7 @@ class Progress:
     def __init__(self, label: str, *, total: int | None, unit: str, start: int = 0, interval: float = 10.0):
         self.label, self.total, self.unit, self.interval = label, total, unit, interval
         self.done = self.first = start
-        self._bar = None
+        self._bar: Bar | None = None
 
     def __enter__(self) -> Progress:
         self._began = self._printed = time.monotonic()
@@ -40,7 +49,7 @@ class Progress:
         elif time.monotonic() - self._printed >= self.interval:
             self._line(detail)
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar:
             self._bar.stop()
         elif kind is None:

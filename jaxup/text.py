@@ -21,6 +21,11 @@ def named(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def escaped(text: str, keep: str = "") -> str:
+    """Control characters, and those that turn the direction of text or have no width, as Python's escapes."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 def backticks(text: str, least: int = 3) -> str:
     """More backticks than `text` has in a row: Markdown between two of them cannot be closed by it."""
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))

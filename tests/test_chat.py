@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from test_data import tree
 from test_packing import problems, realistic
 
-from jaxup.data import chat_formats, docstrings, packed, prepare_chat, store
-from jaxup.data.batches import DataConfig, open_data
+from jaxup.data import chat_formats, docstrings, packed, store
+from jaxup.data import tokenizer as tokenizer_module
 from jaxup.data.chat import ChatConfig, open_chat
 from jaxup.data.chat_formats import open_format
 from jaxup.data.chat_templates import TEMPLATES
+from jaxup.data.documents import DataConfig, open_data
 from jaxup.data.layouts import parse
 from jaxup.data.packed import BEGINS, PADDING, PackedRows, assemble
 from jaxup.data.packing import pack
@@ -189,7 +190,7 @@ def test_no_label_crosses_a_border():
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_rows_hold_every_conversation_once(config, opened, monkeypatch, packing):
-    monkeypatch.setattr(prepare_chat, "BATCH_CONVERSATIONS", 17)
+    monkeypatch.setattr(tokenizer_module, "BATCH_TEXTS", 17)
     monkeypatch.setattr(store, "SHARD_ROWS", 5)
     untrained = {"segments": [{"label": True, "text": "<|endoftext|>"}, {"label": False, "text": "x"}]}
     other = write(Path(config.files).with_name("b.jsonl"), [untrained] * 3)
@@ -323,7 +324,7 @@ def kill_at(monkeypatch, owner, name, call):
 
 
 def test_a_killed_preparation_goes_on(tmp_path, config, opened, monkeypatch):
-    monkeypatch.setattr(prepare_chat, "BATCH_CONVERSATIONS", 10)
+    monkeypatch.setattr(tokenizer_module, "BATCH_TEXTS", 10)
     straight = opened(config, store=str(tmp_path / "straight"))
     broken = dataclasses.replace(config, store=str(tmp_path / "broken"))
     progress, scratch = tmp_path / "broken" / "progress.json", tmp_path / "broken" / "scratch" / "tokens.bin"
@@ -356,7 +357,7 @@ def test_a_killed_preparation_goes_on(tmp_path, config, opened, monkeypatch):
 
 
 def test_lost_scratch_files_are_made_again(tmp_path, config, opened, monkeypatch):
-    monkeypatch.setattr(prepare_chat, "BATCH_CONVERSATIONS", 10)
+    monkeypatch.setattr(tokenizer_module, "BATCH_TEXTS", 10)
     straight = opened(config, store=str(tmp_path / "straight"))
     with monkeypatch.context() as patch:
         kill_at(patch, packed.Scratch, "append", 4)
@@ -610,9 +611,8 @@ def test_docstrings_are_questions_and_answers(tmp_path):
 @pytest.fixture
 def small_library(monkeypatch):
     """A part of the standard library."""
-    source = docstrings.open_source("python", val_fraction=0.5, seed=0)
-    files = tuple(f for f in source.files if f[0] in ("shutil.py", "textwrap.py", "glob.py", "json/__init__.py"))
-    monkeypatch.setattr(docstrings, "open_source", lambda *_, **__: dataclasses.replace(source, files=files))
+    files = [f for f in docstrings.library() if f[0] in ("shutil.py", "textwrap.py", "glob.py", "json/__init__.py")]
+    monkeypatch.setattr(docstrings, "library", lambda: files)
 
 
 def test_docstrings_are_chat_data(tmp_path, config, opened, small_library, monkeypatch):

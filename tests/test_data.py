@@ -15,8 +15,11 @@ from test_sources import ODD, opened, texts, tokenizer_dir, write_jsonl  # noqa:
 
 from jaxup.data import prepare as prepare_module
 from jaxup.data import sources, store
-from jaxup.data.batches import Batches, DataConfig, Rows, TextRows, open_data, validation_batches
+from jaxup.data import tokenizer as tokenizer_module
+from jaxup.data.batches import Batches, validation_batches
+from jaxup.data.documents import DataConfig, open_data
 from jaxup.data.prepare import Position
+from jaxup.data.store import Rows
 from jaxup.data.tokenizer import load_tokenizer, train_bpe
 from jaxup.errors import UserError
 
@@ -59,7 +62,7 @@ def stream_rows(source, tokenizer, split, seq_len):
 
 def test_store_rows_equal_the_plain_computation(tmp_path, config, monkeypatch, capsys):
     monkeypatch.setattr(store, "SHARD_ROWS", 64)
-    monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(tokenizer_module, "BATCH_TEXTS", 7)
     data = open_data(config, root=str(tmp_path))
     source, tokenizer = opened(config.source, 0.2), load_tokenizer(config.tokenizer)
     for split, rows in (("train", data.train), ("validation", data.validation)):
@@ -109,8 +112,8 @@ class Interrupted(Exception):
 
 
 def interrupt_after(monkeypatch, count):
-    """The documents of FileSource end in `Interrupted` after `count` of them, over all splits."""
-    original, seen = sources.FileSource._documents, [0]
+    """The documents of a source end in `Interrupted` after `count` of them, over all splits."""
+    original, seen = sources.Source.documents, [0]
 
     def documents(self, split):
         for text in original(self, split):
@@ -119,7 +122,7 @@ def interrupt_after(monkeypatch, count):
                 raise Interrupted
             yield text
 
-    monkeypatch.setattr(sources.FileSource, "_documents", documents)
+    monkeypatch.setattr(sources.Source, "documents", documents)
 
 
 def tree(path):
@@ -134,7 +137,7 @@ def tree(path):
 )
 def test_resuming_gives_the_same_bytes(tmp_path, config, monkeypatch, spec, counts):
     monkeypatch.setattr(store, "SHARD_ROWS", 8)
-    monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(tokenizer_module, "BATCH_TEXTS", 3)
     if spec != "directory":
         config = dataclasses.replace(config, tokenizer=spec)
     straight = open_data(dataclasses.replace(config, store=str(tmp_path / "straight")), root="")
@@ -318,8 +321,8 @@ def test_tokenizer_without_eos_is_refused(tmp_path, config):
 class FakeRows(Rows):
     """Rows whose content is known: row r holds r * seq_len + [0 .. seq_len]."""
 
-    def __init__(self, count, seq_len=4):
-        self.count, self.seq_len, self.reads = count, seq_len, []
+    def __init__(self, count, isolate_eos=None, seq_len=4):
+        self.count, self.isolate_eos, self.seq_len, self.reads = count, isolate_eos, seq_len, []
 
     def __len__(self):
         return self.count
@@ -333,7 +336,7 @@ class FakeRows(Rows):
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**63), st.floats(0.0, 1.0))
 def test_every_epoch_visits_each_row_once(count, batch_size, seed, part):
     used = max(1, round(part * count))
-    batches = Batches(TextRows(FakeRows(count), None), batch_size=batch_size, seed=seed, num_rows=used)
+    batches = Batches(FakeRows(count), batch_size=batch_size, seed=seed, num_rows=used)
     epochs = 3
     steps = -(-epochs * batches.num_rows // batch_size)
     rows = np.concatenate([batches.rows_of(step) for step in range(steps)])
@@ -344,14 +347,14 @@ def test_every_epoch_visits_each_row_once(count, batch_size, seed, part):
         part = rows[epoch * batches.num_rows : (epoch + 1) * batches.num_rows]
         np.testing.assert_array_equal(np.sort(part), first)
     # Pure: another object, asked in another order, gives the same.
-    other = Batches(TextRows(FakeRows(count), None), batch_size=batch_size, seed=seed, num_rows=used)
+    other = Batches(FakeRows(count), batch_size=batch_size, seed=seed, num_rows=used)
     for step in reversed(range(steps)):
         np.testing.assert_array_equal(other.rows_of(step), rows[step * batch_size : (step + 1) * batch_size])
 
 
 def test_the_order_is_what_it_has_always_been():
     """A change here would silently alter every resumed run."""
-    assert Batches(TextRows(FakeRows(10), None), batch_size=12, seed=1).rows_of(0).tolist() == [
+    assert Batches(FakeRows(10), batch_size=12, seed=1).rows_of(0).tolist() == [
         3,
         5,
         2,
@@ -368,16 +371,14 @@ def test_the_order_is_what_it_has_always_been():
 
 
 def test_epochs_and_seeds_differ():
-    batches = Batches(TextRows(FakeRows(50), None), batch_size=50, seed=1)
+    batches = Batches(FakeRows(50), batch_size=50, seed=1)
     assert not np.array_equal(batches.rows_of(0), batches.rows_of(1))
-    assert not np.array_equal(
-        batches.rows_of(0), Batches(TextRows(FakeRows(50), None), batch_size=50, seed=2).rows_of(0)
-    )
+    assert not np.array_equal(batches.rows_of(0), Batches(FakeRows(50), batch_size=50, seed=2).rows_of(0))
 
 
 def test_subsets_are_fixed_nested_and_depend_on_the_seed():
     def subset(num_rows, seed=0, batch_size=7):
-        batches = Batches(TextRows(FakeRows(1000), None), batch_size=batch_size, seed=seed, num_rows=num_rows)
+        batches = Batches(FakeRows(1000), batch_size=batch_size, seed=seed, num_rows=num_rows)
         return {int(r) for step in range(1 + num_rows // batch_size) for r in batches.rows_of(step)}
 
     assert len(subset(100)) == 100
@@ -408,12 +409,12 @@ def test_fractions_and_tokens_choose_whole_rows(tmp_path, config):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_read_their_share_of_the_same_batch(processes):
-    whole = Batches(TextRows(FakeRows(30), 21), batch_size=8, seed=3)
+    whole = Batches(FakeRows(30, 21), batch_size=8, seed=3)
     for step in (0, 3, 11):
         expected, share, parts = whole(step), 8 // processes, []
         for process in range(processes):
-            rows = FakeRows(30)
-            batches = Batches(TextRows(rows, 21), batch_size=8, seed=3)
+            rows = FakeRows(30, 21)
+            batches = Batches(rows, batch_size=8, seed=3)
             parts.append(batches(step, slice(process * share, (process + 1) * share)))
             assert [len(read) for read in rows.reads] == [share]
         assert set(expected) == {"tokens", "targets", "loss_weights", "segment_ids", "positions"}
@@ -422,7 +423,7 @@ def test_processes_read_their_share_of_the_same_batch(processes):
 
 
 def test_fields_without_isolation():
-    batch = Batches(TextRows(FakeRows(9), None), batch_size=4, seed=0)(0)
+    batch = Batches(FakeRows(9), batch_size=4, seed=0)(0)
     assert {key: (value.dtype, value.shape) for key, value in batch.items()} == {
         "tokens": (np.int32, (4, 4)),
         "targets": (np.int32, (4, 4)),
@@ -436,9 +437,9 @@ def test_fields_without_isolation():
 @given(st.lists(st.lists(st.integers(0, 2), min_size=8, max_size=8), min_size=1, max_size=5))
 def test_isolation_against_a_naive_loop(rows):
     table = np.array(rows, np.int32)
-    fake = FakeRows(len(rows), 7)
+    fake = FakeRows(len(rows), 0, seq_len=7)
     fake.read = lambda indices: table[indices]
-    (batch,) = validation_batches(TextRows(fake, 0), batch_size=len(rows), max_rows=0)
+    (batch,) = validation_batches(fake, batch_size=len(rows), max_rows=0)
     for row, ids, positions, weights in zip(
         rows, batch["segment_ids"].tolist(), batch["positions"].tolist(), batch["loss_weights"].tolist()
     ):
@@ -452,7 +453,7 @@ def test_isolation_against_a_naive_loop(rows):
 
 
 def test_validation_batches_are_padded_to_one_shape():
-    rows, apart = TextRows(FakeRows(10), None), TextRows(FakeRows(10), 2)
+    rows, apart = FakeRows(10), FakeRows(10, 2)
     batches = list(validation_batches(rows, batch_size=4, max_rows=0))
     assert [b["tokens"].shape for b in batches] == [(4, 4)] * 3
     assert sum(float(b["loss_weights"].sum()) for b in batches) == 40
@@ -467,7 +468,7 @@ def test_validation_batches_are_padded_to_one_shape():
 
 def test_importing_is_light():
     code = (
-        "import sys, jaxup.data.batches; "
+        "import sys, jaxup.data.documents; "
         "print([m for m in ('jax', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

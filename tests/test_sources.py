@@ -157,7 +157,7 @@ def test_hub_dataset_by_name_and_config(monkeypatch):
     assert calls == [("user/corpus", "small")]
     assert source.name == "user-corpus-small"
     assert [len(part) for part in both(source)] == [6, 2]
-    with pytest.raises(UserError, match=r"^data.source: no such file .*: nobody/nothing, and no such dataset.*hub$"):
+    with pytest.raises(UserError, match=r"^source: no such file .*: nobody/nothing, and no such dataset.*hub$"):
         opened("nobody/nothing")
     with pytest.raises(UserError, match=r"cannot be loaded: ConnectionError: no network$"):
         opened("broken")
@@ -193,7 +193,7 @@ def test_hub_dataset_whose_script_is_no_longer_run(tmp_path, monkeypatch):
 def test_missing_path_never_asks_the_hub(spec):
     with pytest.raises(UserError) as error:
         opened(spec)
-    assert str(error.value) == f"data.source: no such file or directory: {spec}"
+    assert str(error.value) == f"source: no such file or directory: {spec}"
 
 
 def test_near_misses_of_python_are_recognised():
@@ -224,13 +224,13 @@ def test_sources_without_text(tmp_path, monkeypatch):
     (tmp_path / "binary.txt").write_bytes(b"PK\0\0")
     (tmp_path / "bad.parquet").write_bytes(b"not parquet")
     for name in ("empty", "empty.txt"):
-        with pytest.raises(UserError, match=rf"data.source: .*{name}: no text found"):
+        with pytest.raises(UserError, match=rf"source: .*{name}: no text found"):
             opened(tmp_path / name)
     with pytest.raises(UserError, match=r"one.txt: no text found in its validation split with data.val_fraction=1e-09"):
         both(opened(tmp_path / "one.txt", val_fraction=1e-9))
     with pytest.raises(UserError, match="not a text file"):
         both(opened(tmp_path / "binary.txt"))
-    with pytest.raises(UserError, match="not a parquet file"):
+    with pytest.raises(UserError, match="not a sound parquet file"):
         both(opened(tmp_path / "bad.parquet"))
     with pytest.raises(UserError, match=r"val_fraction=1\.5"):
         opened("python", val_fraction=1.5)
@@ -278,6 +278,6 @@ def test_tokenizers_that_will_not_load(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             load_tokenizer(spec)
         assert "\n" not in str(error.value)
-        assert str(error.value).startswith("data.tokenizer: ")
+        assert str(error.value).startswith("tokenizer: ")
     with pytest.raises(UserError, match="at least 257"):
         train_bpe(["a"], 100)

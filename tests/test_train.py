@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxup
-from jaxup import __main__, build, export, generate, plan, train
+from jaxup import __main__, build, export, plan, train
 from jaxup.errors import NonFinite, UserError
 from jaxup.recipes import line as recipe_line
 

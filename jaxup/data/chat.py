@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import warnings
@@ -18,20 +19,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from jaxup.data.batches import Batches, validation_batches
+from jaxup.data.batches import Data
 from jaxup.data.chat_formats import ALIASES, SPELLINGS, Format, open_format, show
 from jaxup.data.chat_templates import TEMPLATES
 from jaxup.data.conversations import Conversations, open_conversations, split_spec
 from jaxup.data.docstrings import is_docstrings, write_docstrings
 from jaxup.data.layouts import LAYOUTS
 from jaxup.data.packed import PackedRows, open_packed
-from jaxup.data.prepare_chat import errors_of, look, prepare_chat, say
+from jaxup.data.prepare_chat import ChatConfig, look, prepare_chat
 from jaxup.data.sources import SPLITS, safe_name
-from jaxup.data.store import FORMAT, META, Store, check_same
+from jaxup.data.store import META, Store, default_path, open_unchecked
 from jaxup.data.tokenizer import tokenizer_hash
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError, suggest, within
+from jaxup.progress import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,38 +40,15 @@ ON_BAD = ("error", "skip")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatConfig:
-    files: str  # "a.jsonl*2,b.parquet": paths and datasets with weights; "docstrings": see jaxup.data.docstrings
-    layout: str  # one of layouts.LAYOUTS; "" = detected, for each file
-    format: str  # one of chat_formats; "" = the tokenizer's own chat template
-    seq_len: int  # tokens of a row; longer conversations are dropped
-    val_files: str  # "" = a part of `files`
-    val_fraction: float  # of the conversations of `files`; decides nothing beside val_files
-    on_bad: str  # "error" | "skip": a row that is not of its layout, or that the format cannot express
-    packing: bool  # False: one conversation a row, for comparison
-    store: str  # directory of the rows, local or gs://; "" = one under `root` named after its contents
-    seed: int  # of weights' choice of rows, of the split and of the order of rows
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatData:
-    tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
-    eos_id: int
+class ChatData(Data):
     train: PackedRows
     validation: PackedRows
-    store: str
-    seq_len: int
     chat_template: str | None  # for the tokenizer of an exported model; None: it has none, and needed none
     # rows and bad ones of the files, refused by the format, shared by validation and train; and for each split
     # conversations, too_long, untrained (both dropped), tokens, loss_tokens, rows, efficiency
     statistics: dict[str, Any]
     layouts: dict[str, str]  # for each file how it was read
     format: Format
-
-    @property
-    def train_rows(self) -> int:
-        return len(self.train)
 
     def __str__(self) -> str:
         train, validation = (self.statistics[split] for split in SPLITS)
@@ -80,15 +57,6 @@ class ChatData:
             f"conversations in {train['rows']:,} and {validation['rows']:,} rows of {self.seq_len}, "
             f"{train['loss_tokens']:,} training tokens with a loss, vocabulary {self.vocab_size:,}"
         )
-
-    def batches(self, *, batch_size: int, seed: int) -> Batches:
-        return Batches(self.train, batch_size=batch_size, seed=seed)
-
-    def validation_batches(
-        self, *, batch_size: int, max_rows: int, part: slice = slice(None)
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """See the function of that name."""
-        return validation_batches(self.validation, batch_size=batch_size, max_rows=max_rows, part=part)
 
     def example(self, color: bool) -> str:
         """One conversation of training as the model sees it; see `show`."""
@@ -123,70 +91,89 @@ def open_chat(config: ChatConfig, *, tokenizer: PreTrainedTokenizerBase, root: s
     setting that will not do, a store of other rows, or one that another process is making.
     """
     check_config(config)
-    with _plain_warnings():
-        with errors_of("data.format"):
+    with within("data."), _plain_warnings():
+        with within("format"):
             format = open_format(config.format or None, tokenizer)
         if tokenizer.eos_token_id is None:
-            raise UserError("data.tokenizer: it has no end-of-sequence token (eos_token)")
+            raise UserError("it has no end-of-sequence token (eos_token)", at="tokenizer")
         try:
-            streams = {"files": _open_files(config, "files", config.files, root)}
-            if config.val_files:
-                streams["val_files"] = _open_files(config, "val_files", config.val_files, root)
+            streams = _open_files(config, root)
         except UserError as error:
-            return _open_without_files(config, format, error)
-        wanted = _wanted(config, format, [stream.fingerprint for stream in streams.values()])
-        layouts = {path: layout for stream in streams.values() for path, layout in stream.layouts.items()}
-        store = Store(config.store or f"{root.rstrip('/')}/{_store_name(config, layouts, wanted)}")
-        meta = store.read_json(META)
-        if meta is None:
-            rows, bad = look(streams, config, format)
-            with store.lock():
-                # Another process may have finished it between our look and our lock.
-                if store.read_json(META) is None:
-                    template = _chat_template(config, tokenizer)
-                    prepare_chat(config, store, format, streams, wanted, {"rows": rows, "bad": bad}, template)
-            meta = store.read_json(META)
-        check_same(store, meta, wanted)
-        return _opened(store, format, meta, layouts)
+            store, meta = open_unchecked(
+                config.store, error, "chat", {"source": _spec(config)},
+                lambda meta: {**_wanted(config, format, []), "source": meta["source"]},
+            )  # fmt: skip
+            layouts = meta["layouts"]
+        else:
+            wanted = _wanted(config, format, [stream.fingerprint for stream in streams.values()])
+            layouts = {path: layout for stream in streams.values() for path, layout in stream.layouts.items()}
+            decides = {**wanted, "source": wanted["source"]["fingerprint"], "tokenizer": wanted["tokenizer"]["hash"]}
+            names = safe_name(Path(next(iter(layouts))).stem), config.format or "chat"
+            store = Store(config.store or default_path(root, *names, decides=[decides]))
+            read = {} if store.read_json(META) else look(streams, config, format)
+            about = {"layouts": layouts, "chat_template": _chat_template(config, tokenizer)}
+            make = functools.partial(prepare_chat, config, store, format, streams, wanted, read, about)
+            meta = store.complete(wanted, make)
+        train, validation = (open_packed(store, split, meta) for split in SPLITS)
+    return ChatData(
+        tokenizer=tokenizer,
+        vocab_size=meta["tokenizer"]["vocab_size"],
+        eos_id=tokenizer.eos_token_id,
+        train=train,
+        validation=validation,
+        store=store.path,
+        seq_len=meta["seq_len"],
+        train_rows=len(train),
+        chat_template=meta["chat_template"],
+        statistics=meta["statistics"],
+        layouts=layouts,
+        format=format,
+    )
 
 
+@within("data.")
 def check_config(config: ChatConfig) -> None:
     """UserError for what is wrong whatever the files hold."""
     if config.seq_len < 2:
-        raise UserError(f"data.seq_len={config.seq_len}: must be at least 2")
+        raise UserError("must be at least 2", at=f"seq_len={config.seq_len}")
     if not config.val_files and not 0 < config.val_fraction < 1:
-        raise UserError(f"data.val_fraction={config.val_fraction}: must lie between 0 and 1")
+        raise UserError("must lie between 0 and 1", at=f"val_fraction={config.val_fraction}")
     if not config.files:
-        raise UserError("data.files: name the chat data: files, directories or datasets")
+        raise UserError("name the chat data: files, directories or datasets", at="files")
     for key, known in (("layout", ("", *LAYOUTS)), ("on_bad", ON_BAD), ("format", ("", *SPELLINGS, *ALIASES))):
         if (value := getattr(config, key)) not in known:
-            raise UserError(f"data.{key}={value!r}: not known{suggest(value, filter(None, known))}")
+            raise UserError(f"not known{suggest(value, filter(None, known))}", at=f"{key}={value!r}")
 
 
+@within("data.")
 def check_files(config: ChatConfig, root: str) -> None:
     """UserError for files that are not there or not chat data, as far as their first rows tell."""
-    for key in ("files", "val_files"):
-        if getattr(config, key):
-            _open_files(config, key, getattr(config, key), root)
+    _open_files(config, root)
 
 
-def _open_files(config: ChatConfig, key: str, spec: str, root: str) -> Conversations:
-    with errors_of(f"data.{key}"):
-        files = [
-            (write_docstrings(path, root, config.seed) if is_docstrings(path) else path, weight)
-            for path, weight in split_spec(spec)
-        ]
-        return open_conversations(files, layout=config.layout or None, seed=config.seed, on_bad=config.on_bad)
+def _open_files(config: ChatConfig, root: str) -> dict[str, Conversations]:
+    """What is in `files`, and in `val_files` if there are any."""
+    streams = {}
+    for key in ("files", *(["val_files"] if config.val_files else [])):
+        with within(key):
+            files = [
+                (write_docstrings(path, root, config.seed) if is_docstrings(path) else path, weight)
+                for path, weight in split_spec(getattr(config, key))
+            ]
+            streams[key] = open_conversations(
+                files, layout=config.layout or None, seed=config.seed, on_bad=config.on_bad
+            )
+    return streams
 
 
 def _wanted(config: ChatConfig, format: Format, fingerprints: list[str]) -> dict[str, Any]:
     """All that decides what the rows hold."""
     template = _chat_template(config, format.tokenizer) or ""
     own = f"the tokenizer's template ({hashlib.blake2b(template.encode(), digest_size=4).hexdigest()})"
+    fingerprint = hashlib.blake2b(json.dumps(fingerprints).encode(), digest_size=16).hexdigest()
     return {
         "kind": "chat",
-        "source": {"spec": _spec(config), "fingerprint": hashlib.blake2b(json.dumps(fingerprints).encode(),
-                                                                         digest_size=16).hexdigest()},
+        "source": {"spec": _spec(config), "fingerprint": fingerprint},
         "tokenizer": {"spec": format.tokenizer.name_or_path, "hash": tokenizer_hash(format.tokenizer)},
         "chat_format": config.format or own,
         "seq_len": config.seq_len,
@@ -194,7 +181,7 @@ def _wanted(config: ChatConfig, format: Format, fingerprints: list[str]) -> dict
         "on_bad": config.on_bad,
         "packing": config.packing,
         "seed": config.seed,
-    }  # fmt: skip
+    }
 
 
 def _spec(config: ChatConfig) -> str:
@@ -206,39 +193,6 @@ def _chat_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> st
         return TEMPLATES[config.format]
     own = tokenizer.chat_template
     return own.get("default") if isinstance(own, dict) else own
-
-
-def _store_name(config: ChatConfig, layouts: dict[str, str], wanted: dict[str, Any]) -> str:
-    decides = {**wanted, "source": wanted["source"]["fingerprint"], "tokenizer": wanted["tokenizer"]["hash"]}
-    digest = hashlib.blake2b(json.dumps([FORMAT, decides]).encode(), digest_size=4).hexdigest()
-    return f"{safe_name(Path(next(iter(layouts))).stem)}-{config.format or 'chat'}-{digest}"
-
-
-def _open_without_files(config: ChatConfig, format: Format, error: UserError) -> ChatData:
-    """A complete store named in the config serves a machine that has not got what it was made from."""
-    meta = Store(config.store).read_json(META) if config.store else None
-    if meta is None or meta.get("kind") != "chat" or meta["source"]["spec"] != _spec(config):
-        raise error
-    store = Store(config.store)
-    check_same(store, meta, {**_wanted(config, format, []), "source": meta["source"]})
-    say(f"using {store.path} unchecked: {error}")
-    return _opened(store, format, meta, meta["layouts"])
-
-
-def _opened(store: Store, format: Format, meta: dict[str, Any], layouts: dict[str, str]) -> ChatData:
-    return ChatData(
-        tokenizer=format.tokenizer,
-        vocab_size=meta["tokenizer"]["vocab_size"],
-        eos_id=format.tokenizer.eos_token_id,
-        train=open_packed(store, "train", meta),
-        validation=open_packed(store, "validation", meta),
-        store=store.path,
-        seq_len=meta["seq_len"],
-        chat_template=meta["chat_template"],
-        statistics=meta["statistics"],
-        layouts=layouts,
-        format=format,
-    )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxup.data.layouts import COLUMNS, LAYOUTS
-from jaxup.data.sources import PATH_SUFFIXES, file_hash
+from jaxup.data.sources import file_hash, hidden, is_dataset_name, load_dataset, of_split_train, parquet_batches
 from jaxup.errors import UserError, first_line, suggest
 
 MIB = 2**20
@@ -52,13 +52,12 @@ def find_files(spec: str) -> list[File]:
     if path.is_file():
         return [_file(path, path.name)]
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return [_dataset(spec, path.resolve().name, _load(spec, "load_from_disk", str(path)))]
-    within = [(p, p.relative_to(path)) for p in path.rglob("*") if p.suffix in _READERS]
-    within = [(p, name) for p, name in within if not any(part.startswith(".") for part in name.parts)]
+        return [_dataset(spec, path.resolve().name, load_dataset(spec, "load_from_disk", str(path)))]
+    within = [p for p in path.rglob("*") if p.suffix in _READERS and not hidden(p, path)]
     # Beside data in other files, .json says something about it.
-    json_too = all(p.suffix == ".json" for p, _ in within)
-    within = [(p, name.as_posix()) for p, name in within if json_too or p.suffix != ".json"]
-    found = [_file(p, name) for p, name in sorted(within, key=lambda item: item[1]) if p.is_file() and p.stat().st_size]
+    json_too = all(p.suffix == ".json" for p in within)
+    names = {p.relative_to(path).as_posix(): p for p in within if json_too or p.suffix != ".json"}
+    found = [_file(p, name) for name, p in sorted(names.items()) if p.is_file() and p.stat().st_size]
     if not found:
         raise UserError(f"{spec}: no chat data in this directory (looked for {', '.join(_READERS)})")
     return found
@@ -163,20 +162,11 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError(f'{path}: parquet needs pyarrow; pip install "jaxup[data]"') from None
-    try:
-        with pq.ParquetFile(path) as file:
-            columns, number = _columns(str(path), file.schema_arrow.names), 0
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(number, str(path), value, "", (number - 1) / file.metadata.num_rows)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a sound parquet file ({first_line(error)})") from None
+    number = 0
+    for batch, rows in parquet_batches(path, BATCH_ROWS, lambda schema: _columns(str(path), schema.names)):
+        for value in batch.to_pylist():
+            number += 1
+            yield Row(number, str(path), value, "", (number - 1) / rows)
 
 
 def _columns(path: str, names: list[str]) -> list[str]:
@@ -193,10 +183,7 @@ _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parque
 
 def _dataset(spec: str, name: str, data: Any) -> File:
     """`data` is a datasets.Dataset or DatasetDict."""
-    if isinstance(data, dict):
-        if "train" not in data:
-            raise UserError(f'{spec}: no split "train"; its splits: {", ".join(data)}')
-        data = data["train"]
+    data = of_split_train(spec, data)
     if not len(data):
         raise UserError(f"{spec}: no rows")
     rows = functools.partial(_read_dataset, spec, data.select_columns(_columns(spec, data.column_names)))
@@ -210,24 +197,12 @@ def _read_dataset(spec: str, dataset: Any) -> Iterator[Row]:
             yield Row(number, spec, dict(zip(columns, values, strict=True)), "", (number - 1) / len(dataset))
 
 
-def _load(spec: str, how: str, *args: Any, **options: Any) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f'{spec}: a dataset needs datasets; pip install "jaxup[data]"') from None
-    try:
-        return getattr(datasets, how)(*args, **options)
-    except Exception as error:  # whatever a damaged directory, a network or the hub makes the libraries raise
-        raise UserError(f"{spec}: cannot load the dataset: {type(error).__name__}: {first_line(error)}") from None
-
-
 def _hub_dataset(spec: str) -> File:
     name, _, config = spec.partition(":")
-    looks_like_path = re.match(r"[./~\\]|\w+://", spec) or spec.endswith("/") or Path(spec).suffix in PATH_SUFFIXES
-    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not is_dataset_name(spec):
         raise UserError(f"no such file or directory: {spec or repr(spec)}")
     try:
-        return _dataset(spec, spec, _load(spec, "load_dataset", name, config or None, split="train"))
+        return _dataset(spec, spec, load_dataset(spec, "load_dataset", name, config or None, split="train"))
     except UserError as error:
         raise UserError(f"no such file or directory: {spec}, and on the Hugging Face hub: {error}") from None
 

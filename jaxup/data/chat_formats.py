@@ -1,19 +1,8 @@
-r"""Conversations -> token ids and the mask of those that are trained on.
+"""Conversations -> token ids and the mask of those that are trained on.
 
-| name | a system, a user's and an assistant's turn |
-|---|---|
-| `metharme` | `<s><|system|>S<|user|>U<|model|>A</s>` (Pygmalion; plain text, not special tokens) |
-| `mistral-v3`, `mistral` | `<s>[INST] S\n\nU[/INST] A</s>` |
-| `mistral-v1` | `<s> [INST] S\n\nU [/INST] A</s>` |
-| `llama-2` | `<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A </s>`, and `<s>[INST] ` again for the next user |
-| `llama-3`, `llama3` | `<s>`, then for each `<|start_header_id|>role<|end_header_id|>\n\ntext<|eot_id|>` |
-| `chatml` | for each `<|im_start|>role\ntext<|im_end|>\n` |
-| `alpaca` | `<s>`, preamble or S, `\n\n### Instruction:\nU[\n\n### Input:\nI]\n\n### Response:\nA</s>` |
-| None | the tokenizer's own chat template |
-
-`<s>` and `</s>` are the tokenizer's own BOS (`<|begin_of_text|>`, or nothing if it has none) and EOS. A named format
-is to the letter what `jaxup.data.chat_templates` gives an exported model under the same name, but for the input that
-a row of Alpaca's may have: messages have no place for one.
+What a named format puts around the turns stands in `chat_templates.py`; None is the tokenizer's own chat template. A
+named format is to the letter what an exported model gets under the same name, but for the input that a row of Alpaca's
+may have: messages have no place for one.
 
 Trained are an assistant's text and what ends its turn (EOS, <|eot_id|>, <|im_end|>). The blank after `[/INST]` is the
 reply's: generation starts before it. Tokens are those of the whole text at once, as at inference; one that straddles
@@ -30,13 +19,14 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxup.data.chat_templates import ALPACA_INPUT_PREAMBLE, ALPACA_PREAMBLE
+from jaxup.data.chat_templates import ALIASES, SPELLINGS
 from jaxup.data.layouts import Conversation, Segment, Segments, Turn
 from jaxup.errors import UserError, first_line, suggest
+from jaxup.text import escaped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,45 +44,7 @@ class Rendered(NamedTuple):
     spans: tuple[tuple[int, int], ...]
 
 
-class Spelling(NamedTuple):
-    """What a named format puts around the turns' texts; {bos}, {eos} and {role} are filled in."""
-
-    start: str
-    system: tuple[str, str] | None  # before and after; None: it has no place of its own, see in_user
-    user: tuple[str, str]
-    header: str  # before an assistant's turn: not trained
-    lead: str  # the blank a reply begins with: trained
-    end: str  # of an assistant's turn: trained
-    gap: str = ""  # after it: not trained
-    in_user: tuple[str, str] = ("", "\n\n")  # around the system's text where it stands before the first user's
-    default_system: str = ""
-    default_with_input: str = ""  # the same where a turn has an input
-    before_input: str = ""  # "": an input is joined to the text
-    strips: bool = False  # the blanks around a turn's text go
-    special: tuple[str, ...] = ()  # what a tokenizer made for the format has as single tokens
-
-
-_LLAMA_3 = "<|start_header_id|>{role}<|end_header_id|>\n\n"
-_CHATML = "<|im_start|>{role}\n"
-
-SPELLINGS = {
-    "metharme": Spelling("{bos}", ("<|system|>", ""), ("<|user|>", ""), "<|model|>", "", "{eos}"),
-    "mistral-v3": Spelling("{bos}", None, ("[INST] ", "[/INST]"), "", " ", "{eos}", special=("[INST]", "[/INST]")),
-    "mistral-v1": Spelling("{bos}", None, (" [INST] ", " [/INST]"), "", " ", "{eos}"),
-    # Meta's code encodes each user's turn and its answer by themselves, with BOS and EOS.
-    "llama-2": Spelling("", None, ("{bos}[INST] ", " [/INST]"), "", " ", " {eos}",
-                        in_user=("<<SYS>>\n", "\n<</SYS>>\n\n"), strips=True),
-    "llama-3": Spelling("{bos}", (_LLAMA_3, "<|eot_id|>"), (_LLAMA_3, "<|eot_id|>"), _LLAMA_3, "", "<|eot_id|>",
-                        strips=True, special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
-    "chatml": Spelling("", (_CHATML, "<|im_end|>\n"), (_CHATML, "<|im_end|>\n"), _CHATML, "", "<|im_end|>", "\n",
-                       special=("<|im_start|>", "<|im_end|>")),
-    "alpaca": Spelling("{bos}", ("", ""), ("\n\n### Instruction:\n", ""), "\n\n### Response:\n", "", "{eos}",
-                       default_system=ALPACA_PREAMBLE, default_with_input=ALPACA_INPUT_PREAMBLE,
-                       before_input="\n\n### Input:\n"),
-}  # fmt: skip
-ALIASES = {"mistral": "mistral-v3", "llama3": "llama-3"}
-
-_NAME_ONE = f"; choose a format by name: {', '.join(SPELLINGS)}"
+_NAME_ONE = f"choose a format by name: {', '.join(SPELLINGS)}"
 _SENTINEL = "\ue000jaxup\ue001"  # stands for a turn's text, to see what a template puts around it
 
 
@@ -265,7 +217,8 @@ class TemplateFormat(Format):
         if not told.startswith(asked) or not whole.startswith(told):
             raise UserError(
                 f"the chat template spells what is before the end of {turn}, in another way once the conversation"
-                f" goes on: no telling what to train on{_NAME_ONE}"
+                " goes on: no telling what to train on",
+                hint=_NAME_ONE,
             )
         if self._asks is None:
             self._asks = asked != self._render(messages[:i])
@@ -277,7 +230,7 @@ class TemplateFormat(Format):
             start += len(header) if header.strip() else 0
         at = told.find(said, start)
         if at < 0:
-            raise UserError(f"the chat template changes or leaves out text of {turn}{_NAME_ONE}")
+            raise UserError(f"the chat template changes or leaves out text of {turn}", hint=_NAME_ONE)
         end = len(told.rstrip())
         # A template without an end of turn: the line end is all there is.
         return start, end if end > at + len(said) else len(told)
@@ -290,7 +243,8 @@ class TemplateFormat(Format):
         if not (whole.startswith(before) and whole.endswith(after)):
             end = -1
         if whole[len(before) : end].strip() != messages[i]["content"].strip():
-            raise UserError(f"the chat template changes text of turn {i + 1}: no telling what to train on{_NAME_ONE}")
+            what = f"the chat template changes text of turn {i + 1}: no telling what to train on"
+            raise UserError(what, hint=_NAME_ONE)
         return len(before), end
 
     def _marked(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
@@ -305,29 +259,28 @@ class TemplateFormat(Format):
             template = self.tokenizer.get_chat_template()
             if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
                 return self._render(messages), []
-            texts, marks = render_jinja_template(
-                conversations=[messages],
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
+            special: dict[str, Any] = self.tokenizer.special_tokens_map
+            rendered: Any = render_jinja_template(
+                conversations=[messages], chat_template=template, return_assistant_tokens_mask=True, **special
             )
-        return texts[0], marks[0]
+        (text,), (marks,) = rendered
+        return text, marks
 
     def _render(self, messages: list[dict[str, str]], *, asks: bool = False) -> str:
         with self._errors():
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         if not self.tokenizer.chat_template:
-            raise UserError(f"the tokenizer has no chat template{_NAME_ONE}")
+            raise UserError("the tokenizer has no chat template", hint=_NAME_ONE)
         try:
             yield
         except UserError:
             raise
         except Exception as error:  # whatever jinja raises, or the template itself
-            reason = _visible(first_line(error))[:200]
-            raise UserError(f"the chat template refuses the conversation: {reason}{_NAME_ONE}") from None
+            reason = escaped(first_line(error))[:200]
+            raise UserError(f"the chat template refuses the conversation: {reason}", hint=_NAME_ONE) from None
 
 
 def prompt_ids(
@@ -341,9 +294,10 @@ def prompt_ids(
         messages.insert(0, {"role": "system", "content": system})
     try:
         # The template spells BOS itself: nothing is added to its text when it is tokenized.
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return encoded["input_ids"]
     except Exception as error:  # whatever jinja raises, or the template itself
-        raise UserError(f"the tokenizer's chat template: {_visible(first_line(error))[:200]}") from None
+        raise UserError(f"the tokenizer's chat template: {escaped(first_line(error))[:200]}") from None
 
 
 def end_ids(name: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -369,7 +323,7 @@ def show(format: Format, encoded: Encoded, color: bool) -> str:
     upto = [format._backend.decode(encoded.ids[:edge].tolist(), skip_special_tokens=False) for edge in edges]
     shown = []
     for edge, before, after in zip(edges, upto, upto[1:]):
-        text, kind = _visible(after[len(before) :], keep="\n"), int(kinds[edge])
+        text, kind = escaped(after[len(before) :], keep="\n"), int(kinds[edge])
         if color:
             style = ("", "\x1b[32m", "\x1b[36m", "\x1b[7;32m")[kind]
             lines = text.replace("\n", "↵\n").split("\n")
@@ -378,11 +332,6 @@ def show(format: Format, encoded: Encoded, color: bool) -> str:
             text = text.replace("⟦", "\\u27e6").replace("⟧", "\\u27e7").replace("\n", "↵\n")
             shown.append(f"⟦{text}⟧" if encoded.trained[edge] else text)
     return "".join(shown).replace("⟧⟦", "")
-
-
-def _visible(text: str, keep: str = "") -> str:
-    """Control characters, and those that turn the direction of text or have no width, as escapes."""
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def _join(pieces: Iterable[tuple[str, bool]]) -> Rendered:

@@ -11,7 +11,6 @@ reading nor the other files. Files are interleaved in proportion to their length
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import heapq
@@ -23,13 +22,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from jaxup.data.chat_files import File, Row, find_files, near_layout
-from jaxup.data.layouts import LAYOUTS, BadRow, Conversation, Segment, Segments, Turn, fitting, parse
-from jaxup.errors import UserError, first_line, suggest
-
-__all__ = ["Conversation", "Conversations", "Count", "Segment", "Segments", "Turn", "open_conversations"]
+from jaxup.data.layouts import LAYOUTS, BadRow, Conversation, Segments, fitting, parse
+from jaxup.data.sources import draw, os_errors
+from jaxup.errors import UserError, suggest
 
 FIRST_ROWS = 16  # the layout is detected from
 
@@ -46,7 +44,7 @@ class Conversations:
 
     mixed: tuple[tuple[tuple[File, ...], float], ...]  # the files of one entry follow each other
     seed: int
-    on_bad: Literal["error", "skip"]
+    on_bad: str  # "error" | "skip"
     fingerprint: str  # hex; other conversations have another one
 
     @property
@@ -70,7 +68,7 @@ class Conversations:
 
         found = False
         entries = (self._conversations(files, weight, skip) for files, weight in self.mixed)
-        with _os_errors():
+        with os_errors():
             for _, conversation in heapq.merge(*entries, key=lambda item: item[0]):
                 found = True
                 yield conversation
@@ -87,7 +85,7 @@ class Conversations:
         When bad rows are skipped they are only counted.
         """
         rows, bad, first_bad = 0, 0, ""
-        with _os_errors():
+        with os_errors():
             for file in {file.path: file for files, _ in self.mixed for file in files}.values():
                 for row in file.rows():
                     rows += 1
@@ -126,7 +124,7 @@ def open_conversations(
     *,
     layout: str | None,
     seed: int,
-    on_bad: Literal["error", "skip"] = "error",
+    on_bad: str = "error",
 ) -> Conversations:
     """The conversations of all `files`, each a path or dataset and its weight, or "a.jsonl*2,b.parquet*0.5".
 
@@ -138,7 +136,7 @@ def open_conversations(
         raise UserError(f"layout={layout!r}: no such layout{suggest(layout, LAYOUTS)}")
     if on_bad not in ("error", "skip"):
         raise UserError(f"on_bad={on_bad!r}: a bad row is an 'error' or 'skip'ped")
-    with _os_errors():
+    with os_errors():
         mixed = []
         for spec, weight in split_spec(files) if isinstance(files, str) else files:
             if not 0 < weight < math.inf:
@@ -168,10 +166,7 @@ def split_spec(spec: str) -> list[tuple[str, float]]:
 
 
 def _chosen(seed: int, name: str, number: int, *, share: float) -> bool:
-    if share >= 1:
-        return True
-    key = f"{seed}\0{name}\0{number}".encode(errors="replace")
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64 < share
+    return share >= 1 or draw(f"{seed}\0{name}\0{number}") / 2**64 < share
 
 
 def _parse(row: Row, layout: str) -> Conversation | Segments:
@@ -201,12 +196,3 @@ def _detect(file: File) -> str:
     if row.fault:
         raise UserError(f"{row.place}: row {row.number} is not JSON: {row.fault}")
     raise UserError(f"{row.place}: row {row.number} is of no layout{near_layout(row.value)}")
-
-
-@contextlib.contextmanager
-def _os_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"{where}{error.strerror or first_line(error)}") from None

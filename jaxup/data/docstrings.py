@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from jaxup.data.sources import open_source
-from jaxup.errors import UserError
+from jaxup.data.sources import files_hash, library, os_errors
+from jaxup.errors import UserError, within
 
 SHORTEST = 20  # characters of an answer; a shorter one says nothing
 LONGEST_QUESTION = 160
@@ -35,14 +35,14 @@ def write_docstrings(spec: str, root: str, seed: int) -> str:
     """
     _, colon, number = spec.partition(":")
     if colon and not re.fullmatch(r"[1-9][0-9]{0,8}", number):
-        raise UserError(f"{spec}: write docstrings for all pairs, or docstrings:N for N of them")
-    source = open_source("python", val_fraction=0.5, seed=0)
-    key = json.dumps([sys.version_info[:2], source.fingerprint, number, seed if number else None])
+        raise UserError("write docstrings for all pairs, or docstrings:N for N of them", at=spec)
+    files = library()
+    key = json.dumps([sys.version_info[:2], files_hash(files), number, seed if number else None])
     path = Path(root, f"docstrings-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}.jsonl").expanduser()
-    try:
+    with within(spec), os_errors(str(path)):
         if path.exists():
             return str(path)
-        pairs = list(question_answers(source.files))
+        pairs = list(question_answers(files))
         if number:
             pairs.sort(key=lambda pair: hashlib.blake2b(f"{seed}\0{pair[0]}".encode()).digest())
             del pairs[int(number) :]
@@ -53,8 +53,6 @@ def write_docstrings(spec: str, root: str, seed: int) -> str:
                 said = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
                 file.write(json.dumps({"messages": said}) + "\n")
         part.replace(path)
-    except OSError as error:
-        raise UserError(f"{spec}: {error.filename or path}: {error.strerror or error}") from None
     return str(path)
 
 

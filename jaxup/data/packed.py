@@ -19,7 +19,7 @@ import numpy as np
 from jaxup.data.batches import permutation, positions
 from jaxup.data.chat_formats import Encoded
 from jaxup.data.packing import Packing, pack
-from jaxup.data.store import Store, gather
+from jaxup.data.store import Store, gather, shard_rows
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -102,7 +102,7 @@ class Scratch:
         lengths = [len(one.ids) for one in encoded]
         rows = np.array(list(zip(lengths, validation, hashes)), self.CONVERSATION)
         tokens = [one.ids.astype(self.TOKEN) * 2 + one.trained for one in encoded]
-        for (_, path), array in zip(self._paths.items(), (rows, np.concatenate(tokens))):
+        for path, array in zip(self._paths.values(), (rows, np.concatenate(tokens))):
             with path.open("ab") as file:
                 file.write(array.tobytes())
 
@@ -140,9 +140,9 @@ def write_packed(
     arrays = [store.create_array(f"{split}/{name}", width=seq_len, dtype=kind) for name, kind in dtypes.items()]
     with store.errors():
         arrays = [array.resize(exclusive_max=[packed.num_rows, seq_len]).result() for array in arrays]
-    shard_rows = min(array.chunk_layout.write_chunk.shape[0] for array in arrays)
-    for begin in range(0, packed.num_rows, shard_rows):
-        rows = order[begin : begin + shard_rows]
+    at_once = min(map(shard_rows, arrays))
+    for begin in range(0, packed.num_rows, at_once):
+        rows = order[begin : begin + at_once]
         ids, marks = assemble(packed, tokens, starts, rows)
         with store.errors():
             end = begin + len(rows)

@@ -47,7 +47,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
     rooms = 0  # bit r: with_room[r] is not empty
     num_rows = 0
     # One entry for each time that a row was given examples of one length: the row, its room before, how many.
-    rows, befores, takes = [], [], []
+    rows, befores, numbers = [], [], []
     for size, count in zip((-sizes).tolist(), counts.tolist()):
         while count:
             if fitting := rooms >> size:
@@ -62,12 +62,12 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
             take = min(count, room // size)
             rows.append(row)
             befores.append(room)
-            takes.append(take)
+            numbers.append(take)
             count -= take
             if room := room - take * size:
                 with_room[room].append(row)
                 rooms |= 1 << room
-    takes = np.array(takes)
+    takes = np.array(numbers)
     nth = np.arange(len(lengths)) - np.repeat(np.cumsum(takes) - takes, takes)
     row, offset = np.empty_like(lengths), np.empty_like(lengths)
     row[longest_first] = np.repeat(rows, takes)

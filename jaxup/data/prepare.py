@@ -11,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -19,17 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxup.data.sources import SPLITS, Source, Split
-from jaxup.data.store import META, PROGRESS, Store, check_same
-from jaxup.data.tokenizer import Encoder, bpe_vocab_size, tokenizer_hash, train_bpe
+from jaxup.data.store import META, PROGRESS, Store, check_same, shard_rows
+from jaxup.data.tokenizer import batched, bpe_vocab_size, encoder, tokenizer_hash, train_bpe
 from jaxup.errors import UserError
-from jaxup.progress import Progress
+from jaxup.progress import Progress, say
 
 if TYPE_CHECKING:
     import tensorstore as ts
     from transformers import PreTrainedTokenizerBase
 
-BATCH_CHARACTERS = 2**20  # documents are tokenised in batches of about so much text,
-BATCH_DOCUMENTS = 1024  # and no more than so many of them
 TOKEN_SLICE = 2**20  # a source of tokens is read in slices of this many
 # A vocabulary is trained on the first so many characters of the training split: enough, and bounded.
 TRAINING_CHARACTERS = 200_000_000
@@ -52,10 +49,8 @@ def prepare(store: Store, source: Source, tokenizer: PreTrainedTokenizerBase | N
     `tokenizer` None: one is trained as `wanted["tokenizer"]["spec"]`, bpe:N, says. Raises UserError for
     an unfinished store of other tokens, a directory with other files in it, or a source that will not do.
     """
-    progress = store.read_json(PROGRESS)
-    if progress is None:
-        made = {**wanted, "tokenizer": dict(wanted["tokenizer"])}
-        progress = {"made": made, "splits": {}, "tokenizer_saved": False}
+    made = {**wanted, "tokenizer": dict(wanted["tokenizer"])}
+    progress = store.read_json(PROGRESS) or {"made": made, "splits": {}, "tokenizer_saved": False}
     check_same(store, progress["made"], wanted)
     started = time.monotonic()
     try:
@@ -69,7 +64,7 @@ def prepare(store: Store, source: Source, tokenizer: PreTrainedTokenizerBase | N
     store.write_json(META, {**progress["made"], "splits": splits})
     store.delete(PROGRESS)
     counts = ", ".join(f"{splits[split]['tokens']:,} {split} tokens" for split in SPLITS)
-    _say(f"{store.path}: {counts} in {time.monotonic() - started:.1f} s")
+    say(f"{store.path}: {counts} in {time.monotonic() - started:.1f} s")
 
 
 def _fill(
@@ -84,20 +79,20 @@ def _fill(
         if tokenizer is None:
             tokenizer = _train(source, spec)
         if tokenizer.eos_token_id is None:
-            raise UserError(f"data.tokenizer: {spec} has no end-of-sequence token (eos_token) to end documents with")
+            what = f"{spec} has no end-of-sequence token (eos_token) to end documents with"
+            raise UserError(what, at="tokenizer")
         vocab_size = len(tokenizer)
         made["tokenizer"] |= {"hash": tokenizer_hash(tokenizer), "vocab_size": vocab_size}
         made["dtype"] = "uint16" if vocab_size <= 2**16 else "uint32"
         store.write_json(PROGRESS, progress)
         store.save_tokenizer(tokenizer)
-        store.load_tokenizer(made["tokenizer"]["hash"])  # the copy must tokenise as the original does
         progress["tokenizer_saved"] = True
         store.write_json(PROGRESS, progress)
-    splits = {}
+    splits: dict[str, dict[str, int]] = {}
     for split in reversed(SPLITS):  # validation first: the split that may be too small is found at once
         position = Position(**progress["splits"].get(split, {}))
         if not position.done:
-            array = store.open_for_writing(split, seq_len=made["seq_len"], dtype=made["dtype"])
+            array = store.create_array(split, width=made["seq_len"] + 1, dtype=made["dtype"])
             start = position.documents
             with Progress(f"tokenising {source.name}, {split}", total=None, unit="documents", start=start) as bar:
                 documents = _watched(_token_documents(source, split, tokenizer, made, start), bar, start)
@@ -106,17 +101,16 @@ def _fill(
                     progress["splits"][split] = dataclasses.asdict(position)
                     store.write_json(PROGRESS, progress)
         if not position.rows:
-            raise UserError(
-                f"data.source: {source.spec}: no text found for one row: its {split} split has {position.tokens}"
-                f" tokens, data.seq_len={made['seq_len']} needs {made['seq_len'] + 1}"
-            )
+            seq_len, found = made["seq_len"], f"its {split} split has {position.tokens} tokens"
+            what = f"no text found for one row: {found}, data.seq_len={seq_len} needs {seq_len + 1}"
+            raise UserError(what, at=("source", source.spec))
         splits[split] = {"rows": position.rows, "tokens": position.tokens}
     return splits
 
 
 def _train(source: Source, spec: str) -> PreTrainedTokenizerBase:
     vocab_size = bpe_vocab_size(spec)
-    _say(f"training a vocabulary of {vocab_size} tokens on {source.name}")
+    say(f"training a vocabulary of {vocab_size} tokens on {source.name}")
 
     def sample() -> Iterator[str]:
         characters = 0
@@ -139,29 +133,15 @@ def _token_documents(
         for at in range(start * TOKEN_SLICE, len(tokens), TOKEN_SLICE):
             part = np.asarray(tokens[at : at + TOKEN_SLICE])
             if part.max() >= vocab_size:
-                raise UserError(
-                    f"data.source: {source.spec}: token {part.max()} is outside the vocabulary of"
-                    f" {made['tokenizer']['spec']}, which has {vocab_size} tokens"
-                )
+                vocabulary = f"the vocabulary of {made['tokenizer']['spec']}, which has {vocab_size} tokens"
+                raise UserError(f"token {part.max()} is outside {vocabulary}", at=("source", source.spec))
             yield part.astype(dtype)
         return
-    encode, eos = Encoder(tokenizer), tokenizer.eos_token_id
-    for batch in _batches(itertools.islice(source.documents(split), start, None)):
+    encode, eos = encoder(tokenizer), tokenizer.eos_token_id
+    for batch in batched(itertools.islice(source.documents(split), start, None), len):
         for ids in encode(batch):
             ids.append(eos)
             yield np.array(ids, dtype)
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch, characters = [], 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _write_rows(array: ts.TensorStore, documents: Iterator[np.ndarray], position: Position) -> Iterator[Position]:
@@ -170,7 +150,7 @@ def _write_rows(array: ts.TensorStore, documents: Iterator[np.ndarray], position
     `documents` begins with document number `position.documents`.
     """
     seq_len = array.shape[1] - 1
-    shard_rows = array.chunk_layout.write_chunk.shape[0]
+    rows_at_once = shard_rows(array)
     pending: collections.deque[np.ndarray] = collections.deque()
     held = -position.skip  # tokens of `pending` at and after the position
 
@@ -193,8 +173,8 @@ def _write_rows(array: ts.TensorStore, documents: Iterator[np.ndarray], position
     for document in documents:
         pending.append(document)
         held += len(document)
-        while held > shard_rows * seq_len:
-            position = write(shard_rows)
+        while held > rows_at_once * seq_len:
+            position = write(rows_at_once)
             yield position
     if held > seq_len:
         position = write((held - 1) // seq_len)
@@ -208,7 +188,3 @@ def _watched(documents: Iterable[np.ndarray], progress: Progress, done: int) -> 
         yield document
         tokens += len(document)
         progress.update(count, f"{tokens:,} tokens")
-
-
-def _say(message: str) -> None:
-    print(f"jaxup: {message}", file=sys.stderr, flush=True)

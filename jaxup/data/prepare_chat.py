@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
+import dataclasses
+import itertools
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,38 +22,45 @@ from jaxup.data.chat_formats import Format, Rendered
 from jaxup.data.conversations import Conversations
 from jaxup.data.layouts import Conversation, Segments
 from jaxup.data.packed import Scratch, write_packed
-from jaxup.data.sources import SPLITS
+from jaxup.data.sources import SPLITS, draw
 from jaxup.data.store import META, PROGRESS, Store, check_same
-from jaxup.errors import UserError, first_line
-from jaxup.progress import Progress
-
-if TYPE_CHECKING:
-    from jaxup.data.chat import ChatConfig
-
-BATCH_CHARACTERS = 2**20  # conversations are tokenised in batches of about so much text,
-BATCH_CONVERSATIONS = 1024  # and no more than so many of them
+from jaxup.data.tokenizer import batched
+from jaxup.errors import UserError, first_line, within
+from jaxup.progress import Progress, say
 
 
-def look(streams: dict[str, Conversations], config: ChatConfig, format: Format) -> tuple[int, int]:
-    """What can be wrong is looked for before anything is written: the number of rows, and of bad ones."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    files: str  # "a.jsonl*2,b.parquet": paths and datasets with weights; "docstrings": see jaxup.data.docstrings
+    layout: str  # one of layouts.LAYOUTS; "" = detected, for each file
+    format: str  # one of chat_formats; "" = the tokenizer's own chat template
+    seq_len: int  # tokens of a row; longer conversations are dropped
+    val_files: str  # "" = a part of `files`
+    val_fraction: float  # of the conversations of `files`; decides nothing beside val_files
+    on_bad: str  # "error" | "skip": a row that is not of its layout, or that the format cannot express
+    packing: bool  # False: one conversation a row, for comparison
+    store: str  # directory of the rows, local or gs://; "" = one under `root` named after its contents
+    seed: int  # of weights' choice of rows, of the split and of the order of rows
+
+
+def look(streams: dict[str, Conversations], config: ChatConfig, format: Format) -> dict[str, int]:
+    """What can be wrong is looked for before anything is written: how many "rows" there are, and "bad" ones."""
     counts = []
     for key, conversations in streams.items():
-        with errors_of(f"data.{key}"):
+        with within(key):
             counts.append(conversations.check_all())
             first = next(iter(conversations))
         if config.on_bad == "error":
             _render(format, first)
-    return sum(count.rows for count in counts), sum(count.bad for count in counts)
+    return {"rows": sum(count.rows for count in counts), "bad": sum(count.bad for count in counts)}
 
 
 def prepare_chat(
     config: ChatConfig, store: Store, format: Format, streams: dict[str, Conversations], wanted: dict[str, Any],
-    read: dict[str, int], template: str | None,
+    read: dict[str, int], about: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Makes `store` complete. The caller holds the lock."""
-    progress = store.read_json(PROGRESS)
-    if progress is None:
-        progress = {"made": wanted, **_nothing_read()}
+    """Makes `store` complete. The caller holds the lock. `about`: its META has this too, the "chat_template" in it."""
+    progress = store.read_json(PROGRESS) or {"made": wanted, **_nothing_read()}
     check_same(store, progress["made"], wanted)
     vocab_size = 1 + max(format.tokenizer.get_vocab().values())
     with _scratch_directory(store) as directory:
@@ -67,7 +74,7 @@ def prepare_chat(
             _check_counts(config, progress["counts"])
             table, tokens = scratch.read()
         except OSError as error:
-            raise UserError(f"data.store: {directory}: {error.strerror or first_line(error)}") from None
+            raise UserError(error.strerror or first_line(error), at=("store", str(directory))) from None
         except UserError:
             # Data that will not do leaves nothing behind.
             shutil.rmtree(directory, ignore_errors=True)
@@ -87,19 +94,17 @@ def prepare_chat(
         hashes = {split: table["text_hash"][table["validation"] == (split == "validation")] for split in SPLITS}
         statistics["shared"] = int(np.isin(hashes["validation"], hashes["train"]).sum())
         tokenizer = copy.copy(format.tokenizer)
-        tokenizer.chat_template = template
+        tokenizer.chat_template = about["chat_template"]
         store.save_tokenizer(tokenizer)
-        store.load_tokenizer(wanted["tokenizer"]["hash"])  # the copy must tokenise as the original does
-        layouts = {path: layout for stream in streams.values() for path, layout in stream.layouts.items()}
         made = {**wanted, "tokenizer": {**wanted["tokenizer"], "vocab_size": vocab_size}, "dtype": dtype}
-        store.write_json(META, {**made, "statistics": statistics, "layouts": layouts, "chat_template": template})
+        store.write_json(META, {**made, "statistics": statistics, **about})
         shutil.rmtree(directory, ignore_errors=True)
     store.delete(PROGRESS)
 
 
 def _nothing_read() -> dict[str, Any]:
     split = {"conversations": 0, "too_long": 0, "shortest_too_long": 0, "untrained": 0, "tokens": 0, "loss_tokens": 0}
-    counts = {"refused": 0, "first_refused": "", **{name: dict(split) for name in SPLITS}}
+    counts: dict[str, Any] = {"refused": 0, "first_refused": "", **{name: dict(split) for name in SPLITS}}
     # written: conversations and tokens in the scratch files
     return {"read": 0, "written": [0, 0], "counts": counts, "done": False}
 
@@ -122,14 +127,12 @@ def _tokenise(
     counts = progress["counts"]
     rendered = _rendered(config, format, streams, progress["read"], counts)
     with Progress("tokenising chats", total=None, unit="conversations", start=progress["read"]) as bar:
-        for batch in () if progress["done"] else _batches(rendered):
+        for batch in () if progress["done"] else batched(rendered, lambda one: len(one[1].text) if one[1] else 0):
             progress["read"] += len(batch)
-            batch = [(is_validation, one) for is_validation, one in batch if one is not None]
+            told = [(is_validation, text) for is_validation, text in batch if text is not None]
             kept = []
-            for (is_validation, (text, _)), one in zip(batch, format.tokenize([one for _, one in batch])):
-                drawn = int.from_bytes(
-                    hashlib.blake2b(f"{config.seed}\0{text}".encode(), digest_size=8).digest(), "big"
-                )
+            for (is_validation, (text, _)), one in zip(told, format.tokenize([text for _, text in told])):
+                drawn = draw(f"{config.seed}\0{text}")
                 if not config.val_files:
                     is_validation = drawn < config.val_fraction * 2**64
                 of, length, losses = counts[SPLITS[is_validation]], len(one.ids), int(one.trained[1:].sum())
@@ -158,22 +161,23 @@ def _rendered(
     config: ChatConfig, format: Format, streams: dict[str, Conversations], skip: int, counts: dict[str, Any]
 ) -> Iterator[tuple[bool, Rendered | None]]:
     """From conversation number `skip` on whether it is of val_files and its text; None: the format refuses it."""
-    number = 0
+    for key, conversation in itertools.islice(_read(streams), skip, None):
+        rendered = None
+        try:
+            rendered = _render(format, conversation)
+        except UserError as error:
+            if config.on_bad == "error":
+                raise
+            counts["refused"] += 1
+            counts["first_refused"] = counts["first_refused"] or str(error.within("data."))
+        yield key == "val_files", rendered
+
+
+def _read(streams: dict[str, Conversations]) -> Iterator[tuple[str, Conversation | Segments]]:
     for key, conversations in streams.items():
-        with errors_of(f"data.{key}"):
+        with within(key):
             for conversation in conversations:
-                number += 1
-                if number <= skip:
-                    continue
-                try:
-                    rendered = _render(format, conversation)
-                except UserError as error:
-                    if config.on_bad == "error":
-                        raise
-                    rendered = None
-                    counts["refused"] += 1
-                    counts["first_refused"] = counts["first_refused"] or str(error)
-                yield key == "val_files", rendered
+                yield key, conversation
 
 
 def _render(format: Format, conversation: Conversation | Segments) -> Rendered:
@@ -181,21 +185,7 @@ def _render(format: Format, conversation: Conversation | Segments) -> Rendered:
         return format.render(conversation)
     except UserError as error:
         # Where it lies is not known any more; what it begins with can be searched for.
-        raise UserError(
-            f"data.format: in the conversation that begins {conversation[0].text[:40]!r}: {error}"
-        ) from None
-
-
-def _batches(rendered: Iterable[tuple[bool, Rendered | None]]) -> Iterator[list[tuple[bool, Rendered | None]]]:
-    batch, characters = [], 0
-    for one in rendered:
-        batch.append(one)
-        characters += len(one[1].text) if one[1] else 0
-        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_CONVERSATIONS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        raise error.within("format", f"in the conversation that begins {conversation[0].text[:40]!r}") from None
 
 
 def _check_counts(config: ChatConfig, counts: dict[str, Any]) -> None:
@@ -206,28 +196,15 @@ def _check_counts(config: ChatConfig, counts: dict[str, Any]) -> None:
         if of["conversations"]:
             continue
         if of["too_long"]:
-            raise UserError(
-                f"data.seq_len={config.seq_len}: all {of['too_long']:,} {split} conversations are longer; the shortest"
-                f" needs data.seq_len={of['shortest_too_long']}"
-            )
+            what = f"all {of['too_long']:,} {split} conversations are longer"
+            hint = f"the shortest needs data.seq_len={of['shortest_too_long']}"
+            raise UserError(what, at=f"seq_len={config.seq_len}", hint=hint)
         if of["untrained"]:
-            raise UserError(f"data.{key}: no token to train on in any of {of['untrained']:,} {split} conversations")
+            what = f"no token to train on in any of {of['untrained']:,} {split} conversations"
+            raise UserError(what, at=key)
         if counts["refused"] and not total:
-            raise UserError(counts["first_refused"])
-        raise UserError(
-            f"data.val_fraction={config.val_fraction}: of {total:,} conversations none is left for {split}; give more"
-            " data, another fraction or data.val_files"
-        )
-
-
-@contextlib.contextmanager
-def errors_of(key: str) -> Iterator[None]:
-    """Says of which key a mistake is, if the message does not."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error) if str(error).startswith("data.") else f"{key}: {error}") from None
-
-
-def say(message: str) -> None:
-    print(f"jaxup: {message}", file=sys.stderr, flush=True)
+            what = f"none of {counts['refused']:,} conversations can be expressed"
+            raise UserError(what, at="format", hint=f"the first: {counts['first_refused']}")
+        what = f"of {total:,} conversations none is left for {split}"
+        hint = "give more data, another fraction or data.val_files"
+        raise UserError(what, at=f"val_fraction={config.val_fraction}", hint=hint)

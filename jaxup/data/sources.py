@@ -16,20 +16,21 @@ happens to be called python.
 
 from __future__ import annotations
 
-import abc
+import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxup.errors import UserError, first_line, suggest
+from jaxup.errors import UserError, first_line, suggest, within
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -48,15 +49,16 @@ MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source(abc.ABC):
+class Source:
     """Documents (or, when `is_tokens`, tokens) in two splits; made by `open_source`."""
 
     spec: str  # as the user wrote it; error messages name it
     name: str  # short, fit for a file name
     fingerprint: str  # hex; other content has another one
-    val_fraction: float | None  # None: the source brings its own splits, the setting decides nothing
-    seed: int | None  # None: the split does not depend on it
-    is_tokens: bool = False
+    val_fraction: float | None = None  # None: the source brings its own splits, the setting decides nothing
+    seed: int | None = None  # None: the split does not depend on it
+    read: Callable[[Split], Iterable[str | None]] = lambda split: ()  # the documents; what is empty is passed over
+    bins: dict[Split, Path] = dataclasses.field(default_factory=dict)  # or nanoGPT's tokens, uint16
 
     def documents(self, split: Split) -> Iterator[str]:
         """The non-empty documents of `split`, lazily, in an order that never changes.
@@ -65,23 +67,22 @@ class Source(abc.ABC):
         was empty.
         """
         found = False
-        try:
-            for text in self._documents(split):
+        with within("source"), os_errors(self.spec):
+            for text in self.read(split):
                 if text:
                     found = True
                     yield text
-        except OSError as error:
-            raise UserError(f"data.source: {error.filename or self.spec}: {error.strerror or error}") from None
-        if not found:
-            hint = "" if self.val_fraction is None else f" with data.val_fraction={self.val_fraction}"
-            raise UserError(f"data.source: {self.spec}: no text found in its {split} split{hint}")
+            if not found:
+                hint = "" if self.val_fraction is None else f" with data.val_fraction={self.val_fraction}"
+                raise UserError(f"no text found in its {split} split{hint}", at=self.spec)
+
+    @property
+    def is_tokens(self) -> bool:
+        return bool(self.bins)
 
     def tokens(self, split: Split) -> np.memmap:
-        """uint16 [tokens]; only when `is_tokens`."""
-        raise TypeError(f"the source {self.spec} holds text, not tokens")
-
-    @abc.abstractmethod
-    def _documents(self, split: Split) -> Iterator[str | None]: ...
+        """uint16 [tokens], in which documents end with their EOS."""
+        return np.memmap(self.bins[split], dtype="<u2", mode="r")
 
 
 def open_source(spec: str, *, val_fraction: float, seed: int) -> Source:
@@ -90,79 +91,71 @@ def open_source(spec: str, *, val_fraction: float, seed: int) -> Source:
     Raises UserError, in one line, when there is none, it holds no text or a package is missing.
     """
     if not 0 < val_fraction < 1:
-        raise UserError(f"data.val_fraction={val_fraction}: must lie between 0 and 1")
-    if spec == "python":
-        return _python_source(val_fraction)
+        raise UserError("must lie between 0 and 1", at=f"val_fraction={val_fraction}")
     path = Path(spec).expanduser()
-    if not spec or not path.exists():
-        return _hub_source(spec, val_fraction, seed)
-    try:
+    with within("source"), os_errors(spec):
+        if spec == "python":
+            return _file_source(spec, spec, library(), val_fraction, whole=True)
+        if not spec or not path.exists():
+            return _hub_source(spec, val_fraction, seed)
         if path.is_file():
-            return _file_source(spec, path.parent, [path], val_fraction)
+            return _file_source(spec, path.stem, [(path.name, path)], val_fraction)
         if (path / "train.bin").exists() and (path / "val.bin").exists():
             return _token_source(spec, path)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return _dataset_source(spec, path.resolve().name, _load_from_disk(spec, path), val_fraction, seed)
-        return _file_source(spec, path, _text_files(path), val_fraction)
-    except OSError as error:
-        raise UserError(f"data.source: {error.filename or spec}: {error.strerror or error}") from None
+            data = load_dataset(spec, "load_from_disk", str(path))
+            return _dataset_source(spec, path.resolve().name, data, val_fraction, seed)
+        files = _text_files(path)
+        return _file_source(spec, files[0][1].stem if len(files) == 1 else path.resolve().name, files, val_fraction)
 
 
 # Files
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FileSource(Source):
-    """Text, .jsonl and .parquet files; `files` are (name the split is decided by, path)."""
-
-    files: tuple[tuple[str, Path], ...]
-    whole_files: bool  # a file is one document and wholly in one split
-
-    def _documents(self, split: Split) -> Iterator[str | None]:
-        for name, path in self.files:
-            if self.whole_files:
-                if self._split(name) == split:
-                    yield path.read_text(encoding="utf-8-sig", errors="replace")
-                continue
-            for index, text in enumerate(_READERS.get(path.suffix, _read_text)(path)):
-                if self._split(f"{name}\0{index}") == split:
-                    yield text
-
-    def _split(self, key: str) -> Split:
-        draw = int.from_bytes(hashlib.blake2b(key.encode(errors="replace"), digest_size=8).digest(), "big") / 2**64
-        return "validation" if draw < self.val_fraction else "train"
+Files = list[tuple[str, Path]]  # paths within a directory, by which the splits are drawn, and where they lie
 
 
-def _python_source(val_fraction: float) -> Source:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    paths = [p for p in sorted(library.rglob("*.py")) if NOT_LIBRARY.isdisjoint(p.relative_to(library).parts)]
-    return _file_source("python", library, paths, val_fraction, name="python")
+def library() -> Files:
+    """The standard library's."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [(path.relative_to(root), path) for path in sorted(root.rglob("*.py"))]
+    return [(name.as_posix(), path) for name, path in files if NOT_LIBRARY.isdisjoint(name.parts)]
 
 
-def _file_source(spec: str, root: Path, paths: list[Path], val_fraction: float, name: str = "") -> Source:
-    if not any(path.stat().st_size for path in paths):
-        raise UserError(f"data.source: {spec}: no text found (looked for {', '.join(sorted(CORPUS_SUFFIXES))})")
-    files = tuple((path.relative_to(root).as_posix(), path) for path in paths)
-    fingerprint = hashlib.blake2b(digest_size=16)
-    for file_name, path in files:
-        fingerprint.update(f"{file_name}\0{file_hash(path)}\0".encode(errors="replace"))
-    return FileSource(
-        spec=spec,
-        name=name or safe_name(paths[0].stem if len(paths) == 1 else root.resolve().name),
-        fingerprint=fingerprint.hexdigest(),
-        val_fraction=val_fraction,
-        seed=None,
-        files=files,
-        whole_files=bool(name),
-    )
+def _text_files(directory: Path) -> Files:
+    paths = (p for p in directory.rglob("*") if p.suffix in CORPUS_SUFFIXES and p.is_file())
+    return sorted((p.relative_to(directory).as_posix(), p) for p in paths if not hidden(p, directory))
 
 
-def _text_files(directory: Path) -> list[Path]:
-    def hidden(path: Path) -> bool:
-        return any(part.startswith(".") for part in path.relative_to(directory).parts)
+def _file_source(spec: str, name: str, files: Files, val_fraction: float, *, whole: bool = False) -> Source:
+    if not any(path.stat().st_size for _, path in files):
+        raise UserError(f"no text found (looked for {', '.join(sorted(CORPUS_SUFFIXES))})", at=spec)
+    read = functools.partial(_documents, files, whole, val_fraction)
+    return Source(spec=spec, name=safe_name(name), fingerprint=files_hash(files), val_fraction=val_fraction, read=read)
 
-    paths = (p for p in directory.rglob("*") if p.suffix in CORPUS_SUFFIXES and p.is_file() and not hidden(p))
-    return sorted(paths, key=lambda path: path.relative_to(directory).as_posix())
+
+def _documents(files: Files, whole: bool, val_fraction: float, split: Split) -> Iterator[str | None]:
+    """Of `whole` files each is one document, and as such in one split."""
+    for name, path in files:
+        read = _read_whole if whole else _READERS.get(path.suffix, _read_text)
+        for index, text in enumerate(read(path)):
+            if (draw(name if whole else f"{name}\0{index}") / 2**64 < val_fraction) == (split == "validation"):
+                yield text
+
+
+def draw(key: str) -> int:
+    """64 bits, always the same for a key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(errors="replace"), digest_size=8).digest(), "big")
+
+
+def files_hash(files: Files) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, path in files:
+        digest.update(f"{name}\0{file_hash(path)}\0".encode(errors="replace"))
+    return digest.hexdigest()
+
+
+def hidden(path: Path, directory: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(directory).parts)
 
 
 def file_hash(path: Path) -> str:
@@ -178,10 +171,14 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _read_whole(path: Path) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8-sig", errors="replace")
+
+
 def _read_text(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         if b"\0" in file.read(8192):
-            raise UserError(f"data.source: {path}: not a text file (it holds zero bytes)")
+            raise UserError("not a text file (it holds zero bytes)", at=str(path))
     # newline="": the text is taken as it is, line ends included.
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         # On to the end of the line, unless that is as far again.
@@ -197,28 +194,34 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise UserError(f"data.source: {path}:{number}: not a line of JSON ({error})") from None
+                raise UserError(f"not a line of JSON ({error})", at=f"{path}:{number}") from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise UserError(f'data.source: {path}:{number}: no string under the key "text"')
+                raise UserError('no string under the key "text"', at=f"{path}:{number}")
             yield record["text"]
 
 
 def _read_parquet(path: Path) -> Iterator[str | None]:
+    def text(schema: Any) -> list[str]:
+        _check_column(str(path), schema.names, str(schema.field("text").type) if "text" in schema.names else "")
+        return ["text"]
+
+    for batch, _ in parquet_batches(path, 256, text):
+        yield from batch.column(0).to_pylist()
+
+
+def parquet_batches(path: Path, size: int, choose: Callable[[Any], list[str]]) -> Iterator[tuple[Any, int]]:
+    """Record batches of `size` rows, of the columns that `choose` takes of a schema; and how many rows the file has."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError(f'data.source: {path}: parquet needs pyarrow; pip install "jaxup[data]"') from None
+        raise UserError('parquet needs pyarrow; pip install "jaxup[data]"', at=str(path)) from None
     try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"data.source: {path}: not a parquet file ({first_line(error)})") from None
-    with file:
-        schema = file.schema_arrow
-        if "text" not in schema.names or not _is_string(str(schema.field("text").type)):
-            raise UserError(f'data.source: {path}: no column "text" of strings; its columns: {", ".join(schema.names)}')
-        for batch in file.iter_batches(batch_size=256, columns=["text"]):
-            yield from batch.column(0).to_pylist()
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=size, columns=choose(file.schema_arrow)):
+                yield batch, file.metadata.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"not a sound parquet file ({first_line(error)})", at=str(path)) from None
 
 
 _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -227,68 +230,50 @@ _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 # The datasets library
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DatasetSource(Source):
-    """For each split a `datasets.Dataset` with a column "text", and which of its rows, in order: int64 [n]."""
-
-    splits: dict[str, tuple[Any, np.ndarray]]
-
-    def _documents(self, split: Split) -> Iterator[str | None]:
-        dataset, rows = self.splits[split]
-        for start in range(0, len(rows), 256):
-            yield from dataset[rows[start : start + 256]]["text"]
-
-
 def _dataset_source(spec: str, name: str, data: Any, val_fraction: float, seed: int) -> Source:
     """`data` is a datasets.Dataset or DatasetDict."""
     splits = dict(data) if isinstance(data, dict) else {"train": data}
-    if "train" not in splits:
-        raise UserError(f'data.source: {spec}: no split "train"; its splits: {", ".join(splits)}')
-    train = splits["train"]
-    validation = splits.get("validation", splits.get("test"))
-    for dataset in (train, validation):
-        if dataset is None:
-            continue
-        if "text" not in dataset.column_names or not _is_string(getattr(dataset.features["text"], "dtype", "")):
-            columns = ", ".join(dataset.column_names)
-            raise UserError(f'data.source: {spec}: no column "text" of strings; its columns: {columns}')
+    train = of_split_train(spec, data)
+    held_out = [splits[name] for name in ("validation", "test") if name in splits][:1]
+    for dataset in (train, *held_out):
+        _check_column(spec, dataset.column_names, getattr(dataset.features.get("text"), "dtype", ""))
     # Of the whole, before any split of ours: val_fraction and seed are compared by themselves.
-    fingerprint = "".join(dataset._fingerprint for dataset in (train, validation) if dataset is not None)
-    owns_splits = validation is not None
-    if not owns_splits:
-        if len(train) < 2:
-            raise UserError(f"data.source: {spec}: no text found: {len(train)} documents cannot be split in two")
-        # The row numbers are split, not the dataset: that would write its indices into the user's directory.
-        numbers = _import_datasets(spec).Dataset.from_dict({"row": np.arange(len(train))}).with_format("numpy")
-        parts = numbers.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
-        parts = {"train": (train, parts["train"]["row"][:]), "validation": (train, parts["test"]["row"][:])}
+    fingerprint = "".join(dataset._fingerprint for dataset in (train, *held_out))
+    parts: dict[Split, tuple[Any, np.ndarray]]
+    if held_out:
+        parts = {split: (dataset, np.arange(len(dataset))) for split, dataset in zip(SPLITS, (train, *held_out))}
     else:
-        parts = {"train": (train, np.arange(len(train))), "validation": (validation, np.arange(len(validation)))}
-    return DatasetSource(
-        spec=spec,
-        name=safe_name(name),
-        fingerprint=fingerprint,
-        val_fraction=None if owns_splits else val_fraction,
-        seed=None if owns_splits else seed,
-        splits=parts,
-    )
+        if len(train) < 2:
+            raise UserError(f"no text found: {len(train)} documents cannot be split in two", at=spec)
+        # The row numbers are split, not the dataset: that would write its indices into the user's directory.
+        numbers = import_datasets(spec).Dataset.from_dict({"row": np.arange(len(train))}).with_format("numpy")
+        drawn = numbers.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
+        parts = {"train": (train, drawn["train"]["row"][:]), "validation": (train, drawn["test"]["row"][:])}
+
+    def read(split: Split) -> Iterator[str | None]:
+        dataset, rows = parts[split]
+        for start in range(0, len(rows), 256):
+            yield from dataset[rows[start : start + 256]]["text"]
+
+    drawn_by: dict[str, Any] = {} if held_out else {"val_fraction": val_fraction, "seed": seed}
+    return Source(spec=spec, name=safe_name(name), fingerprint=fingerprint, read=read, **drawn_by)
 
 
-def _load_from_disk(spec: str, path: Path) -> Any:
-    datasets = _import_datasets(spec)
+def load_dataset(spec: str, how: str, *args: Any, **options: Any) -> Any:
+    """What the function `how` of datasets gives."""
+    datasets = import_datasets(spec)
     try:
-        return datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever a damaged directory makes pyarrow, json or datasets raise
-        raise UserError(f"data.source: {spec}: cannot load the dataset: {first_line(error)}") from None
+        return getattr(datasets, how)(*args, **options)
+    except Exception as error:  # whatever a damaged directory, a network or the hub makes the libraries raise
+        raise UserError(f"cannot load the dataset: {type(error).__name__}: {first_line(error)}", at=spec) from None
 
 
 def _hub_source(spec: str, val_fraction: float, seed: int) -> Source:
-    missing = UserError(f"data.source: no such file or directory: {spec}{_near_python(spec, 0.6)}")
+    missing = f"no such file or directory: {spec}{_near_python(spec, 0.6)}"
+    if not is_dataset_name(spec) or _near_python(spec, 0.8):
+        raise UserError(missing)
     name, _, config = spec.partition(":")
-    looks_like_path = re.match(r"[./~\\]|\w+://", spec) or spec.endswith("/") or Path(spec).suffix in PATH_SUFFIXES
-    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or _near_python(spec, 0.8):
-        raise missing
-    datasets = _import_datasets(spec)
+    datasets = import_datasets(spec)
     try:
         data = datasets.load_dataset(name, config or None)
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError):
@@ -310,53 +295,44 @@ def _downloaded_source(spec: str, val_fraction: float) -> Source:
             huggingface_hub.snapshot_download(spec, repo_type="dataset", allow_patterns=["*.jsonl", "*.parquet"])
         )
     except Exception as error:  # as above
-        raise UserError(f"data.source: {spec}: cannot be downloaded: {first_line(error)}") from None
-    return dataclasses.replace(
-        _file_source(spec, directory, _text_files(directory), val_fraction), name=safe_name(spec)
-    )
+        raise UserError(f"cannot be downloaded: {first_line(error)}", at=spec) from None
+    return _file_source(spec, spec, _text_files(directory), val_fraction)
 
 
-def _import_datasets(spec: str) -> Any:
+def is_dataset_name(spec: str) -> bool:
+    """Whether `spec`, which is nothing on this machine, may be a dataset's on the Hub and not a mistyped path."""
+    like_path = re.match(r"[./~\\]|\w+://", spec) or spec.endswith("/") or Path(spec).suffix in PATH_SUFFIXES
+    return not like_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.partition(":")[0]) is not None
+
+
+def import_datasets(spec: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(f'data.source: {spec}: a dataset needs datasets; pip install "jaxup[data]"') from None
+        raise UserError('a dataset needs datasets; pip install "jaxup[data]"', at=spec) from None
     return datasets
+
+
+def of_split_train(spec: str, data: Any) -> Any:
+    """`data` is a datasets.Dataset or DatasetDict."""
+    if isinstance(data, dict) and "train" not in data:
+        raise UserError(f'no split "train"; its splits: {", ".join(data)}', at=spec)
+    return data["train"] if isinstance(data, dict) else data
 
 
 # nanoGPT
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenSource(Source):
-    """train.bin and val.bin as nanoGPT's prepare.py writes them: uint16, documents end with their EOS."""
-
-    paths: dict[str, Path]
-
-    def tokens(self, split: Split) -> np.memmap:
-        return np.memmap(self.paths[split], dtype="<u2", mode="r")
-
-    def _documents(self, split: Split) -> Iterator[str | None]:
-        raise TypeError(f"the source {self.spec} holds tokens, not text")
-
-
 def _token_source(spec: str, directory: Path) -> Source:
-    paths = {"train": directory / "train.bin", "validation": directory / "val.bin"}
-    for path in paths.values():
+    bins: dict[Split, Path] = {"train": directory / "train.bin", "validation": directory / "val.bin"}
+    for path in bins.values():
         size = path.stat().st_size
         if not size:
-            raise UserError(f"data.source: {path}: no text found: the file is empty")
+            raise UserError("no text found: the file is empty", at=str(path))
         if size % 2:
-            raise UserError(f"data.source: {path}: not uint16 tokens: its size of {size} bytes is odd")
-    return TokenSource(
-        spec=spec,
-        name=safe_name(directory.resolve().name),
-        fingerprint=hashlib.blake2b("".join(map(file_hash, paths.values())).encode(), digest_size=16).hexdigest(),
-        val_fraction=None,
-        seed=None,
-        is_tokens=True,
-        paths=paths,
-    )
+            raise UserError(f"not uint16 tokens: its size of {size} bytes is odd", at=str(path))
+    fingerprint = hashlib.blake2b("".join(map(file_hash, bins.values())).encode(), digest_size=16).hexdigest()
+    return Source(spec=spec, name=safe_name(directory.resolve().name), fingerprint=fingerprint, bins=bins)
 
 
 def safe_name(text: str) -> str:
@@ -368,5 +344,16 @@ def _near_python(spec: str, cutoff: float) -> str:
     return suggest(spec, ["python"]) if difflib.get_close_matches(spec, ["python"], cutoff=cutoff) else ""
 
 
-def _is_string(type_name: str) -> bool:
-    return type_name in ("string", "large_string", "string_view")
+def _check_column(at: str, columns: list[str], type_name: str) -> None:
+    if type_name not in ("string", "large_string", "string_view"):
+        raise UserError(f'no column "text" of strings; its columns: {", ".join(columns)}', at=at)
+
+
+@contextlib.contextmanager
+def os_errors(spec: str = "") -> Iterator[None]:
+    """Those of the machine, as a user's mistake in the file at fault, or in `spec` where that is not known."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or spec
+        raise UserError(error.strerror or first_line(error), at=[str(where)] if where else ()) from None

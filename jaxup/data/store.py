@@ -15,18 +15,21 @@ TensorStore, local files included: there is one code path.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorstore as ts
 
+from jaxup.data.batches import positions
 from jaxup.data.tokenizer import load_tokenizer, tokenizer_hash
-from jaxup.errors import UserError
+from jaxup.errors import UserError, first_line
+from jaxup.progress import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +40,8 @@ META, PROGRESS, TOKENIZER, LOCK = "meta.json", "progress.json", "tokenizer/", "l
 SHARD_TOKENS = 4 * 2**20
 SHARD_ROWS = 4096
 CACHE_BYTES = 64 * 2**20  # shard indices, mostly: a row is then one read of a byte range
+
+_ANOTHER = "choose another data.store or delete it"
 
 # One context for all, so that the cache is shared.
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
@@ -61,10 +66,8 @@ class Store:
         except ValueError:
             value = None
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise UserError(
-                f"data.store: {self.path}/{key} is not what this version of jaxup writes (format {FORMAT});"
-                " choose another data.store or delete it"
-            )
+            what = f"{self.path}/{key} is not what this version of jaxup writes (format {FORMAT})"
+            raise UserError(what, at="store", hint=_ANOTHER)
         return value
 
     def write_json(self, key: str, value: dict[str, Any]) -> None:
@@ -82,6 +85,7 @@ class Store:
                 for path in sorted(Path(directory).iterdir()):
                     if path.is_file():
                         self._files.write(TOKENIZER + path.name, path.read_bytes()).result()
+        self.load_tokenizer(tokenizer_hash(tokenizer))  # the copy must tokenise as the original does
 
     def load_tokenizer(self, expected_hash: str) -> PreTrainedTokenizerBase:
         """The store's own copy. UserError when it is not the tokenizer that wrote the tokens."""
@@ -91,17 +95,11 @@ class Store:
                     name = key.decode().removeprefix(TOKENIZER)
                     if "/" not in name:
                         Path(directory, name).write_bytes(self._files.read(key).result().value)
-            try:
-                tokenizer = load_tokenizer(directory)
-            except UserError as error:
-                raise UserError(str(error).replace(directory, f"{self.path}/tokenizer")) from None
+            tokenizer = load_tokenizer(directory, name=f"{self.path}/tokenizer")
         if tokenizer_hash(tokenizer) != expected_hash:
-            raise UserError(f"data.store: {self.path}/tokenizer is not the tokenizer that wrote the tokens; delete it")
+            what = f"{self.path}/tokenizer is not the tokenizer that wrote the tokens"
+            raise UserError(what, at="store", hint="delete it")
         return tokenizer
-
-    def open_for_writing(self, split: str, *, seq_len: int, dtype: str) -> ts.TensorStore:
-        """The array of a split of text, made with no rows if it is not there."""
-        return self.create_array(split, width=seq_len + 1, dtype=dtype)
 
     def create_array(self, name: str, *, width: int, dtype: str) -> ts.TensorStore:
         """[0, width], or the array that is there."""
@@ -124,12 +122,22 @@ class Store:
             array = ts.open(self._array(name), context=_CONTEXT, open=True, read=True).result()
         if array.shape != (rows, width):
             found = f"{array.shape[0]} rows of {array.shape[1]} tokens, not {rows} of {width}"
-            raise UserError(f"data.store: {self.path}/{name} is damaged: it has {found}; delete the store")
+            raise UserError(f"{self.path}/{name} is damaged: it has {found}", at="store", hint="delete the store")
         return array
 
-    def open_rows(self, split: str, meta: dict[str, Any]) -> Rows:
+    def open_rows(self, split: str, meta: dict[str, Any], isolate_eos: int | None = None) -> Rows:
         array = self.open_array(split, rows=meta["splits"][split]["rows"], width=meta["seq_len"] + 1)
-        return Rows(array, f"{self.path}/{split}")
+        return Rows(array, f"{self.path}/{split}", isolate_eos)
+
+    def complete(self, wanted: dict[str, Any], make: Callable[[], None]) -> dict[str, Any]:
+        """What META says of the store, which `make` fills first if it is not complete; UserError if it is another."""
+        while (meta := self.read_json(META)) is None:
+            with self.lock():
+                # Another process may have finished it between our look and our lock.
+                if self.read_json(META) is None:
+                    make()
+        check_same(self, meta, wanted)
+        return meta
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -138,7 +146,8 @@ class Store:
         UserError, and nothing is written, if what is there is neither a store nor one begun.
         """
         if self.read_json(META) is None and self.read_json(PROGRESS) is None and not self.is_empty():
-            raise UserError(f"data.store: {self.path} is not empty and not a token store; choose another data.store")
+            what = f"{self.path} is not empty and not a token store"
+            raise UserError(what, at="store", hint="choose another data.store")
         if not self.local:
             yield
             return
@@ -153,9 +162,8 @@ class Store:
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
-                raise UserError(
-                    f"data.store: {self.path} is being prepared by process {holder}; wait until it is done"
-                ) from None
+                what = f"{self.path} is being prepared by process {holder}"
+                raise UserError(what, at="store", hint="wait until it is done") from None
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -193,16 +201,14 @@ class Store:
         try:
             yield
         except (ValueError, OSError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__).replace("\0", "")
-            raise UserError(f"data.store: {self.path}: {reason}") from None
+            raise UserError(first_line(error).replace("\0", ""), at=("store", self.path)) from None
 
 
 class Rows:
-    """The rows of one split."""
+    """The rows of one split of text. `isolate_eos`: the EOS id to keep documents apart; None lets attention cross."""
 
-    def __init__(self, array: ts.TensorStore, name: str):
-        self._array = array
-        self._name = name
+    def __init__(self, array: ts.TensorStore, name: str, isolate_eos: int | None = None):
+        self._array, self._name, self.isolate_eos = array, name, isolate_eos
         self.seq_len: int = array.shape[1] - 1
 
     def __len__(self) -> int:
@@ -217,6 +223,22 @@ class Rows:
         """int [n] row numbers, in any order, repeats allowed -> int32 [n, seq_len + 1]. IndexError outside the rows."""
         return gather([self._array], indices, self._name)[0].astype(np.int32)
 
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """See `jaxup.data.batches.Fields`."""
+        rows = self.read(indices)
+        tokens, targets = rows[:, :-1], rows[:, 1:]
+        batch = {"tokens": tokens.copy(), "targets": targets.copy(), "loss_weights": np.ones(tokens.shape, np.float32)}
+        if self.isolate_eos is None:
+            return batch
+        is_eos = tokens == self.isolate_eos
+        # A document owns its EOS; what the EOS would predict belongs to the next document.
+        begins = np.zeros(tokens.shape, bool)
+        begins[:, 1:] = is_eos[:, :-1]
+        batch["loss_weights"][is_eos] = 0
+        batch["segment_ids"] = 1 + np.cumsum(begins, axis=1, dtype=np.int32)
+        batch["positions"] = positions(begins)
+        return batch
+
 
 def gather(arrays: Sequence[ts.TensorStore], indices: np.ndarray, name: str) -> list[np.ndarray]:
     """Rows `indices`, int [n], of arrays [rows, width], all read at once; `name` stands in errors."""
@@ -228,7 +250,12 @@ def gather(arrays: Sequence[ts.TensorStore], indices: np.ndarray, name: str) -> 
     try:
         return [future.result() for future in [array[indices].read() for array in arrays]]
     except ValueError as error:  # a checksum that does not match, a file or a network gone
-        raise UserError(f"data.store: {name}: {next(iter(str(error).splitlines()), '')}") from None
+        raise UserError(first_line(error), at=("store", name)) from None
+
+
+def shard_rows(array: ts.TensorStore) -> int:
+    """The rows of one shard, which is written at once."""
+    return array.chunk_layout.to_json()["write_chunk"]["shape"][0]
 
 
 def _below(directory: str) -> ts.KvStore.KeyRange:
@@ -236,8 +263,10 @@ def _below(directory: str) -> ts.KvStore.KeyRange:
     return ts.KvStore.KeyRange(directory, directory[:-1] + "0")
 
 
-def differences(made: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What keeps a store made as `made` says from serving a run that wants `wanted`: 'seq_len=8, not 16' ..."""
+def check_same(store: Store, made: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises UserError, naming the store and all that differs ('seq_len=8, not 16'), unless it is the one wanted."""
+    if made.get("kind", "text") != (kind := wanted.get("kind", "text")):
+        raise UserError(f"{store.path} is not a store of {kind}", at="store", hint=_ANOTHER)
     found = []
     if made["source"]["fingerprint"] != wanted["source"]["fingerprint"]:
         found.append(("source", *(f"{m['source']['spec']} ({m['source']['fingerprint'][:8]})" for m in (made, wanted))))
@@ -247,18 +276,35 @@ def differences(made: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         found.append(("tokenizer", *(_short_tokenizer(m["tokenizer"]) for m in (made, wanted))))
     others = (key for key in wanted if key not in ("source", "tokenizer") and made[key] != wanted[key])
     found += [(key, made[key], wanted[key]) for key in others]
-    return [f"{name}={old}, not {new}" for name, old, new in found]
+    if found:
+        told = "; ".join(f"{name}={old}, not {new}" for name, old, new in found)
+        raise UserError(f"{store.path} was made with {told}", at="store", hint=_ANOTHER)
 
 
 def _short_tokenizer(tokenizer: dict[str, Any]) -> str:
     return tokenizer["spec"] + (f" ({tokenizer['hash'][:8]})" if tokenizer["hash"] else "")
 
 
-def check_same(store: Store, made: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises UserError, naming the store and all that differs, when its tokens are not those wanted."""
-    if made.get("kind", "text") != (kind := wanted.get("kind", "text")):
-        raise UserError(f"data.store: {store.path} is not a store of {kind}; choose another data.store or delete it")
-    if found := differences(made, wanted):
-        raise UserError(
-            f"data.store: {store.path} was made with {'; '.join(found)}; choose another data.store or delete it"
-        )
+def open_unchecked(
+    path: str, error: UserError, kind: str, specs: dict[str, str], wanted: Callable[[dict[str, Any]], dict[str, Any]]
+) -> tuple[Store, dict[str, Any]]:
+    """A complete store named in the config serves a machine that has not got what it was made from.
+
+    Raises `error`, which says what is not there, unless that is such a store of the same `specs`; and as `check_same`
+    does for what is `wanted` of it, given what it says of itself.
+    """
+    if not path:
+        raise error
+    store = Store(path)
+    meta = store.read_json(META)
+    if meta is None or meta.get("kind", "text") != kind or any(meta[of]["spec"] != specs[of] for of in specs):
+        raise error
+    check_same(store, meta, wanted(meta))
+    say(f"using {store.path} unchecked: {error.within('data.')}")
+    return store, meta
+
+
+def default_path(root: str, *names: str, decides: Sequence[Any]) -> str:
+    """Of the store that is named after what it holds: all that `decides` it, any value of JSON."""
+    digest = hashlib.blake2b(json.dumps([FORMAT, *decides]).encode(), digest_size=4).hexdigest()
+    return f"{root.rstrip('/')}/{'-'.join(names)}-{digest}"

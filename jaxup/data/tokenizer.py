@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from jaxup.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # transformers says on import that it misses PyTorch, which its tokenizers do not need.
@@ -22,52 +21,52 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 # What a directory with a tokenizer has at least one of.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 
-_PLACE = ("data.", "tokenizer")  # of mistakes
 END_OF_TEXT = "<|endoftext|>"
+BATCH_CHARACTERS = 2**20  # texts are tokenised in batches of about so much,
+BATCH_TEXTS = 1024  # and no more than so many of them
 SMALLEST_VOCABULARY = 257  # the 256 bytes and END_OF_TEXT
 
 
-def bpe_vocab_size(spec: str) -> int | None:
-    """N when `spec` is `bpe:N` (train a byte-level BPE of N tokens on the source), None when it names a tokenizer."""
+def bpe_vocab_size(spec: str) -> int:
+    """N when `spec` is `bpe:N` (train a byte-level BPE of N tokens on the source), 0 when it names a tokenizer."""
     if not spec.startswith("bpe:"):
-        return None
+        return 0
     size = spec.removeprefix("bpe:")
     if not re.fullmatch(r"[0-9]{1,9}", size) or int(size) < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"{spec!r}: write bpe:N to train a vocabulary of N >= {SMALLEST_VOCABULARY} tokens"
-            " on the source, such as bpe:8192", at=_PLACE,
-        )  # fmt: skip
+        wanted = f"a vocabulary of N >= {SMALLEST_VOCABULARY} tokens on the source, such as bpe:8192"
+        raise UserError(f"{spec!r}: write bpe:N to train {wanted}", at="tokenizer")
     return int(size)
 
 
-def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: str, *, name: str = "") -> PreTrainedTokenizerBase:
     """The Hugging Face tokenizer in the directory `spec`, or of that hub id; from the local cache if it is there.
 
-    No code that comes with a tokenizer is ever run. Raises UserError, in one line, on any failure.
+    No code that comes with a tokenizer is ever run. Raises UserError, in one line, on any failure; `name` is what it
+    calls the directory.
     """
+    path, name = Path(spec).expanduser(), name or spec
     if bpe_vocab_size(spec):
-        raise UserError(f"{spec!r} is trained when a token store is made; there is none to load", at=_PLACE)
-    path = Path(spec).expanduser()
+        raise UserError(f"{spec!r} is trained when a token store is made; there is none to load", at="tokenizer")
     if path.is_dir():
         if not any((path / file).exists() for file in _FILES):
-            raise UserError(f"no tokenizer in {spec}: none of {', '.join(_FILES)}", at=_PLACE)
-        return _from_pretrained(spec, str(path))
+            raise UserError(f"no tokenizer in {name}: none of {', '.join(_FILES)}", at="tokenizer")
+        return _from_pretrained(str(path), name)
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec):
-        raise UserError(f"no such directory: {spec}", at=_PLACE)
+        raise UserError(f"no such directory: {name}", at="tokenizer")
     try:
-        return _from_pretrained(spec, spec, local_files_only=True)
+        return _from_pretrained(spec, name, local_files_only=True)
     except UserError:
-        return _from_pretrained(spec, spec)
+        return _from_pretrained(spec, name)
 
 
-def _from_pretrained(spec: str, path: str, **kwargs) -> PreTrainedTokenizerBase:
+def _from_pretrained(spec: str, name: str, **options: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
+        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False, **options)
     except Exception as error:  # OSError, ValueError, KeyError, tokenizers' bare Exception, ...
-        reason = first_line(error)
-        raise UserError(f"cannot load {spec}: {reason}", at=_PLACE) from None
+        reason = first_line(error).replace(spec, name)
+        raise UserError(f"cannot load {name}: {reason}", at="tokenizer") from None
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -79,7 +78,8 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"a vocabulary of {vocab_size} is too small; at least {SMALLEST_VOCABULARY}", at=_PLACE)
+        what = f"a vocabulary of {vocab_size} is too small; at least {SMALLEST_VOCABULARY}"
+        raise UserError(what, at="tokenizer")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -110,25 +110,32 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-class Encoder:
+T = TypeVar("T")
+
+
+def batched(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """Lists of as many items, each with so much text, as are tokenised at once."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += characters(item)
+        if total >= BATCH_CHARACTERS or len(batch) == BATCH_TEXTS:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
     """Documents -> ids, without special tokens; text that spells a special token stays ordinary text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._backend = None if backend is None else _plain_copy(backend)
-
-    def __call__(self, documents: list[str]) -> list[list[int]]:
-        if self._backend is None:
-            return self._tokenizer(documents, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [e.ids for e in self._backend.encode_batch_fast(documents, add_special_tokens=False)]
-
-
-def _plain_copy(backend: Tokenizer) -> Tokenizer:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return lambda texts: tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     from tokenizers import Tokenizer
 
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = True
-    return copy
+    plain = Tokenizer.from_str(backend.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    plain.encode_special_tokens = True
+    return lambda texts: [e.ids for e in plain.encode_batch_fast(texts, add_special_tokens=False)]

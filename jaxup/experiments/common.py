@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from ml_collections import ConfigDict
 
-    from jaxup.data.batches import TokenData
-    from jaxup.data.chat import ChatData
+    from jaxup.data.batches import Data
     from jaxup.depth.plan import DepthPlan
     from jaxup.model.decoder import Params
 
@@ -44,7 +43,7 @@ class Experiment(abc.ABC):
     """
 
     sections: ClassVar[tuple[str, ...]]  # that its configurations must have, besides those that all have
-    data: TokenData | ChatData  # once opened, as all that follows; its str() is one line
+    data: Data  # once opened, as all that follows; its str() is one line
     steps: int
     inputs: dict[str, str]  # what must be the same when the run resumes, and is not in the configuration
     sample: Callable[[ModelConfig, Params], str]  # a short text by a model

@@ -24,9 +24,9 @@ import jax
 from flax import nnx
 
 from jaxup.building.vocabulary import with_template
-from jaxup.data.batches import DataConfig, open_data
 from jaxup.data.chat import ChatConfig, ChatData, check_config, check_files, open_chat
 from jaxup.data.chat_formats import end_ids, prompt_ids
+from jaxup.data.documents import DataConfig, open_data
 from jaxup.data.tokenizer import load_tokenizer
 from jaxup.depth import picture
 from jaxup.depth.plan import DepthPlan

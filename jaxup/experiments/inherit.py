@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import jax
 from flax import nnx
 
-from jaxup.data.batches import DataConfig, TokenData, open_data
+from jaxup.data.documents import DataConfig, TokenData, open_data
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,13 +35,12 @@ def parse_size(size: int | str) -> int:
         count = size
     else:
         match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]+)\s*", str(size), re.ASCII)
-        unit = _UNITS.get(match[2].upper()) if match else None
-        if unit is None:
+        if not match or match[2].upper() not in _UNITS:
             raise UserError(
                 f"max_shard_size={str(size)[:40]!r}: expected a number with a unit, such as 5GB, 500MB, 300KB (powers "
                 "of 10) or 2GiB (powers of 2)"
             )
-        count = int(float(match[1]) * unit)
+        count = int(float(match[1]) * _UNITS[match[2].upper()])
     if count < 1:
         raise UserError(f"max_shard_size={size!r}: must be at least one byte")
     return count
@@ -114,11 +113,11 @@ def write_shard(path: Path, shard: Sequence[Stored], arrays: Iterable[np.ndarray
     digest = hashlib.sha256(start)
     with open(path, "wb") as file, ThreadPoolExecutor(2) as pool:
         file.write(start)
-        pending = []
+        pending: list[Future] = []
         for array in arrays:
             for done in pending:
                 done.result()
-            data = array.reshape(-1).view(np.uint8)
+            data = array.reshape(-1).view(np.uint8).data
             pending = [pool.submit(work, data) for work in (file.write, digest.update)]
         for done in pending:
             done.result()

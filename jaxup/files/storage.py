@@ -99,7 +99,7 @@ class Local:
     def read(self, file: str, start: int, stop: int) -> np.ndarray:
         # Not mapped: if the file shrinks, reading a map kills the process.
         buffer = aligned((stop - start,), np.uint8)
-        view, done = memoryview(buffer), 0
+        view, done = buffer.data, 0
         try:
             with open(self.path(file), "rb", buffering=0) as opened:
                 while done < len(view):

@@ -44,7 +44,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._checkpointer.close()  # waits for the write in flight
 
     @property

@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxup.data.batches import Batches, TokenData
-from jaxup.data.chat import ChatData
+from jaxup.data.batches import Batches, Data
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import NonFinite, Stopped, UserError
 from jaxup.model.config import Compute, ModelConfig
@@ -67,7 +66,7 @@ class Run:
     directory: Path
     settings: Settings
     mesh: Mesh
-    data: TokenData | ChatData
+    data: Data
     log: MetricsLog
     stop: StopRequest
     sample: Callable[[ModelConfig, Params], str]  # a short text by the model, for the summary

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,10 @@ def check_trackers(trackers: tuple[str, ...]) -> None:
             raise UserError(f'log.trackers: {name} is not installed; pip install "jaxup[track]"')
 
 
-def _tensorboard(directory: Path, name: str, config: dict):
+Tracker = Callable[[dict[str, float], int], None]  # of values by name, and the step
+
+
+def _tensorboard(directory: Path, name: str, config: dict) -> Tracker:
     from tensorboard.summary import Writer
 
     writer = Writer(os.fspath(directory / "tensorboard"))
@@ -86,7 +90,7 @@ def _tensorboard(directory: Path, name: str, config: dict):
     return track
 
 
-def _wandb(directory: Path, name: str, config: dict):
+def _wandb(directory: Path, name: str, config: dict) -> Tracker:
     import wandb
 
     run = wandb.init(project="jaxup", name=name, dir=directory, config=config, id=name, resume="allow")

@@ -64,8 +64,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def local_rows(size: int, mesh: Mesh) -> slice:
     """The rows of a global batch of `size` that this process's devices hold."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
-    bounds = [index[0].indices(size)[:2] for index in indices]
-    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+    spans = [_span(index, size) for index in indices]
+    return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
+
+
+def _span(index: tuple[slice, ...] | None, size: int) -> tuple[int, int]:
+    """The rows of `size` that a device holds, from and up to; without an index all."""
+    start, stop, _ = index[0].indices(size) if index else (0, size, 1)
+    return start, stop
 
 
 def place_batch(local: dict[str, np.ndarray], size: int, mesh: Mesh) -> dict[str, jax.Array]:
@@ -73,8 +79,8 @@ def place_batch(local: dict[str, np.ndarray], size: int, mesh: Mesh) -> dict[str
     sharding, first = batch_sharding(mesh), local_rows(size, mesh).start
 
     def place(array: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(size)
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop = _span(index, size)
             return array[start - first : stop - first]
 
         return jax.make_array_from_callback((size, *array.shape[1:]), sharding, shard)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 
 from jaxup.errors import Stopped
+from jaxup.progress import say
 
 
 class StopRequest:
@@ -23,7 +23,7 @@ class StopRequest:
         self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -31,9 +31,9 @@ class StopRequest:
     def exit_code(self) -> int:
         return 128 + (self.signum or signal.SIGTERM)
 
-    def _handle(self, signum, frame) -> None:
+    def _handle(self, signum: int, frame: object) -> None:
         again, self.signum = self.signum is not None, signum
         if not self.deferred or (again and signum == signal.SIGINT):
             raise Stopped(f"stopped by {signal.Signals(signum).name}", self.exit_code)
         if not again:
-            print(f"jaxup: {signal.Signals(signum).name}: saving, then leaving", file=sys.stderr, flush=True)
+            say(f"{signal.Signals(signum).name}: saving, then leaving")
