@@ -409,8 +409,8 @@ def scaled(a: argparse.Namespace, line: str):
 
 def selected(a: argparse.Namespace, plan, model, compute, layers: str, parameters: str = "", rank: int = 0, kind=""):
     """The `partition` of jaxup.training.step; None: everything trains."""
-    from jaxup.training.heal import TrainConfig, select
     from jaxup.training.lora import LoraConfig
+    from jaxup.training.selection import TrainConfig, select
 
     tile = next(size for size in (64, 32, 16, 8, 4, 2, 1) if a.hidden % size == 0)
     train = TrainConfig(layers=layers, parameters=parameters, freeze="", rates={})

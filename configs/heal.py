@@ -50,7 +50,8 @@ and ends (embedding, final norm, head). A rate of 0 is not freezing: that is `fr
 from ml_collections import ConfigDict
 
 from jaxup.errors import UserError
-from jaxup.experiment import variants
+from jaxup.experiments.config import variants
+from jaxup.experiments.defaults import defaults, llama
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -76,118 +77,49 @@ def get_config(arg: str = "") -> ConfigDict:
         raise UserError(f"variant rank={v['rank']}: goes with lora or qlora")
     small, smoke = v["size"] != "default", v["size"] == "smoke"
 
-    c = ConfigDict()
+    c = defaults("heal", small=small)  # jaxup/experiments/defaults.py has every key and its meaning
     c.seed = v["seed"]
     c.steps = v["steps"]
     c.epochs = 0 if v["steps"] else v["epochs"] or 2
     c.batch_size = 16 if small else 512
-
-    c.base = ConfigDict()
-    c.base.path = ""  # directory, Hub id or URL of the model
-    c.base.revision = ""
-    c.base.models = ()  # NAME=DIR for the models that a plan file names
-    c.base.dtype = ""  # of the parameters that do not train, and of the export; "" = as stored
-    c.base.allow_pickle = False
     c.plan = "upscale(base, 2:4, copies=2)" if small else ""
 
-    # A base that is trained here, if no path is given.
-    c.pretrain = ConfigDict()
     c.pretrain.steps = 20 if smoke else 400 if small else 0
-    c.pretrain.batch_size = 16
-    c.pretrain.data = ConfigDict()
-    c.pretrain.data.source = "python"
     c.pretrain.data.tokenizer = "bpe:512" if smoke else "bpe:2048"
-    c.pretrain.data.seq_len = 128
-    c.pretrain.data.val_fraction = 0.05
-    c.pretrain.data.seed = 2357
-    c.pretrain.data.fraction = 1.0
-    c.pretrain.data.tokens = 0
-    c.pretrain.data.isolate_documents = False
-    c.pretrain.data.store = ""
-    c.pretrain.optimizer = optimizer(2e-3, schedule="cosine", warmup_steps=5 if smoke else 30)
-    c.model = ConfigDict()
-    c.model.family = "llama"
-    c.model.num_layers = 4 if smoke else 6
-    c.model.hidden_size = 96
-    c.model.intermediate_size = 256
-    c.model.num_heads = 4
-    c.model.num_kv_heads = 2
-    c.model.max_positions = 256
-    c.model.vocab_size = 0  # the tokenizer's, rounded up to a multiple of 64
-    c.model.norm_eps = 1e-6
-    c.model.rope_theta = 10_000.0
-    c.model.tie_embeddings = False
+    c.pretrain.optimizer.update(learning_rate=2e-3, end_learning_rate=2e-4, warmup_steps=5 if smoke else 30)
+    c.pretrain.optimizer.weight_decay = 0.0
+    c.model = llama(
+        num_layers=4 if smoke else 6, hidden_size=96, intermediate_size=256, num_heads=4, num_kv_heads=2,
+        max_positions=256, vocab_size=0,
+    )  # fmt: skip
 
-    c.data = ConfigDict()
-    c.data.files = ("docstrings:400" if smoke else "docstrings") if small else ""  # "a.jsonl*2,b.parquet*0.5"
-    c.data.layout = ""  # messages, sharegpt, ...; "" = detected for each file
-    c.data.format = "metharme" if small else ""  # "" = the tokenizer's own chat template
-    c.data.seq_len = 128 if smoke else 256 if small else 4096
-    c.data.val_files = ""  # "" = a part of the files
-    c.data.val_fraction = 0.1 if small else 0.01
-    c.data.on_bad = "error"  # or "skip"
-    c.data.packing = True
-    c.data.store = ""
-    c.data.seed = 2357
+    if small:
+        c.data.files = "docstrings:400" if smoke else "docstrings"
+        c.data.format = "metharme"
+        c.data.seq_len = 128 if smoke else 256
+        c.data.val_fraction = 0.1
+        c.lora.tile_size = 32
 
-    c.heal = ConfigDict()
     c.heal.control = small if v["control"] < 0 else bool(v["control"])
-    c.train = ConfigDict()
     c.train.layers = v["layers"].replace("+", ",")
     c.train.parameters = v["parameters"]
     c.train.freeze = v["freeze"].replace("+", ",")
-    c.train.rates = ConfigDict({"copies": 1.0, "originals": 1.0, "new": 1.0, "ends": 1.0})
-    c.lora = ConfigDict()
-    c.lora.rank = (v["rank"] or (16 if small else 64)) if adapters else 0  # 0 = no adapters
-    c.lora.alpha = 0.0  # 0 = twice the rank
-    c.lora.quantize = "nf4" if v["qlora"] else ""
-    c.lora.tile_size = 32 if small else 64  # values that share a scale
+    if adapters:
+        c.lora.rank = v["rank"] or (16 if small else 64)
+        c.lora.quantize = "nf4" if v["qlora"] else ""
 
-    c.optimizer = optimizer(v["lr"] or (1e-3 if small else 2e-5), schedule="constant", warmup_steps=0)
-    c.step = ConfigDict()
-    c.step.accumulation = 1 if small else 16
-    c.step.loss_chunk = 128 if small else 512
-    c.step.z_loss = 0.0
-    c.compute = ConfigDict()
-    c.compute.dtype = "float32" if small else "bfloat16"
-    c.compute.attention = "auto"
-    c.compute.remat = "none" if small else "full"
-    c.compute.unroll = 0 if small else 1
-    c.mesh = ConfigDict()
-    c.mesh.data = -1 if small else 1
-    c.mesh.fsdp = 1 if small else -1
-    c.mesh.tensor = 1
+    rate = v["lr"] or (1e-3 if small else 2e-5)
+    c.optimizer.update(learning_rate=rate, end_learning_rate=rate / 10, schedule="constant", weight_decay=0.0)
+    if not small:
+        c.step.accumulation, c.step.loss_chunk = 16, 512
 
-    c.eval = ConfigDict()
     c.eval.interval = 8 if smoke else 25 if small else 10
-    c.eval.rows = 32 if smoke else 128 if small else 512
-    c.eval.batch_size = 32 if small else 64
-    c.log = ConfigDict()
+    if smoke:
+        c.eval.rows = 32
     c.log.interval = 10 if small else 1
-    c.log.trackers = ()  # "tensorboard", "wandb"
-    c.checkpoint = ConfigDict()
     c.checkpoint.interval = 8 if smoke else 50 if small else 25
     c.checkpoint.keep = 1  # besides those of the ends of epochs
-    c.export = ConfigDict()
-    c.export.dtype = ""  # "" = that of the base
-    c.sample = ConfigDict()
     c.sample.prompt = "What does `os.path.join(a, *p)` do?" if small else "What is the depth of a model?"
     c.sample.tokens = 60 if small else 200
-    c.sample.temperature = 0.0
-    c.sample.top_k = 0
-    return c
-
-
-def optimizer(learning_rate: float, *, schedule: str, warmup_steps: int) -> ConfigDict:
-    c = ConfigDict()
-    c.learning_rate = learning_rate
-    c.end_learning_rate = learning_rate / 10
-    c.schedule = schedule
-    c.warmup_steps = warmup_steps
-    c.decay_fraction = 0.2
-    c.b1 = 0.9
-    c.b2 = 0.95
-    c.eps = 1e-8
-    c.weight_decay = 0.0
-    c.clip_norm = 1.0
+    c.sample.temperature, c.sample.top_k = 0.0, 0
     return c

@@ -46,12 +46,10 @@ A quick model is far from trained out, and a hundredth of a nat is within noise:
 questions can be asked, not what they come to at 39B.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from jaxup.errors import UserError
-from jaxup.experiment import load, variants
+from jaxup.experiments.config import load, variants
 
 COPIES = {"two_duplicates": 2, "one_duplicate": 1, "five_duplicates": 5}
 PASSED_ON = ("size", "lr", "epochs", "lora", "qlora", "rank", "parameters", "control", "seed")
@@ -86,7 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     given = [f"{key}={v[key]}" for key in PASSED_ON if v[key]]
     given += [f"steps={v['undercook']}"] * bool(v["undercook"])
-    c = load(f"{Path(__file__).with_name('heal.py')}:{','.join(given)}")
+    c = load(f"heal.py:{','.join(given)}", shipped=True)
 
     layers = "2:4" if small else "19:41"
     base = "base" if small or v["whole"] else "inherit(base, 55)"

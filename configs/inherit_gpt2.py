@@ -39,7 +39,8 @@ leaves positions and final norm out: `--config.inherit.parts=attention,mlp,norms
 
 from ml_collections import ConfigDict
 
-from jaxup.experiment import variants
+from jaxup.experiments.config import variants
+from jaxup.experiments.defaults import defaults
 
 # Section 4 of arXiv 2404.08634 and its released GPT-2 code.
 # layers, hidden, heads, tokens per batch (rows of 1024), peak learning rate
@@ -70,18 +71,10 @@ def get_config(arg: str = "") -> ConfigDict:
     small, smoke = v["size"] not in PAPER, v["size"] == "smoke"
     layers, hidden, heads, rows, peak = PAPER.get(v["size"], (4 if smoke else 6, 128, 2, 16, 2e-3))
 
-    c = ConfigDict()
+    c = defaults("inherit", small=small)  # jaxup/experiments/defaults.py has every key and its meaning
     c.seed = v["seed"]
     c.steps = 20 if smoke else 300 if small else 100_000
-    c.epochs = 0  # instead of steps: passes over the training rows that `data` leaves
     c.batch_size = rows
-
-    c.reference = ConfigDict()
-    c.reference.path = ""  # a Hugging Face model, directory, id or gs://, to inherit from instead of training one
-    c.reference.revision = ""  # of a Hub id: branch, tag or commit
-    c.reference.allow_pickle = False  # read pytorch_model.bin if there is no safetensors file
-    c.reference.steps = 0  # to train the reference for, 0 = as many as a target
-    c.reference.all_data = False  # train it on all rows, whatever part of them data.fraction or tokens leaves
 
     c.model = ConfigDict()
     c.model.family = "gpt2"
@@ -93,68 +86,24 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.bias = False
     c.model.depth_scaled_attention = v["depth_scaled"]
 
-    c.inherit = ConfigDict()
     c.inherit.layers = v["layers"]
-    c.inherit.which = "first"  # or "last", or the layers themselves: "0,2,4"
     c.inherit.parts = ABLATIONS[v["ablation"]]
-    c.inherit.grow_by = 2  # 0 = no growing
-    c.inherit.sweep = ""  # instead of growing, targets of so many layers each: "4,6,8"
-    c.inherit.tolerance = 0.01
+    c.inherit.grow_by = 2
     c.inherit.control = v["control"]
 
-    c.data = ConfigDict()
     c.data.source = "python" if small else "openwebtext"
-    # "" = the reference's, if it is a Hugging Face directory
     c.data.tokenizer = ("bpe:512" if smoke else "bpe:2048") if small else "gpt2"
     c.data.seq_len = c.model.max_positions
     c.data.val_fraction = 0.05 if small else 0.0005
-    c.data.seed = 2357  # of the split into training and validation, where a source is split at random
-    c.data.fraction = 1.0  # 0.001 = a random 0.1% of the training rows
-    c.data.tokens = 0  # instead of a fraction: so many training tokens, 0 = all
-    c.data.isolate_documents = False
-    c.data.store = ""  # where the tokens are kept, local or gs://; "" = beside the run directory
 
-    c.optimizer = ConfigDict()
     c.optimizer.learning_rate = peak
     c.optimizer.end_learning_rate = peak / 10 if small else 1e-5
-    c.optimizer.schedule = "cosine"  # constant | linear | cosine | wsd
     c.optimizer.warmup_steps = 5 if smoke else 30 if small else 2000
-    c.optimizer.decay_fraction = 0.2
-    c.optimizer.b1 = 0.9
-    c.optimizer.b2 = 0.95
-    c.optimizer.eps = 1e-8
-    c.optimizer.weight_decay = 0.1
-    c.optimizer.clip_norm = 1.0
-
-    c.step = ConfigDict()
-    c.step.accumulation = 1
-    c.step.loss_chunk = 128
-    c.step.z_loss = 0.0
-
-    c.compute = ConfigDict()
-    c.compute.dtype = "float32" if small else "bfloat16"
-    c.compute.attention = "auto"
-    c.compute.remat = "none" if small else "dots"
-    c.compute.unroll = 0 if small else 1
-
-    c.mesh = ConfigDict()
-    c.mesh.data = -1
-    c.mesh.fsdp = 1
-    c.mesh.tensor = 1
-
-    c.eval = ConfigDict()
-    c.eval.interval = 10 if smoke else 60 if small else 1000
-    c.eval.rows = 32 if smoke else 128 if small else 2400
-    c.eval.batch_size = 32 if small else 96
-    c.log = ConfigDict()
-    c.log.interval = 10
-    c.log.trackers = ()  # "tensorboard", "wandb"
-    c.checkpoint = ConfigDict()
-    c.checkpoint.interval = 10 if smoke else 60 if small else 1000
-    c.checkpoint.keep = 2
-    c.sample = ConfigDict()
-    c.sample.prompt = "def " if small else "The"
-    c.sample.tokens = 60
-    c.sample.temperature = 0.8
-    c.sample.top_k = 50
+    if not small:
+        c.compute.remat = "dots"
+        c.mesh.data, c.mesh.fsdp = -1, 1  # the models fit on one device
+        c.eval.rows, c.eval.batch_size = 2400, 96
+    if smoke:
+        c.eval.rows = 32
+    c.eval.interval = c.checkpoint.interval = 10 if smoke else 60 if small else 1000
     return c

@@ -54,7 +54,8 @@ The paper names blocks, embedding and head as inherited, and the final norm not.
 
 from ml_collections import ConfigDict
 
-from jaxup.experiment import variants
+from jaxup.experiments.config import variants
+from jaxup.experiments.defaults import defaults, llama
 
 SWEEPS = {"default": "4,6,8,10,13,16,18,20", "tiny": "1,2,3,4", "smoke": "1,2"}
 
@@ -71,95 +72,44 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     small, smoke = v["size"] != "default", v["size"] == "smoke"
 
-    c = ConfigDict()
+    c = defaults("inherit", small=small)  # jaxup/experiments/defaults.py has every key and its meaning
     c.seed = v["seed"]
-    c.steps = 0
     c.epochs = (2 if smoke else 5) if small else 8
     c.batch_size = 16 if small else 64
 
-    c.reference = ConfigDict()
-    c.reference.path = "" if small else "openlm-research/open_llama_3b"  # directory, Hub id or gs://
-    c.reference.revision = ""
-    c.reference.allow_pickle = not small
-    # Only for a reference that is trained here, because there is no path:
-    c.reference.steps = 20 if smoke else 240 if small else 0
     c.reference.all_data = True
+    if small:
+        c.reference.steps = 20 if smoke else 240
+        c.model = llama(
+            num_layers=4 if smoke else 6, hidden_size=96, intermediate_size=256, num_heads=4, num_kv_heads=2,
+            max_positions=128, vocab_size=0,
+        )  # fmt: skip
+    else:
+        c.reference.path = "openlm-research/open_llama_3b"
+        c.reference.allow_pickle = True
+        c.model = llama(
+            num_layers=26, hidden_size=3200, intermediate_size=8640, num_heads=32, num_kv_heads=32,
+            max_positions=2048, vocab_size=32000,
+        )  # fmt: skip
 
-    c.model = ConfigDict()
-    c.model.family = "llama"
-    c.model.num_layers = (4 if smoke else 6) if small else 26
-    c.model.hidden_size = 96 if small else 3200
-    c.model.intermediate_size = 256 if small else 8640
-    c.model.num_heads = 4 if small else 32
-    c.model.num_kv_heads = 2 if small else 32
-    c.model.max_positions = 128 if small else 2048
-    c.model.vocab_size = 0 if small else 32000  # 0 = the tokenizer's, rounded up to a multiple of 64
-    c.model.norm_eps = 1e-6
-    c.model.rope_theta = 10_000.0
-    c.model.tie_embeddings = False
-
-    c.inherit = ConfigDict()
     c.inherit.layers = v["layers"]
-    c.inherit.which = "first"
     c.inherit.parts = ("attention", "mlp", "norms", *(() if v["code"] else ("embed_tokens",)), "lm_head")
-    c.inherit.grow_by = 0  # the low-data recipe trains one target
     c.inherit.sweep = SWEEPS[v["size"]] if v["sweep"] else ""
-    c.inherit.tolerance = 0.01
     c.inherit.control = int(small and not v["sweep"]) if v["control"] < 0 else v["control"]
 
-    c.data = ConfigDict()
     c.data.source = "python" if small else "togethercomputer/RedPajama-Data-1T-Sample"
-    c.data.tokenizer = ("bpe:512" if smoke else "bpe:1024") if small else ""  # "" = the reference's
+    c.data.tokenizer = ("bpe:512" if smoke else "bpe:1024") if small else ""
     c.data.seq_len = c.model.max_positions
     c.data.val_fraction = 0.05 if small else 0.001
-    c.data.seed = 2357
-    c.data.fraction = 1.0
     c.data.tokens = (2**14 if smoke else 2**16) if small else 1_000_000_000  # that targets and controls get
-    c.data.isolate_documents = False
-    c.data.store = ""
 
-    peak = 2e-3 if small else 3e-4
-    c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = peak
-    c.optimizer.end_learning_rate = peak / 10
-    c.optimizer.schedule = "constant" if v["code"] else "cosine"
+    c.optimizer.learning_rate = 2e-3 if small else 3e-4
+    c.optimizer.end_learning_rate = c.optimizer.learning_rate / 10
     c.optimizer.warmup_steps = 5 if smoke else 30 if small else 1000
-    c.optimizer.decay_fraction = 0.2
-    c.optimizer.b1 = 0.9
-    c.optimizer.b2 = 0.999 if v["code"] else 0.95
-    c.optimizer.eps = 1e-8
-    c.optimizer.weight_decay = 0.01 if v["code"] else 0.1
-    c.optimizer.clip_norm = 0.0 if v["code"] else 1.0
-
-    c.step = ConfigDict()
-    c.step.accumulation = 1
-    c.step.loss_chunk = 128
-    c.step.z_loss = 0.0
-
-    c.compute = ConfigDict()
-    c.compute.dtype = "float32" if small else "bfloat16"
-    c.compute.attention = "auto"
-    c.compute.remat = "none" if small else "full"
-    c.compute.unroll = 0 if small else 1
-
-    c.mesh = ConfigDict()
-    c.mesh.data = -1 if small else 1
-    c.mesh.fsdp = 1 if small else -1
-    c.mesh.tensor = 1
-
-    c.eval = ConfigDict()
+    if v["code"]:
+        c.optimizer.update(schedule="constant", b2=0.999, weight_decay=0.01, clip_norm=0.0)
     c.eval.interval = 8 if smoke else 32 if small else 1000
-    c.eval.rows = 32 if smoke else 128 if small else 512
-    c.eval.batch_size = 32 if small else 64
-    c.log = ConfigDict()
-    c.log.interval = 10
-    c.log.trackers = ()  # "tensorboard", "wandb"
-    c.checkpoint = ConfigDict()
     c.checkpoint.interval = 8 if smoke else 64 if small else 1000
-    c.checkpoint.keep = 2
-    c.sample = ConfigDict()
-    c.sample.prompt = "def " if small else "The"
-    c.sample.tokens = 60
-    c.sample.temperature = 0.8
-    c.sample.top_k = 50
+    if smoke:
+        c.eval.rows = 32
     return c

@@ -17,8 +17,7 @@ from jaxup.plan import recipe_arguments
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m jaxup.build", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("build", __doc__)
     recipe_arguments(parser)
     parser.add_argument("out", metavar="OUT", help="directory to be made")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")

@@ -54,7 +54,13 @@ class NonFinite(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser for which a wrong flag is a user's mistake like any other: one line."""
+    """The ArgumentParser of the command `jaxup NAME`: a wrong flag is a user's mistake like any other, one line."""
+
+    def __init__(self, name: str, description: str | None):
+        super().__init__(
+            prog=f"jaxup {name}", description=description, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help")

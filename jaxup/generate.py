@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import math
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxup.errors import Parser, UserError, entry_point
+from jaxup.hub.text_generation import Prompt, Writing, check_options, encode, stop_ids
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m jaxup.generate", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("generate", __doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="directory, Hub id or URL of a model, or a run directory")
     add("--prompt", metavar="TEXT", action="append", help="the text to go on from; may be given several times")
@@ -41,17 +37,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--strict", action="store_true", help="refuse NaN and infinite parameters instead of warning")
     add("--allow-pickle", action="store_true", help="read pytorch_model.bin if there are no safetensors")
     args = parser.parse_args(argv[1:])
-    for flag, value, good, wanted in (
-        ("--max-tokens", args.max_tokens, args.max_tokens >= 1, "at least 1"),
-        ("--temperature", args.temperature, 0 <= args.temperature < math.inf, "a number and not negative"),
-        ("--top-k", args.top_k, args.top_k >= 0, "not negative"),
-        ("--top-p", args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
-        ("--seed", args.seed, 0 <= args.seed < 2**32, "between 0 and 2^32 - 1"),
-    ):
-        if not good:
-            raise UserError(f"{flag} must be {wanted}, not {value}")
     if args.greedy:
         args.temperature = 0.0
+    check_options(vars(args), lambda name: f"--{name.replace('_', '-')}")
     if args.system is not None and not args.chat:
         raise UserError("--system goes with --chat")
     return args
@@ -80,65 +68,14 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def stop_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end a text: of generation_config.json, else config.json, else the tokenizer."""
-    for file in (directory / "generation_config.json", directory / "config.json"):
-        if not file.is_file():
-            continue
-        try:
-            ids = json.loads(file.read_bytes()).get("eos_token_id")
-        except (ValueError, AttributeError):
-            raise UserError(f"{file}: not a JSON object") from None
-        if ids is not None:
-            ids = ids if isinstance(ids, list) else [ids]
-            if not all(type(i) is int for i in ids):
-                raise UserError(f"{file}: eos_token_id={ids} is not a token id or a list of them")
-            return tuple(ids)
-    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-
-
-class Detokenizer:
-    """The text of tokens that come one by one, after those of `prompt`; in whole characters only.
-
-    The pieces together are what `tokenizer.decode` of all tokens has after the prompt, save where a
-    decoder takes back what it had (bytes that turn out to be no text). A token's text depends on its
-    neighbours (bytes of one character, the blank before the first word), so each piece is the
-    difference between two decoded ends of the tokens: from the piece before on.
-    """
-
-    def __init__(self, tokenizer: Any, prompt: Sequence[int]):
-        self._tokenizer, self._ids = tokenizer, list(prompt)
-        self._known = len(self._ids)  # of `_ids`, whose text has been returned
-
-    def push(self, token: int) -> str:
-        self._ids.append(token)
-        piece = self.rest()
-        if not piece or piece.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        self._ids = self._ids[self._known :]
-        self._known = len(self._ids)
-        return piece
-
-    def rest(self) -> str:
-        """What has not been returned yet: a last character may lack some of its bytes."""
-        return self._decode(self._ids)[len(self._decode(self._ids[: self._known])) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    prompts = read_prompts(args)
+    texts = read_prompts(args)
 
-    from flax import nnx
-
-    from jaxup.data.chat_formats import prompt_ids
     from jaxup.data.tokenizer import load_tokenizer
     from jaxup.hub.directory import tokenizer_directory
     from jaxup.hub.load import load
     from jaxup.hub.reader import load_config
-    from jaxup.model.sampling import generate
     from jaxup.progress import Progress
 
     path = Path(args.model).expanduser()
@@ -152,64 +89,54 @@ def main(argv: list[str]) -> None:
     try:
         tokenizer = load_tokenizer(str(directory))
     except UserError as error:  # which speaks of training's configuration
-        raise UserError(str(error).removeprefix("data.")) from None
+        raise UserError(error.what, at="tokenizer", hint=error.hint) from None
     ends = stop_ids(directory, tokenizer)
-    if args.chat:
-        try:
-            ids = [prompt_ids(tokenizer, prompt, args.system) for prompt in prompts]
-        except UserError as error:
-            raise UserError(f"--chat: {error}") from None
-    else:
-        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    prompts: list[Prompt] = [[*system, {"role": "user", "content": text}] if args.chat else text for text in texts]
+    try:
+        for prompt in prompts:  # what cannot be spelt is refused before the model is read
+            encode(tokenizer, prompt)
+    except UserError as error:
+        raise error.within("--chat") from None
     model = load(args.model, dtype=args.dtype, revision=args.revision, strict=args.strict,
                  allow_pickle=args.allow_pickle, progress=True)  # fmt: skip
 
     began = time.monotonic()
-    steps = generate(
-        model.config, nnx.to_pure_dict(nnx.state(model)), ids, max_tokens=args.max_tokens,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, dtype=args.dtype,
-        vocab_size=min(max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size), eos_ids=ends,
+    writing = Writing(
+        model, tokenizer, prompts, eos_ids=ends, max_tokens=args.max_tokens, temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, seed=args.seed,
     )  # fmt: skip
-    # The reply in a chat is a text of its own; otherwise the prompt's goes on.
-    texts = [Detokenizer(tokenizer, [] if args.chat else row) for row in ids]
-    written = ["" if args.chat else prompt for prompt in prompts]
-    single = len(prompts) == 1
+    written = ["" if args.chat else text for text in texts]
+    single = len(texts) == 1
     if single:
         print(written[0], end="", flush=True)
-    counts, interrupted = [], False
+    interrupted = False
     progress = Progress("generate", total=args.max_tokens, unit="tokens of each prompt")
     with contextlib.nullcontext() if single else progress:
         try:
-            for drawn in steps:
-                if not counts:
+            for pieces in writing:
+                if len(writing.counts) == 1:
                     first = time.monotonic()
-                counts.append(int((drawn >= 0).sum()))
-                for row, token in enumerate(drawn.tolist()):
-                    piece = texts[row].push(token) if token >= 0 and token not in ends else ""
-                    written[row] += piece
-                    if single:
-                        print(piece, end="", flush=True)
-                if not single:
-                    progress.update(len(counts))
+                written = [text + piece for text, piece in zip(written, pieces, strict=True)]
+                if single:
+                    print(pieces[0], end="", flush=True)
+                else:
+                    progress.update(len(writing.counts))
         except KeyboardInterrupt:
             interrupted = True
     last = time.monotonic()
     if single:
-        print(texts[0].rest(), flush=True)
+        print(writing.rest()[0], flush=True)
     else:
-        for number, (prompt, text, end) in enumerate(zip(prompts, written, texts, strict=True), 1):
+        for number, (prompt, text, rest) in enumerate(zip(texts, written, writing.rest(), strict=True), 1):
             heading = f"[{number}] {prompt}\n" if args.chat else f"[{number}] "
-            print(f"{heading}{text}{end.rest()}\n", flush=True)
-    if counts:
+            print(f"{heading}{text}{rest}\n", flush=True)
+    if counts := writing.counts:
         rate = f", {sum(counts[1:]) / (last - first):.1f} tokens/s" if len(counts) > 1 and last > first else ""
         print(f"{sum(counts)} tokens, {first - began:.1f} s to the first{rate}", file=sys.stderr)
     if interrupted:
         raise KeyboardInterrupt
 
 
-def cli() -> None:
-    entry_point(main)
-
-
 if __name__ == "__main__":
-    cli()
+    entry_point(main)

@@ -26,8 +26,7 @@ def recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m jaxup.plan", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("plan", __doc__)
     recipe_arguments(parser)
     parser.add_argument("--config-from", metavar="DIR",
                         help="for models that are not at hand, take DIR's config.json; nothing is fetched")  # fmt: skip

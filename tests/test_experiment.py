@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from jaxup import experiment
 from jaxup.errors import UserError
+from jaxup.experiments.config import find, load, section, variants
 from jaxup.train import parse_args
 
 ONE_LINE = r"\A[^\n]+\Z"
@@ -13,10 +13,10 @@ ONE_LINE = r"\A[^\n]+\Z"
 
 def test_found_in_configs_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert experiment.find("inherit_gpt2.py").parent.name == "configs"
-    assert experiment.find("inherit_gpt2") == experiment.find("inherit_gpt2.py")
+    assert find("inherit_gpt2.py").parent.name == "configs"
+    assert find("inherit_gpt2") == find("inherit_gpt2.py")
     (tmp_path / "inherit_gpt2.py").write_text("def get_config(arg): ...")
-    assert experiment.find("inherit_gpt2.py").resolve() == tmp_path / "inherit_gpt2.py"
+    assert find("inherit_gpt2.py").resolve() == tmp_path / "inherit_gpt2.py"
 
 
 def test_overrides_keep_types():
@@ -24,7 +24,7 @@ def test_overrides_keep_types():
         ("optimizer.learning_rate", "1e-3"), ("steps", "7"), ("data.source", "3"), ("model.bias", "true"),
         ("inherit.parts", "attention,norms"), ("inherit.tolerance", "1"),
     ]  # fmt: skip
-    c = experiment.load("inherit_gpt2.py:smoke", pairs)
+    c = load("inherit_gpt2.py:smoke", pairs)
     assert (c.optimizer.learning_rate, c.steps, c.data.source, c.model.bias) == (1e-3, 7, "3", True)
     assert c.inherit.parts == ("attention", "norms")
     assert c.inherit.tolerance == 1.0
@@ -40,8 +40,8 @@ def test_flags_with_and_without_equals_sign():
 
 def test_variants():
     options = dict(size=("small", "large"), layers=0, deep=False)
-    assert experiment.variants("", **options) == {"size": "small", "layers": 0, "deep": False}
-    assert experiment.variants("large,layers=3,deep", **options) == {"size": "large", "layers": 3, "deep": True}
+    assert variants("", **options) == {"size": "small", "layers": 0, "deep": False}
+    assert variants("large,layers=3,deep", **options) == {"size": "large", "layers": 3, "deep": True}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_variants():
 )
 def test_mistakes(spec, overrides, message):
     with pytest.raises(UserError, match=message) as error:
-        experiment.load(spec, overrides)
+        load(spec, overrides)
     assert "\n" not in str(error.value)
 
 
@@ -79,7 +79,7 @@ def test_mistakes(spec, overrides, message):
 def test_a_broken_file_is_one_line(tmp_path, text, message):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        experiment.load(str(tmp_path / "mine.py"))
+        load(str(tmp_path / "mine.py"))
     assert "\n" not in str(error.value)
 
 
@@ -105,18 +105,17 @@ TUNGUSKA += ["lora", "quick,qlora", "freeze_originals", "freeze_base=19:41", "qu
 def test_every_shipped_variant_builds_its_settings(spec):
     """Shapes and optimizers of all variants are traced, without allocating anything."""
     from jaxup.depth.result import result_config
-    from jaxup.jobs.common import new_model, read_settings
-    from jaxup.jobs.inherit import InheritJob
-    from jaxup.training.inherit import InheritConfig, check
-    from jaxup.training.partition import EVERYTHING
+    from jaxup.experiments.common import new_model, read_settings
+    from jaxup.experiments.inherit import Inherit, InheritConfig, check
+    from jaxup.training.selection import EVERYTHING
 
-    config = experiment.load(spec)
+    config = load(spec)
     with config.unlocked():
         config.reference.path = ""  # there is no network: the `model` section has the same sizes
     settings = read_settings(config)
-    InheritJob(config, settings, None)
+    Inherit(config, settings, None)
     reference = new_model(config.model, 512)
-    for plan in check(experiment.section(InheritConfig, config.inherit), reference):
+    for plan in check(section(InheritConfig, config.inherit), reference):
         model = result_config(plan, {"reference": reference})
     trace(model, settings, EVERYTHING, config)
 
@@ -124,10 +123,10 @@ def test_every_shipped_variant_builds_its_settings(spec):
 @pytest.mark.parametrize("spec", [*(f"heal.py:{v}" for v in HEAL), *(f"heal_tunguska.py:{v}" for v in TUNGUSKA)])
 def test_every_shipped_healing_builds_its_settings(spec, tmp_path):
     from jaxup.depth.result import result_config
-    from jaxup.jobs.common import read_settings
-    from jaxup.jobs.heal import HealJob
+    from jaxup.experiments.common import read_settings
+    from jaxup.experiments.heal import Heal
 
-    config = experiment.load(spec)
+    config = load(spec)
     if config.lora.rank:
         pytest.importorskip("qwix")
     if not config.pretrain.steps:
@@ -140,7 +139,7 @@ def test_every_shipped_healing_builds_its_settings(spec, tmp_path):
         }))  # fmt: skip
         config.base.path, config.data.files = str(tmp_path), "chats.jsonl"
     settings = read_settings(config)
-    job = HealJob(config, settings, None)
+    job = Heal(config, settings, None)
     model = result_config(job._plan, job._models)
     assert model.num_layers == {"heal_tunguska.py:": 99, "heal_tunguska.py:one_duplicate": 77}.get(
         spec, model.num_layers
@@ -172,12 +171,12 @@ def trace(model, settings, selection, config):
 
 def test_the_low_data_recipe_is_the_papers():
     """arXiv 2404.08634 and its released code; the sizes of OpenLLaMA-3B as its config.json has them."""
+    from jaxup.experiments.common import new_model
+    from jaxup.experiments.inherit import InheritConfig, check
     from jaxup.families import config_from_hf
-    from jaxup.jobs.common import new_model
     from jaxup.model.spec import count_params
-    from jaxup.training.inherit import InheritConfig, check
 
-    c = experiment.load("inherit_llama.py")
+    c = load("inherit_llama.py")
     assert (c.reference.path, c.reference.allow_pickle) == ("openlm-research/open_llama_3b", True)
     model = new_model(c.model)
     assert model == config_from_hf({
@@ -186,15 +185,15 @@ def test_the_low_data_recipe_is_the_papers():
         "num_hidden_layers": 26, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "vocab_size": 32000,
     })  # fmt: skip
     assert count_params(model) == 3_426_473_600  # as transformers counts it
-    (plan,) = check(experiment.section(InheritConfig, c.inherit), model)
+    (plan,) = check(section(InheritConfig, c.inherit), model)
     assert [row.layer for row in plan.rows] == list(range(13))
     assert (plan.embed_tokens, plan.norm, plan.lm_head) == ("reference", None, "reference")
     rows = round(c.data.tokens / c.data.seq_len)
     assert (c.epochs * rows, -(-c.epochs * rows // c.batch_size)) == (3_906_248, 61_036)
     assert c.batch_size * c.data.seq_len == 131_072
-    o, code = c.optimizer, experiment.load("inherit_llama.py:code").optimizer
+    o, code = c.optimizer, load("inherit_llama.py:code").optimizer
     assert (o.learning_rate, o.schedule, o.warmup_steps, o.weight_decay) == (3e-4, "cosine", 1000, 0.1)
     assert (code.learning_rate, code.schedule, code.warmup_steps, code.weight_decay) == (3e-4, "constant", 1000, 0.01)
     assert (code.b1, code.b2, code.clip_norm) == (0.9, 0.999, 0)
-    assert experiment.load("inherit_llama.py:code").inherit.parts == ("attention", "mlp", "norms", "lm_head")
-    assert experiment.load("inherit_llama.py:sweep").inherit.sweep == "4,6,8,10,13,16,18,20"
+    assert load("inherit_llama.py:code").inherit.parts == ("attention", "mlp", "norms", "lm_head")
+    assert load("inherit_llama.py:sweep").inherit.sweep == "4,6,8,10,13,16,18,20"

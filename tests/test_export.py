@@ -19,6 +19,7 @@ from plain import load_params
 from jaxup import export, train
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
+from jaxup.experiments import stored
 from jaxup.hub.reader import load_config
 from jaxup.model.spec import flatten
 
@@ -202,7 +203,7 @@ def test_model_configs_come_back(tmp_path):
     (tmp_path / "checkpoints" / "x").mkdir(parents=True)
     about = {"model": dataclasses.asdict(model), "store": "s", "plan": None}
     (tmp_path / "checkpoints" / "x" / "model.json").write_text(json.dumps(about))
-    assert export._read_about(tmp_path, "x").model == model
+    assert stored.read_stored(tmp_path, "x").model == model
 
 
 def test_model_configs_of_before_layer_kinds_come_back():

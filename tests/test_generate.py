@@ -17,6 +17,7 @@ from jaxup.data.chat_formats import prompt_ids
 from jaxup.data.tokenizer import train_bpe
 from jaxup.errors import UserError
 from jaxup.hub import load as hub
+from jaxup.hub.text_generation import Detokenizer, stop_ids
 from jaxup.hub.writer import save
 from jaxup.model import sampling
 from jaxup.model.config import ModelConfig
@@ -248,7 +249,7 @@ def test_pieces_are_the_text_in_whole_characters(make):
         for cut in (0, 1, len(ids) // 2):
             if "\N{REPLACEMENT CHARACTER}" in decode(ids[:cut]):
                 continue  # the text of a prompt ends with a whole character
-            detokenizer = command.Detokenizer(tokenizer, ids[:cut])
+            detokenizer = Detokenizer(tokenizer, ids[:cut])
             pieces = [detokenizer.push(token) for token in ids[cut:]]
             assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
             assert decode(ids[:cut]) + "".join(pieces) + detokenizer.rest() == decode(ids)
@@ -260,14 +261,14 @@ def test_pieces_of_tokens_that_are_no_text():
     for seed in range(20):
         ids = np.random.default_rng(seed).integers(0, len(tokenizer), 60).tolist()
         prompt = "the cat" if seed % 2 else ""
-        detokenizer = command.Detokenizer(tokenizer, tokenizer(prompt)["input_ids"])
+        detokenizer = Detokenizer(tokenizer, tokenizer(prompt)["input_ids"])
         text = "".join(map(detokenizer.push, ids)) + detokenizer.rest()
         assert prompt + text == tokenizer.decode(tokenizer(prompt)["input_ids"] + ids, skip_special_tokens=True)
 
 
 def test_the_end_of_a_long_text_is_decoded_alone():
     tokenizer = train_bpe(KNOWN, 300)
-    detokenizer, longest = command.Detokenizer(tokenizer, []), 0
+    detokenizer, longest = Detokenizer(tokenizer, []), 0
     decode = detokenizer._decode
 
     def measured(ids):
@@ -429,10 +430,10 @@ def test_what_ends_a_text(generation, config, expected, tmp_path):
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     if isinstance(expected, tuple):
-        assert command.stop_ids(tmp_path, Tokenizer()) == expected
+        assert stop_ids(tmp_path, Tokenizer()) == expected
     else:
         with pytest.raises(UserError, match=re.escape(expected)):
-            command.stop_ids(tmp_path, Tokenizer())
+            stop_ids(tmp_path, Tokenizer())
 
 
 @pytest.mark.parametrize(

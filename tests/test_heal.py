@@ -329,9 +329,9 @@ def test_a_finished_model_whose_checkpoint_is_gone_is_not_taken_for_another(copi
 
 def test_a_plan_of_one_model_may_call_it_anything(whole, runs, tmp_path):
     """A mergekit file with the name of a model that is not at hand; base.path says where it is."""
-    from jaxup.experiment import load
-    from jaxup.jobs.common import read_settings
-    from jaxup.jobs.heal import HealJob
+    from jaxup.experiments.common import read_settings
+    from jaxup.experiments.config import load
+    from jaxup.experiments.heal import Heal
 
     base = tmp_path / "base"
     export.main(["export", str(whole[0]), str(base), "--model", "pretrained"])
@@ -340,14 +340,14 @@ def test_a_plan_of_one_model_may_call_it_anything(whole, runs, tmp_path):
     recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
     overrides = [("pretrain.steps", "0"), ("base.path", str(base)), ("plan", str(recipe))]
     config = load("heal.py:smoke", overrides)
-    assert HealJob(config, read_settings(config), None)._plan.num_layers == 4
+    assert Heal(config, read_settings(config), None)._plan.num_layers == 4
     recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices, "chat_template": "chatml"}))
     with pytest.raises(UserError, match=r"plan: .*chat_template are carried out by"):
-        HealJob(config, read_settings(config), None)
+        Heal(config, read_settings(config), None)
     slices[1]["sources"][0]["model"] = "org/Other"
     recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
     with pytest.raises(UserError, match="several models, 'org/Name' and 'org/Other'"):
-        HealJob(config, read_settings(config), None)
+        Heal(config, read_settings(config), None)
 
 
 # ---- mistakes

@@ -23,9 +23,9 @@ from PIL import Image
 import jaxup
 from jaxup.depth.plan import Row
 from jaxup.errors import UserError
-from jaxup.model.spec import flatten
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Decoder, abstract
+from jaxup.model.spec import flatten
 
 ROOT = Path(jaxup.__file__).parent
 CONFIG = ModelConfig.llama(

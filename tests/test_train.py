@@ -305,12 +305,12 @@ def documented_commands():
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_commands_parse(command):
     """Each command line names an entry point, files, variants and keys that exist."""
-    from jaxup import experiment
+    from jaxup.experiments.config import load
 
     words = shlex.split(command[command.index("-m jaxup.") :])
     if words[1] == "jaxup.train":
         args, overrides = train.parse_args(words[1:])
-        experiment.load(args.config, overrides)
+        load(args.config, overrides)
     else:
         modules = {"jaxup.generate": generate, "jaxup.export": export, "jaxup.plan": plan, "jaxup.build": build}
         args = modules[words[1]].parse_args(words[1:])
@@ -319,7 +319,7 @@ def test_documented_commands_parse(command):
 
 
 def test_documented_flags_exist():
-    from jaxup import experiment
+    from jaxup.experiments.config import load
 
     def has(config, key):
         for part in key.split("."):
@@ -328,14 +328,15 @@ def test_documented_flags_exist():
             config = config[part]
         return True
 
-    configs = [experiment.load(name) for name in ("inherit_gpt2.py", "heal.py")]
+    configs = [load(name) for name in ("inherit_gpt2.py", "heal.py")]
     keys = set(re.findall(r"--config\.([\w.]+)", DOCS))
     assert len(keys) > 15
     assert [key for key in keys if not any(has(config, key) for config in configs)] == []
 
 
 @pytest.mark.parametrize(
-    "module", [f"jaxup{name}" for name in ("", ".train", ".generate", ".plan", ".build", ".__main__", ".experiment")]
+    "module",
+    [f"jaxup{name}" for name in ("", ".train", ".generate", ".plan", ".build", ".__main__", ".experiments.config")],
 )
 def test_start_up_imports_nothing_heavy(module):
     heavy = "jax flax numpy torch transformers orbax tensorstore matplotlib datasets"

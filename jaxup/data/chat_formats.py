@@ -29,7 +29,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -330,11 +330,13 @@ class TemplateFormat(Format):
             raise UserError(f"the chat template refuses the conversation: {reason}{_NAME_ONE}") from None
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, message: str, system: str | None = None) -> list[int]:
-    """A user's message as the tokenizer's chat template spells it, up to where the reply begins."""
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, message: str | Sequence[Mapping[str, str]], system: str | None = None
+) -> list[int]:
+    """A user's message, or a chat's messages, as the tokenizer's template spells it, up to where the reply begins."""
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template")
-    messages = [{"role": "user", "content": message}]
+    messages = [{"role": "user", "content": message}] if isinstance(message, str) else list(message)
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     try:

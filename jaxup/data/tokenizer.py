@@ -22,6 +22,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 # What a directory with a tokenizer has at least one of.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 
+_PLACE = ("data.", "tokenizer")  # of mistakes
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and END_OF_TEXT
 
@@ -33,9 +34,9 @@ def bpe_vocab_size(spec: str) -> int | None:
     size = spec.removeprefix("bpe:")
     if not re.fullmatch(r"[0-9]{1,9}", size) or int(size) < SMALLEST_VOCABULARY:
         raise UserError(
-            f"data.tokenizer: {spec!r}: write bpe:N to train a vocabulary of N >= {SMALLEST_VOCABULARY} tokens"
-            " on the source, such as bpe:8192"
-        )
+            f"{spec!r}: write bpe:N to train a vocabulary of N >= {SMALLEST_VOCABULARY} tokens"
+            " on the source, such as bpe:8192", at=_PLACE,
+        )  # fmt: skip
     return int(size)
 
 
@@ -45,14 +46,14 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     No code that comes with a tokenizer is ever run. Raises UserError, in one line, on any failure.
     """
     if bpe_vocab_size(spec):
-        raise UserError(f"data.tokenizer: {spec!r} is trained when a token store is made; there is none to load")
+        raise UserError(f"{spec!r} is trained when a token store is made; there is none to load", at=_PLACE)
     path = Path(spec).expanduser()
     if path.is_dir():
         if not any((path / file).exists() for file in _FILES):
-            raise UserError(f"data.tokenizer: no tokenizer in {spec}: none of {', '.join(_FILES)}")
+            raise UserError(f"no tokenizer in {spec}: none of {', '.join(_FILES)}", at=_PLACE)
         return _from_pretrained(spec, str(path))
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec):
-        raise UserError(f"data.tokenizer: no such directory: {spec}")
+        raise UserError(f"no such directory: {spec}", at=_PLACE)
     try:
         return _from_pretrained(spec, spec, local_files_only=True)
     except UserError:
@@ -66,7 +67,7 @@ def _from_pretrained(spec: str, path: str, **kwargs) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
     except Exception as error:  # OSError, ValueError, KeyError, tokenizers' bare Exception, ...
         reason = first_line(error)
-        raise UserError(f"data.tokenizer: cannot load {spec}: {reason}") from None
+        raise UserError(f"cannot load {spec}: {reason}", at=_PLACE) from None
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -78,7 +79,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"data.tokenizer: a vocabulary of {vocab_size} is too small; at least {SMALLEST_VOCABULARY}")
+        raise UserError(f"a vocabulary of {vocab_size} is too small; at least {SMALLEST_VOCABULARY}", at=_PLACE)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

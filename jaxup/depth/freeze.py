@@ -45,7 +45,7 @@ def trainable(
     try:
         pattern = re.compile(parameters)
     except re.error as error:
-        raise UserError(f"freeze: parameters={parameters!r} is not a regular expression: {error}") from None
+        raise UserError(f"parameters={parameters!r} is not a regular expression: {error}", at="freeze") from None
 
     def mask(keys: Any, leaf: Any) -> np.ndarray:
         path = jax.tree_util.keystr(keys, simple=True, separator=".")
@@ -58,7 +58,7 @@ def trainable(
     if not any(leaf.any() for leaf in jax.tree.leaves(masks)):
         chosen = f"{layers} without {freeze}" if freeze else layers
         kind = f"no layers are {chosen}" if not rows.any() else f"no parameter's path contains {parameters!r}"
-        raise UserError(f"freeze: nothing would train: {kind}")
+        raise UserError(f"nothing would train: {kind}", at="freeze")
     return masks
 
 
@@ -73,12 +73,11 @@ def _rows(plan: DepthPlan, layers: str | Sequence[int]) -> np.ndarray:
         match = re.fullmatch(r"\s*(\d{1,9})\s*(?::\s*(\d{1,9})\s*)?", item)
         if match is None:
             known = ["all", *_ROLES]
-            raise UserError(f"freeze: layers={item!r} is no layer and no range such as 9:12{suggest(item, known)}")
+            raise UserError(f"layers={item!r} is no layer and no range such as 9:12{suggest(item, known)}", at="freeze")
         first, stop = int(match[1]), int(match[2] or int(match[1]) + 1)
         if first >= stop or stop > plan.num_layers:
-            raise UserError(
-                f"freeze: layers {str(item).strip()!r}: the model has layers 0:{plan.num_layers}, half open"
-            )
+            shown = str(item).strip()
+            raise UserError(f"layers {shown!r}: the model has layers 0:{plan.num_layers}, half open", at="freeze")
         chosen += range(first, stop)
     return np.isin(np.arange(plan.num_layers), chosen)
 

@@ -173,8 +173,8 @@ def _headers(
     single, index = pickles.SINGLE, pickles.INDEX
     pickled = next((file for file in (single, index) if storage.exists(file)), None)
     if pickled is None or not allow_pickle:
-        hint = f"; {pickled!r} is a pickle: allow_pickle (--allow-pickle) reads it with PyTorch" if pickled else ""
-        raise UserError(f"{storage.name}: no {SINGLE} and no {INDEX}{hint}")
+        hint = f"{pickled!r} is a pickle: allow_pickle (as a flag --allow-pickle) reads it with PyTorch"
+        raise UserError(f"no {SINGLE} and no {INDEX}", at=storage.name, hint=hint if pickled else "")
     if pickled == single:
         infos, values = pickles.load(storage, single)
         return infos, [single], values

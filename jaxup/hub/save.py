@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
 
+from jaxup.depth.plan import DepthPlan
 from jaxup.files.storage import split_revision
 from jaxup.hub import writer
 from jaxup.hub.card import model_card
 from jaxup.hub.directory import PLAN, carried_files
-from jaxup.model.decoder import Decoder
+from jaxup.model.config import ModelConfig
+from jaxup.model.decoder import Decoder, Params
 
 
 def save(
@@ -51,18 +54,25 @@ def save(
         tokenizer = load_tokenizer(os.fspath(tokenizer))
     carried = {} if origin is None or tokenizer is not None else carried_files(origin.path, origin.revision)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    plan = None if origin is None else origin.plan
-    card = model_card(
-        model.config, title=Path(out).name, dtype=dtype or writer.main_dtype(params), plan=plan,
-        source=origin.path if origin else "a model made in Python", base_models=base_models(origin),
-    )  # fmt: skip
-    writer.save(
-        out, model.config, params, tokenizer=tokenizer, dtype=dtype,
+    write_model(
+        out, model.config, params, title=Path(out).name, source=origin.path if origin else "a model made in Python",
+        plan=None if origin is None else origin.plan, base_models=base_models(origin), dtype=dtype, tokenizer=tokenizer,
         model_type=origin.model_type if origin else None, carried=carried,
         hf_extra={name: list(i) if isinstance(i, tuple) else i for name, i in origin.token_ids} if origin else None,
-        card=card, extra_files={PLAN: plan.to_yaml()} if plan else None, force=force,
-        max_shard_size=max_shard_size, progress=progress,
+        force=force, max_shard_size=max_shard_size, progress=progress,
     )  # fmt: skip
+
+
+def write_model(
+    out: str | os.PathLike, config: ModelConfig, params: Params, *, title: str, source: str,
+    plan: DepthPlan | None = None, base_models: Iterable[str] = (), dtype: str | None = None, **how: Any,
+) -> None:  # fmt: skip
+    """`writer.save` with a card, of which see `model_card` for the arguments, and with the plan."""
+    card = model_card(
+        config, title=title, dtype=dtype or writer.main_dtype(params), plan=plan, source=source, base_models=base_models
+    )
+    extra = {} if plan is None else {PLAN: plan.to_yaml()}
+    writer.save(Path(out), config, params, dtype=dtype, card=card, extra_files=extra, **how)
 
 
 def base_models(origin: Any) -> list[str]:

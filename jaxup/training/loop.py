@@ -35,7 +35,9 @@ from jaxup.text import read_json, write_atomically
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.metrics import MetricsLog, peak_flops
 from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from jaxup.training.partition import EVERYTHING, Selection, digest
+from jaxup.training.partition import digest
+from jaxup.training.rundir import write_json
+from jaxup.training.selection import EVERYTHING, Selection
 from jaxup.training.sharding import BATCH_AXES, local_rows, place_batch, state_shardings
 from jaxup.training.signals import StopRequest
 from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step
@@ -74,6 +76,7 @@ class Run:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
     name: str
+    kind: str  # what it is in its run: reference, target, control, pretrained, base, before, healed or merged
     origin: str  # how it was initialised, in words
     layers: int
     params: int
@@ -99,35 +102,47 @@ def random_params(run: Run, model: ModelConfig) -> Params:
     return jax.jit(lambda: init(model, run.settings.seed), out_shardings=param_shardings(model, run.mesh))()
 
 
-def load_trained(run: Run, name: str, wanted: Params) -> Params:
+def load_trained(run: Run, result: Result, wanted: Params) -> Params:
     """The parameters of a finished model of this run, or those of them that trained, like the abstract `wanted`."""
-    directory = run.directory / "checkpoints" / name
+    directory = run.directory / "checkpoints" / result.name
     with Checkpoints(directory, keep=run.settings.keep_checkpoints) as checkpoints:
-        steps, latest = read_result(directory).steps, checkpoints.latest
+        steps, latest = result.steps, checkpoints.latest
         if latest != steps:
             there = "; there is none" if latest is None else f"; that of step {latest} is there"
             raise UserError(
                 f"{directory}: finished at step {steps}, and that checkpoint is gone{there}: "
                 "delete result.json beside it to train on from what there is"
             )
-        return checkpoints.restore_params(latest, wanted)
+        return checkpoints.restore_params(steps, wanted)
 
 
 def read_result(directory: Path) -> Result | None:
     """That of the finished model whose checkpoints are in `directory`, or None."""
     stored = read_json(directory / "result.json")
+    if stored is None:
+        return None
     try:
-        return None if stored is None else Result(**stored)
+        return Result(**{key: value for key, value in stored.items() if key != "format"})
     except TypeError:
         raise UserError(f"{directory}/result.json: damaged, or of another version; delete it to finish again") from None
 
 
+def write_result(directory: Path, result: Result) -> None:
+    """Marks the model as finished; one of several processes does."""
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "result.json", dataclasses.asdict(result))
+
+
 def abstract_params(model: ModelConfig, mesh: Mesh) -> Params:
     """The params tree as ShapeDtypeStructs with their shardings."""
+    return laid_out(abstract(model)[1], param_shardings(model, mesh))
+
+
+def laid_out(tree: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs with these shardings."""
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract(model)[1],
-        param_shardings(model, mesh),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
     )
 
 
@@ -163,11 +178,7 @@ def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, sel
         join=jax.jit(
             lambda params, *frozen: partition.join(params, *frozen) if frozen else params, out_shardings=whole
         ),
-        abstract_state=jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract_state,
-            shardings,
-        ),
+        abstract_state=laid_out(abstract_state, shardings),
     )
 
 
@@ -204,7 +215,7 @@ class _StopNow(Exception):
 
 
 def train_model(
-    run: Run, name: str, model: ModelConfig, *, steps: int, origin: str, initialise: Callable[[], Params],
+    run: Run, name: str, model: ModelConfig, *, kind: str, steps: int, origin: str, initialise: Callable[[], Params],
     plan: DepthPlan | None = None, selection: Selection = EVERYTHING, milestones: frozenset[int] = frozenset(),
     about: dict[str, Any] | None = None,
 ) -> Result:  # fmt: skip
@@ -217,7 +228,7 @@ def train_model(
     """
     directory = run.directory / "checkpoints" / name
     if jax.process_index() == 0:
-        describe_model(directory, run, model, plan, **(about or {}))
+        describe_model(directory, run, kind, model, plan, **(about or {}))
     if stored := read_result(directory):
         print(f"{name}: finished before, validation loss {stored.val_loss:.4f}", flush=True)
         return stored
@@ -250,20 +261,21 @@ def train_model(
             raise RuntimeError(f"{name}: parameters that do not train have changed: a fault of memory or device")
         sample = run.sample(model, program.join(state.params, *frozen))
     result = Result(
-        name=name, origin=origin, layers=model.num_layers, params=count_params(model), steps=steps,
+        name=name, kind=kind, origin=origin, layers=model.num_layers, params=count_params(model), steps=steps,
         tokens=steps * run.settings.batch_size * run.data.seq_len, val_loss=val_loss,
         seconds=round(time.monotonic() - began, 1), sample=sample, trained=trained,
     )  # fmt: skip
-    if jax.process_index() == 0:
-        write_atomically(directory / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
+    write_result(directory, result)
     return result
 
 
-def describe_model(directory: Path, run: Run, model: ModelConfig, plan: DepthPlan | None, **more: Any) -> None:
-    """Writes model.json: what `jaxup.export` needs besides a checkpoint."""
-    about = {"model": dataclasses.asdict(model), "store": run.data.store, "plan": plan and plan.to_yaml(), **more}
+def describe_model(
+    directory: Path, run: Run, kind: str, model: ModelConfig, plan: DepthPlan | None, **more: Any
+) -> None:
+    """Writes model.json: what an export needs besides a checkpoint."""
+    about = {"kind": kind, "model": dataclasses.asdict(model), "store": run.data.store, "plan": plan and plan.to_yaml()}
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "model.json", json.dumps(about, indent=1))
+    write_json(directory / "model.json", about | more)
 
 
 def check_digest(directory: Path, params: Any) -> str:

@@ -6,7 +6,6 @@ that nothing is returned for, so its every bit stays as it is.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -87,17 +86,6 @@ class Partition:
         trained = {path: flat[path] for path, mask in self._masks.items() if mask.any()}
         frozen = {path: flat[path] for path, mask in self._masks.items() if not mask.all()}
         return unflatten(trained), unflatten(frozen)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Selection:
-    """What trains, and how fast; as a key of a cache it is only itself."""
-
-    partition: Any = None  # a Partition, or something that does what it does; None: everything trains
-    rates: Params | None = None  # what the learning rate of each trained leaf is multiplied by; None: 1
-
-
-EVERYTHING = Selection()
 
 
 def digest(tree: Any) -> str:

@@ -1,6 +1,8 @@
 """The run directory: one writer at a time, one configuration, nothing half written.
 
 config.json  inputs.json  plan.yaml  metrics.jsonl  checkpoints/MODEL/STEP/  plots/  export/  SUMMARY.md
+
+Its JSON files have a `format`; those from before there was one are of format 1.
 """
 
 from __future__ import annotations
@@ -17,6 +19,13 @@ from typing import Any
 
 from jaxup.errors import UserError
 from jaxup.text import read_json, write_atomically
+
+FORMAT = 2
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """A file of the run, with its format."""
+    write_atomically(path, json.dumps({"format": FORMAT, **values}, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -46,6 +55,14 @@ def check_directory(directory: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{path}: is a file, not a directory for runs")
     stored = read_json(directory / "config.json")
     if stored is not None:
+        if "model_type" in stored:
+            raise UserError(f"{directory}: holds a model, not a run; choose another --workdir")
+        if (format := stored.pop("format", 1)) != FORMAT:
+            when = "an earlier" if format < FORMAT else "a later"
+            raise UserError(
+                f"{directory}: made by {when} version of jaxup (format {format}, here {FORMAT}), which this one cannot "
+                "resume; choose another --workdir (`jaxup export` still writes its models)"
+            )
         differences = list(_differences(stored, json.loads(json.dumps(config))))
         if differences:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
@@ -57,18 +74,20 @@ def check_directory(directory: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{directory}: not empty and not a run directory (no config.json); choose another --workdir")
 
 
-def check_inputs(directory: Path, inputs: dict[str, str], *, write: bool) -> None:
-    """Refuses to go on with other inputs than the run was begun with: files may change while their names stay."""
-    path = directory / "inputs.json"
-    stored = read_json(path)
-    if stored is None:
-        if write:
-            write_atomically(path, json.dumps(inputs, indent=1))
-    elif differing := [key for key in inputs if stored.get(key) != inputs[key]]:
+def begin(directory: Path, config: dict[str, Any], inputs: dict[str, str]) -> None:
+    """Writes config.json and inputs.json, or refuses to go on with others than the run was begun with.
+
+    `inputs` say what may change while the configuration stays: a file that it names.
+    """
+    check_directory(directory, config)
+    stored = read_json(directory / "inputs.json")
+    if stored is not None and (differing := [key for key in inputs if stored.get(key) != inputs[key]]):
         raise UserError(
             f"{directory}: this run was begun with {' and '.join(f'another {key}' for key in differing)}: "
             "put back what it was, or choose another --workdir"
         )
+    write_json(directory / "config.json", config)
+    write_json(directory / "inputs.json", inputs)
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[str]:

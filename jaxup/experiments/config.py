@@ -20,28 +20,32 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 T = TypeVar("T")
+_PACKAGE = Path(__file__).parent.parent
+SHIPPED = (_PACKAGE.parent / "configs", _PACKAGE / "configs")  # in a clone, and as installed
 
 
-def find(name: str) -> Path:
-    """The experiment file: as given, else in `configs/` here, beside the package, or in it."""
-    package = Path(__file__).parent
-    folders = [Path("configs"), package.parent / "configs", package / "configs"]
-    path = Path(name).expanduser()
-    for candidate in [path, *(folder / name for folder in folders if not path.is_absolute())]:
-        for file in (candidate, candidate.with_name(candidate.name + ".py")):
+def find(name: str, *, shipped: bool = False) -> Path:
+    """The experiment file: as given, else in `configs/` here, else the shipped one, which alone `shipped` looks for."""
+    path, folders = Path(name).expanduser(), SHIPPED if shipped else (Path("configs"), *SHIPPED)
+    for candidate in [*([] if shipped else [path]), *(folder / path for folder in folders)]:
+        for file in (candidate, Path(f"{candidate}.py")):
             if file.is_file():
                 return file
     known = sorted({file.name for folder in folders for file in folder.glob("*.py")})
-    raise UserError(f"--config: no experiment file {name!r}{suggest(name, known)}")
+    raise UserError(f"no experiment file {name!r}{suggest(name, known)}", at="--config")
 
 
-def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
-    """The locked, resolved configuration of `FILE[:VARIANT]` with `(dotted key, text)` overrides."""
+def load(spec: str, overrides: Iterable[tuple[str, str]] = (), *, shipped: bool = False) -> ConfigDict:
+    """The locked, resolved configuration of `FILE[:VARIANT]` with `(dotted key, text)` overrides.
+
+    An experiment file that changes a shipped one begins with `load("heal.py:VARIANT", shipped=True)`: so it finds it
+    from wherever it lies.
+    """
     name, _, variant = spec.partition(":")
-    path = find(name)
+    path = find(name, shipped=shipped)
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    if module_spec is None:
-        raise UserError(f"--config: {path} is not a Python file")
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"{path} is not a Python file", at="--config")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
@@ -50,11 +54,11 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     except ImportError as error:
         raise UserError(f"{path}: {error}") from None
     if not hasattr(module, "get_config"):
-        raise UserError(f"--config: {path} defines no get_config(arg)")
+        raise UserError(f"{path} defines no get_config(arg)", at="--config")
     try:
         config = module.get_config(variant)
     except UserError as error:
-        raise UserError(f"--config={spec}: {error}") from None
+        raise error.within(f"--config={spec}") from None
     config.lock()
     for key, text in overrides:
         _override(config, key, text)

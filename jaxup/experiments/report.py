@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxup.text import backticks, write_atomically
 from jaxup.training.loop import Result
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PRETRAINED = ("base", "before")  # kinds that a run begins with: what it trains starts as good as they are
+
 
 def write_summary(
     directory: Path, title: str, results: Sequence[Result], plan_text: str, notes: Sequence[str],
-    *, plan_title: str = "The final target's plan",
+    *, plan_title: str,
 ) -> str:  # fmt: skip
     """Writes and returns SUMMARY.md; the first result is what the others are compared with."""
     reference = results[0]
@@ -37,22 +43,10 @@ def write_summary(
     return text
 
 
-def plot_validation(
-    directory: Path, title: str, results: Sequence[Result], records: Sequence[dict[str, Any]], *,
-    pretrained: bool = False,
-) -> Path:  # fmt: skip
-    """Draws validation loss against steps, all models in one picture; returns the PNG's path.
-
-    `pretrained`: all models begin as good as the first, and what they begin with is shown.
-    """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    reference = results[0]
-    axes.axhline(reference.val_loss, color="0.6", linestyle="--", linewidth=1)
+def plot_validation(directory: Path, title: str, results: Sequence[Result], records: Sequence[dict[str, Any]]) -> Path:
+    """Draws validation loss against steps, all models in one picture; returns the PNG's path."""
+    reference, pretrained = results[0], results[0].kind in _PRETRAINED
+    figure, axes = _figure(reference)
     low = high = reference.val_loss
     last = max([r.steps for r in results] + [1])
     for index, result in enumerate(results):
@@ -60,8 +54,8 @@ def plot_validation(
         if not points:
             continue
         label = f"{result.name} ({result.layers} layers): {result.val_loss:.3f}"
-        style = {"linestyle": ":"} if result.name.startswith("control") else {}
-        axes.plot(*zip(*points), label=label, color=f"C{index}", marker=".", linewidth=1.8, **style)
+        line = ":" if result.kind == "control" else "-"
+        axes.plot(*zip(*points), label=label, color=f"C{index}", marker=".", linewidth=1.8, linestyle=line)
         # The untrained models' loss at step 0, ln(vocabulary), would flatten everything else.
         shown = [loss for step, loss in points if pretrained or step >= 0.1 * result.steps]
         low, high = min([low, *shown]), max([high, *shown])
@@ -76,24 +70,20 @@ def plot_validation(
     return _saved(figure, directory / "plots" / "validation_loss.png")
 
 
-def plot_layers(directory: Path, title: str, results: Sequence[Result]) -> Path:
-    """Draws final validation loss against layers: reference, targets, controls; returns the PNG's path."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+def plot_layers(directory: Path, title: str, results: Sequence[Result]) -> Path | None:
+    """Draws final validation loss against layers, if there are targets of several sizes; returns the PNG's path."""
+    if len({r.layers for r in results if r.kind == "target"}) < 2:
+        return None
     reference = results[0]
     kinds = {"target": ("inherited", "C1", "-"), "control": ("control, from random", "C2", ":")}
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    axes.axhline(reference.val_loss, color="0.6", linestyle="--", linewidth=1)
+    figure, axes = _figure(reference)
     axes.plot(
         reference.layers, reference.val_loss, "o", color="C0",
         label=f"reference ({reference.layers} layers): {reference.val_loss:.3f}",
     )  # fmt: skip
     for kind, (label, color, line) in kinds.items():
-        for steps in sorted({r.steps for r in results[1:] if r.name.startswith(kind)}):
-            points = sorted((r.layers, r.val_loss) for r in results if r.name.startswith(kind) and r.steps == steps)
+        for steps in sorted({r.steps for r in results if r.kind == kind}):
+            points = sorted((r.layers, r.val_loss) for r in results if r.kind == kind and r.steps == steps)
             longer = "" if steps == results[1].steps else f", {steps:,} steps"
             axes.plot(*zip(*points), marker="o", color=color, linestyle=line, label=label + longer)
             if kind == "target":
@@ -101,18 +91,25 @@ def plot_layers(directory: Path, title: str, results: Sequence[Result]) -> Path:
                     axes.annotate(f"{loss:.3f}", (layers, loss), textcoords="offset points", xytext=(7, 5),
                                   fontsize=8, color="0.3")  # fmt: skip
     axes.set(xlabel="layers", ylabel="final validation loss (nats per token)", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.margins(y=0.12)
     return _saved(figure, directory / "plots" / "loss_by_layers.png")
 
 
-def _saved(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
+def _figure(reference: Result) -> tuple[Figure, Axes]:
+    """With a line where the reference is. Without pyplot, whose figures and backend are a notebook's own."""
+    from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(reference.val_loss, color="0.6", linestyle="--", linewidth=1)
+    return figure, axes
+
+
+def _saved(figure: Figure, path: Path) -> Path:
     (axes,) = figure.axes
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=140)
-    plt.close(figure)
     return path

@@ -1,0 +1,184 @@
+"""What all kinds of experiments share: their settings, what they measure, and what they leave behind."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import numpy as np
+
+from jaxup.depth.apply import apply
+from jaxup.errors import UserError, suggest
+from jaxup.experiments import report
+from jaxup.experiments.config import section
+from jaxup.hub.save import write_model
+from jaxup.model import sampling
+from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.decoder import init
+from jaxup.model.sharding import param_shardings
+from jaxup.model.spec import count_params
+from jaxup.text import printable
+from jaxup.training.loop import Result, Run, Settings, evaluate, read_result, write_result
+from jaxup.training.optimizer import OptimizerConfig, learning_rate
+from jaxup.training.step import StepConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from ml_collections import ConfigDict
+
+    from jaxup.data.batches import TokenData
+    from jaxup.data.chat import ChatData
+    from jaxup.depth.plan import DepthPlan
+    from jaxup.model.decoder import Params
+
+
+class Experiment(abc.ABC):
+    """One kind of experiment, from its configuration on: made, then `open_data`, then `carry_out`.
+
+    What cannot work is refused by the first two, before anything is written.
+    """
+
+    sections: ClassVar[tuple[str, ...]]  # that its configurations must have, besides those that all have
+    data: TokenData | ChatData  # once opened, as all that follows; its str() is one line
+    steps: int
+    inputs: dict[str, str]  # what must be the same when the run resumes, and is not in the configuration
+    sample: Callable[[ModelConfig, Params], str]  # a short text by a model
+
+    def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
+        self._config, self._settings, self._mesh = config, settings, mesh
+
+    @abc.abstractmethod
+    def open_data(self, root: str) -> None:
+        """Opens the data; makes what is not there yet under the directory `root`."""
+
+    def report(self) -> str:
+        """What to say of the data before training."""
+        return ""
+
+    @abc.abstractmethod
+    def carry_out(self, run: Run, title: str) -> None:
+        """Trains, and leaves export, plots and SUMMARY.md in the run's directory."""
+
+    def _check_positions(self, model: ModelConfig) -> None:
+        seq_len = self._config.data.seq_len
+        if model.positions == "learned" and model.max_positions < seq_len:
+            raise UserError(f"data.seq_len={seq_len} exceeds the model's {model.max_positions} positions")
+
+    def _count_steps(self, model: ModelConfig) -> None:
+        """Of the data just opened, for a model that must know its tokens."""
+        if model.vocab_size < self.data.vocab_size:
+            tokens = self.data.vocab_size
+            raise UserError(f"the tokenizer has {tokens} tokens, the model only {model.vocab_size}", at="data")
+        self.steps = self._config.steps or self._steps_of(self._config.epochs)
+        learning_rate(self._settings.optimizer, self.steps)  # refuses a warmup that does not fit
+
+    def _steps_of(self, epochs: int) -> int:
+        """Updates until each training row was seen so often."""
+        return -(-epochs * self.data.train_rows // self._settings.batch_size)
+
+    def _sampler(self, prompt: list[int], ends: tuple[int, ...] = ()) -> Callable[[ModelConfig, Params], str]:
+        """The text of a model after the prompt, up to one of `ends`; pure, given the seed."""
+        c, data = self._config, self.data
+
+        def sample(model: ModelConfig, params: Params) -> str:
+            count = min(c.sample.tokens, model.max_positions - len(prompt))
+            steps = sampling.generate(
+                model, params, np.asarray([prompt], np.int32), max_tokens=count, temperature=c.sample.temperature,
+                top_k=c.sample.top_k, seed=c.seed, vocab_size=data.vocab_size, eos_ids=ends,
+            )  # fmt: skip
+            # A model's tokenizer and template are not to be trusted with a terminal.
+            return printable(data.tokenizer.decode([*prompt, *(int(t[0]) for t in steps if t[0] >= 0)]))
+
+        return sample
+
+    def _finish(
+        self, run: Run, title: str, results: Sequence[Result], model: ModelConfig, params: Params, plan: DepthPlan, *,
+        export: Mapping[str, Any], notes: Sequence[str] = (), plan_title: str, loss_of: str,
+    ) -> None:  # fmt: skip
+        """The export of the run's final model, the pictures and SUMMARY.md; every process calls it."""
+        write_model(run.directory / "export", model, params, title=title, plan=plan, force=True, **export)
+        if jax.process_index() != 0:
+            return
+        report.plot_validation(run.directory, title, results, run.log.read())
+        report.plot_layers(run.directory, title, results)
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        losses = f"Losses are nats per {loss_of} over the same validation rows."
+        first = f"{run.data}; seed {run.settings.seed}; {devices}. {losses}"
+        print(report.write_summary(run.directory, title, results, str(plan), [first, *notes], plan_title=plan_title))
+
+
+def build(run: Run, plan: DepthPlan, model: ModelConfig, source: Callable[[], Params]) -> Params:
+    """The plan applied to its one source's sharded parameters, under jit; what is not inherited is fresh."""
+    ((name, _),) = plan.sources
+
+    def result(params: Params) -> Params:
+        return apply(plan, {name: params}, init(model, run.settings.seed))
+
+    return jax.jit(result, out_shardings=param_shardings(model, run.mesh))(source())
+
+
+def measured(
+    run: Run, name: str, model: ModelConfig, *, kind: str, origin: str, params: Callable[[], Params]
+) -> Result:
+    """What a model that is there reaches, and a sample of it; kept, so that resuming does not load it again."""
+    directory = run.directory / "checkpoints" / name
+    if stored := read_result(directory):
+        return stored
+    loaded = params()
+    result = Result(
+        name=name, kind=kind, origin=origin, layers=model.num_layers, params=count_params(model), steps=0, tokens=0,
+        val_loss=evaluate(run, model, loaded), seconds=0.0, sample=run.sample(model, loaded),
+    )  # fmt: skip
+    print(f"{name}: {origin}; validation loss {result.val_loss:.4f}", flush=True)
+    write_result(directory, result)
+    return result
+
+
+_LEAST = {
+    "step.accumulation": 1, "step.loss_chunk": 1, "eval.rows": 0, "eval.interval": 1, "log.interval": 1,
+    "checkpoint.interval": 1, "checkpoint.keep": 1,
+}  # fmt: skip
+
+
+def read_settings(config: ConfigDict) -> Settings:
+    optimizer = section(OptimizerConfig, config.optimizer)
+    if (config.steps > 0) == (config.epochs > 0) or min(config.steps, config.epochs) < 0:
+        raise UserError(f"steps={config.steps}, epochs={config.epochs}: one of them must be positive, the other 0")
+    for key, least in _LEAST.items():
+        value = functools.reduce(operator.getitem, key.split("."), config)
+        if value < least:
+            raise UserError(f"{key} must be at least {least}, not {value}", hint="" if least else "0 = all")
+    # Refuses an unknown schedule or a warmup that does not fit; how many steps epochs are, the data will say.
+    learning_rate(optimizer, config.steps or optimizer.warmup_steps)
+    return Settings(
+        seed=config.seed, batch_size=config.batch_size, optimizer=optimizer, step=section(StepConfig, config.step),
+        compute=section(Compute, config.compute), eval_interval=config.eval.interval, eval_rows=config.eval.rows,
+        eval_batch_size=config.eval.batch_size, log_interval=config.log.interval,
+        checkpoint_interval=config.checkpoint.interval, keep_checkpoints=config.checkpoint.keep,
+    )  # fmt: skip
+
+
+def new_model(section: ConfigDict, tokens: int = 1) -> ModelConfig:
+    """The ModelConfig of a `model` section.
+
+    `model.family` names the constructor that takes the section's other keys. vocab_size 0 there
+    means that of the tokenizer, `tokens`, rounded up to a multiple of 64.
+    """
+    families: dict[str, Callable[..., ModelConfig]] = {"gpt2": ModelConfig.gpt2, "llama": ModelConfig.llama}
+    values = section.to_dict()
+    family = values.pop("family")
+    if family not in families:
+        raise UserError(f"unknown {family!r}{suggest(family, families)}", at="model.family")
+    known = inspect.signature(families[family]).parameters
+    for key in values.keys() - known:
+        raise UserError(f"a {family} model has no such setting{suggest(key, known)}", at=f"model.{key}")
+    for key in [name for name, parameter in known.items() if parameter.default is parameter.empty]:
+        if key not in values:
+            raise UserError(f"a {family} model needs it, and this experiment does not set it", at=f"model.{key}")
+    values["vocab_size"] = values["vocab_size"] or -(-tokens // 64) * 64
+    return families[family](**values)

@@ -1,0 +1,158 @@
+"""What experiment files start from: every key, what it means, and what most files set it to."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def defaults(kind: str, *, small: bool) -> ConfigDict:
+    """The configuration of an experiment of this kind, of which a file then says what is its own.
+
+    `small`: of a size for a CPU, else for a pod of accelerators. A section takes no new keys, so what a
+    file misspells fails. A file may add sections.
+    """
+    c = ConfigDict()
+    c.experiment = kind  # one of jaxup.experiments.KINDS
+    c.seed = 0  # of initialisation and batches
+    c.steps = 0  # updates of each model; or
+    c.epochs = 0  # instead of steps: passes over the training rows that `data` leaves
+    c.batch_size = 16  # rows of an update
+
+    c.optimizer = optimizer()
+    c.step = ConfigDict()
+    c.step.accumulation = 1  # micro-batches that make up a batch
+    c.step.loss_chunk = 128  # positions whose logits are there at once
+    c.step.z_loss = 0.0
+
+    c.compute = ConfigDict()
+    c.compute.dtype = "float32" if small else "bfloat16"  # of activations
+    c.compute.attention = "auto"  # see jaxup.model.attention
+    c.compute.remat = "none" if small else "full"  # what the backward pass computes again: none, dots, full
+    c.compute.unroll = 0 if small else 1  # layers per iteration of the scan; 0 = all, which is faster on a CPU
+    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left
+    c.mesh.data = -1 if small else 1
+    c.mesh.fsdp = 1 if small else -1
+    c.mesh.tensor = 1
+
+    c.eval = ConfigDict()
+    c.eval.interval = 1000  # steps
+    c.eval.rows = 128 if small else 512  # the first so many of validation; 0 = all
+    c.eval.batch_size = 32 if small else 64
+    c.log = ConfigDict()
+    c.log.interval = 10  # steps
+    c.log.trackers = ()  # "tensorboard", "wandb"
+    c.checkpoint = ConfigDict()
+    c.checkpoint.interval = 1000  # steps
+    c.checkpoint.keep = 2  # the newest so many
+    c.sample = ConfigDict()  # the text of each model in SUMMARY.md
+    c.sample.prompt = "def " if small else "The"
+    c.sample.tokens = 60
+    c.sample.temperature = 0.8  # 0 = always the likeliest token
+    c.sample.top_k = 50  # draw from the likeliest so many; 0 = from all
+    if kind in _SECTIONS:
+        _SECTIONS[kind](c)
+    for key in c:
+        if isinstance(c[key], ConfigDict):
+            c[key].lock()
+    return c
+
+
+def optimizer() -> ConfigDict:
+    """AdamW with a schedule."""
+    c = ConfigDict()
+    c.learning_rate = 1e-3  # the peak
+    c.end_learning_rate = 1e-4  # of the last step, unless the schedule is constant
+    c.schedule = "cosine"  # constant | linear | cosine | wsd
+    c.warmup_steps = 0
+    c.decay_fraction = 0.2  # wsd: the share of the steps, at the end, in which it decays
+    c.b1 = 0.9
+    c.b2 = 0.95
+    c.eps = 1e-8
+    c.weight_decay = 0.1  # of kernels only
+    c.clip_norm = 1.0  # 0 = no clipping
+    return c
+
+
+def text_data() -> ConfigDict:
+    """Documents as rows of tokens."""
+    c = ConfigDict()
+    c.source = "python"  # or files, a directory, a dataset's name
+    c.tokenizer = ""  # bpe:N = train one here; "" = the reference's, if it is a Hugging Face directory
+    c.seq_len = 128
+    c.val_fraction = 0.05
+    c.seed = 2357  # of the split into training and validation, where a source is split at random
+    c.fraction = 1.0  # 0.001 = a random 0.1% of the training rows
+    c.tokens = 0  # instead of a fraction: so many training tokens, 0 = all
+    c.isolate_documents = False
+    c.store = ""  # where the tokens are kept, local or gs://; "" = beside the run directory
+    return c
+
+
+def llama(**sizes: int) -> ConfigDict:
+    """A `model` section; a `vocab_size` of 0 is the tokenizer's, rounded up to a multiple of 64."""
+    return ConfigDict({"family": "llama", "norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_embeddings": False, **sizes})
+
+
+def _inherit(c: ConfigDict) -> None:
+    c.reference = ConfigDict()
+    c.reference.path = ""  # a Hugging Face model, directory, id or gs://, to inherit from instead of training one
+    c.reference.revision = ""  # of a Hub id: branch, tag or commit
+    c.reference.allow_pickle = False  # read pytorch_model.bin if there is no safetensors file
+    c.reference.steps = 0  # to train the reference for, 0 = as many as a target
+    c.reference.all_data = False  # train it on all rows, whatever part of them data.fraction or tokens leaves
+    c.inherit = ConfigDict()
+    c.inherit.layers = 0  # of the first target; 0 = half of the reference's
+    c.inherit.which = "first"  # or "last", or the layers themselves: "0,2,4"
+    c.inherit.parts = ()  # attention, mlp, norms, embed_tokens, embed_positions, norm, lm_head
+    c.inherit.grow_by = 0  # layers, until a target is as good as the reference; 0 = no growing
+    c.inherit.sweep = ""  # instead of growing, targets of so many layers each: "4,6,8"
+    c.inherit.tolerance = 0.01  # nats by which a target may be worse than the reference
+    c.inherit.control = 1  # also a model from random; from 2 on another one, for so many times the steps
+    c.data = text_data()
+
+
+def _heal(c: ConfigDict) -> None:
+    c.base = ConfigDict()
+    c.base.path = ""  # directory, Hub id or URL of the model
+    c.base.revision = ""
+    c.base.models = ()  # NAME=DIR for the models that a plan file names
+    c.base.dtype = ""  # of the parameters that do not train, and of the export; "" = as stored
+    c.base.allow_pickle = False
+    c.plan = ""  # one line, or a file; "" = the base as it is
+
+    # A base that is trained here, if no path is given.
+    c.pretrain = ConfigDict()
+    c.pretrain.steps = 0
+    c.pretrain.batch_size = 16
+    c.pretrain.data = text_data()
+    c.pretrain.optimizer = optimizer()
+
+    c.data = ConfigDict()
+    c.data.files = ""  # "a.jsonl*2,b.parquet*0.5"
+    c.data.layout = ""  # messages, sharegpt, ...; "" = detected for each file
+    c.data.format = ""  # "" = the tokenizer's own chat template
+    c.data.seq_len = 4096
+    c.data.val_files = ""  # "" = a part of the files
+    c.data.val_fraction = 0.01
+    c.data.on_bad = "error"  # or "skip"
+    c.data.packing = True
+    c.data.store = ""
+    c.data.seed = 2357
+
+    c.heal = ConfigDict()
+    c.heal.control = False  # also the base itself, trained on the same batches
+    c.train = ConfigDict()
+    c.train.layers = "all"  # all, copies, originals, new, or layers such as 9:12,20
+    c.train.parameters = ""  # a regular expression: only what has such a path
+    c.train.freeze = ""  # layers that do not train all the same
+    c.train.rates = ConfigDict({"copies": 1.0, "originals": 1.0, "new": 1.0, "ends": 1.0})
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # 0 = no adapters
+    c.lora.alpha = 0.0  # 0 = twice the rank
+    c.lora.quantize = ""  # nf4, int4, int8: what blocks are stored as while training
+    c.lora.tile_size = 64  # values that share a scale
+    c.export = ConfigDict()
+    c.export.dtype = ""  # "" = that of the base
+
+
+_SECTIONS = {"inherit": _inherit, "heal": _heal}

@@ -1,0 +1,341 @@
+"""Healing: train a model of another depth, or any part of it, on chat data, and compare with what it was made of.
+
+1. Take the base, or pretrain one. Build the model by its plan; keep it in the run, in the dtype it came
+   in, as `before`.
+2. Measure the model that the plan begins from (`base`) and `before` on the same validation data: an
+   up-scaled model whose copies are zeroed computes what its base does.
+3. Train what is selected. A checkpoint stays from the end of each epoch.
+4. Train the base itself for the same steps on the same batches: what healing gives beyond training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import nnx
+
+from jaxup.building.vocabulary import with_template
+from jaxup.data.batches import DataConfig, open_data
+from jaxup.data.chat import ChatConfig, ChatData, check_config, check_files, open_chat
+from jaxup.data.chat_formats import end_ids, prompt_ids
+from jaxup.data.tokenizer import load_tokenizer
+from jaxup.depth import picture
+from jaxup.depth.plan import DepthPlan
+from jaxup.depth.recipes import identity
+from jaxup.depth.result import result_config
+from jaxup.errors import UserError, suggest
+from jaxup.experiments.common import Experiment, build, measured, new_model
+from jaxup.experiments.config import section
+from jaxup.families import with_family_biases
+from jaxup.files.shards import DTYPES as SAVED
+from jaxup.hub.directory import carried_files, tokenizer_directory
+from jaxup.hub.load import DTYPES as LOADED
+from jaxup.hub.load import load
+from jaxup.hub.reader import open_checkpoint
+from jaxup.model.config import ModelConfig
+from jaxup.model.decoder import Params, abstract
+from jaxup.model.sharding import param_shardings
+from jaxup.model.spec import flatten, unflatten
+from jaxup.recipes import line as recipe_line
+from jaxup.recipes.open import Recipe, open_recipe, parse_places
+from jaxup.text import parse_json, read_json, write_atomically
+from jaxup.training.checkpoint import Checkpoints
+from jaxup.training.loop import (
+    Result,
+    Run,
+    Settings,
+    abstract_params,
+    check_digest,
+    describe_model,
+    laid_out,
+    load_trained,
+    random_params,
+    train_model,
+)
+from jaxup.training.lora import LoraConfig
+from jaxup.training.optimizer import OptimizerConfig, learning_rate
+from jaxup.training.selection import Selection, TrainConfig, select
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from ml_collections import ConfigDict
+
+BASE, PRETRAINED, BEFORE, HEALED, MERGED, CONTROL = "base", "pretrained", "before", "healed", "merged", "control"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Heal(Experiment):
+    sections = ("base", "pretrain", "heal", "train", "lora", "export")
+    data: ChatData
+
+    def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
+        super().__init__(config, settings, mesh)
+        self._train = section(TrainConfig, {**config.train, "rates": config.train.rates.to_dict()})
+        self._lora = section(LoraConfig, {**config.lora, "alpha": config.lora.alpha or 2.0 * config.lora.rank})
+        if self._lora.quantize and not self._lora.rank:
+            raise UserError(f"lora.quantize={self._lora.quantize}: goes with lora.rank; without adapters all trains")
+        self._chat = section(ChatConfig, config.data)
+        check_config(self._chat)
+        for key, dtype, known in (("base", config.base.dtype, LOADED), ("export", config.export.dtype, SAVED)):
+            if dtype and dtype not in known:
+                raise UserError(f"{key}.dtype={dtype!r}: not known{suggest(dtype, known)}")
+        self._recipe = None if not config.base.path and config.pretrain.steps else self._open_recipe()
+        if self._recipe is None:
+            self._plan = self._own_plan()
+            self._models = {BASE: new_model(config.model)}
+            optimizer = section(OptimizerConfig, config.pretrain.optimizer)
+            learning_rate(optimizer, config.pretrain.steps)
+            self._pretrain = dataclasses.replace(settings, batch_size=config.pretrain.batch_size, optimizer=optimizer)
+        else:
+            self._plan = self._recipe.plan
+            self._models = self._recipe.configs
+        model = result_config(self._plan, self._models)
+        self._check_positions(model)
+        with_family_biases(model)  # what no family can say could not be exported in the end
+        self._select(model, self._plan)
+        if config.heal.control and len(self._models) > 1:
+            raise UserError(f"heal.control: the plan takes from {len(self._models)} models; there is no one base")
+
+    # ---- the plan and the models
+
+    def _own_plan(self) -> DepthPlan:
+        """Of a base that is trained here."""
+        layers, line = self._config.model.num_layers, self._config.plan or f"identity({BASE})"
+        if not recipe_line.is_line(line):
+            raise UserError(f"plan={line!r}: for a base that is trained here, one line such as 'upscale(base, 2:6)'")
+
+        def count(name: str) -> int:
+            if name != BASE:
+                raise UserError(f"{name!r}: the one model there is, trained here, is called {BASE!r}", at="plan")
+            return layers
+
+        return recipe_line.parse(line).plan(count)
+
+    def _open_recipe(self) -> Recipe:
+        c = self._config
+        line = c.plan or f"identity({BASE})"
+        if not c.base.path and recipe_line.is_line(line) and BASE in recipe_line.parse(line).models:
+            raise UserError(f"name the model that the plan, {line}, calls {BASE}", at="base.path")
+        try:
+            flag = "--config.base.models="
+            recipe = open_recipe(
+                line, models=parse_places(c.base.models, flag), default=c.base.path or None,
+                revision=c.base.revision or None, flag=flag,
+            )  # fmt: skip
+        except UserError as error:
+            raise error.within("plan") from None
+        if recipe.tokenizer not in (None, "base") or recipe.chat_template is not None:
+            raise UserError(
+                "tokenizer_source and chat_template are carried out by `jaxup build`", at=("plan", recipe.name),
+                hint="give what it makes as base.path, and the format as data.format",
+            )  # fmt: skip
+        if len({model.revision for model in recipe.models.values()}) > 1:
+            raise UserError("its models are at several revisions", at="plan", hint="give local directories")
+        for note in recipe.notes:
+            print(f"plan: {note}", flush=True)
+        return recipe
+
+    @property
+    def _origin(self) -> str:
+        if self._recipe is None:
+            return f"a model trained here for {self._config.pretrain.steps} steps"
+        return ", ".join(f"{m.path}{f' at {m.revision}' if m.revision else ''}" for m in self._recipe.models.values())
+
+    def _select(self, model: ModelConfig, plan: DepthPlan, train: TrainConfig | None = None) -> Selection:
+        compute, seed = self._settings.compute, self._settings.seed
+        return select(model, plan, train or self._train, self._lora, compute=compute, seed=seed)
+
+    # ---- data
+
+    def open_data(self, root: str) -> None:
+        c, text = self._config, None
+        if self._recipe is None:
+            check_files(self._chat, root)  # before a vocabulary is trained
+            text = self._text = open_data(section(DataConfig, c.pretrain.data), root=root)
+            tokenizer = text.tokenizer
+            self._models = {BASE: new_model(c.model, text.vocab_size)}
+        else:
+            main = self._recipe.models[self._recipe.base]
+            tokenizer = load_tokenizer(str(tokenizer_directory(main.path, revision=main.revision)))
+            for model in self._recipe.models.values():  # what cannot be loaded is known by the headers of its files
+                open_checkpoint(model.path, revision=model.revision, allow_pickle=c.base.allow_pickle)
+        self.data = open_chat(self._chat, tokenizer=tokenizer, root=root)
+        self._model = result_config(self._plan, self._models)
+        self._count_steps(self._model)
+        tokenizer = self.data.tokenizer
+        tokenizer.chat_template = self.data.chat_template or tokenizer.chat_template
+        if tokenizer.chat_template:
+            self._ends, prompt = end_ids(c.data.format or None, tokenizer), prompt_ids(tokenizer, c.sample.prompt)
+        else:  # of plain text and segments
+            self._ends, prompt = (tokenizer.eos_token_id,), tokenizer(c.sample.prompt)["input_ids"]
+        self.sample = self._sampler(prompt, self._ends)
+        self._vocabulary = self._vocabulary_files()
+        stores = [os.path.basename(data.store) for data in (self.data, text) if data is not None]
+        self.inputs = {"plan": self._plan.to_yaml(), "data": " and ".join(stores)}
+
+    def report(self) -> str:
+        notes = []
+        if self.data.seq_len > self._model.max_positions:
+            positions = self._model.max_positions
+            notes.append(f"data: rows of {self.data.seq_len} tokens, and the base was made for {positions}")
+        return "\n".join([str(self._plan), *notes, "", self.data.report(color=sys.stdout.isatty()), ""])
+
+    # ---- the run
+
+    def carry_out(self, run: Run, title: str) -> None:
+        """What is finished is not done again."""
+        plan, model = self._plan, self._model
+        if jax.process_index() == 0:
+            write_atomically(run.directory / "plan.yaml", plan.to_yaml())
+            (run.directory / "plots").mkdir(exist_ok=True)
+            (run.directory / "plots" / "plan.png").write_bytes(picture.png(plan, title))
+        source = self._base(run)
+        before = functools.partial(self._before, run, source)
+        origin = f"{self._config.plan or 'identity'} of {self._origin}"
+        ends = (self._steps_of(epoch) for epoch in itertools.count(1))
+        results, control = [], None
+        if source is not None:
+            base, base_model = functools.partial(_unchanged, run, source), next(iter(self._models.values()))
+            whole = identity(plan.rows[0].source, base_model.num_layers)
+            if plan.rows != whole.rows:
+                results.append(measured(run, BASE, base_model, kind=BASE, origin=self._origin, params=base))
+        results.append(measured(run, BEFORE, model, kind=BEFORE, origin=origin, params=before))
+        selection = self._select(model, plan)
+        healed = train_model(
+            run, HEALED, model, kind=HEALED, steps=self.steps, origin=origin, initialise=before, plan=plan,
+            selection=selection, milestones=frozenset(itertools.takewhile(lambda n: n <= self.steps, ends)),
+            about={
+                "before": BEFORE, "train": dataclasses.asdict(self._train), "lora": dataclasses.asdict(self._lora),
+                "seed": self._settings.seed,
+            },
+        )  # fmt: skip
+        results.append(healed)
+        if source is not None and self._config.heal.control:
+            everything = dataclasses.replace(self._train, layers="all", freeze="", rates={})
+            control = train_model(
+                run, CONTROL, base_model, kind=CONTROL, steps=self.steps, initialise=base,
+                origin=f"{self._origin}, trained on the same batches",
+                selection=self._select(base_model, whole, everything),
+            )  # fmt: skip
+        shardings = param_shardings(model, run.mesh)
+        wanted = laid_out(selection.trained(abstract(model)[1]), selection.shardings(shardings, run.mesh))
+        trained = load_trained(run, healed, wanted)
+        with jax.set_mesh(run.mesh):
+            params = jax.jit(selection.merge, out_shardings=shardings)(trained, before())
+        if self._lora.rank:  # as exported: merged, and where blocks were quantised, not any more
+            merged = f"{HEALED}, its adapters merged into {BEFORE}"
+            results.append(measured(run, MERGED, model, kind=MERGED, origin=merged, params=lambda: params))
+        results += [] if control is None else [control]
+        bases = [] if self._recipe is None else [m.path for m in self._recipe.models.values()]
+        export = {"dtype": self._config.export.dtype or None, "source": self._origin, "base_models": bases}
+        self._finish(
+            run, title, results, model, params, plan, plan_title="The plan", loss_of="loss token",
+            notes=["", self._what_trained(healed)], export=export | self._vocabulary,
+        )  # fmt: skip
+
+    def _base(self, run: Run) -> Callable[[], Params] | None:
+        """How to get the model that the plan begins from; None if it takes from several."""
+        if self._recipe is not None:
+            return functools.partial(self._load, None) if len(self._models) == 1 else None
+        model, run = self._models[BASE], dataclasses.replace(run, data=self._text, settings=self._pretrain)
+        result = train_model(
+            run, PRETRAINED, model, kind=PRETRAINED, steps=self._config.pretrain.steps,
+            origin=f"random, seed {run.settings.seed}", initialise=lambda: random_params(run, model),
+        )  # fmt: skip
+        return functools.partial(load_trained, run, result, abstract_params(model, run.mesh))
+
+    def _load(self, plan: DepthPlan | None) -> Params:
+        """The base, or the plan's result, each device's part read straight onto it."""
+        assert self._recipe is not None
+        models, c = self._recipe.models, self._config.base
+        paths = {name: model.path for name, model in models.items()}
+        model = load(
+            paths if plan else next(iter(paths.values())), plan=plan, mesh=self._mesh, dtype=c.dtype or None,
+            strict=True, revision=next(iter(models.values())).revision, allow_pickle=c.allow_pickle, progress=True,
+        )  # fmt: skip
+        return nnx.to_pure_dict(nnx.state(model))
+
+    def _before(self, run: Run, base: Callable[[], Params] | None) -> Params:
+        """The model before healing, from the run if it is there, else built and put there."""
+        directory = run.directory / "checkpoints" / BEFORE
+        advice = f"remove {directory} to have it built again"
+        with jax.set_mesh(run.mesh), Checkpoints(directory, keep=1, advice=advice) as checkpoints:
+            if checkpoints.latest is not None:
+                dtypes = (read_json(directory / "model.json") or {}).get("dtypes")
+                if dtypes is None:
+                    raise UserError(f"gone or damaged; {advice}", at=f"{directory}/model.json")
+                shapes = abstract_params(self._model, run.mesh)
+                flat = {
+                    path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path], sharding=leaf.sharding)
+                    for path, leaf in flatten(shapes).items()
+                }
+                return checkpoints.restore_params(0, unflatten(flat))
+            if self._recipe is None and base is not None:
+                params = build(run, self._plan, self._model, base)
+            else:
+                params = self._load(self._plan)
+            if jax.process_index() == 0:
+                dtypes = {path: leaf.dtype.name for path, leaf in flatten(params).items()}
+                describe_model(directory, run, BEFORE, self._model, self._plan, dtypes=dtypes)
+            checkpoints.save_params(0, params)
+            return params
+
+    # ---- what it leaves
+
+    def _what_trained(self, healed: Result) -> str:
+        if healed.trained is None:
+            return "Everything trained."
+        t, lora = self._train, self._lora
+        chosen = f"layers {t.layers}"
+        if t.freeze:
+            chosen += f" but {t.freeze}"
+        if t.parameters:
+            chosen += f", parameters {t.parameters}"
+        frozen = f"the other {healed.params - healed.trained:,}"
+        if lora.rank:
+            kept = f" over {lora.quantize}" if lora.quantize else ""
+            chosen, frozen = f"LoRA of rank {lora.rank}{kept} on {chosen}", "all others"
+        return (
+            f"{healed.trained:,} parameters trained ({chosen}). Every bit of {frozen} is as it was before: "
+            "so says a digest of them, taken before the first step and after the last."
+        )
+
+    def _vocabulary_files(self) -> dict[str, Any]:
+        """The tokenizer's files with the chat template, config.json's token ids, and the family's name."""
+        tokenizer = self.data.tokenizer
+        if self._recipe is None:
+            with tempfile.TemporaryDirectory() as directory:
+                tokenizer.save_pretrained(directory)
+                files, model_type = carried_files(directory), None
+            ids = {name: getattr(tokenizer, name) for name in _TOKEN_IDS}
+        else:
+            main = self._recipe.models[self._recipe.base]
+            files, model_type = carried_files(main.path, main.revision), main.hf["model_type"]
+            ids = {name: main.hf[name] for name in _TOKEN_IDS if name in main.hf}
+        if self._chat.format and self.data.chat_template:
+            files = with_template(files, self.data.chat_template)
+        # Generation has to stop where the format ends a turn.
+        settings = parse_json(files.get("generation_config.json", b"{}"), "generation_config.json")
+        known = settings.get("eos_token_id")
+        ends = dict.fromkeys([*(known if isinstance(known, list) else [] if known is None else [known]), *self._ends])
+        settings = {"bos_token_id": tokenizer.bos_token_id, **settings, "eos_token_id": list(ends)}
+        files["generation_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
+        return {"carried": files, "hf_extra": ids, "model_type": model_type}
+
+
+def _unchanged(run: Run, base: Callable[[], Params]) -> Params:
+    """The base, each time the one that it was at first: files may change under a run."""
+    params, directory = base(), run.directory / "checkpoints" / BASE
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+    check_digest(directory, params)
+    return params

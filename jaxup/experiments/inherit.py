@@ -1,0 +1,199 @@
+"""Inheritune (arXiv 2404.08634): inherit the first layers, train, and grow or compare sizes.
+
+1. Train a reference of L layers, or take a model that is there; its validation loss is the
+   benchmark.
+2. Build the target from n of the reference's layers and whatever else `parts` names, with a
+   fresh optimizer, and train it for T steps.
+3. Full-data procedure: while the target's validation loss is worse than the benchmark by more than
+   `tolerance`, n += grow_by, rebuild from the reference (nothing of the smaller target is kept),
+   train for T steps again.
+   Low-data procedure: T steps are several epochs of little data and there is no growing
+   (grow_by = 0). `sweep` trains a target of each of several sizes instead of one.
+4. Train controls of the final target's size, or of each of a sweep's, from random initialisation.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+from flax import nnx
+
+from jaxup.data.batches import DataConfig, TokenData, open_data
+from jaxup.depth.plan import DepthPlan
+from jaxup.depth.recipes import inherit
+from jaxup.depth.result import result_config
+from jaxup.errors import UserError
+from jaxup.experiments.common import Experiment, build, measured, new_model
+from jaxup.experiments.config import section
+from jaxup.hub.directory import tokenizer_directory
+from jaxup.hub.load import load
+from jaxup.hub.reader import load_config
+from jaxup.model.config import ModelConfig
+from jaxup.model.decoder import Params
+from jaxup.text import write_atomically
+from jaxup.training.loop import Result, Run, Settings, abstract_params, load_trained, random_params, train_model
+from jaxup.training.optimizer import learning_rate
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from ml_collections import ConfigDict
+
+REFERENCE = "reference"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InheritConfig:
+    layers: int  # of the first target; 0 = half of the reference's
+    which: str  # "first", "last", or the layers themselves: "0,2,4" (then there is no growing)
+    parts: tuple[str, ...]  # attention, mlp, norms, embed_tokens, embed_positions, norm, lm_head
+    grow_by: int  # 0 = one target only
+    sweep: str  # layers of several targets, each from the reference: "4,6,8"; "" = grow from `layers`
+    tolerance: float  # nats by which the target may be worse than the reference
+    control: int  # trains a control for T steps and, from 2 on, another for control * T; 0 = none
+
+
+class Inherit(Experiment):
+    sections = ("reference", "inherit")
+    data: TokenData
+
+    def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
+        super().__init__(config, settings, mesh)
+        self._inherit, reference = section(InheritConfig, config.inherit), config.reference
+        if reference.steps < 0:
+            raise UserError(f"reference.steps must be at least 0, not {reference.steps}")
+        learning_rate(settings.optimizer, reference.steps or settings.optimizer.warmup_steps)
+        model = self._read_model()
+        check(self._inherit, model)
+        tokenizer = {"tokenizer_files": config.data.tokenizer}
+        if reference.path and not config.data.tokenizer:  # the one that it brings along
+            files = tokenizer_directory(reference.path, revision=reference.revision or None)
+            tokenizer = {"tokenizer": reference.path, "tokenizer_files": str(files)}
+        self._data_config = section(DataConfig, config.data, **tokenizer)
+        self._check_positions(model)
+
+    def open_data(self, root: str) -> None:
+        self.data = open_data(self._data_config, root=root)
+        self._model = self._read_model(self.data.vocab_size)
+        self._count_steps(self._model)
+        self.inputs = {"data": os.path.basename(self.data.store)}
+        prompt = self.data.tokenizer(self._config.sample.prompt, add_special_tokens=False)["input_ids"]
+        self.sample = self._sampler(prompt)
+
+    def carry_out(self, run: Run, title: str) -> None:
+        """Each model resumes, or is skipped if it is finished."""
+        c, model = self._inherit, self._model
+        benchmark, source = self._reference(run)
+        print(f"benchmark: validation loss {benchmark.val_loss:.4f}, tolerance {c.tolerance}", flush=True)
+        results, controls, pending = [benchmark], [], collections.deque(check(c, model))
+        while pending:
+            plan = pending.popleft()
+            n, target_model = plan.num_layers, result_config(plan, {REFERENCE: model})
+            target = train_model(
+                run, f"target_{n}", target_model, kind="target", steps=self.steps, origin=_describe(plan, c), plan=plan,
+                initialise=functools.partial(build, run, plan, target_model, source),
+            )  # fmt: skip
+            results.append(target)
+            worse_by = target.val_loss - benchmark.val_loss
+            enough = worse_by <= c.tolerance
+            reached = "reached" if enough else "not reached"
+            print(f"{target.name}: validation loss {target.val_loss:.4f}, {worse_by:+.4f} to the reference: {reached}",
+                  flush=True)  # fmt: skip
+            if c.grow_by and not enough and n < model.num_layers and c.which in ("first", "last"):
+                pending.append(_plan(c, model.num_layers, min(n + c.grow_by, model.num_layers)))
+            if c.sweep or not pending:
+                controls.append((f"control_{n}" if c.sweep else "control", target_model))
+
+        for name, control_model in controls:
+            for factor in sorted({1, c.control} if c.control else ()):
+                longer = "" if factor == 1 else f"_{factor}x"
+                results.append(self._train_fresh(run, name + longer, "control", control_model, factor * self.steps))
+
+        if jax.process_index() == 0:
+            write_atomically(run.directory / "plan.yaml", plan.to_yaml())
+        params = load_trained(run, target, abstract_params(target_model, run.mesh))
+        origin = "a reference trained in the same run" if benchmark.steps else benchmark.origin
+        self._finish(
+            run, title, results, target_model, params, plan, plan_title="The final target's plan", loss_of="token",
+            export={"tokenizer": self.data.tokenizer, "dtype": "float32", "source": origin},
+        )  # fmt: skip
+
+    def _reference(self, run: Run) -> tuple[Result, Callable[[], Params]]:
+        """How good it is, and how to get it: it is gone again once a target is built from it."""
+        c, model = self._config.reference, self._model
+        if c.path:
+            origin = c.path + (f" at {c.revision}" if c.revision else "")
+            found = measured(run, REFERENCE, model, kind=REFERENCE, origin=origin, params=self._load_reference)
+            return found, self._load_reference
+        whole = dataclasses.replace(run, data=self.data.whole()) if c.all_data else run
+        found = self._train_fresh(whole, REFERENCE, REFERENCE, model, c.steps or self.steps)
+        return found, functools.partial(load_trained, run, found, abstract_params(model, run.mesh))
+
+    def _load_reference(self) -> Params:
+        """The params as float32 master weights, each device's part read straight onto it."""
+        c = self._config.reference
+        model = load(
+            c.path, dtype="float32", mesh=self._mesh, revision=c.revision or None, strict=True,
+            allow_pickle=c.allow_pickle, progress=True,
+        )  # fmt: skip
+        return nnx.to_pure_dict(nnx.state(model))
+
+    def _train_fresh(self, run: Run, name: str, kind: str, model: ModelConfig, steps: int) -> Result:
+        return train_model(
+            run, name, model, kind=kind, steps=steps, origin=f"random, seed {run.settings.seed}",
+            initialise=lambda: random_params(run, model),
+        )  # fmt: skip
+
+    def _read_model(self, tokens: int = 1) -> ModelConfig:
+        """The reference's ModelConfig: of the model at `reference.path`, else of the `model` section."""
+        reference = self._config.reference
+        if reference.path:
+            return load_config(reference.path, revision=reference.revision or None)
+        return new_model(self._config.model, tokens)
+
+
+def check(config: InheritConfig, model: ModelConfig) -> list[DepthPlan]:
+    """Plans of the first target, or of all of a sweep's; UserError for anything about `config` that cannot work."""
+    if model.tie_embeddings and "lm_head" in config.parts and "embed_tokens" not in config.parts:
+        raise UserError("inherit.parts: the head of this model is its embed_tokens; name embed_tokens to inherit it")
+    for key in ("grow_by", "control"):
+        if getattr(config, key) < 0:
+            raise UserError(f"inherit.{key} must be at least 0, not {getattr(config, key)}")
+    if not config.sweep:
+        return [_plan(config, model.num_layers, config.layers or max(1, model.num_layers // 2))]
+    if config.which not in ("first", "last"):
+        raise UserError(f"inherit.sweep: goes with inherit.which=first or last, not with {config.which!r}")
+    for key in ("grow_by", "layers"):
+        if getattr(config, key):
+            raise UserError(f"inherit.sweep: goes with inherit.{key}=0, not {getattr(config, key)}")
+    try:
+        sizes = [int(n) for n in config.sweep.split(",")]
+    except ValueError:
+        raise UserError(f"inherit.sweep={config.sweep!r}: not numbers of layers such as '4,6,8'") from None
+    if repeated := [n for n, count in collections.Counter(sizes).items() if count > 1]:
+        raise UserError(f"inherit.sweep={config.sweep!r}: {repeated[0]} is named more than once")
+    return [_plan(config, model.num_layers, n) for n in sizes]
+
+
+def _plan(config: InheritConfig, reference_layers: int, n: int) -> DepthPlan:
+    if config.which in ("first", "last"):
+        return inherit(REFERENCE, reference_layers, n, which=config.which, parts=config.parts)
+    try:
+        layers = [int(layer) for layer in config.which.split(",")]
+    except ValueError:
+        raise UserError(
+            f"inherit.which={config.which!r} is neither 'first', 'last' nor layers such as '0,2,4'"
+        ) from None
+    return inherit(REFERENCE, reference_layers, layers, parts=config.parts)
+
+
+def _describe(plan: DepthPlan, config: InheritConfig) -> str:
+    layers = [row.layer for row in plan.rows]
+    consecutive = layers == list(range(layers[0], layers[0] + len(layers)))
+    which = f"{layers[0]}-{layers[-1]}" if consecutive and len(layers) > 1 else ", ".join(map(str, layers))
+    return f"layers {which} of the reference ({', '.join(config.parts)})"

@@ -1,0 +1,160 @@
+"""The models of a run directory, finished or not: found, read back from their checkpoints, and exported."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jaxup.data.store import META, Store
+from jaxup.depth.plan import DepthPlan
+from jaxup.errors import UserError, suggest
+from jaxup.hub.directory import carried_files
+from jaxup.hub.save import write_model
+from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.decoder import Params, abstract
+from jaxup.model.spec import flatten, unflatten
+from jaxup.text import read_json
+from jaxup.training.checkpoint import restoring
+from jaxup.training.lora import LoraConfig
+from jaxup.training.rundir import FORMAT
+from jaxup.training.selection import TrainConfig, select
+
+MADE = ("target", "healed")  # kinds of models that a run is for: the deepest is exported unless another is named
+
+
+class Stored(NamedTuple):
+    """What `checkpoints/NAME/model.json` holds."""
+
+    kind: str  # see jaxup.training.loop.Result
+    model: ModelConfig
+    store: str  # of the tokens, with the tokenizer
+    plan: DepthPlan | None
+    dtypes: dict[str, str]  # by path; float32 where none is given
+    healed: dict[str, Any] | None  # of a model of whose parameters some trained: the rest, and which
+
+
+def is_run(source: Path) -> bool:
+    """Whether it is a run directory with checkpoints, rather than a model; UserError if it can be neither."""
+    if (source / "checkpoints").is_dir():
+        return True
+    if source.is_dir() and not (source / "config.json").exists():
+        raise UserError(f"{source}: neither a run directory nor a model: it has no config.json")
+    if not source.exists() and re.match(r"[/.~]", str(source)):
+        raise UserError(f"{source}: no such run or model directory")
+    config = read_json(source / "config.json") if source.is_dir() else None
+    if isinstance(config, dict) and "model_type" not in config:
+        raise UserError(f"{source}: this run has no checkpoints yet")
+    return False
+
+
+def export(
+    run: Path, out: Path, *, name: str | None = None, step: int | None = None, dtype: str | None = None, **how: Any
+) -> None:
+    """Writes a model of the run as a Hugging Face directory; see `jaxup.hub.writer.save` for `how`.
+
+    Args:
+      name: of the model; None = the one that the run is for.
+      step: of its checkpoint; None = the newest.
+      dtype: of the tensors; None = as they are.
+    """
+    steps = _checkpoints(run)
+    if name is None:
+        made = {n: stored for n in steps if (stored := read_stored(run, n)).kind in MADE}
+        if not made:
+            raise UserError(f"{run}: no target yet; choose with --model among {', '.join(steps)}")
+        name = max(made, key=lambda n: made[n].model.num_layers)
+    elif name not in steps:
+        raise UserError(f"{run}: no checkpoints of a model {name!r}{suggest(name, steps)}")
+    if step is None:
+        step = max(steps[name])
+    elif step not in steps[name]:
+        raise UserError(f"{run}: no checkpoint of {name} at step {step}; there are {', '.join(map(str, steps[name]))}")
+    stored = read_stored(run, name)
+    write_model(
+        out, stored.model, _restore(run, name, step, stored), title=out.name, plan=stored.plan, dtype=dtype,
+        source=f"{name} at step {step} of the run {run.resolve().name}", **_vocabulary(run, stored.store), **how,
+    )  # fmt: skip
+
+
+def read_stored(run: Path, name: str) -> Stored:
+    path = run / "checkpoints" / name / "model.json"
+    about = read_json(path)
+    if about is None:
+        raise UserError("is not there; the command that made the run writes it when it is given again", at=str(path))
+    try:
+        if about.get("format", 1) > FORMAT:
+            raise UserError(f"format {about['format']}, and {FORMAT} is the newest that it knows")
+        # Of format 1 the name says it: target_3, control_2x, healed.
+        kind = about.get("kind", name.partition("_")[0])
+        plan = DepthPlan.from_yaml(about["plan"]) if about["plan"] else None
+        return Stored(
+            kind, ModelConfig.from_dict(about["model"]), str(about["store"]), plan, about.get("dtypes") or {},
+            about if "before" in about else None,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"not what this version of jaxup writes: {error}", at=str(path)) from None
+
+
+def _checkpoints(run: Path) -> dict[str, list[int]]:
+    """The steps of every model that has a checkpoint. What Orbax has not finished has another name."""
+    found = {}
+    for directory in sorted((run / "checkpoints").iterdir()):
+        steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
+        if steps:
+            found[directory.name] = steps
+    if not found:
+        raise UserError(f"{run}: this run has no checkpoints yet")
+    return found
+
+
+def _restore(run: Path, name: str, step: int, stored: Stored) -> Params:
+    """The model's params as numpy arrays, each in the dtype it is stored in."""
+    shapes = abstract(stored.model)[1]
+    healed = stored.healed
+    if healed is None or stored.plan is None:
+        typed = {
+            path: jax.ShapeDtypeStruct(leaf.shape, stored.dtypes.get(path, "float32"))
+            for path, leaf in flatten(shapes).items()
+        }
+        return _read(run, name, step, unflatten(typed))
+    # What trained, in the place it has in the model before healing.
+    selection = select(
+        stored.model, stored.plan, TrainConfig(**healed["train"]), LoraConfig(**healed["lora"]), compute=Compute(),
+        seed=healed["seed"],
+    )  # fmt: skip
+    before = healed["before"]
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it need not fit into an accelerator
+        trained = _read(run, name, step, selection.trained(shapes))
+        params = selection.merge(trained, _restore(run, before, 0, read_stored(run, before)))
+        return jax.tree.map(np.asarray, params)
+
+
+def _read(run: Path, name: str, step: int, wanted: Params) -> Params:
+    """Params like `wanted` as numpy arrays: no device is needed, however many the run had. The run may be going on."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its internals
+    path = run / "checkpoints" / name / str(step)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
+    with context, restoring(str(path), "choose another --step"):
+        return ocp.load(path.resolve(), {"params": arrays})["params"]
+
+
+def _vocabulary(run: Path, store: str) -> dict[str, Any]:
+    """What `writer.save` needs of the finished run's export, which moves with it; else of the store that it reads."""
+    if (config := read_json(run / "export" / "config.json")) is not None:
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        return {"carried": carried_files(run / "export"), "hf_extra": ids, "model_type": config["model_type"]}
+    if "://" not in store and not Path(store).is_dir():
+        raise UserError(f"{run}: its tokenizer is gone with its token store {store}")
+    opened = Store(store)
+    meta = opened.read_json(META)
+    if meta is None:
+        raise UserError(f"{run}: its token store {store} is not complete, so there is no tokenizer")
+    return {"tokenizer": opened.load_tokenizer(meta["tokenizer"]["hash"])}

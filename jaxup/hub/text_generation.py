@@ -1,0 +1,161 @@
+"""`jaxup.generate`: prompts of text or messages in, text out, whole or in pieces as it is drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxup.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxup.model.decoder import Decoder
+
+Prompt = str | Sequence[Mapping[str, str]]  # text to go on from, or the messages of a chat that waits for a reply
+
+
+def generate(
+    model: Decoder,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_ids: Collection[int] | None = None,
+) -> list[str]:
+    """What the model writes after each prompt, without the prompt; all prompts are one batch.
+
+    Args:
+      model: as `jaxup.load` or training gives one; it computes in the dtype of its `compute`.
+      tokenizer: one of transformers', the model's own.
+      prompts: each a text that is gone on with, or a chat such as `[{"role": "user", "content": "Why?"}]`,
+        spelt by the tokenizer's chat template.
+      max_tokens: new tokens of each at most.
+      temperature: divides the logits; 0 is greedy.
+      top_k: draw from the likeliest so many tokens; 0 = from all.
+      top_p: draw from the fewest tokens that hold so much of the probability.
+      seed: the same seed gives the same text.
+      eos_ids: tokens that end a text; None = those of the directory that the model was loaded from,
+        else the tokenizer's.
+
+    Raises:
+      UserError: a value that cannot be, a prompt without tokens or with those of another tokenizer,
+        a chat without a template, or more positions than the model has.
+    """
+    writing = Writing(model, tokenizer, prompts, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+                      top_p=top_p, seed=seed, eos_ids=eos_ids)  # fmt: skip
+    pieces = [*writing, writing.rest()]
+    return ["".join(row) for row in zip(*pieces, strict=True)]
+
+
+class Writing:
+    """`generate` as it goes on: iterating gives the next piece of each prompt's text, in whole characters.
+
+    `rest()` is what then is left, or whenever iterating is broken off; `counts` are the tokens drawn at each step.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Any, prompts: Sequence[Prompt], *,
+                 eos_ids: Collection[int] | None = None, **options: Any):  # fmt: skip
+        from flax import nnx
+
+        from jaxup.hub.directory import tokenizer_directory
+        from jaxup.model import sampling
+
+        check_options(options)
+        if eos_ids is None:
+            origin = model.origin
+            eos_ids = stop_ids(origin and tokenizer_directory(origin.path, revision=origin.revision), tokenizer)
+        ids = [encode(tokenizer, prompt) for prompt in prompts]
+        vocab_size = min(max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size)
+        self.counts: list[int] = []
+        self._ends = frozenset(eos_ids)
+        # A reply in a chat is a text of its own; otherwise the prompt's goes on.
+        self._texts = [Detokenizer(tokenizer, row if isinstance(p, str) else []) for row, p in zip(ids, prompts)]
+        self._steps = sampling.generate(
+            model.config, nnx.to_pure_dict(nnx.state(model)), ids, vocab_size=vocab_size, eos_ids=tuple(eos_ids),
+            dtype=model.compute.dtype, **options,
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for drawn in self._steps:
+            self.counts.append(int((drawn >= 0).sum()))
+            yield [
+                text.push(token) if token >= 0 and token not in self._ends else ""
+                for text, token in zip(self._texts, drawn.tolist(), strict=True)
+            ]
+
+    def rest(self) -> list[str]:
+        """What no piece had yet: a last character may lack some of its bytes."""
+        return [text.rest() for text in self._texts]
+
+
+def check_options(options: Mapping[str, Any], spelt: Callable[[str], str] = "generate: {}".format) -> None:
+    """UserError for a value of `generate` that cannot be; `spelt` is how the user knows a name."""
+    for name, good, wanted in (
+        ("max_tokens", lambda n: n >= 1, "at least 1"),
+        ("temperature", lambda t: 0 <= t < math.inf, "a number and not negative"),
+        ("top_k", lambda k: k >= 0, "not negative"),
+        ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
+        ("seed", lambda n: 0 <= n < 2**32, "between 0 and 2^32 - 1"),
+    ):
+        if not good(options[name]):
+            raise UserError(f"{spelt(name)} must be {wanted}, not {options[name]}")
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The tokens that a text is gone on from."""
+    from jaxup.data.chat_formats import prompt_ids
+
+    return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt_ids(tokenizer, prompt)
+
+
+def stop_ids(directory: Path | None, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a text: of generation_config.json, else config.json, else the tokenizer."""
+    for file in () if directory is None else (directory / "generation_config.json", directory / "config.json"):
+        if not file.is_file():
+            continue
+        try:
+            ids = json.loads(file.read_bytes()).get("eos_token_id")
+        except (ValueError, AttributeError):
+            raise UserError(f"{file}: not a JSON object") from None
+        if ids is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(i) is int for i in ids):
+                raise UserError(f"{file}: eos_token_id={ids} is not a token id or a list of them")
+            return tuple(ids)
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+
+
+class Detokenizer:
+    """The text of tokens that come one by one, after those of `prompt`; in whole characters only.
+
+    The pieces together are what `tokenizer.decode` of all tokens has after the prompt, save where a
+    decoder takes back what it had (bytes that turn out to be no text). A token's text depends on its
+    neighbours (bytes of one character, the blank before the first word), so each piece is the
+    difference between two decoded ends of the tokens: from the piece before on.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]):
+        self._tokenizer, self._ids = tokenizer, list(prompt)
+        self._known = len(self._ids)  # of `_ids`, whose text has been returned
+
+    def push(self, token: int) -> str:
+        self._ids.append(token)
+        piece = self.rest()
+        if not piece or piece.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._ids = self._ids[self._known :]
+        self._known = len(self._ids)
+        return piece
+
+    def rest(self) -> str:
+        """What has not been returned yet: a last character may lack some of its bytes."""
+        return self._decode(self._ids)[len(self._decode(self._ids[: self._known])) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,1 +1,0 @@
-"""What `jaxup.train` carries out: one module for each kind of experiment."""

@@ -1,0 +1,96 @@
+"""What of a model trains, and how fast: as a configuration says it, by the roles and numbers of a plan's layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxup.depth.freeze import trainable
+from jaxup.depth.plan import DepthPlan
+from jaxup.errors import UserError, suggest
+from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.decoder import Params, abstract
+from jaxup.model.spec import STACK, flatten, unflatten
+from jaxup.training.lora import Adapters, LoraConfig
+from jaxup.training.partition import Partition
+
+RATES = ("copies", "originals", "new", "ends")
+_ROLES = {"copy": "copies", "original": "originals", "new": "new"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What trains; see `jaxup.depth.freeze.trainable`."""
+
+    layers: str  # all | copies | originals | new | ranges such as "9:12,20" of the result's layers
+    parameters: str  # regular expression on their paths; "" = all
+    freeze: str  # layers that do not train all the same: originals, ranges, ...; "" = none
+    rates: Mapping[str, float]  # by role, and of the ends (embedding, norm, head): what multiplies the learning rate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """What trains, and how fast; as a key of a cache it is only itself."""
+
+    partition: Partition | None = None  # None: everything trains
+    rates: Params | None = None  # what the learning rate of each trained leaf is multiplied by; None: 1
+
+    def trained(self, params: Params) -> Params:
+        """Of abstract params, those that train."""
+        return params if self.partition is None else jax.eval_shape(self.partition.split, params)[0]
+
+    def shardings(self, whole: Params, mesh: Mesh) -> Params:
+        """NamedShardings of what trains, where `whole` are those of all params."""
+        return whole if self.partition is None else self.partition.shardings(mesh)[0]
+
+    def merge(self, trained: Params, before: Params) -> Params:
+        """`before` with what was trained in its place; every leaf keeps the dtype it came in."""
+        if self.partition is None:
+            return jax.tree.map(lambda new, old: new.astype(old.dtype), trained, before)
+        return self.partition.merge(trained, before)
+
+
+EVERYTHING = Selection()
+
+
+def select(
+    model: ModelConfig, plan: DepthPlan, train: TrainConfig, lora: LoraConfig, *, compute: Compute, seed: int
+) -> Selection:
+    """What `train` and `lora` choose of the model that `plan` makes; UserError if that is nothing, or cannot be."""
+    for role, rate in train.rates.items():
+        if role not in RATES:
+            raise UserError(f"unknown {role!r}{suggest(role, RATES)}", at="train.rates")
+        if not 0 <= rate < float("inf"):
+            raise UserError(f"train.rates.{role}={rate}: must be a number and not negative; to freeze: train.freeze")
+    shapes = abstract(model)[1]
+    try:
+        masks = trainable(plan, shapes, layers=train.layers, parameters=train.parameters, freeze=train.freeze)
+    except UserError as error:
+        raise UserError(error.what, at="train", hint=error.hint) from None
+    partition: Partition | None = None
+    if lora.rank:
+        partition = Adapters(model, compute, masks, lora, seed)
+    elif not all(mask.all() for mask in jax.tree.leaves(masks)):
+        partition = Partition(model, compute, masks)
+    selection = Selection(partition=partition)
+    if all(rate == 1 for rate in train.rates.values()):
+        return selection
+    return dataclasses.replace(selection, rates=_rates(plan, selection.trained(shapes), partition, train.rates))
+
+
+def _rates(plan: DepthPlan, trained: Params, partition: Partition | None, rates: Mapping[str, float]) -> Params:
+    """A tree like `trained`, of float32 arrays: [rows, 1, ...] in "blocks", [] elsewhere."""
+    rate_M = np.array([rates.get(_ROLES[row.role], 1.0) for row in plan.rows], np.float32)
+
+    def rate(path: str, leaf: Any) -> np.ndarray:
+        if not path.startswith(STACK):
+            return np.float32(rates.get("ends", 1.0)).reshape((1,) * leaf.ndim)
+        rows = slice(None) if partition is None else partition.rows(path)
+        return rate_M[rows].reshape(-1, *[1] * (leaf.ndim - 1))
+
+    return unflatten({path: rate(path, leaf) for path, leaf in flatten(trained).items()})
