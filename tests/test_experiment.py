@@ -1,11 +1,14 @@
 """Experiment files: found, read with variants, locked, overridden; every mistake is one line."""
 
 import json
+import shutil
 
 import pytest
+from ml_collections import ConfigDict
 
 from jaxup.errors import UserError
 from jaxup.experiments.config import find, load, section, variants
+from jaxup.experiments.defaults import defaults
 from jaxup.train import parse_args
 
 ONE_LINE = r"\A[^\n]+\Z"
@@ -17,6 +20,40 @@ def test_found_in_configs_from_anywhere(tmp_path, monkeypatch):
     assert find("inherit_gpt2") == find("inherit_gpt2.py")
     (tmp_path / "inherit_gpt2.py").write_text("def get_config(arg): ...")
     assert find("inherit_gpt2.py").resolve() == tmp_path / "inherit_gpt2.py"
+
+
+def test_a_derived_file_finds_the_shipped_one_from_anywhere(tmp_path, monkeypatch):
+    shutil.copy(find("heal_tunguska.py"), tmp_path / "mine.py")
+    (tmp_path / "heal.py").write_text("def get_config(arg): ...")
+    expected = load("heal_tunguska.py:quick,lora").to_dict()
+    monkeypatch.chdir(tmp_path)
+    assert load("mine.py:quick,lora").to_dict() == expected
+    with pytest.raises(UserError, match=r"no experiment file 'hael.py'; did you mean 'heal.py'"):
+        find("hael.py", shipped=True)
+
+
+def test_a_file_cannot_misspell_a_key_that_all_have(tmp_path):
+    file = tmp_path / "mine.py"
+    begin = (
+        "from jaxup.experiments.defaults import defaults\ndef get_config(arg):\n c = defaults('inherit', small=True)\n"
+    )
+    file.write_text(f"{begin} c.study = {{'seeds': 3}}\n c.eval.rows = 1\n return c\n")
+    assert load(str(file)).study.seeds == 3
+    file.write_text(f"{begin} c.eval.row = 1\n return c\n")
+    with pytest.raises(AttributeError, match=r"row.*locked"):
+        load(str(file))
+
+
+def test_every_kind_has_a_class_and_a_configuration_names_it(monkeypatch):
+    from jaxup import experiments
+    from jaxup.experiments.common import Experiment
+
+    shipped = {load(file.name).experiment for file in find("heal.py").parent.glob("*.py")}
+    assert shipped == experiments.KINDS.keys()
+    for kind in experiments.KINDS:
+        assert issubclass(experiments.kind_of(defaults(kind, small=True)), Experiment)
+    with pytest.raises(UserError, match="experiment: unknown kind ''; known: heal, inherit"):
+        experiments.kind_of(ConfigDict())
 
 
 def test_overrides_keep_types():

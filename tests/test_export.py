@@ -147,6 +147,21 @@ def test_a_model_is_written_again(run, tmp_path):
     assert "Layers as in" in (tmp_path / "b" / "README.md").read_text()
 
 
+def test_a_run_of_the_first_format_is_read(run, tmp_path):
+    """Its files had no number, and of a model's kind its name said enough."""
+    main(run, tmp_path / "new")
+    for path in run.glob("checkpoints/*/model.json"):
+        about = json.loads(path.read_text())
+        assert (about.pop("format"), about.pop("kind")) == (2, path.parent.name.partition("_")[0])
+        path.write_text(json.dumps(about))
+    main(run, tmp_path / "old")
+    a, b = weights(tmp_path / "new"), weights(tmp_path / "old")
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    path.write_text(json.dumps(about | {"format": 3}))
+    assert "format 3, and 2 is the newest" in refused(run, tmp_path / "out", "--model", path.parent.name)
+
+
 def test_what_is_wrong_is_one_line(run, tmp_path):
     out = tmp_path / "out"
     assert "no such" in refused(tmp_path / "nothing", out)

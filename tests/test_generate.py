@@ -17,6 +17,7 @@ from jaxup.data.chat_formats import prompt_ids
 from jaxup.data.tokenizer import train_bpe
 from jaxup.errors import UserError
 from jaxup.hub import load as hub
+from jaxup.hub import text_generation
 from jaxup.hub.text_generation import Detokenizer, stop_ids
 from jaxup.hub.writer import save
 from jaxup.model import sampling
@@ -360,6 +361,30 @@ def test_the_command_writes_what_transformers_writes(model_dir, torch, capsys, t
     out, err = capsys.readouterr()
     assert out == f"[1] {expected[0]}\n\n[2] {expected[1]}\n\n"
     assert re.search(r"^24 tokens, ", err, re.M)
+
+
+def test_texts_and_chats_in_one_batch_from_python(model_dir, capsys):
+    """What the command writes of each, and its pieces as they come."""
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(model_dir), hub.load(model_dir)
+    chat = [{"role": "system", "content": "sat"}, {"role": "user", "content": "the cat"}]
+    prompts, how = ["it sat on", chat], {"max_tokens": 9, "temperature": 0.0}
+    texts = text_generation.generate(model, tokenizer, prompts, **how)
+    run(model_dir, "--prompt", "it sat on", "--greedy", "--max-tokens", 9)
+    run(model_dir, "--prompt", "the cat", "--system", "sat", "--chat", "--greedy", "--max-tokens", 9)
+    assert capsys.readouterr().out == f"it sat on{texts[0]}\n{texts[1]}\n"
+    writing = text_generation.Writing(model, tokenizer, prompts, top_k=0, top_p=1.0, seed=0, **how)
+    pieces = list(writing)
+    assert len(pieces) == len(writing.counts) == 9
+    assert ["".join(row) + rest for row, rest in zip(zip(*pieces), writing.rest())] == texts
+    # The directory that the model came from says what ends a text; a model without one ends with its tokenizer's.
+    first = tokenizer(texts[0], add_special_tokens=False)["input_ids"][0]
+    assert text_generation.generate(model, tokenizer, prompts[:1], eos_ids=[first], **how) != texts[:1]
+    model.origin = None
+    assert text_generation.generate(model, tokenizer, prompts, **how) == texts
+    with pytest.raises(UserError, match="generate: top_p must be above 0 and at most 1, not 0"):
+        text_generation.generate(model, tokenizer, prompts, top_p=0)
 
 
 def fake(tokens, seen, after=None):

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxup import build, export, plan, train
+import jaxup
+from jaxup import __main__, build, export, plan, train
 from jaxup.errors import NonFinite, UserError
 from jaxup.recipes import line as recipe_line
 
@@ -93,6 +94,7 @@ def test_the_run_directory(finished, corpus):
     for name in names:
         results = json.loads((workdir / "checkpoints" / name / "result.json").read_text())
         assert results["sample"].startswith("def ")
+        assert results["kind"] == name.partition("_")[0]
     assert (workdir / "plots" / "validation_loss.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "plan.yaml").read_text() == (workdir / "export" / "jaxup_plan.yaml").read_text()
     records = [r for r in read_metrics(workdir) if r["model"] == "reference"]
@@ -194,6 +196,18 @@ def test_a_signal_saves_and_leaves(signum, code, corpus, tmp_path):
     assert (workdir / "checkpoints" / "reference" / str(saved)).is_dir()
 
 
+@pytest.mark.parametrize(("format", "message"), [(None, "an earlier .* format 1, here 2"), (3, "a later .* format 3")])
+def test_a_run_of_another_format_is_refused(finished, corpus, tmp_path, format, message):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    config = json.loads((finished[0] / "config.json").read_text())
+    assert config.pop("format") == 2
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | ({} if format is None else {"format": format})))
+    with pytest.raises(UserError, match=message.replace(" format", r" version of jaxup \(format")) as error:
+        run(*arguments(corpus, tmp_path / "run"))
+    assert "\n" not in str(error.value)
+    assert len(list((tmp_path / "run").iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -227,6 +241,8 @@ def test_a_changed_config_is_refused(finished, corpus, more, message):
         (["--config.reference.path=/nowhere/model"], "/nowhere/model"),
         (["--config.log.trackers=tensorbord"], "did you mean 'tensorboard'"),
         (["--config.steps=0"], "steps"),
+        (["--config.experiment=inhert"], "experiment: unknown kind 'inhert'; did you mean 'inherit'?"),
+        (["--config.experiment=heal"], "experiment: 'heal' needs the section 'base', which is not there"),
     ],
 )
 def test_mistakes_write_nothing(corpus, tmp_path, more, message):
@@ -334,10 +350,10 @@ def test_documented_flags_exist():
     assert [key for key in keys if not any(has(config, key) for config in configs)] == []
 
 
-@pytest.mark.parametrize(
-    "module",
-    [f"jaxup{name}" for name in ("", ".train", ".generate", ".plan", ".build", ".__main__", ".experiments.config")],
-)
+ENTRIES = ("", ".train", ".generate", ".export", ".plan", ".build", ".__main__", ".experiments.config")
+
+
+@pytest.mark.parametrize("module", [f"jaxup{name}" for name in ENTRIES])
 def test_start_up_imports_nothing_heavy(module):
     heavy = "jax flax numpy torch transformers orbax tensorstore matplotlib datasets"
     code = f"import sys, {module}; print([m for m in '{heavy}'.split() if m in sys.modules])"
@@ -345,8 +361,27 @@ def test_start_up_imports_nothing_heavy(module):
     assert out.strip() == "[]"
 
 
-@pytest.mark.parametrize(("args", "code"), [(["--help"], 0), (["trian"], 2), (["train", "--config=no_such.py"], 2)])
+@pytest.mark.parametrize(("args", "code"), [
+    (["--help"], 0), (["--version"], 0), (["trian"], 2), (["train", "--config=no_such.py"], 2)
+])  # fmt: skip
 def test_console_command(args, code):
     done = subprocess.run([sys.executable, "-m", "jaxup", *args], capture_output=True, text=True)
     assert done.returncode == code
     assert (len(done.stderr.splitlines()), "Traceback" in done.stderr) == (1 if code else 0, False)
+
+
+def test_both_spellings_of_a_command_say_the_same(capsys):
+    __main__.main(["jaxup", "--version"])
+    assert capsys.readouterr().out == f"jaxup {jaxup.__version__}\n"
+    __main__.main(["jaxup"])
+    listed = capsys.readouterr().out
+    for name in __main__.COMMANDS:
+        module = importlib.import_module(f"jaxup.{name}")
+        said = []
+        for main, argv in ((__main__.main, ["jaxup", name]), (module.main, [module.__file__])):
+            with pytest.raises(SystemExit):
+                main([*argv, "--help"])
+            said.append(capsys.readouterr().out)
+        assert said[0] == said[1]
+        assert said[0].startswith(f"usage: jaxup {name} ")
+        assert re.search(rf"^  {name} +{re.escape(module.__doc__.partition(':')[0])}$", listed, re.M)

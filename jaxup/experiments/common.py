@@ -92,7 +92,7 @@ class Experiment(abc.ABC):
                 top_k=c.sample.top_k, seed=c.seed, vocab_size=data.vocab_size, eos_ids=ends,
             )  # fmt: skip
             # A model's tokenizer and template are not to be trusted with a terminal.
-            return printable(data.tokenizer.decode([*prompt, *(int(t[0]) for t in steps if t[0] >= 0)]))
+            return printable(str(data.tokenizer.decode([*prompt, *(int(t[0]) for t in steps if t[0] >= 0)])))
 
         return sample
 
@@ -122,16 +122,14 @@ def build(run: Run, plan: DepthPlan, model: ModelConfig, source: Callable[[], Pa
     return jax.jit(result, out_shardings=param_shardings(model, run.mesh))(source())
 
 
-def measured(
-    run: Run, name: str, model: ModelConfig, *, kind: str, origin: str, params: Callable[[], Params]
-) -> Result:
+def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Callable[[], Params]) -> Result:
     """What a model that is there reaches, and a sample of it; kept, so that resuming does not load it again."""
     directory = run.directory / "checkpoints" / name
     if stored := read_result(directory):
         return stored
     loaded = params()
     result = Result(
-        name=name, kind=kind, origin=origin, layers=model.num_layers, params=count_params(model), steps=0, tokens=0,
+        name=name, kind=name, origin=origin, layers=model.num_layers, params=count_params(model), steps=0, tokens=0,
         val_loss=evaluate(run, model, loaded), seconds=0.0, sample=run.sample(model, loaded),
     )  # fmt: skip
     print(f"{name}: {origin}; validation loss {result.val_loss:.4f}", flush=True)

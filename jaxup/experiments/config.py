@@ -8,8 +8,8 @@ a misspelt key cannot be added by accident.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib.util
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -97,7 +97,7 @@ def variants(arg: str, **options: Any) -> dict[str, Any]:
 def section(kind: type[T], values: Any, **more: Any) -> T:
     """`kind(**values, **more)` for a dataclass; UserError naming keys that do not fit it."""
     given = {**dict(values), **more}
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = inspect.signature(kind).parameters
     for key in given:
         if key not in names:
             raise UserError(f"config: unknown key {key!r}{suggest(key, names)}")

@@ -19,36 +19,23 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c.batch_size = 16  # rows of an update
 
     c.optimizer = optimizer()
-    c.step = ConfigDict()
-    c.step.accumulation = 1  # micro-batches that make up a batch
-    c.step.loss_chunk = 128  # positions whose logits are there at once
-    c.step.z_loss = 0.0
+    # Micro-batches that make up a batch, and positions whose logits are there at once.
+    c.step = ConfigDict({"accumulation": 1, "loss_chunk": 128, "z_loss": 0.0})
 
     c.compute = ConfigDict()
     c.compute.dtype = "float32" if small else "bfloat16"  # of activations
     c.compute.attention = "auto"  # see jaxup.model.attention
     c.compute.remat = "none" if small else "full"  # what the backward pass computes again: none, dots, full
     c.compute.unroll = 0 if small else 1  # layers per iteration of the scan; 0 = all, which is faster on a CPU
-    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left
-    c.mesh.data = -1 if small else 1
-    c.mesh.fsdp = 1 if small else -1
-    c.mesh.tensor = 1
+    data, fsdp = (-1, 1) if small else (1, -1)  # devices along each axis; -1 = all that are left
+    c.mesh = ConfigDict({"data": data, "fsdp": fsdp, "tensor": 1})
 
-    c.eval = ConfigDict()
-    c.eval.interval = 1000  # steps
-    c.eval.rows = 128 if small else 512  # the first so many of validation; 0 = all
-    c.eval.batch_size = 32 if small else 64
-    c.log = ConfigDict()
-    c.log.interval = 10  # steps
-    c.log.trackers = ()  # "tensorboard", "wandb"
-    c.checkpoint = ConfigDict()
-    c.checkpoint.interval = 1000  # steps
-    c.checkpoint.keep = 2  # the newest so many
-    c.sample = ConfigDict()  # the text of each model in SUMMARY.md
-    c.sample.prompt = "def " if small else "The"
-    c.sample.tokens = 60
-    c.sample.temperature = 0.8  # 0 = always the likeliest token
-    c.sample.top_k = 50  # draw from the likeliest so many; 0 = from all
+    # Intervals are steps. `rows`: the first so many of validation, 0 = all; `keep`: the newest so many.
+    c.eval = ConfigDict({"interval": 1000, "rows": 128 if small else 512, "batch_size": 32 if small else 64})
+    c.log = ConfigDict({"interval": 10, "trackers": ()})  # "tensorboard", "wandb"
+    c.checkpoint = ConfigDict({"interval": 1000, "keep": 2})
+    # The text of each model in SUMMARY.md. Temperature 0: always the likeliest token; top_k 0: drawn from all.
+    c.sample = ConfigDict({"prompt": "def " if small else "The", "tokens": 60, "temperature": 0.8, "top_k": 50})
     if kind in _SECTIONS:
         _SECTIONS[kind](c)
     for key in c:

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from ml_collections import ConfigDict
 
+# The models of a run by name, which is their kind too.
 BASE, PRETRAINED, BEFORE, HEALED, MERGED, CONTROL = "base", "pretrained", "before", "healed", "merged", "control"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -207,11 +208,11 @@ class Heal(Experiment):
             base, base_model = functools.partial(_unchanged, run, source), next(iter(self._models.values()))
             whole = identity(plan.rows[0].source, base_model.num_layers)
             if plan.rows != whole.rows:
-                results.append(measured(run, BASE, base_model, kind=BASE, origin=self._origin, params=base))
-        results.append(measured(run, BEFORE, model, kind=BEFORE, origin=origin, params=before))
+                results.append(measured(run, BASE, base_model, origin=self._origin, params=base))
+        results.append(measured(run, BEFORE, model, origin=origin, params=before))
         selection = self._select(model, plan)
         healed = train_model(
-            run, HEALED, model, kind=HEALED, steps=self.steps, origin=origin, initialise=before, plan=plan,
+            run, HEALED, model, steps=self.steps, origin=origin, initialise=before, plan=plan,
             selection=selection, milestones=frozenset(itertools.takewhile(lambda n: n <= self.steps, ends)),
             about={
                 "before": BEFORE, "train": dataclasses.asdict(self._train), "lora": dataclasses.asdict(self._lora),
@@ -222,7 +223,7 @@ class Heal(Experiment):
         if source is not None and self._config.heal.control:
             everything = dataclasses.replace(self._train, layers="all", freeze="", rates={})
             control = train_model(
-                run, CONTROL, base_model, kind=CONTROL, steps=self.steps, initialise=base,
+                run, CONTROL, base_model, steps=self.steps, initialise=base,
                 origin=f"{self._origin}, trained on the same batches",
                 selection=self._select(base_model, whole, everything),
             )  # fmt: skip
@@ -233,7 +234,7 @@ class Heal(Experiment):
             params = jax.jit(selection.merge, out_shardings=shardings)(trained, before())
         if self._lora.rank:  # as exported: merged, and where blocks were quantised, not any more
             merged = f"{HEALED}, its adapters merged into {BEFORE}"
-            results.append(measured(run, MERGED, model, kind=MERGED, origin=merged, params=lambda: params))
+            results.append(measured(run, MERGED, model, origin=merged, params=lambda: params))
         results += [] if control is None else [control]
         bases = [] if self._recipe is None else [m.path for m in self._recipe.models.values()]
         export = {"dtype": self._config.export.dtype or None, "source": self._origin, "base_models": bases}
@@ -248,7 +249,7 @@ class Heal(Experiment):
             return functools.partial(self._load, None) if len(self._models) == 1 else None
         model, run = self._models[BASE], dataclasses.replace(run, data=self._text, settings=self._pretrain)
         result = train_model(
-            run, PRETRAINED, model, kind=PRETRAINED, steps=self._config.pretrain.steps,
+            run, PRETRAINED, model, steps=self._config.pretrain.steps,
             origin=f"random, seed {run.settings.seed}", initialise=lambda: random_params(run, model),
         )  # fmt: skip
         return functools.partial(load_trained, run, result, abstract_params(model, run.mesh))

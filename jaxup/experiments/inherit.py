@@ -128,7 +128,7 @@ class Inherit(Experiment):
         c, model = self._config.reference, self._model
         if c.path:
             origin = c.path + (f" at {c.revision}" if c.revision else "")
-            found = measured(run, REFERENCE, model, kind=REFERENCE, origin=origin, params=self._load_reference)
+            found = measured(run, REFERENCE, model, origin=origin, params=self._load_reference)
             return found, self._load_reference
         whole = dataclasses.replace(run, data=self.data.whole()) if c.all_data else run
         found = self._train_fresh(whole, REFERENCE, REFERENCE, model, c.steps or self.steps)

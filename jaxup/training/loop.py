@@ -176,7 +176,8 @@ def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, sel
         init_state=jax.jit(init_state, out_shardings=shardings),
         frozen=jax.jit(lambda params: split(params)[1:], out_shardings=tuple(frozen)),
         join=jax.jit(
-            lambda params, *frozen: partition.join(params, *frozen) if frozen else params, out_shardings=whole
+            lambda params, *frozen: params if partition is None else partition.join(params, *frozen),
+            out_shardings=whole,
         ),
         abstract_state=laid_out(abstract_state, shardings),
     )
@@ -215,18 +216,19 @@ class _StopNow(Exception):
 
 
 def train_model(
-    run: Run, name: str, model: ModelConfig, *, kind: str, steps: int, origin: str, initialise: Callable[[], Params],
-    plan: DepthPlan | None = None, selection: Selection = EVERYTHING, milestones: frozenset[int] = frozenset(),
-    about: dict[str, Any] | None = None,
+    run: Run, name: str, model: ModelConfig, *, steps: int, origin: str, initialise: Callable[[], Params],
+    kind: str | None = None, plan: DepthPlan | None = None, selection: Selection = EVERYTHING,
+    milestones: frozenset[int] = frozenset(), about: dict[str, Any] | None = None,
 ) -> Result:  # fmt: skip
     """Trains to `steps` updates and returns the result; raises Stopped after saving on a signal.
 
     A call for a model that is finished returns its stored result; one for a model that was begun
     goes on where its newest checkpoint is, bit for bit as if it had never stopped. Checkpoints hold
     what trains; the rest is what `initialise` gives, each time the same. After the steps in
-    `milestones` the model is evaluated and a checkpoint stays. `about` goes into model.json.
+    `milestones` the model is evaluated and a checkpoint stays. `about` goes into model.json. A `kind`
+    that is not given is the name.
     """
-    directory = run.directory / "checkpoints" / name
+    directory, kind = run.directory / "checkpoints" / name, kind or name
     if jax.process_index() == 0:
         describe_model(directory, run, kind, model, plan, **(about or {}))
     if stored := read_result(directory):
