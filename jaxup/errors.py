@@ -88,13 +88,16 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the candidate nearest to `name`, or "" if none is near."""
+    near = difflib.get_close_matches(str(name), [str(c) for c in candidates], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def suggest(name: str, candidates: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the candidate nearest to `name`, else the list of them all."""
+    """As `nearest`, or the list of them all if none is near."""
     candidates = [str(c) for c in candidates]
-    near = difflib.get_close_matches(str(name), candidates, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(candidates)}" if candidates else ""
+    return nearest(name, candidates) or (f"; known: {', '.join(candidates)}" if candidates else "")
 
 
 def entry_point(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:

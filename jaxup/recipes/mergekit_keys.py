@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxup.depth.marked_yaml import Map, Place, shown
-from jaxup.errors import suggest
+from jaxup.errors import nearest
 
 MAX_KEYS = 200  # of one mapping: each unknown one is compared with those that are known
 
@@ -55,8 +55,8 @@ class Keys:
                 continue
             if key in _BELONGS:
                 raise place.error(f"{shown(key)} belongs {_BELONGS[key]}; here it would mean nothing")
-            if "did you mean" in (nearest := suggest(str(key), absent)):
-                raise place.error(f"unknown key {shown(key)}{nearest}")
+            if near := nearest(str(key), absent):
+                raise place.error(f"unknown key {shown(key)}{near}")
             self.note("means nothing to passthrough and is ignored", shown(key), place)
 
     def note(self, kind: str, subject: str, place: Place) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxup.depth.marked_yaml import List, Map, Place, mapping, number, shown
 from jaxup.depth.plan import Scales, simplest_scales
-from jaxup.errors import suggest
+from jaxup.errors import nearest, suggest
 from jaxup.recipes.mergekit_keys import Keys
 
 MAX_FILTERS = 64  # of one scale: each is looked for in every tensor's name
@@ -113,9 +113,7 @@ class Scaling:
                     continue
                 whole = {name.partition("{layer}.")[2] or name for name in names}
                 parts = {part for name in whole for part in name.split(".")[-3:-1]}
-                near = suggest(filter.lower(), sorted(parts | whole))
-                if "did you mean" not in near:
-                    near = suggest(filter, sorted(parts))
+                near = nearest(filter.lower(), sorted(parts | whole)) or suggest(filter, sorted(parts))
                 raise place.error(f"the filter {shown(filter)} is in no name of a tensor that it applies to{near}")
 
 

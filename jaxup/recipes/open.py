@@ -18,7 +18,7 @@ from typing import Any
 from jaxup.depth import marked_yaml, plan_yaml
 from jaxup.depth.marked_yaml import Map, Place
 from jaxup.depth.plan import DepthPlan
-from jaxup.errors import UserError, first_line, suggest
+from jaxup.errors import UserError, first_line, nearest, suggest
 from jaxup.families import family_of_hf
 from jaxup.files.storage import HUB_ID, is_place, split_revision
 from jaxup.hub.reader import read_config
@@ -178,7 +178,7 @@ def _identity(model: str) -> str:
 def _nearest(data: Map) -> str:
     """What a misspelt key was probably meant to be."""
     for key in data:
-        if (hint := suggest(str(key), (*_MERGEKIT_KEYS, *_PLAN_KEYS))).startswith("; did"):
+        if hint := nearest(str(key), (*_MERGEKIT_KEYS, *_PLAN_KEYS)):
             return f": unknown key {marked_yaml.shown(key)}{hint}"
     return ""
 
@@ -198,9 +198,8 @@ def _read_text(name: str) -> str:
             raise UserError(f"{status.st_size} bytes are too many for a recipe; is it a model's file?", at=name)
         data = path.read_bytes()
     except FileNotFoundError:
-        near = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        hint = suggest(path.name, near)
-        hint = hint if hint.startswith("; did") else "; in one line a recipe is like 'upscale(MODEL, 19:41, copies=2)'"
+        others = sorted(other.name for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = nearest(path.name, others) or "; in one line a recipe is like 'upscale(MODEL, 19:41, copies=2)'"
         raise UserError(f"no such file{hint}", at=name) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}", at=name) from None
