@@ -379,8 +379,7 @@ def test_texts_and_chats_in_one_batch_from_python(model_dir, capsys):
     assert len(pieces) == len(writing.counts) == 9
     assert ["".join(row) + rest for row, rest in zip(zip(*pieces), writing.rest())] == texts
     # The directory that the model came from says what ends a text; a model without one ends with its tokenizer's.
-    first = tokenizer(texts[0], add_special_tokens=False)["input_ids"][0]
-    assert text_generation.generate(model, tokenizer, prompts[:1], eos_ids=[first], **how) != texts[:1]
+    assert text_generation.generate(model, tokenizer, prompts, eos_ids=range(384), **how) == ["", ""]
     model.origin = None
     assert text_generation.generate(model, tokenizer, prompts, **how) == texts
     with pytest.raises(UserError, match="generate: top_p must be above 0 and at most 1, not 0"):
