@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from jaxup.errors import Parser, UserError, entry_point
+from jaxup.errors import Parser, UserError, entry_point, within
 from jaxup.hub.text_generation import Prompt, Writing, check_options, encode, stop_ids
 
 
@@ -90,11 +90,9 @@ def main(argv: list[str]) -> None:
     ends = stop_ids(directory, tokenizer)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     prompts: list[Prompt] = [[*system, {"role": "user", "content": text}] if args.chat else text for text in texts]
-    try:
+    with within("--chat"):
         for prompt in prompts:  # what cannot be spelt is refused before the model is read
             encode(tokenizer, prompt)
-    except UserError as error:
-        raise error.within("--chat") from None
     model = load(args.model, dtype=args.dtype, revision=args.revision, strict=args.strict,
                  allow_pickle=args.allow_pickle, progress=True)  # fmt: skip
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError, suggest, within
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -55,10 +55,8 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = (), *, shipped: bool 
         raise UserError(f"{path}: {error}") from None
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} defines no get_config(arg)", at="--config")
-    try:
+    with within(f"--config={spec}"):
         config = module.get_config(variant)
-    except UserError as error:
-        raise error.within(f"--config={spec}") from None
     config.lock()
     for key, text in overrides:
         _override(config, key, text)

@@ -32,7 +32,7 @@ from jaxup.depth import picture
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.depth.result import result_config
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError, suggest, within
 from jaxup.experiments.common import Experiment, build, measured, new_model
 from jaxup.experiments.config import section
 from jaxup.families import with_family_biases
@@ -126,14 +126,12 @@ class Heal(Experiment):
         line = c.plan or f"identity({BASE})"
         if not c.base.path and recipe_line.is_line(line) and BASE in recipe_line.parse(line).models:
             raise UserError(f"name the model that the plan, {line}, calls {BASE}", at="base.path")
-        try:
-            flag = "--config.base.models="
+        flag = "--config.base.models="
+        with within("plan"):
             recipe = open_recipe(
                 line, models=parse_places(c.base.models, flag), default=c.base.path or None,
                 revision=c.base.revision or None, flag=flag,
             )  # fmt: skip
-        except UserError as error:
-            raise error.within("plan") from None
         if recipe.tokenizer not in (None, "base") or recipe.chat_template is not None:
             raise UserError(
                 "tokenizer_source and chat_template are carried out by `jaxup build`", at=("plan", recipe.name),
