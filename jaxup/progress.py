@@ -19,17 +19,20 @@ class Progress:
     """`with Progress("train", total=100, unit="steps") as p: p.update(step, "loss 3.2")`.
 
     On a terminal a bar on stderr; elsewhere (a log file, CI, a pod) a line every `interval`
-    seconds, so that a log stays readable. `total=None` when the amount of work is not known.
+    seconds, so that a log stays readable; nothing at all unless `shown`. `total=None` when the amount
+    of work is not known.
     """
 
-    def __init__(self, label: str, *, total: int | None, unit: str, start: int = 0, interval: float = 10.0):
-        self.label, self.total, self.unit, self.interval = label, total, unit, interval
+    def __init__(
+        self, label: str, *, total: int | None, unit: str, start: int = 0, interval: float = 10.0, shown: bool = True
+    ):
+        self.label, self.total, self.unit, self.interval, self.shown = label, total, unit, interval, shown
         self.done = self.first = start
         self._bar: Bar | None = None
 
     def __enter__(self) -> Progress:
         self._began = self._printed = time.monotonic()
-        if sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             from rich import progress
             from rich.console import Console
 
@@ -46,13 +49,13 @@ class Progress:
         self.done = done
         if self._bar:
             self._bar.update(self._task, completed=done, detail=detail)
-        elif time.monotonic() - self._printed >= self.interval:
+        elif self.shown and time.monotonic() - self._printed >= self.interval:
             self._line(detail)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar:
             self._bar.stop()
-        elif kind is None:
+        elif self.shown and kind is None:
             self._line("")
 
     def _line(self, detail: str) -> None:

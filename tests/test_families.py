@@ -198,7 +198,8 @@ def test_rotary_frequencies_equal_those_of_transformers(rope, torch):
 
     sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=40, max_position_embeddings=64)
     theirs = Qwen2RotaryEmbedding(AutoConfig.for_model("qwen2", **sizes, **json.loads(json.dumps(rope))))
-    frequencies, factor = rotary_frequencies(config_from_hf({"model_type": "qwen2", **sizes, **rope}))
+    config = config_from_hf({"model_type": "qwen2", **sizes, **rope})
+    frequencies, factor = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=1e-5)
     assert factor == pytest.approx(theirs.attention_scaling, rel=1e-6)
 

@@ -26,11 +26,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxup.building.origins import Origin
+from jaxup.building.origins import Found, Origin
 from jaxup.depth.arithmetic import rescale
 from jaxup.errors import UserError
 from jaxup.families.layouts import Tensor
 from jaxup.files import shards
+from jaxup.files.header import TensorInfo
 from jaxup.files.manifest import mismatch, span_digests
 from jaxup.files.shards import Stored
 from jaxup.files.storage import Local
@@ -83,7 +84,8 @@ def write_tensors(
       UserError: a source cannot be read, or is not what its manifest describes.
       OSError: the disk is full.
     """
-    pieces, spans = {}, {}
+    pieces: dict[tuple[Origin, int, int, int], _Piece] = {}
+    spans = {}
     for file, tensors in files.items():
         header = shards.header([stored for stored, _ in tensors])
         offset, spans[file] = len(header), [(len(header), hashlib.sha256(header).hexdigest())]
@@ -113,12 +115,11 @@ def write_tensors(
     zeros = [piece for piece in pieces.values() if piece.origin.is_zero]
     rest = [piece for piece in pieces.values() if not piece.origin.is_zero]
     # As they lie in the files that they come from.
-    rest.sort(key=lambda piece: (piece.origin.info or ("",), piece.start))
+    rest.sort(key=lambda piece: (piece.origin.found or (), piece.start))
     total = sum(piece.nbytes * len(piece.places) for piece in rest)
-    with Progress("build", total=math.ceil(total / 1e6), unit="MB") if progress else contextlib.nullcontext() as bar:
+    with Progress("build", total=math.ceil(total / 1e6), unit="MB", shown=progress) as bar:
         run.work(rest, bar)
-        if bar:
-            bar.update(math.ceil(total / 1e6), "flushing to disk")
+        bar.update(math.ceil(total / 1e6), "flushing to disk")
         for file in files:  # as the staging directory would, but under the eyes of who waits
             with open(directory / file, "rb") as opened:
                 os.fsync(opened.fileno())
@@ -140,16 +141,16 @@ class _Run:
         self._directory, self._checkpoints, self._gather, self._new = directory, checkpoints, gather, new
         self._far = not all(isinstance(checkpoint.storage, Local) for checkpoint in checkpoints.values())
         self._known = {
-            name: span_digests(Path(checkpoint.storage.root), checkpoint.files)
+            name: (storage.root, span_digests(storage.root, checkpoint.files))
             for name, checkpoint in checkpoints.items()
-            if isinstance(checkpoint.storage, Local)
+            if isinstance(storage := checkpoint.storage, Local)
         }
         self._stop = threading.Event()
         self._written = [0] * (_FAR_THREADS if self._far else _THREADS)  # bytes, by thread
         self._overflown: dict[str, None] = {}
         self.digests: dict[int, str] = {}  # by the piece's id
 
-    def work(self, pieces: Sequence[_Piece], bar: Progress | None) -> None:
+    def work(self, pieces: Sequence[_Piece], bar: Progress) -> None:
         todo: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
         for piece in pieces:
             todo.put(piece)
@@ -161,9 +162,8 @@ class _Run:
                     done, pending = concurrent.futures.wait(pending, 0.2, concurrent.futures.FIRST_COMPLETED)
                     for future in done:
                         future.result()
-                    if bar:
-                        megabytes = sum(self._written) / 1e6
-                        bar.update(int(megabytes), f"{megabytes / (time.monotonic() - began):,.0f} MB/s")
+                    megabytes = sum(self._written) / 1e6
+                    bar.update(int(megabytes), f"{megabytes / (time.monotonic() - began):,.0f} MB/s")
             finally:
                 self._stop.set()
 
@@ -186,7 +186,8 @@ class _Run:
                 file: stack.enter_context(open(self._directory / file, "r+b", buffering=0)).fileno()
                 for file in {file for file, _ in piece.places}
             }
-            for chunk in self._copied(piece, buffer) if piece.origin.is_copy else self._computed(piece):
+            copied = piece.origin.copied
+            for chunk in self._copied(piece, copied, buffer) if copied else self._computed(piece):
                 if self._stop.is_set():
                     return
                 digest.update(chunk)
@@ -195,19 +196,19 @@ class _Run:
                     self._written[number] += len(chunk)
                 position += len(chunk)
         self.digests[id(piece)] = digest.hexdigest()
-        if piece.origin.is_copy:
-            self._check(piece, digest)
+        if copied:
+            self._check(piece, copied, digest)
 
-    def _copied(self, piece: _Piece, buffer: memoryview) -> Iterator[memoryview]:
+    def _copied(self, piece: _Piece, found: Found, buffer: memoryview) -> Iterator[memoryview]:
         """The bytes of a source's rows, chunk by chunk; a chunk is gone when the next one is asked for."""
-        checkpoint, info = self._checkpoints[piece.origin.source], piece.origin.info
-        begin, end = self._span(piece)
+        checkpoint, info = self._checkpoints[found.source], found.info
+        begin, end = _span(piece, info)
         if checkpoint.pickled is not None or not isinstance(checkpoint.storage, Local):
             row = _row_bytes(info.shape, dtype_of(info))
             step = max(1, _FAR_CHUNK // row)
             for start in range(piece.start, piece.stop, step):
                 array = checkpoint.read(info, slice(start, min(piece.stop, start + step)))
-                yield memoryview(array.reshape(-1).view(np.uint8))
+                yield _bytes(array)
             return
         try:
             with open(checkpoint.storage.path(info.file), "rb", buffering=0) as file:
@@ -224,34 +225,32 @@ class _Run:
     def _computed(self, piece: _Piece) -> Iterator[memoryview]:
         """The bytes of rows that are cast, scaled, gathered or new, chunk by chunk."""
         origin, tensor = piece.origin, piece.tensor
-        values = None if origin.new is None else self._new(tensor)
+        new, found, digest = functools.cache(self._new), origin.found, hashlib.sha256()
         step = max(1, _CHUNK // _row_bytes(tensor.shape, np.dtype(np.float32)))
-        digest = hashlib.sha256() if origin.info is not None and origin.rows is None else None
         for start in range(piece.start, piece.stop, step):
             stop = min(piece.stop, start + step)
-            if origin.info is None:
-                x = values[start:stop]
+            if found is None:
+                x = new(tensor)[start:stop]
             elif origin.rows is None:
-                x = self._checkpoints[origin.source].read(origin.info, slice(start, stop))
-                digest.update(x.reshape(-1).view(np.uint8))
+                x = self._checkpoints[found.source].read(found.info, slice(start, stop))
+                digest.update(_bytes(x))
             else:
-                x = self._gathered(origin, start, stop)
+                x = self._gathered(found, self._gather[origin.rows][start:stop])
             y = _rescaled(tensor, x.reshape(stop - start, -1), start, origin)
             if origin.noise:
                 noise = np.float32(origin.noise)
-                mixed = (1 - noise) * y.astype(np.float32) + noise * values[start:stop].reshape(y.shape)
+                mixed = (1 - noise) * y.astype(np.float32) + noise * new(tensor)[start:stop].reshape(y.shape)
                 y = mixed.astype(y.dtype)
             if not is_finite(y) and is_finite(x):
                 self._overflown.setdefault(tensor.name)
-            yield memoryview(y.reshape(-1).view(np.uint8))
-        if digest is not None:
-            self._check(piece, digest)
+            yield _bytes(y)
+        if found is not None and origin.rows is None:
+            self._check(piece, found, digest)
 
-    def _gathered(self, origin: Origin, start: int, stop: int) -> np.ndarray:
-        """Rows of a source's embedding or head, in the order of the result's vocabulary."""
-        checkpoint, info = self._checkpoints[origin.source], origin.info
-        x, position = np.zeros((stop - start, *info.shape[1:]), dtype_of(info)), 0
-        wanted = self._gather[origin.rows][start:stop]
+    def _gathered(self, found: Found, wanted: np.ndarray) -> np.ndarray:
+        """These rows of a source's embedding or head, -1 for zeros, in the order of the result's vocabulary."""
+        checkpoint, info = self._checkpoints[found.source], found.info
+        x, position = np.zeros((len(wanted), *info.shape[1:]), dtype_of(info)), 0
         # Neighbours that are neighbours there too are read together.
         for _, run in itertools.groupby(
             enumerate(wanted.tolist()), lambda pair: None if pair[1] < 0 else pair[1] - pair[0]
@@ -262,17 +261,23 @@ class _Run:
             position += len(rows)
         return x
 
-    def _span(self, piece: _Piece) -> tuple[int, int]:
-        info = piece.origin.info
-        row = _row_bytes(info.shape, dtype_of(info))
-        return info.offset + piece.start * row, info.offset + piece.stop * row
-
-    def _check(self, piece: _Piece, digest: hashlib._Hash) -> None:
+    def _check(self, piece: _Piece, found: Found, digest: hashlib._Hash) -> None:
         """UserError if the source's manifest has another digest of the bytes that the piece was made from."""
-        name, file = piece.origin.source, piece.origin.info.file
-        known = self._known.get(name, {}).get((file, *self._span(piece)))
+        file = found.info.file
+        root, digests = self._known.get(found.source, (Path(), {}))
+        known = digests.get((file, *_span(piece, found.info)))
         if known is not None and known != digest.hexdigest():
-            raise mismatch(Path(self._checkpoints[name].storage.root), file)
+            raise mismatch(root, file)
+
+
+def _span(piece: _Piece, info: TensorInfo) -> tuple[int, int]:
+    """The bytes of its file that a piece of a tensor is made from."""
+    row = _row_bytes(info.shape, dtype_of(info))
+    return info.offset + piece.start * row, info.offset + piece.stop * row
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _rescaled(tensor: Tensor, x: np.ndarray, start: int, origin: Origin) -> np.ndarray:
@@ -285,6 +290,7 @@ def _rescaled(tensor: Tensor, x: np.ndarray, start: int, origin: Origin) -> np.n
     y, begin = np.empty(x.shape, origin.after), 0
     for size, factors in zip(sizes, origin.factors, strict=True):
         end = begin + size
+        part: slice | tuple[slice, slice]
         if layout == "conv1d":
             part = (slice(None), slice(begin, end))
         else:

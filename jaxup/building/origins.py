@@ -17,11 +17,17 @@ from jaxup.model.config import ModelConfig
 from jaxup.model.spec import spec
 
 
+class Found(NamedTuple):
+    """A tensor in the files of one of the models."""
+
+    source: str
+    info: TensorInfo
+
+
 class Origin(NamedTuple):
     """What makes the bytes of a tensor; equal origins make equal bytes."""
 
-    source: str | None  # the model, and the tensor of its files, that it is made from; None: of none
-    info: TensorInfo | None
+    found: Found | None  # what it is made from; None: of nothing that is there
     factors: tuple[tuple[float, ...], ...]  # of each param that the tensor holds; see `arithmetic.rescale`
     before: np.dtype  # what is scaled has this dtype
     after: np.dtype  # and this in the end
@@ -31,13 +37,14 @@ class Origin(NamedTuple):
 
     @property
     def is_zero(self) -> bool:
-        return self.info is None and self.new is None
+        return self.found is None and self.new is None
 
     @property
-    def is_copy(self) -> bool:
-        """Whether it is a source's bytes as they are."""
-        plain = self.info is not None and self.rows is None and self.new is None and not any(self.factors)
-        return plain and dtype_of(self.info) == self.before == self.after
+    def copied(self) -> Found | None:
+        """The tensor whose bytes it has as they are, if there is one."""
+        if self.found is None or self.rows is not None or self.new is not None or any(self.factors):
+            return None
+        return self.found if dtype_of(self.found.info) == self.before == self.after else None
 
 
 def tensor_origins(
@@ -59,17 +66,17 @@ def tensor_origins(
         made = [bill[path][tensor.layer or 0] for path in tensor.paths if path in bill]
         if all(material.is_zero for material in made):
             after = DTYPES[made[0].after] if made else some
-            yield Stored(tensor, after), Origin(None, None, (), after, after)
+            yield Stored(tensor, after), Origin(None, (), after, after)
             continue
         first = made[0]
         before, after = DTYPES[first.before], DTYPES[first.after]
         factors = tuple(material.factors for material in made)
         if first.source is None:
-            yield Stored(tensor, after), Origin(None, None, factors, before, after, new=tensor)
+            yield Stored(tensor, after), Origin(None, factors, before, after, new=tensor)
             continue
         info = stored[first.source][tuple(material.path for material in made), first.layer]
         end = tensor.paths[0].split(".")[0]
         yield Stored(tensor, after), Origin(
-            first.source, info, factors, before, after, end if end in gathered else None,
+            Found(first.source, info), factors, before, after, end if end in gathered else None,
             tensor if first.noise else None, first.noise,
         )  # fmt: skip

@@ -7,7 +7,6 @@ Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Mapping
@@ -25,8 +24,8 @@ from jaxup.families.layouts import Tensor, from_file
 from jaxup.files.header import TensorInfo
 from jaxup.hub.reader import Checkpoint, open_checkpoint
 from jaxup.model.config import Compute, ModelConfig
-from jaxup.model.decoder import Decoder
-from jaxup.model.spec import STACK, spec, unflatten
+from jaxup.model.decoder import Decoder, abstract
+from jaxup.model.spec import STACK, flatten, spec, unflatten
 from jaxup.progress import Progress
 
 _BATCH, _SEQ = 2, 32
@@ -54,8 +53,8 @@ def verify(
     total = sum(model.config.num_layers for model in (result, *models.values()))
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         done = itertools.count(1)
-        with Progress("verify", total=total, unit="layers") if progress else contextlib.nullcontext() as bar:
-            advance = lambda: bar and bar.update(next(done))  # noqa: E731
+        with Progress("verify", total=total, unit="layers", shown=progress) as bar:
+            advance = lambda: bar.update(next(done))  # noqa: E731
             ours_BSV = _logits(result, tokens_BS, advance)
             theirs = {name: _logits(model, tokens_BS, advance) for name, model in models.items()}
     lines = [f"verify: logits of {tokens_BS.size} random tokens in float32, the largest difference from"]
@@ -149,11 +148,12 @@ def _logits(model: _Model, tokens_BS: np.ndarray, advance: Callable[[], Any]) ->
 
 
 def _program(run: Callable[[Decoder, jax.Array], jax.Array]) -> Callable[[ModelConfig], Callable[..., jax.Array]]:
-    """config -> a compiled (leaves, x) -> run(a Decoder that has these leaves only, x)."""
+    """config -> a compiled (leaves, x) -> run(a Decoder that has these leaves, and of the others the shapes, x)."""
 
     @functools.cache
     def compiled(config: ModelConfig) -> Callable[..., jax.Array]:
-        return jax.jit(lambda leaves, x: run(Decoder(config, unflatten(leaves), Compute(attention="xla")), x))
+        shapes, compute = flatten(abstract(config)[1]), Compute(attention="xla")
+        return jax.jit(lambda leaves, x: run(Decoder(config, unflatten(shapes | leaves), compute), x))
 
     return compiled
 

@@ -42,7 +42,7 @@ class Vocabulary:
     size: int | None = None
     rows: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     files: Mapping[str, bytes] | None = None
-    token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    token_ids: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_vocabulary(recipe: Recipe) -> Vocabulary:
@@ -52,7 +52,7 @@ def open_vocabulary(recipe: Recipe) -> Vocabulary:
       UserError: a tokenizer is missing where it is needed, or has more tokens than its model; no such
         chat template.
     """
-    vocabulary = Vocabulary() if recipe.tokenizer is None else _remapped(recipe)
+    vocabulary = Vocabulary() if recipe.tokenizer is None else _remapped(recipe, recipe.tokenizer)
     if recipe.chat_template is None:
         return vocabulary
     files = dict(vocabulary.files or _carried(recipe, recipe.base))
@@ -62,8 +62,8 @@ def open_vocabulary(recipe: Recipe) -> Vocabulary:
 # ---- tokenizers
 
 
-def _remapped(recipe: Recipe) -> Vocabulary:
-    source = recipe.base if recipe.tokenizer == "base" else recipe.tokenizer
+def _remapped(recipe: Recipe, source: str) -> Vocabulary:
+    source = recipe.base if source == "base" else source
     names = dict.fromkeys([recipe.base, *([] if source == "union" else [source]), *recipe.models])
     tokenizers = {name: _load(recipe, name) for name in names}
     if tokenizers[recipe.base] is None:
@@ -99,11 +99,10 @@ def _remapped(recipe: Recipe) -> Vocabulary:
             for token, i in vocab.items():
                 rows[end][i] = known[donor].get(token, -1)
     # The ids that name tokens, from the base model's tokenizer to this one.
-    names = {i: token for token, i in known[recipe.base].items()}
-    move = {i: vocab[token] for i, token in names.items() if token in vocab}
+    move = {i: vocab[token] for token, i in known[recipe.base].items() if token in vocab}
     if _GENERATION in files:
-        generation = parse_json(files[_GENERATION], f"{recipe.base}: {_GENERATION}")
-        files[_GENERATION] = _json(generation | _moved(generation, move))
+        settings = parse_json(files[_GENERATION], f"{recipe.base}: {_GENERATION}")
+        files[_GENERATION] = _json(settings | _moved(settings, move))
     return Vocabulary(size, rows, files, _moved(recipe.models[recipe.base].hf, move))
 
 
@@ -114,7 +113,7 @@ def _union(tokenizers: Mapping[str, Any], known: Mapping[str, dict[str, int]], b
         union = _from_pretrained(directory)
         added = [tokenizer.added_tokens_decoder for tokenizer in tokenizers.values() if tokenizer is not None]
         special = {token.content: token for tokens in added for token in tokens.values()}
-        new = {token: None for name in known for token in sorted(known[name], key=known[name].get)}
+        new = {token: None for name in known for token in sorted(known[name], key=known[name].__getitem__)}
         # First what the models' own vocabularies have, then what was added to them.
         for tokens in ([t for t in new if t not in special], [t for t in new if t in special]):
             union.add_tokens([special.get(token, token) for token in tokens if token not in known[base]])

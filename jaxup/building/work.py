@@ -87,9 +87,10 @@ class Work:
 
     def describe(self, out: Path, sparse: bool) -> str:
         """What `build` would do, in a few lines."""
-        counts, sizes = collections.Counter(), collections.Counter()
+        counts: collections.Counter[str] = collections.Counter()
+        sizes: collections.Counter[str] = collections.Counter()
         for stored, origin in self.tensors:
-            kind = "zero" if origin.is_zero else "copied" if origin.is_copy else "computed" if origin.info else "new"
+            kind = "zero" if origin.is_zero else "copied" if origin.copied else "computed" if origin.found else "new"
             counts[kind] += 1
             sizes[kind] += stored.nbytes
         lines = [f"{out}: {self.recipe.plan.num_layers} layers, {len(self.tensors)} tensors, {size(self.nbytes)}"]
@@ -109,7 +110,7 @@ class Work:
 
     def _read(self) -> int:
         """Bytes that are copied, each counted once."""
-        return sum({origin: stored.nbytes for stored, origin in self.tensors if origin.is_copy}.values())
+        return sum({origin: stored.nbytes for stored, origin in self.tensors if origin.copied}.values())
 
 
 def prepare(

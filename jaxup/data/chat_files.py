@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxup.data.layouts import COLUMNS, LAYOUTS
 from jaxup.data.sources import file_hash, hidden, is_dataset_name, load_dataset, of_split_train, parquet_batches
-from jaxup.errors import UserError, first_line, suggest
+from jaxup.errors import UserError, first_line, nearest
 
 MIB = 2**20
 LONGEST_ROW = 64 * MIB  # a longer one is a mistake, such as a whole file on one line
@@ -211,7 +211,7 @@ def near_layout(row: Any) -> str:
     if not isinstance(row, dict):
         return f"; known: {', '.join(LAYOUTS)}"
     for key in row:
-        if (told := suggest(key[:40], COLUMNS)).startswith("; did you mean"):
+        if told := nearest(key[:40], COLUMNS):
             return f": no layout has {key[:40]!r}{told}"
     keys = ", ".join(repr(key[:40]) for key in islice(row, 12))
     return f"; its keys: {keys or 'none'}; known: {', '.join(LAYOUTS)}"

@@ -18,7 +18,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -284,7 +284,7 @@ class TemplateFormat(Format):
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, message: str | Sequence[Mapping[str, str]], system: str | None = None
+    tokenizer: PreTrainedTokenizerBase, message: str | Sequence[dict[str, str]], system: str | None = None
 ) -> list[int]:
     """A user's message, or a chat's messages, as the tokenizer's template spells it, up to where the reply begins."""
     if not tokenizer.chat_template:

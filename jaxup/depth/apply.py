@@ -9,7 +9,7 @@ L is the number of layers of a source, M that of the result.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax

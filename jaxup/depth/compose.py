@@ -5,10 +5,19 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Mapping
 
-from jaxup.depth.plan import BLOCK_PATHS, END_PATHS, ENDS, PARTS, DepthPlan, Row, Scales, factors_of, simplest_scales
+from jaxup.depth.plan import (
+    BLOCK_PATHS,
+    END_PATHS,
+    ENDS,
+    PARTS,
+    DepthPlan,
+    Factors,
+    Row,
+    Scales,
+    factors_of,
+    simplest_scales,
+)
 from jaxup.errors import UserError
-
-Factors = tuple[float, ...]
 
 
 def compose(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> DepthPlan:
@@ -46,11 +55,11 @@ def compose(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> DepthPlan:
     ends, factors = {}, {}
     for end in ENDS:
         name = getattr(outer, end)
-        inner = inners.get(name)
-        ends[end] = name if inner is None else getattr(inner, end)
+        made = inners.get(name)
+        ends[end] = name if made is None else getattr(made, end)
         for path in END_PATHS:
             if path.split(".")[0] == end:
-                factors[path] = _chain(() if inner is None else inner.factors(path), outer.factors(path))
+                factors[path] = _chain(() if made is None else made.factors(path), outer.factors(path))
     _check_head(outer, inners)
     dtypes = _dtypes(outer, inners)
     return DepthPlan(tuple(rows), **ends, sources=_sources(outer, inners), scales=_scales(factors, outer.scales),
@@ -84,9 +93,9 @@ def _scales(factors: Mapping[str, Factors], *as_written: Scales) -> Scales:
 
 def _check_head(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> None:
     """Which of an inner result's two matrices its head is depends on whether it is tied, which no plan knows."""
-    inner = inners.get(outer.lm_head)
-    if inner is None or outer.embed_tokens == outer.lm_head:
+    if (name := outer.lm_head) is None or name not in inners or outer.embed_tokens == name:
         return
+    inner = inners[name]
     if inner.embed_tokens != inner.lm_head or inner.factors("embed_tokens") != inner.factors("lm_head.kernel"):
         raise UserError(f"compose: the head of {outer.lm_head!r} is not of the model, or the scale, of its embedding")
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401  (numpy learns of bfloat16)
 import numpy as np
 
-from jaxup.depth.plan import ENDS, DepthPlan
+from jaxup.depth.plan import ENDS, DepthPlan, Factors
 from jaxup.model.spec import STACK, is_kernel
 
 
@@ -59,7 +59,7 @@ def materials(
     """
     ends = {end: (end, getattr(plan, end)) for end in ENDS} | {"lm_head": plan.head(tied)}
 
-    def made(source: str | None, path: str, layer: int | None, factors, noise: float, dtype: str) -> Material:
+    def made(source: str | None, path: str, layer: int | None, factors: Factors, noise: float, dtype: str) -> Material:
         before = plan.dtype or dtype
         return Material(source, path, layer, factors, noise, before, plan.out_dtype or before)
 
@@ -82,13 +82,13 @@ def materials(
     return bill
 
 
-def common(dtypes: Iterable[str]) -> str | None:
-    """The narrowest dtype that holds all of these exactly; None if there are none."""
-    return functools.reduce(_widest, dict.fromkeys(dtypes), None)
+def common(dtypes: Iterable[str]) -> str:
+    """The narrowest dtype that holds all of these exactly; "" if there are none."""
+    return functools.reduce(_widest, dict.fromkeys(dtypes), "")
 
 
-def _widest(a: str | None, b: str) -> str:
-    if a is None or a == b:
+def _widest(a: str, b: str) -> str:
+    if not a or a == b:
         return b
     try:
         return np.promote_types(a, b).name

@@ -29,7 +29,8 @@ END_PATHS = tuple(path for path in PART_OF if not path.startswith(STACK))
 # What makes a block add nothing to the residual stream: its two projections back into it.
 ZEROED = (("o_proj", 0.0), ("down_proj", 0.0))
 
-Scales = tuple[tuple[str, float | tuple[float, ...]], ...]
+Factors = tuple[float, ...]
+Scales = tuple[tuple[str, float | Factors], ...]
 
 
 @dataclasses.dataclass(frozen=True)

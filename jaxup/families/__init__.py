@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError, nearest, suggest
 from jaxup.families.family import Family
 from jaxup.families.gpt2 import GPT2
-from jaxup.families.keys import parsed, short, suggest_key
+from jaxup.families.keys import parsed, short
 from jaxup.families.llama import LLAMA
 from jaxup.families.mistral import MISTRAL
 from jaxup.families.qwen import QWEN2, QWEN3
@@ -64,7 +64,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     known |= set(family.fixed) | _IGNORED
     for name, value in hf.items():
         if name not in known and not name.startswith("_"):
-            raise UserError(f"unknown key {short(name)} of a {family.model_type} model{suggest_key(name, known)}")
+            raise UserError(
+                f"unknown key {short(name)} of a {family.model_type} model{nearest(name[:100], sorted(known))}"
+            )
         # `==` alone would let 0 pass for False.
         accepted = family.fixed.get(name)
         if accepted is not None and not any(value == a and type(value) is type(a) for a in accepted):

@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError
 from jaxup.model.config import ModelConfig
 
 
@@ -46,41 +46,41 @@ def parsed(name: str, value: Any, parse: Callable[[Any], Any]) -> Any:
         raise UserError(f"{name}={short(value)} is not supported, only {error}") from None
 
 
-def size(value, smallest: int = 1, largest: int = _MAX_SIZE) -> int:
+def size(value: Any, smallest: int = 1, largest: int = _MAX_SIZE) -> int:
     if type(value) is not int or not smallest <= value <= largest:
         raise ValueError(f"an integer from {smallest} to {largest}")
     return value
 
 
-def layers(value) -> int:
+def layers(value: Any) -> int:
     return size(value, largest=_MAX_LAYERS)
 
 
-def count(value) -> int:
+def count(value: Any) -> int:
     return size(value, smallest=0)
 
 
-def optional_size(value) -> int | None:
+def optional_size(value: Any) -> int | None:
     return None if value is None else size(value)
 
 
-def positive(value) -> float:
+def positive(value: Any) -> float:
     if type(value) not in (int, float) or not 1 / _MAX_NUMBER <= value <= _MAX_NUMBER:
         raise ValueError("a positive number")
     return float(value)
 
 
-def optional_positive(value) -> float | None:
+def optional_positive(value: Any) -> float | None:
     return None if value is None else positive(value)
 
 
-def optional_weight(value) -> float:
+def optional_weight(value: Any) -> float:
     if value is not None and (type(value) not in (int, float) or not 0 <= value <= _MAX_NUMBER):
         raise ValueError("a number from 0, or null")
     return float(value or 0)
 
 
-def boolean(value) -> bool:
+def boolean(value: Any) -> bool:
     if type(value) is not bool:
         raise ValueError("true or false")
     return value
@@ -94,16 +94,10 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 
-def activation(value) -> str:
+def activation(value: Any) -> str:
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ValueError(f"one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]
-
-
-def suggest_key(name: str, known) -> str:
-    """A suggestion only if one is near: the list of all known keys would fill a screen."""
-    near = suggest(name[:100], sorted(known))
-    return near if near.startswith("; did you mean") else ""
 
 
 # Its cost does not depend on the size of the value, which may be a hostile file's.

@@ -61,6 +61,7 @@ def expected_tensors(rows: Sequence[TensorRow], table: Mapping[str, Param]) -> I
 
 def _tensor(row: TensorRow, layer: int | None, parts: list[tuple[int, ...]]) -> Tensor:
     name = row.name if layer is None else row.name.format(layer=layer)
+    shape: tuple[int, ...]
     if row.layout in ("linear", "conv1d"):
         inputs = math.prod(parts[0][: row.inputs])
         outputs = sum(math.prod(p[row.inputs :]) for p in parts)

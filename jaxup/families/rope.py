@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxup.errors import UserError
+from jaxup.errors import UserError, nearest
 from jaxup.families.keys import (
     Rule,
     boolean,
@@ -16,7 +16,6 @@ from jaxup.families.keys import (
     positive,
     short,
     size,
-    suggest_key,
 )
 from jaxup.model.config import ModelConfig, RopeScaling
 
@@ -31,7 +30,7 @@ _ROPE_KEYS = {
 _REQUIRED = object()
 
 
-def _read_rope(hf, fields):
+def _read_rope(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """transformers 4 spells it `rope_theta` and `rope_scaling`, 5 has all of it in `rope_parameters`.
 
     Both read both; where a file has several spellings they must agree, for the versions differ in
@@ -49,7 +48,7 @@ def _read_rope(hf, fields):
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _rope_of(name: str, hf, theta: float, max_positions: int) -> tuple[float, RopeScaling | None]:
+def _rope_of(name: str, hf: Mapping[str, Any], theta: float, max_positions: int) -> tuple[float, RopeScaling | None]:
     values = hf[name]
     if not isinstance(values, dict):
         raise UserError(f"{name}={short(values)} is not supported, only an object or null")
@@ -60,7 +59,9 @@ def _rope_of(name: str, hf, theta: float, max_positions: int) -> tuple[float, Ro
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
     for key in values:
         if key not in known:
-            raise UserError(f"{name}: unknown key {short(key)} of rope_type {kind!r}{suggest_key(key, known)}")
+            raise UserError(
+                f"{name}: unknown key {short(key)} of rope_type {kind!r}{nearest(key[:100], sorted(known))}"
+            )
     for key in ("rope_theta", "original_max_position_embeddings"):
         if key in values and key in hf:
             _agree(key, hf[key], f"{name}.{key}", values[key])
@@ -112,9 +113,8 @@ def _agree(name: str, value: Any, other_name: str, other: Any) -> None:
 
 def _write_rope(config: ModelConfig) -> dict[str, Any]:
     theta, scaling = config.rope_theta, config.rope_scaling
-    if scaling is None:
-        parameters = {"rope_type": "default"}
-    else:
+    parameters: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
         parameters = {
             "rope_type": scaling.kind,
             "factor": scaling.factor,
@@ -126,7 +126,7 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
             "attention_factor": scaling.attention_factor,
             "truncate": None if scaling.truncate else scaling.truncate,  # older versions know only true
         }
-        parameters = {key: value for key, value in parameters.items() if value is not None}
+        parameters = {key: value for key, value in parameters.items() if value or value is False}
     old = dict(parameters)
     # Given this key, transformers 4 takes the ratio of the two contexts for yarn's factor.
     if scaling is not None and scaling.kind == "yarn" and scaling.original_max_positions == config.max_positions:

@@ -95,7 +95,7 @@ def load(
         config = result_config(plan, {name: checkpoint.config for name, checkpoint in checkpoints.items()})
         recorded = plan
     if mesh is None:
-        default = jax.config.jax_default_device
+        default = jax.config.jax_default_device  # type: ignore[attr-defined]  # jax adds its options at run time
         device = SingleDeviceSharding(default if isinstance(default, jax.Device) else jax.local_devices()[0])
         shardings = dict.fromkeys(spec(config), device)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ def stored_dtypes(checkpoints: Mapping[str, Checkpoint]) -> Callable[[str | None
     return lambda source, path, layer: "float32" if source is None else dtypes[source, path, layer]
 
 
-def open_checkpoint(path_or_id: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path_or_id: str | os.PathLike, *, revision: str | None = None, allow_pickle: bool = False
+) -> Checkpoint:
     """Reads config.json and the headers; UserError unless they are exactly one model of a known family.
 
     `allow_pickle` reads pytorch_model.bin where there is no safetensors file; see `jaxup.files.pickles`.
@@ -132,12 +135,15 @@ def _match(
             raise UserError(f"{name}: tensors {stored!r} and {unused[full][0]!r} are the same parameter")
         unused[full] = (stored, info)
     num_layers = next(param.shape[0] for param in table.values() if param.stacked)
-    found, missing, misshapen = [], [], []
+    found: list[tuple[Tensor, TensorInfo]] = []
+    missing: list[str] = []
+    misshapen: list[str] = []
     for tensor in expected_tensors(family.rows(table), table):
-        stored, info = unused.pop(tensor.name, (None, None))
-        if info is None:
+        if tensor.name not in unused:
             missing.append(tensor.name)
-        elif info.shape != tensor.shape:
+            continue
+        stored, info = unused.pop(tensor.name)
+        if info.shape != tensor.shape:
             misshapen.append(f"{stored!r} is {list(info.shape)}, the config needs {list(tensor.shape)}")
         elif info.dtype not in _DTYPES:
             misshapen.append(f"{stored!r} is {info.dtype}, not one of {', '.join(_DTYPES)}")

@@ -13,7 +13,7 @@ from jaxup.errors import UserError
 if TYPE_CHECKING:
     from jaxup.model.decoder import Decoder
 
-Prompt = str | Sequence[Mapping[str, str]]  # text to go on from, or the messages of a chat that waits for a reply
+Prompt = str | Sequence[dict[str, str]]  # text to go on from, or the messages of a chat that waits for a reply
 
 
 def generate(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextlib
 import functools
 import math
 import threading
@@ -28,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxup.depth.apply import scale_rows
 from jaxup.depth.arithmetic import rescale
 from jaxup.depth.materials import Bill, Material, common
+from jaxup.depth.plan import Factors
 from jaxup.errors import UserError
 from jaxup.families.layouts import Tensor, as_head, from_file, transpose
 from jaxup.files.header import TensorInfo
@@ -54,7 +54,8 @@ def transfer(
     casts = {path: _Casts.of(rows, dtype) for path, rows in bill.items()}
     fresh = _fresh(bill, config, shardings, casts)
     sharding = next(iter(shardings.values()))
-    on_host = isinstance(sharding, SingleDeviceSharding) and next(iter(sharding.device_set)).platform == "cpu"
+    platforms = {device.platform for device in sharding.device_set}
+    on_host = isinstance(sharding, SingleDeviceSharding) and platforms == {"cpu"}
     target = (_Host if on_host else _Devices)(bill, config, shardings, casts, fresh)
     finite = np.ones(len(moves), bool)
     total, done = sum(_nbytes(move.info) for move in moves), 0
@@ -62,14 +63,13 @@ def transfer(
     local = all(isinstance(checkpoint.storage, Local) for checkpoint in checkpoints.values())
     with (
         concurrent.futures.ThreadPoolExecutor(2 if local else 16) as pool,
-        Progress("load", total=total // 10**6, unit="MB") if progress else contextlib.nullcontext() as shown,
+        Progress("load", total=total // 10**6, unit="MB", shown=progress) as bar,
     ):
         for i, (move, fetched) in enumerate(_read_ahead(pool, moves, target.fetch)):
             array, finite[i] = fetched.result()
             target.put(move, array)
             done += _nbytes(move.info)
-            if shown:
-                shown.update(done // 10**6)
+            bar.update(done // 10**6)
     if not alone:
         finite = multihost_utils.process_allgather(finite).all(axis=0)
     for digest in digests:
@@ -79,14 +79,17 @@ def transfer(
     return target.finish()
 
 
+# (leaf, layer, index among the tensor's paths, factors)
+_Target = tuple[str, int | None, int, Factors]
+
+
 class _Move(NamedTuple):
     """A tensor of a file and the places in the result that it is put into."""
 
     checkpoint: Checkpoint
     tensor: Tensor
     info: TensorInfo
-    # (leaf, layer, index among the tensor's paths, factors)
-    targets: tuple[tuple[str, int | None, int, tuple[float, ...]], ...]
+    targets: tuple[_Target, ...]
 
 
 def _moves(bill: Bill, checkpoints: Mapping[str, Checkpoint]) -> Iterator[_Move]:
@@ -100,7 +103,8 @@ def _moves(bill: Bill, checkpoints: Mapping[str, Checkpoint]) -> Iterator[_Move]
                 wanted[made.source, made.path, made.layer].append((*place, made.factors))
     for name, checkpoint in checkpoints.items():
         for tensor, info in sorted(checkpoint.tensors, key=lambda pair: (pair[1].file, pair[1].offset)):
-            targets, heads = [], []
+            targets: list[_Target] = []
+            heads: list[_Target] = []
             for part, origin in enumerate(tensor.paths):
                 for path, layer, factors in wanted[name, origin, tensor.layer]:
                     # A tied embedding that is a head of its own in the result lies there transposed.
@@ -122,7 +126,7 @@ class _Casts(NamedTuple):
     def of(cls, rows: tuple[Material, ...], dtype: str | None) -> _Casts:
         """All layers of a leaf have one dtype: `dtype`, or that which holds them all."""
         before, after = common(made.before for made in rows), common(made.after for made in rows)
-        return cls(*map(jnp.dtype, (before, after, dtype or after)))
+        return cls(jnp.dtype(before), jnp.dtype(after), jnp.dtype(dtype or after))
 
     @property
     def one(self) -> bool:
@@ -154,7 +158,8 @@ def _read_ahead(
     pool: concurrent.futures.Executor, moves: Iterable[_Move], fetch: Callable[[_Move], Any]
 ) -> Iterator[tuple[_Move, concurrent.futures.Future]]:
     """Starts reading a few tensors before they are asked for."""
-    queue, size, share = collections.deque(), 0, jax.process_count()
+    queue: collections.deque[tuple[_Move, concurrent.futures.Future]] = collections.deque()
+    size, share = 0, jax.process_count()
     for move in moves:
         queue.append((move, pool.submit(fetch, move)))
         size += _nbytes(move.info) // share
@@ -218,7 +223,10 @@ class _Devices:
     def __init__(self, bill, config, shardings, casts, fresh):
         table = spec(config)
         self._shardings, self._casts = shardings, casts
-        self._leaves = {path: jax.ShapeDtypeStruct(param.shape, casts[path].leaf) for path, param in table.items()}
+        # Of what stands beside the stacks there is nothing before it is put there.
+        self._leaves: dict[str, Any] = {
+            path: jax.ShapeDtypeStruct(param.shape, casts[path].leaf) for path, param in table.items()
+        }
         stacks = [path for path in table if table[path].stacked and path not in fresh]
         zeros = jax.jit(
             lambda: {path: jnp.zeros(table[path].shape, casts[path].leaf) for path in stacks},
@@ -242,7 +250,8 @@ class _Devices:
         places = collections.defaultdict(list)
         for device, (index, *_) in sharding.addressable_devices_indices_map(shape).items():
             places[index.indices(shape[0])[:2]].append(device)
-        arrays, finite = {}, True
+        arrays: dict[Any, jax.Array] = {}
+        finite = True
         for (start, stop), devices in places.items():
             piece, ok = _rows(move, slice(min(start, move.info.shape[0]), min(stop, move.info.shape[0])))
             finite = finite and ok
@@ -289,7 +298,7 @@ def _axes(tensor: Tensor, target: NamedSharding) -> _Axes:
 
 
 @functools.lru_cache(maxsize=256)
-def _placer(tensor: Tensor, part: int, factors: tuple[float, ...], casts: _Casts, target: Any):
+def _placer(tensor: Tensor, part: int, factors: Factors, casts: _Casts, target: Any) -> Callable[..., jax.Array]:
     """A compiled (leaf [L, ...] or None, fetched tensor, layer) -> leaf with one of the tensor's parts in it."""
     row, shapes, dtype = tensor.row, tensor.part_shapes, casts.leaf
     shape = shapes[part]
@@ -327,7 +336,7 @@ def _placer(tensor: Tensor, part: int, factors: tuple[float, ...], casts: _Casts
             x = x[rows, columns]
         return x.T if row.layout == "linear" else x
 
-    def split(x, rows: tuple[str, ...], columns: tuple[str, ...]):
+    def split(x: jax.Array, rows: tuple[str, ...], columns: tuple[str, ...]) -> jax.Array:
         # XLA finds the way to each of these, but not to the last at once.
         return jax.lax.with_sharding_constraint(x, NamedSharding(target.mesh, PartitionSpec(rows, columns)))
 
@@ -345,7 +354,7 @@ def _report(moves: list[_Move], strict: bool) -> None:
 
 def _in_background(call: Callable[[], Any]) -> concurrent.futures.Future:
     """Not in a pool: hashing takes long, and must not keep an interrupted process alive."""
-    future = concurrent.futures.Future()
+    future: concurrent.futures.Future = concurrent.futures.Future()
 
     def run():
         try:

@@ -7,7 +7,6 @@ every process calls `save`: each tensor is gathered by all and written by proces
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import math
 import time
@@ -178,7 +177,7 @@ def _fetch(leaves: Mapping[str, Any], tensor: Tensor) -> list[np.ndarray]:
 
 def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
     if isinstance(leaf, jax.Array):
-        if not leaf.is_fully_addressable:
+        if not leaf.is_fully_addressable and isinstance(leaf.sharding, jax.sharding.NamedSharding):
             sharding = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
             return np.asarray(
                 _replicated(sharding)(leaf) if layer is None else _replicated_layer(sharding)(leaf, layer)
@@ -210,15 +209,14 @@ def _write_shards(
 ) -> dict[str, str]:
     """The digests of the files written."""
     total, done, began = sum(stored.nbytes for shard in shards.values() for stored in shard), 0, time.monotonic()
-    bar = Progress("saving", total=math.ceil(total / 1e6), unit="MB") if progress else contextlib.nullcontext()
+    bar = Progress("saving", total=math.ceil(total / 1e6), unit="MB", shown=progress)
 
     def arrays(shard: Iterable[Stored]) -> Iterator[np.ndarray]:
         nonlocal done
         for stored in shard:
             yield _cast(stored, fetch(stored.tensor))
             done += stored.nbytes
-            if progress:
-                bar.update(math.ceil(done / 1e6), f"{done / 1e6 / (time.monotonic() - began):,.0f} MB/s")
+            bar.update(math.ceil(done / 1e6), f"{done / 1e6 / (time.monotonic() - began):,.0f} MB/s")
 
     with bar:
         return {name: write_shard(directory / name, shard, arrays(shard)) for name, shard in shards.items()}

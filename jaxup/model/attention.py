@@ -52,14 +52,14 @@ def attention(
     blocks = []
     for start in range(0, S, _BLOCK):
         stop = min(start + _BLOCK, S)
-        first = 0 if window is None else max(0, start + 1 - window)
-        segments = None if segment_ids is None else segment_ids[:, first:stop]
-        mask = _mask(jnp.arange(start, stop), jnp.arange(first, stop), window, segments)
-        blocks.append(_dense(q_BSNH[:, start:stop], k_BTKH[:, first:stop], v_BTKH[:, first:stop], mask))
+        seen = slice(0 if window is None else max(0, start + 1 - window), stop)
+        segments = None if segment_ids is None else segment_ids[:, seen]
+        mask = _mask(jnp.arange(start, stop), jnp.arange(seen.start, stop), window, segments)
+        blocks.append(_dense(q_BSNH[:, start:stop], k_BTKH[:, seen], v_BTKH[:, seen], mask))
     return jnp.concatenate(blocks, axis=1)
 
 
-def _choose(dtype, self_attention: bool, seq_len: int, segmented: bool) -> str:
+def _choose(dtype: jnp.dtype, self_attention: bool, seq_len: int, segmented: bool) -> str:
     if jax.default_backend() == "gpu" and dtype != jnp.float32 and self_attention and not segmented:
         return "cudnn"
     # Blocks are unrolled: a bound on the size of the program.

@@ -17,17 +17,17 @@ class RopeScaling:
     `linear` divides all of them by `factor` (position interpolation, arXiv 2306.15595); `llama3`
     divides the low ones and blends up to the high ones (LLaMA 3.1's reference code); `yarn` does so
     by dimension, and multiplies cosines and sines by `attention_factor` (arXiv 2309.00071). Fields
-    that a kind does not use are None.
+    that a kind does not use are 0, or None.
     """
 
     kind: str  # "linear", "llama3" or "yarn"
     factor: float
-    original_max_positions: int | None = None  # llama3, yarn: the context before
-    low_freq_factor: float | None = None  # llama3: wavelengths above original / low are divided,
-    high_freq_factor: float | None = None  # those below original / high are kept
-    beta_fast: float | None = None  # yarn: dimensions that turn more often than this within the
-    beta_slow: float | None = None  # original context are kept, those that turn less than this divided
-    attention_factor: float | None = None  # yarn
+    original_max_positions: int = 0  # llama3, yarn: the context before
+    low_freq_factor: float = 0.0  # llama3: wavelengths above original / low are divided,
+    high_freq_factor: float = 0.0  # those below original / high are kept
+    beta_fast: float = 0.0  # yarn: dimensions that turn more often than this within the
+    beta_slow: float = 0.0  # original context are kept, those that turn less than this divided
+    attention_factor: float = 0.0  # yarn
     truncate: bool | None = None  # yarn: the two bounds are rounded to whole dimensions
 
     def __post_init__(self):
@@ -35,7 +35,7 @@ class RopeScaling:
             raise UserError(f"model: rope_scaling kind {self.kind!r} is not one of {tuple(_ROPE_FIELDS)}")
         for field in dataclasses.fields(self)[2:]:
             used, value = field.name in _ROPE_FIELDS[self.kind], getattr(self, field.name)
-            if used != (value is not None):
+            if used != (value is not None if field.name == "truncate" else value != 0):
                 raise UserError(f"model: rope_scaling {self.kind} {'needs' if used else 'has no'} {field.name}")
             if used and field.name != "truncate" and not 0 < value < math.inf:
                 raise UserError(f"model: rope_scaling.{field.name} must be a positive number, not {value!r}")
@@ -119,17 +119,16 @@ class ModelConfig:
             raise UserError(f"model: rotary positions need an even head_dim, not {self.head_dim}")
         if self.positions == "learned" and self.rope_scaling is not None:
             raise UserError("model: rope_scaling needs positions='rope'")
-        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and not self.rope_theta > 1:
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and (self.rope_theta or 0) <= 1:
             raise UserError(f"model: rope_scaling yarn needs a rope_theta above 1, not {self.rope_theta}")
         if len(self.kinds) not in (1, self.num_layers):
             raise UserError(f"model: {len(self.kinds)} layer kinds for {self.num_layers} layers")
         # One spelling of each function, so that equal models compare equal.
         if len(set(self.kinds)) == 1:
             object.__setattr__(self, "kinds", self.kinds[:1])
-        for field in dataclasses.fields(self):
-            choices = _CHOICES.get(field.name)
-            if choices and getattr(self, field.name) not in choices:
-                raise UserError(f"model: {field.name}={getattr(self, field.name)!r} is not one of {choices}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"model: {name}={getattr(self, name)!r} is not one of {choices}")
 
     @property
     def kinds_of_layers(self) -> tuple[LayerKind, ...]:
@@ -159,7 +158,8 @@ class ModelConfig:
         """What `dataclasses.asdict` gave, also if JSON has kept it; a wrong key is a TypeError."""
         fields = dict(fields)
         if fields["rope_scaling"] is not None:
-            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+            given = {name: value for name, value in fields["rope_scaling"].items() if value is not None}
+            fields["rope_scaling"] = RopeScaling(**given)
         if "kinds" not in fields:  # as it was before there were kinds
             window, types = fields.pop("sliding_window"), fields.pop("layer_types") or ["sliding_attention"]
             kinds = tuple(LayerKind(window=None if kind == "full_attention" else window) for kind in types)

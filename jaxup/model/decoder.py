@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.layers import Block, Linear, Norm, param
 from jaxup.model.spec import Param, flatten, spec, unflatten
-from jaxup.model.stack import SplitStack
+from jaxup.model.stack import SplitStack, Step
 from jaxup.text import size
 
 Params = dict[str, Any]  # nested dict of arrays: the pure form of a Decoder's nnx state
@@ -36,7 +37,9 @@ class KVCache(NamedTuple):
     length: Array  # int32 scalar: how many positions are filled
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, length: int, dtype, *, layers: int | None = None) -> KVCache:
+    def empty(
+        cls, config: ModelConfig, batch: int, length: int, dtype: DTypeLike, *, layers: int | None = None
+    ) -> KVCache:
         """For `layers` runs of a layer: as many as an order has, by default as the model has."""
         shape = (layers or config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
@@ -59,7 +62,7 @@ class Decoder(nnx.Module):
         """`params` is a tree such as `init` gives, of arrays or of ShapeDtypeStructs."""
         self.config, self.compute = config, compute or Compute()
         leaves = flatten(params)
-        self.embed_tokens = param(leaves, "embed_tokens")
+        self.embed_tokens = nnx.Param(leaves["embed_tokens"])
         self.embed_positions = param(leaves, "embed_positions")
         self.blocks = Block(config, self.compute, leaves)
         self.norm = Norm(config.norm, config.norm_eps, leaves, "norm")
@@ -91,7 +94,13 @@ class Decoder(nnx.Module):
         )
 
     def hidden(
-        self, tokens_BS, *, positions_BS=None, segment_ids_BS=None, order=None, stack: SplitStack | None = None
+        self,
+        tokens_BS: Int[Array, "batch seq"],
+        *,
+        positions_BS: Int[Array, "#batch seq"] | None = None,
+        segment_ids_BS: Int[Array, "batch seq"] | None = None,
+        order: Int[Array, " runs"] | None = None,
+        stack: SplitStack | None = None,
     ) -> Float[Array, "batch seq hidden"]:
         """What the head is applied to: the final norm's output. A `stack` takes the place of the blocks."""
         if positions_BS is None:
@@ -115,8 +124,8 @@ class Decoder(nnx.Module):
         if first_B is not None:
             positions_BS = jnp.maximum(positions_BS - first_B[:, None], 0)
         x_BSD = self.embed(tokens_BS, positions_BS)
-        x_BSD, cache = self.run(x_BSD, positions_BS, cache=cache, first_B=first_B, order=order)
-        return self.logits(self.norm(x_BSD)[:, -1]), cache
+        x_BSD, (k, v) = self.run(x_BSD, positions_BS, cache=cache, first_B=first_B, order=order)
+        return self.logits(self.norm(x_BSD)[:, -1]), KVCache(k, v, cache.length + tokens_BS.shape[1])
 
     # ---- what these consist of
 
@@ -143,10 +152,17 @@ class Decoder(nnx.Module):
         return self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
     def run(
-        self, x_BSD, positions_BS, *, segment_ids_BS=None, cache: KVCache | None = None, first_B=None, order=None,
+        self,
+        x_BSD: Float[Array, "batch seq hidden"],
+        positions_BS: Int[Array, "#batch seq"],
+        *,
+        segment_ids_BS: Int[Array, "batch seq"] | None = None,
+        cache: KVCache | None = None,
+        first_B: Int[Array, " batch"] | None = None,
+        order: Int[Array, " runs"] | None = None,
         stack: SplitStack | None = None,
-    ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:  # fmt: skip
-        """The blocks applied one after the other; when decoding, also the cache with their keys and values."""
+    ) -> tuple[Float[Array, "batch seq hidden"], Any]:
+        """The blocks applied one after the other; and, with a `cache`, its (k, v) with theirs."""
         start = 0 if cache is None else cache.length
         num_layers, columns = self.config.num_layers, column_arrays(self.config)
 
@@ -175,9 +191,10 @@ class Decoder(nnx.Module):
         if stack is not None:
             carry = stack.scan(body, (x_BSD, None), self.blocks, columns, policy=policy, unroll=self.compute.unroll)
             return carry[0], None
-        if order is None:
-            step, runs, length = body, (self.blocks, jnp.arange(num_layers), columns), num_layers
-        else:
+        step: Step = body
+        runs: Any = (self.blocks, jnp.arange(num_layers), columns)
+        length = num_layers
+        if order is not None:
             order = jnp.asarray(order, jnp.int32)
             step, runs, length = ordered, (order, jnp.cumsum(order >= 0) - 1), order.shape[0]
         if policy is not None:
@@ -185,10 +202,7 @@ class Decoder(nnx.Module):
         # Carried, not scanned over: XLA writes to a carry in place, where each step would copy the cache.
         kv = None if cache is None else (cache.k_LBTKH, cache.v_LBTKH)
         unroll = min(self.compute.unroll, length) or length
-        (x_BSD, kv), _ = jax.lax.scan(step, (x_BSD, kv), runs, unroll=unroll)
-        if cache is not None:
-            cache = KVCache(*kv, cache.length + x_BSD.shape[1])
-        return x_BSD, cache
+        return jax.lax.scan(step, (x_BSD, kv), runs, unroll=unroll)[0]
 
 
 # "dots" keeps every matrix product's output, "full" only each block's input.
@@ -222,8 +236,9 @@ def abstract(config: ModelConfig, compute: Compute | None = None) -> tuple[Any, 
 
 def init(config: ModelConfig, seed: int | Array) -> Params:
     """Freshly initialised float32 params; a pure function of (config, seed), usable under jit."""
-    is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-    key, ends, stacked = seed if is_key else jax.random.key(seed), itertools.count(), itertools.count()
+    if not isinstance(seed, jax.Array) or not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        seed = jax.random.key(seed)
+    key, ends, stacked = seed, itertools.count(), itertools.count()
 
     def normal(param: Param, key: Array, number: int) -> Array:
         return param.std * jax.random.normal(jax.random.fold_in(key, number), param.each, jnp.float32)

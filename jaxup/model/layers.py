@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxup.model.attention import attention
-from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.config import Compute, ModelConfig, RopeScaling
 from jaxup.model.spec import spec
 
 Leaves = Mapping[str, Any]  # path -> array or ShapeDtypeStruct, with all layers if it is stacked
@@ -41,9 +41,10 @@ class Linear(nnx.Module):
 
     def __init__(self, config: ModelConfig, leaves: Leaves, path: str):
         table = spec(config)[f"{path}.kernel"]
-        self.kernel, self.bias = param(leaves, f"{path}.kernel"), param(leaves, f"{path}.bias")
+        self.kernel, self.bias = nnx.Param(leaves[f"{path}.kernel"]), param(leaves, f"{path}.bias")
         self.inputs, self.outputs = table.inputs, table.each[table.inputs :]
-        self.kernel_lora_a = self.kernel_lora_b = None
+        self.kernel_lora_a: nnx.Param | None = None
+        self.kernel_lora_b: nnx.Param | None = None
         self.lora_scale = 0.0
 
     def __call__(self, x):
@@ -58,7 +59,7 @@ class Linear(nnx.Module):
         # several batch axes a third slower.
         x = x.reshape(math.prod(batch), -1)
         y = x @ kernel.reshape(-1, math.prod(outputs))
-        if self.kernel_lora_a is not None:
+        if self.kernel_lora_a is not None and self.kernel_lora_b is not None:
             a, b = (param[...].astype(x.dtype) for param in (self.kernel_lora_a, self.kernel_lora_b))
             y = y + x @ a @ b * self.lora_scale
         y = y.reshape(*batch, *outputs)
@@ -72,7 +73,7 @@ class Norm(nnx.Module):
 
     def __init__(self, kind: str, eps: float, leaves: Leaves, path: str):
         self.kind, self.eps = kind, eps
-        self.scale, self.bias = param(leaves, f"{path}.scale"), param(leaves, f"{path}.bias")
+        self.scale, self.bias = nnx.Param(leaves[f"{path}.scale"]), param(leaves, f"{path}.bias")
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
         y = x.astype(jnp.float32)
@@ -86,12 +87,12 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
     """(radians per position [head_dim / 2], factor of the cosines and sines), by `RopeScaling`.
 
     In float64: the frequencies are a constant of the compiled program.
     """
-    half, theta, scaling = config.head_dim // 2, config.rope_theta, config.rope_scaling
+    half = head_dim // 2
     frequency_H = theta ** (-np.arange(half) / half)
     if scaling is None:
         return frequency_H, 1.0
@@ -118,12 +119,15 @@ def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def rotary(
-    x_BSNH: Float[Array, "batch seq heads head_dim"], positions_BS: Int[Array, "#batch seq"], config: ModelConfig
+    x_BSNH: Float[Array, "batch seq heads head_dim"],
+    positions_BS: Int[Array, "#batch seq"],
+    theta: float,
+    scaling: RopeScaling | None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Rotary positions (Su et al. 2021), in the half-split layout of transformers' LLaMA."""
-    frequency_H, factor = rotary_frequencies(config)
-    frequency_H = jnp.asarray(frequency_H, jnp.float32)
-    angle_BS1H = positions_BS[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
+    frequency_H, factor = rotary_frequencies(x_BSNH.shape[-1], theta, scaling)
+    frequency_111H = jnp.asarray(frequency_H[None, None, None], jnp.float32)
+    angle_BS1H = positions_BS[:, :, None, None].astype(jnp.float32) * frequency_111H
     cos, sin = factor * jnp.cos(angle_BS1H), factor * jnp.sin(angle_BS1H)
     a, b = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSNH.dtype)
@@ -149,10 +153,10 @@ class Attention(nnx.Module):
         """
         c = self.config
         q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if c.positions == "rope":
-            q, k = (rotary(y, positions_BS, c) for y in (q, k))
+        if c.rope_theta is not None:
+            q, k = (rotary(y, positions_BS, c.rope_theta, c.rope_scaling) for y in (q, k))
         scale = c.head_dim**-0.5 / kind.get("attention_divisor", c.kinds[0].attention_divisor)
         q = (q * scale).astype(x_BSD.dtype)
         if cache is not None:
@@ -160,7 +164,7 @@ class Attention(nnx.Module):
                           for c, y in zip(cache, (k, v), strict=True))  # fmt: skip
             k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
 
-        def attend(window: int | None, q, k, v):
+        def attend(window: int | None, q: Array, k: Array, v: Array) -> Array:
             return attention(
                 q, k.astype(q.dtype), v.astype(q.dtype), q_start=start, window=window, segment_ids=segment_ids_BS,
                 first=first_B, implementation=self.compute.attention,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxup.errors import UserError
@@ -102,7 +102,7 @@ def _padded(length: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _programs(
-    config: ModelConfig, dtype: str, temperature: float, top_k: int, top_p: float, vocab_size: int, mesh
+    config: ModelConfig, dtype: str, temperature: float, top_k: int, top_p: float, vocab_size: int, mesh: Mesh | None
 ) -> tuple[Callable, Callable]:
     graphdef, _ = abstract(config, Compute(dtype=dtype))
 

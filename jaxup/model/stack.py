@@ -24,6 +24,7 @@ Carry = Any
 # (carry, (block, its index, its entries of the columns)) -> (carry, None)
 Step = Callable[[Carry, tuple[Any, jax.Array, dict[str, jax.Array]]], tuple[Carry, None]]
 Kind = tuple[bool | None, ...]  # of each of a layer's leaves: whether it trains; None: the layer has none
+Pattern = list[tuple[Kind, int]]  # so many layers of a kind, and so on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class SplitStack:
         keep = _all_but_params(self.frozen.values())
         places = {path: _ranks(self.masks[path]) for path in paths}  # of each layer, its row in its stack
 
-        def layers(carry: Carry, first: jax.Array, count: int, kind: Kind, rows: dict[str, jax.Array]):
+        def layers(carry: Carry, first: jax.Array, count: int, kind: Kind, rows: dict[str, jax.Array]) -> Carry:
             """`count` layers of one kind from `first` on, of which `rows` are the trained leaves."""
             lacking = [path for path, trains in zip(paths, kind, strict=True) if trains is None]
 
@@ -84,7 +85,7 @@ class SplitStack:
             each = min(unroll, count) or count
             return jax.lax.scan(body, carry, (rows, first + jnp.arange(count)), unroll=each)[0]
 
-        def group(carry: Carry, first: jax.Array, pattern: Sequence[tuple[Kind, int]], rows):
+        def group(carry: Carry, first: jax.Array, pattern: Pattern, rows: dict[str, jax.Array]) -> Carry:
             taken = dict.fromkeys(rows, 0)
             for kind, count in pattern:
                 here = {path for path, trains in zip(paths, kind, strict=True) if trains}
@@ -150,7 +151,7 @@ def _ranks(mask: np.ndarray) -> np.ndarray:
     return np.where(mask, np.cumsum(mask) - 1, np.cumsum(~mask) - 1).astype(np.int32)
 
 
-def _patterns(kinds: Sequence[Kind]) -> list[tuple[list[tuple[Kind, int]], int]]:
+def _patterns(kinds: Sequence[Kind]) -> list[tuple[Pattern, int]]:
     """The layers' kinds as ((runs of equal ones), how often these runs follow each other)."""
     runs = [(kind, len(list(same))) for kind, same in itertools.groupby(kinds)]
     patterns, at = [], 0

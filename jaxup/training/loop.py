@@ -162,9 +162,8 @@ def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, sel
 
     params, *frozen = (whole,) if partition is None else partition.shardings(mesh)
     abstract_state = jax.eval_shape(init_state, abstract(model)[1])
-    shardings = TrainState(
-        params, state_shardings(optimizer, abstract_state.opt_state, params, mesh), replicated, replicated
-    )
+    moments = state_shardings(optimizer, abstract_state.opt_state, params, mesh)
+    shardings = jax.tree.map(lambda _: replicated, abstract_state)._replace(params=params, opt_state=moments)
     return _Program(
         train_step=jax.jit(
             make_train_step(model, compute, optimizer, settings.step, partition),
@@ -297,7 +296,10 @@ def _count(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _train(run, name, model, steps, program, state, frozen, start, checkpoints, milestones) -> tuple[TrainState, float]:
+def _train(
+    run: Run, name: str, model: ModelConfig, steps: int, program: _Program, state: TrainState,
+    frozen: tuple[Params, ...], start: int, checkpoints: Checkpoints, milestones: frozenset[int],
+) -> tuple[TrainState, float]:  # fmt: skip
     s = run.settings
     batches = run.data.batches(batch_size=s.batch_size, seed=s.seed)
     losses = {r["step"]: r["val_loss"] for r in run.log.read() if r["model"] == name and "val_loss" in r}
@@ -329,7 +331,7 @@ def _train(run, name, model, steps, program, state, frozen, start, checkpoints, 
                     meter.restart()
                 if step == steps:
                     return state, losses[step]
-                batch = ahead.result()
+                batch = (ahead or reader.submit(read_batch, step)).result()
                 with jax.transfer_guard("disallow"):
                     state, metrics = program.train_step(state, batch, *frozen)
                 step += 1

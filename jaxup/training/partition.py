@@ -35,7 +35,8 @@ class Partition:
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """(what trains, what does not): in "blocks" the rows of each leaf [rows, ...]; one with none is left out."""
-        trained, frozen = {}, {}
+        trained: Params = {}
+        frozen: Params = {}
         for path, leaf in flatten(params).items():
             for part, rows in ((trained, self._masks[path]), (frozen, ~self._masks[path])):
                 if rows.all():

@@ -55,7 +55,7 @@ def make_train_step(
     """
     loss_sums = _make_loss(model, compute, config, partition)
 
-    def train_step(state: TrainState, batch: Batch, *frozen: Params):
+    def train_step(state: TrainState, batch: Batch, *frozen: Params) -> tuple[TrainState, dict[str, jax.Array]]:
         gradient = jax.value_and_grad(loss_sums, has_aux=True)
         if config.accumulation == 1:
             (loss, plain), grads = gradient(state.params, batch, *frozen)
@@ -74,7 +74,7 @@ def make_train_step(
         halted = state.halted | ~jnp.isfinite(norm) | ~jnp.isfinite(loss)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = (optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-        kept = jax.tree.map(lambda new, old: jnp.where(halted, old, new), updated, tuple(state[:3]))
+        params, opt_state, step = jax.tree.map(lambda new, old: jnp.where(halted, old, new), updated, state[:3])
         metrics = {
             "loss": plain * scale,
             "loss_with_z": loss * scale,
@@ -85,17 +85,19 @@ def make_train_step(
         }
         if "stop" in batch:
             metrics["stop"] = jnp.any(batch["stop"])
-        return TrainState(*kept, halted), metrics
+        return TrainState(params, opt_state, step, halted), metrics
 
     return train_step
 
 
-def make_eval_step(model: ModelConfig, compute: Compute, config: StepConfig, partition: Partition | None = None):
+def make_eval_step(
+    model: ModelConfig, compute: Compute, config: StepConfig, partition: Partition | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(params, batch) -> (sum of cross-entropy in nats, number of loss tokens); with a partition
     (trained, batch, frozen)."""
     loss_sums = _make_loss(model, compute, dataclasses.replace(config, z_loss=0.0), partition)
 
-    def eval_step(params: Params, batch: Batch, *frozen: Params):
+    def eval_step(params: Params, batch: Batch, *frozen: Params) -> tuple[jax.Array, jax.Array]:
         return loss_sums(params, batch, *frozen)[1], jnp.sum(batch["loss_weights"])
 
     return eval_step
@@ -120,13 +122,13 @@ def _make_loss(
     """(params, batch) -> (sum of losses, of them the cross-entropy); with a partition (trained, batch, frozen)."""
     graphdef, _ = abstract(model, compute)
 
-    def loss_sums(params: Params, batch: Batch, *frozen: Params):
-        inputs = {"positions_BS": batch.get("positions"), "segment_ids_BS": batch.get("segment_ids")}
+    def loss_sums(params: Params, batch: Batch, *frozen: Params) -> tuple[jax.Array, jax.Array]:
+        inputs: Any = {"positions_BS": batch.get("positions"), "segment_ids_BS": batch.get("segment_ids")}
         if partition is None:
             decoder = nnx.merge(graphdef, params)
             x_BSD = decoder.hidden(batch["tokens"], **inputs)
         else:
-            decoder, x_BSD = partition.hidden(params, *frozen, batch["tokens"], **inputs)
+            decoder, x_BSD = partition.hidden(params, frozen[0], batch["tokens"], **inputs)
         return cross_entropy(
             x_BSD, decoder.head_kernel(), batch["targets"], batch["loss_weights"],
             chunk=config.loss_chunk, z_loss=config.z_loss,
