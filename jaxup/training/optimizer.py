@@ -9,6 +9,7 @@ import optax
 
 from jaxup.errors import UserError, suggest
 from jaxup.model.decoder import Params
+from jaxup.model.spec import flatten, is_kernel, unflatten
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,4 +75,4 @@ def make_optimizer(config: OptimizerConfig, steps: int, rates: Params | None = N
 
 def decay_mask(params: Params) -> Params:
     """True for the kernels of linear layers; embeddings, norms and biases are not decayed."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    return unflatten({path: is_kernel(path) for path in flatten(params)})
