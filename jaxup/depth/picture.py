@@ -34,6 +34,9 @@ _STRIP = 36
 _MAX_PIXELS = 10**8
 
 
+_Unused = tuple[tuple[int, int], str]  # (first, last) layer, and what is written beside them
+
+
 class _Band(NamedTuple):
     """Where the layers of a source are; its last layer is at the top."""
 
@@ -139,7 +142,7 @@ def _cell(room: int, count: int) -> float:
     return float(min(_CELL, max(2, room // count))) if count < room else 1.5 * room / count
 
 
-def _unused(band: _Band, used: set[int]) -> list[tuple[tuple[int, int], str]]:
+def _unused(band: _Band, used: set[int]) -> list[_Unused]:
     """((first, last), label) of the layers that are never used; one label for all if they would collide."""
     spans: list[list[int]] = []
     for layer in range(band.layers):
@@ -175,9 +178,7 @@ def _draw_legend(draw: Any, plan: DepthPlan, x: int, y: int) -> None:
         x += 34 + _length(text, _TEXT) + 40
 
 
-def _draw_band(
-    draw: Any, band: _Band, left: int, right: int, wide: int, unused: list[tuple[tuple[int, int], str]]
-) -> None:
+def _draw_band(draw: Any, band: _Band, left: int, right: int, wide: int, unused: list[_Unused]) -> None:
     name = _fitting(f"layers of {band.name}", _SMALL, wide - left - _MARGIN)
     _write(draw, (left, band.top - 12), name, _SMALL, _FAINT, "lb")
     for (first, last), text in unused:

@@ -13,36 +13,27 @@ numbers that make no sense.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import ParamSpec
+from typing import TypeVar
 
 from jaxup.depth.plan import ALL_PARTS, ENDS, MAX_LAYERS, PARTS, ZEROED, DepthPlan, Row
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError, suggest, within
 
 Layers = range | Sequence[int | range]  # several layers
 
 RECIPES: dict[str, Callable[..., DepthPlan]] = {}  # by name
 
-_P = ParamSpec("_P")
+_Recipe = TypeVar("_Recipe", bound=Callable[..., DepthPlan])
 
 
-def recipe(function: Callable[_P, DepthPlan]) -> Callable[_P, DepthPlan]:
+def recipe(function: _Recipe) -> _Recipe:
     """Makes a function known as a recipe, in Python and in one line; its errors begin with its name.
 
     It takes (source, source_layers, ...) or, as `concat`, any number of plans. The annotations of
     what follows say how it is written in one line: `jaxup.recipes.line` lists those there are.
     """
-
-    @functools.wraps(function)
-    def named(*args: _P.args, **kwargs: _P.kwargs) -> DepthPlan:
-        try:
-            return function(*args, **kwargs)
-        except UserError as error:
-            raise error.within(function.__name__) from None
-
-    RECIPES[function.__name__] = named
+    RECIPES[function.__name__] = named = within(function.__name__)(function)
     return named
 
 

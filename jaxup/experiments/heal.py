@@ -98,7 +98,7 @@ class Heal(Experiment):
             self._pretrain = dataclasses.replace(settings, batch_size=config.pretrain.batch_size, optimizer=optimizer)
         else:
             self._plan = self._recipe.plan
-            self._models = {name: model.config for name, model in self._recipe.models.items()}
+            self._models = self._recipe.configs
         model = result_config(self._plan, self._models)
         with_family_biases(model)  # what no family can say could not be exported in the end
         self._check_positions(model)

@@ -1,1 +1,1 @@
-"""How plans are spelled (one line, mergekit, a plan file), and where their models are found."""
+"""How plans are spelled (one line, mergekit, a plan file), where their models are found, and what they come to."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from jaxup.depth.compose import compose
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import RECIPES, Layers, check_layers, identity
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError, suggest, within
 
 _MAX_LENGTH, _MAX_DEPTH, _MAX_ITEMS = 4096, 8, 1000
 
@@ -63,10 +63,8 @@ class Argument(NamedTuple):
         ]
         # A number by itself may be a count, which the recipe itself checks.
         layers = [item for item in items if isinstance(item, range) or (many and isinstance(item, int))]
-        try:
+        with within(_place(self.column)):
             check_layers(layers, source, num_layers)
-        except UserError as error:
-            raise error.within(_place(self.column)) from None
         return items if many else items[0]
 
 
@@ -96,13 +94,11 @@ class Call:
             names.append(source if isinstance(source, str) else source.text)
         name, layers = names[0], inner[0].num_layers
         values = {key: argument.resolved(name, layers) for key, argument in self.arguments.items()}
-        try:
+        with within(_place(self.column)):
             if _takes_plans(self.recipe):
                 return RECIPES[self.recipe](*inner)
             plan = RECIPES[self.recipe](name, layers, **values)
             return plan if name in self.sources else compose(plan, {name: inner[0]})
-        except UserError as error:
-            raise error.within(_place(self.column)) from None
 
 
 def is_line(text: str) -> bool:

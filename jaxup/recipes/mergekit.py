@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jaxup.depth import marked_yaml
 from jaxup.depth.marked_yaml import List, Map, Place, is_int, mapping, sequence, shown
 from jaxup.depth.plan import MAX_LAYERS, DepthPlan, Row, Scales
-from jaxup.errors import UserError, suggest
+from jaxup.errors import suggest, within
 from jaxup.recipes.mergekit_dump import dump
 from jaxup.recipes.mergekit_keys import LAYERS, Keys
 from jaxup.recipes.mergekit_scale import Scale, Scaling, spelled
@@ -116,10 +116,8 @@ class _Reader:
         value, place = data[key], data.values_at[key]
         name = self.model_name(value, place)
         if name not in self.sources:
-            try:
+            with within(str(place)):
                 self.sources[name] = self.ask(name)
-            except UserError as error:
-                raise error.within(str(place)) from None
         return name
 
     def model_name(self, value: Any, place: Place) -> str:

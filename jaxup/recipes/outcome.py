@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxup.depth.materials import Bill, materials
 from jaxup.depth.result import result_config
-from jaxup.errors import UserError
+from jaxup.errors import within
 from jaxup.families import edited_hf
 from jaxup.model.config import ModelConfig
 from jaxup.model.spec import spec
@@ -53,8 +53,6 @@ def outcome(
         for made in rows:
             weights[made.after] += spec(config)[path].size // len(rows)
     base = recipe.models[recipe.base]
-    try:
+    with within(base.path):
         hf, exported = edited_hf(base.hf, config, dtype=weights.most_common(1)[0][0])
-    except UserError as error:
-        raise error.within(base.path) from None
     return Outcome(config, hf, exported, bill)
