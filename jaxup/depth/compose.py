@@ -5,19 +5,10 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Mapping
 
-from jaxup.depth.plan import (
-    BLOCK_PATHS,
-    END_PATHS,
-    ENDS,
-    PARTS,
-    DepthPlan,
-    Factors,
-    Row,
-    Scales,
-    factors_of,
-    simplest_scales,
-)
+from jaxup.depth.plan import BLOCK_PATHS, END_PATHS, ENDS, PARTS, DepthPlan, Row, Scales, factors_of, simplest_scales
 from jaxup.errors import UserError
+
+Factors = tuple[float, ...]
 
 
 def compose(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> DepthPlan:

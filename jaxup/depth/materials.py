@@ -14,7 +14,7 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401  (numpy learns of bfloat16)
 import numpy as np
 
-from jaxup.depth.plan import ENDS, DepthPlan, Factors
+from jaxup.depth.plan import ENDS, DepthPlan
 from jaxup.model.spec import STACK, is_kernel
 
 
@@ -59,7 +59,9 @@ def materials(
     """
     ends = {end: (end, getattr(plan, end)) for end in ENDS} | {"lm_head": plan.head(tied)}
 
-    def made(source: str | None, path: str, layer: int | None, factors: Factors, noise: float, dtype: str) -> Material:
+    def made(
+        source: str | None, path: str, layer: int | None, factors: tuple[float, ...], noise: float, dtype: str
+    ) -> Material:
         before = plan.dtype or dtype
         return Material(source, path, layer, factors, noise, before, plan.out_dtype or before)
 

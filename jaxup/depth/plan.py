@@ -29,8 +29,7 @@ END_PATHS = tuple(path for path in PART_OF if not path.startswith(STACK))
 # What makes a block add nothing to the residual stream: its two projections back into it.
 ZEROED = (("o_proj", 0.0), ("down_proj", 0.0))
 
-Factors = tuple[float, ...]
-Scales = tuple[tuple[str, float | Factors], ...]
+Scales = tuple[tuple[str, float | tuple[float, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)

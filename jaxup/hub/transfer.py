@@ -27,7 +27,6 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxup.depth.apply import scale_rows
 from jaxup.depth.arithmetic import rescale
 from jaxup.depth.materials import Bill, Material, common
-from jaxup.depth.plan import Factors
 from jaxup.errors import UserError
 from jaxup.families.layouts import Tensor, as_head, from_file, transpose
 from jaxup.files.header import TensorInfo
@@ -80,7 +79,7 @@ def transfer(
 
 
 # (leaf, layer, index among the tensor's paths, factors)
-_Target = tuple[str, int | None, int, Factors]
+_Target = tuple[str, int | None, int, tuple[float, ...]]
 
 
 class _Move(NamedTuple):
@@ -298,7 +297,9 @@ def _axes(tensor: Tensor, target: NamedSharding) -> _Axes:
 
 
 @functools.lru_cache(maxsize=256)
-def _placer(tensor: Tensor, part: int, factors: Factors, casts: _Casts, target: Any) -> Callable[..., jax.Array]:
+def _placer(
+    tensor: Tensor, part: int, factors: tuple[float, ...], casts: _Casts, target: Any
+) -> Callable[..., jax.Array]:
     """A compiled (leaf [L, ...] or None, fetched tensor, layer) -> leaf with one of the tensor's parts in it."""
     row, shapes, dtype = tensor.row, tensor.part_shapes, casts.leaf
     shape = shapes[part]
