@@ -1,7 +1,7 @@
 """Build the model that a recipe describes: `python -m jaxup.build RECIPE OUT`.
 
-RECIPE is a mergekit or a plan file, or one line such as 'upscale(MODEL, 19:41, copies=2)'. What is
-inherited is copied as bytes, never loaded. Nothing is at OUT until all of it is there.
+RECIPE is a mergekit or a plan file, or one line such as 'upscale(MODEL, 19:41, copies=2)'. Tensors
+that nothing changes are copied as bytes. OUT appears when all of it is there.
 """
 
 from __future__ import annotations

@@ -310,7 +310,7 @@ def test_inheriting_from_a_hugging_face_directory(finished, corpus, tmp_path, ca
 
 
 ROOT = Path(__file__).parent.parent
-DOCS = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/healing.md"))
+DOCS = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 
 
 def documented_commands():

@@ -1,7 +1,7 @@
 """A plan carried out on files: a model directory made from others, out of core and without jax.
 
-What is inherited whole is copied as bytes; what is scaled or cast is computed a few MB at a time;
-zeros are not even written. Only a plan that needs newly initialised values imports jax.
+A tensor that nothing changes is copied as bytes; one that is scaled or cast is computed a few MB at a
+time; zeros are not even written. Only a plan that needs newly initialised values imports jax.
 """
 
 from __future__ import annotations

@@ -32,16 +32,16 @@ def apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None = 
       plan: hashable; make it static under `jax.jit`.
       sources: params of each of the plan's sources, leaves under "blocks" [L, ...]. Sources the
         plan does not name are ignored.
-      init: freshly initialised params of the result's depth, leaves under "blocks" [M, ...]: what
-        the plan does not inherit is taken from the same place of it.
+      init: freshly initialised params of the result's depth, leaves under "blocks" [M, ...]. What
+        the plan does not inherit is taken from the same layer and parameter of it.
 
     Returns:
       Params with leaves under "blocks" [M, ...]. A leaf has the dtype of its sources (promoted if
       they differ, so that nothing inherited is rounded), whatever that of `init`, unless the plan
       says otherwise. Scaling is done in float32; a scale of 0 gives +0.0 and a scale of 1 a
       bit-exact copy. The layer axis must not be sharded; the sharding of the others is kept.
-      Blocks are new arrays; embeddings, final norm and head may be the sources' own, which matters
-      if either is donated.
+      Blocks are new arrays; embeddings, final norm and head may be the very arrays of the sources,
+      which then must not be donated.
 
     Raises:
       UserError: a source is missing or is not what the plan was made for, sources and `init` do
@@ -72,7 +72,7 @@ def apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None = 
 
 
 def add_noise(bill: Bill, leaves: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves, made without noise, with that of their materials: values of `fresh`, by path.
+    """The leaves with the noise of their materials mixed in; both `leaves` and `fresh`, the new values, are by path.
 
     A kernel becomes (1 - noise) * inherited + noise * new, in float32, rounded to its own dtype.
     """
@@ -150,7 +150,7 @@ def _check_depths(plan: DepthPlan, trees: Mapping[str | None, Mapping[str, Any]]
     for name, tree in trees.items():
         for path, leaf in tree.items():
             if path not in PART_OF:
-                raise UserError(f"apply: {_called(name)} has {path}, of which a plan knows nothing")
+                raise UserError(f"apply: {_called(name)} has {path}, which a plan knows nothing of")
             found = leaf.shape[0] if leaf.ndim else 0
             if path.startswith(STACK) and found != depths[name]:
                 raise UserError(

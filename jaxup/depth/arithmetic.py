@@ -16,7 +16,7 @@ def rescale(
 ) -> np.ndarray:
     """The array cast to `dtype`, multiplied with each factor in turn, and cast to `out_dtype`.
 
-    None keeps the dtype it has. Each product is computed in float32, of a factor in float32, and
+    None keeps the dtype it has. Array and factor are multiplied in float32, and each product is
     rounded to `dtype`. A factor of 0 gives +0.0, whatever the array holds. This is mergekit's
     arithmetic for `scale`, but for the sign of zero.
     """

@@ -20,7 +20,7 @@ def compose(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> DepthPlan:
 
     Returns:
       A plan that gives the same tensors, bit for bit but for the sign of zeros. What is newly
-      initialised is so at its place in the final result.
+      initialised gets the values for its place in the final result.
 
     Raises:
       UserError: a plan has another depth than `outer` says, two plans mean different models by one
@@ -83,7 +83,7 @@ def _scales(factors: Mapping[str, Factors], *as_written: Scales) -> Scales:
 
 
 def _check_head(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> None:
-    """Which of an inner result's two matrices its head is depends on whether it is tied, which no plan knows."""
+    """Refuses what depends on whether an inner result ties its head to its embedding, which no plan knows."""
     if (name := outer.lm_head) is None or name not in inners or outer.embed_tokens == name:
         return
     inner = inners[name]

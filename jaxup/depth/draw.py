@@ -124,8 +124,8 @@ def _patterns(rows: Sequence[Row]) -> Iterator[tuple[int, int, int, int]]:
     count, longest = len(rows), min(_MAX_PERIOD, len(rows) // 3)
     kinds, layers = list(map(_kind, rows)), [row.layer for row in rows]
     heads = set(itertools.accumulate(map(len, runs(rows)), initial=0))
-    lines = list(itertools.accumulate((i in heads for i in range(count)), initial=0))  # in the table, up to a row
-    # For each period and row: how many layers on the row a period later is, and for how many rows from here on.
+    lines = list(itertools.accumulate((i in heads for i in range(count)), initial=0))  # of the table, above each row
+    # By period p and row i: how many layers row i + p is beyond row i, and for how many rows from i on that stays so.
     shifts: list[list[int | None]] = [[]]
     holds: list[list[int]] = [[]]
     for p in range(1, longest + 1):

@@ -27,8 +27,8 @@ def trainable(
       params: the result's tree, of arrays or ShapeDtypeStructs; leaves under "blocks" [M, ...].
       layers: "all", "copies", "originals", "new", half-open ranges such as "9:12, 20", or numbers
         of layers of the result. Embeddings, final norm and head train with "all" and "originals".
-      freeze: layers, chosen in the same way, that do not train all the same; "" = none. The ends are
-        frozen by "all" and "originals".
+      freeze: layers, chosen in the same way, that are taken out of these again; "" = none. "all" and
+        "originals" take the ends out too.
       parameters: a regular expression that the dotted path of what trains contains, such as
         "o_proj|down_proj" of "blocks.self_attn.o_proj.kernel".
 
@@ -83,9 +83,9 @@ def _rows(plan: DepthPlan, layers: str | Sequence[int]) -> np.ndarray:
 
 
 def only(masks: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Updates of what does not train become none at all: put it last in the chain, after weight decay.
+    """Makes the updates of what does not train -0.0: put it last in the chain, after weight decay.
 
-    What `optax.apply_updates` adds is then -0.0, which leaves every bit of a parameter as it is.
+    Adding -0.0, as `optax.apply_updates` does, leaves every bit of a parameter as it is; +0.0 would not.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

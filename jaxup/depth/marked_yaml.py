@@ -226,7 +226,7 @@ class _Reader:
             raise place.error(f"the tag {shown(event.tag)} is not read here")
         if len(self.stack) >= MAX_DEPTH:
             raise place.error(f"nested more than {MAX_DEPTH} deep")
-        # Known by name only at its end: what names itself could not be walked.
+        # It can be named only after its end: a value that contained itself could not be walked.
         self.define(event.anchor, _Open, place)
         self.stack.append(_Open(kind(place), place, event.anchor))
 

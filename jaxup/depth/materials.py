@@ -1,8 +1,8 @@
 """The bill of materials: what every parameter of a plan's result is made from.
 
-Worked out once, without files and without jax. Whoever makes the result only carries it out: in
-memory (`jaxup.depth.apply`), from files onto devices (`jaxup.hub.transfer`), from files to files
-(`jaxup.building`); and whoever speaks of it reads it.
+Worked out once, without files and without jax. To make the result is to carry the bill out: in
+memory (`jaxup.depth.apply`), from files onto devices (`jaxup.hub.transfer`), or from files to files
+(`jaxup.building`). What is said of a result, such as its size, is read from its bill.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Material(NamedTuple):
     """What one layer of a stacked parameter, or a parameter that is not stacked, is made from.
 
     Its values are cast to `before`, multiplied with each factor in turn, and cast to `after`, as
-    `jaxup.depth.arithmetic.rescale` does it; then new values of its own place are mixed in.
+    `jaxup.depth.arithmetic.rescale` does it; then, if there is noise, new values are mixed in.
     """
 
     source: str | None  # the model; None: newly initialised
@@ -30,12 +30,12 @@ class Material(NamedTuple):
     layer: int | None  # of the source
     factors: tuple[float, ...]  # () leaves it as it is
     noise: float  # the share of new values
-    before: str  # dtypes
-    after: str
+    before: str  # the dtype that it is computed in
+    after: str  # the dtype that it has in the end
 
     @property
     def is_zero(self) -> bool:
-        """Whether it is zero, whatever it is made from: nothing need be read."""
+        """Whether it is zero whatever the source holds, so that nothing need be read."""
         return self.factors == (0.0,)
 
 
@@ -54,8 +54,8 @@ def materials(
       stored: the dtype of a source's parameter (source, path, layer); of None, that of new values.
         The layer is None where the parameter is not stacked.
 
-    Inherited layers keep their own dtype, and new ones take that of those beside them, unless the
-    plan says otherwise. Where all must have one, it is `common` of them.
+    Inherited layers keep their own dtype, and new ones take that of the inherited layers of the same
+    parameter, unless the plan names one. A stack that needs one dtype takes the `common` one.
     """
     ends = {end: (end, getattr(plan, end)) for end in ENDS} | {"lm_head": plan.head(tied)}
 

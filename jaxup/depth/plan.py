@@ -3,6 +3,8 @@
 A decoder keeps its blocks stacked on axis 0, so changing its depth is a gather and a plan is the
 index of that gather. It is plain data: immutable, hashable (a static argument of `jax.jit`),
 printable, and YAML that a person can read and write (`jaxup.depth.plan_yaml`).
+
+The words (row, source, part, end, role) are explained in CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -103,12 +105,12 @@ class DepthPlan:
     Attributes:
       rows: one per layer of the result.
       embed_tokens, embed_positions, norm, lm_head: the source each is taken from; None means newly
-        initialised. They say nothing where a model has no such parameter; what the head is among
-        models with tied embeddings, `head` says.
+        initialised. One that a model does not have is passed over; `head` says what the head is where
+        models tie it to the embedding.
       sources: (name, number of layers) of every model the plan may take from.
       scales: of what is not a block, as `Row.scales`, with filters on END_PATHS.
       dtype, out_dtype: what is inherited is cast to `dtype`, scaled, and cast to `out_dtype`; None
-        keeps what it has. Products are computed in float32 and rounded to `dtype`.
+        keeps the dtype. Products are computed in float32 and rounded to `dtype`.
 
     Raises:
       UserError: a row or an end names an unknown source, or a layer its source does not have.
@@ -181,8 +183,7 @@ class DepthPlan:
         """The source's layers as they run, -1 for a layer that adds nothing; see `Decoder`.
 
         UserError unless the result is one model's layers, whole and unscaled (a zeroed copy runs as
-        -1), between that model's own ends. Where attention is scaled by depth, what does not run
-        does not count as a layer, unlike a zeroed copy in a built model.
+        -1), between that model's own ends.
         """
         problem = None
         if len({row.source for row in self.rows} | {getattr(self, end) for end in ENDS}) > 1:
@@ -199,7 +200,7 @@ class DepthPlan:
         return tuple(-1 if row.zeroed else row.layer for row in self.rows)
 
     def renamed(self, names: Mapping[str, str]) -> DepthPlan:
-        """The same with other names for the sources; those that get the same name become one."""
+        """The same plan with other names for its sources; sources that get the same name become one."""
         rows = tuple(dataclasses.replace(row, source=names[row.source]) for row in self.rows)
         sources = {names[name]: count for name, count in self.sources}
         end: dict[str | None, str | None] = {None: None}

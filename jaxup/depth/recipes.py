@@ -1,8 +1,8 @@
 """Recipes: functions that make a DepthPlan from a few numbers.
 
 All but `concat` begin with the source's name and its number of layers. Layers are given as Python's own ranges,
-half open: `range(19, 41)` is layers 19 to 40; or as a list of numbers and ranges. Of a layer that
-occurs several times the first that is not zeroed is the original, the others are its copies.
+half open: `range(19, 41)` is layers 19 to 40; or as a list of numbers and ranges. Where a layer
+occurs several times, the first that is not zeroed is the original and the others are its copies.
 Zeroed copies have o_proj and down_proj scaled by 0: they add nothing to the residual stream, so the
 result computes what the source does until it is trained.
 
@@ -183,8 +183,8 @@ def drop(source: str, source_layers: int, layers: int | Layers) -> DepthPlan:
 def concat(*plans: DepthPlan) -> DepthPlan:
     """What the plans make, one after the other: embeddings of the first, final norm and head of the last.
 
-    So are models of several models made ("frankenmerges"). UserError if two plans have different
-    numbers of layers for a source, or scale the ends or cast, which is a whole model's.
+    This is how one model is made of several ("frankenmerges"). UserError if two plans have different
+    numbers of layers for a source, and for a plan that casts or scales ends, as only the whole may.
     """
     if not plans:
         raise UserError("no plans are given")

@@ -19,10 +19,10 @@ def result_config(
 ) -> ModelConfig:
     """The configuration of what `plan` makes from models of these configurations.
 
-    Layers bring their own kind along (window, scale of attention), and the embeddings are tied as `DepthPlan.head`
-    has it. What models may differ in without computing something else, such as the longest
-    sequence they were trained on, is as in the source `base`, by default that of the first layer. A
-    given `vocab_size` takes the place of the models' own, which may then differ.
+    Layers bring their own kind along (window, divisor of attention), and `DepthPlan.head` decides whether
+    the embeddings are tied. Fields that do not change what is computed, such as the longest sequence a
+    model was trained on, are those of the source `base`, by default that of the first layer. With a
+    `vocab_size` for the result, those of the models may differ.
 
     Raises:
       UserError: a source is missing, has another depth than the plan says, or differs from the first

@@ -54,7 +54,7 @@ _ROPE_FIELDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """What a layer computes otherwise than others may: the constants that go with its weights, whatever its place.
+    """The constants that a layer computes with. They go with its weights, wherever a plan puts the layer.
 
     Those in which the layers of a model differ are arrays [L] beside the stacked weights, and are
     looked up with the same index (`ModelConfig.columns`).
@@ -137,7 +137,7 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The different windows that layers have, in the order in which they first do."""
+        """The different windows of the layers, in order of their first use."""
         return tuple(dict.fromkeys(kind.window for kind in self.kinds))
 
     def columns(self) -> dict[str, tuple[int, ...] | tuple[float, ...]]:

@@ -52,8 +52,8 @@ class Decoder(nnx.Module):
 
     `order`, int32 [runs], says which layer runs when: [0, 1, 2, 1, 2, 3] runs layers 1 and 2 twice,
     -1 runs nothing, and a layer that the model lacks makes the output NaN. It is an argument of the
-    compiled function: all orders of one length share a program, and no weight is copied. The result
-    is that of the model which `jaxup.depth.apply` makes of the plan whose `order()` it is.
+    compiled function: all orders of one length share a program, and no weight is copied. Running the
+    order `plan.order()` gives what the model that `plan` makes gives.
     """
 
     origin: Any = None  # where the params came from: set by whoever loads them
@@ -117,8 +117,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Logits after the last of the next `seq` tokens, and the cache with these tokens added.
 
-        `first_B` counts the slots at each row's beginning that hold no token of it: rows of several
-        lengths are padded on the left, so that they end together.
+        Rows of several lengths are padded on the left, so that they end together; `first_B` is how
+        many slots of each are padding.
         """
         positions_BS = cache.length + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
         if first_B is not None:
@@ -139,8 +139,8 @@ class Decoder(nnx.Module):
         if self.embed_positions is not None:
             x_BSD = x_BSD + self.embed_positions[...][positions_BS].astype(dtype)
         if self.compute.batch_axes:
-            # The table is split over the same mesh axes as the batch: without a word from us XLA
-            # may leave the activations split along the hidden axis instead.
+            # The table is split over the same mesh axes as the batch: unless told otherwise, XLA may
+            # leave the activations split along the hidden axis.
             x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(self.compute.batch_axes))
         return x_BSD
 

@@ -1,7 +1,7 @@
 """The parts of a block: projections, norms, rotary positions, MLP.
 
 A module takes its parameters from `Leaves`: arrays, or shapes of them, by their paths in
-`jaxup.model.spec`. What the table does not have, such as a bias, the module does without.
+`jaxup.model.spec`. One that the table does not have, such as a bias, is left out of the computation.
 
 Shape suffixes: B batch, S sequence, D hidden, N heads, H head_dim, F MLP width.
 """

@@ -1,4 +1,4 @@
-"""The one table of a decoder's parameters. Everything that is known of a parameter by its name is read from it.
+"""The one table of a decoder's parameters, by name. Whatever needs to know of a parameter reads it here.
 
 Modules are built from it; so are initial values, shapes, shardings, counts, FLOPs, the parts that
 depth plans know, and the tensors of model files. It needs no jax.
@@ -31,7 +31,7 @@ class Param(NamedTuple):
     axes: tuple[str, ...]  # their names, from which shardings follow; "layers" first if it is stacked
     part: str
     fill: float = 0.0  # its first value,
-    std: float = 0.0  # or the standard deviation of normal ones around it
+    std: float = 0.0  # or, if not 0, the standard deviation of its first values, normal around 0
     inputs: int = 0  # of a kernel: how many axes are inputs, that of the layers not counted
 
     @property

@@ -1,10 +1,10 @@
 """The stack of blocks, and how a decoder runs through it.
 
 What `lax.scan` runs over is usually one stack with the layer on axis 0 of every leaf. When only some
-layers train, or some of their parameters, a stack is two: rows that train, of which there are
-gradients and moments, and rows that do not, of which there are none. Neither is ever put together
-with the other: the layers run in their order, each step taking its parameters from where they lie.
-Of some leaves, such as low-rank adapters, some layers have no row at all.
+layers train, or some of their parameters, there are two stacks: rows that train, which have
+gradients and moments, and rows that do not, which have none. The two are never joined: the layers
+run in their order, and each takes its parameters from where they lie. Some leaves, such as low-rank
+adapters, have no row at all for some layers.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class SplitStack:
     """Blocks in two stacks, by the dotted path of each leaf inside a block.
 
     Attributes:
-      trained, frozen: arrays [rows, ...]: of each leaf the layers that train and those that do not,
-        in their order. A leaf of which a stack has no rows may be left out of it. What is frozen may
-        also be a `qwix.QArray`, quantised.
+      trained, frozen: for each leaf an array [rows, ...], of the layers that train and of those that
+        do not, in their order. A leaf without rows may be left out. What is frozen may also be
+        quantised, a `qwix.QArray`.
       masks: bool [L] for each leaf: which layers are in `trained`. The others are in `frozen`; if
-        that has no such leaf, they lack it: in their block it is None.
+        that has no such leaf, they do without: in their block it is None.
     """
 
     trained: Mapping[str, jax.Array]

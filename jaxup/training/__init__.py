@@ -1,1 +1,1 @@
-"""The training step and the loop around it, and procedures (inherit and grow) on top of the loop."""
+"""The training step and the loop around it: loss, optimizer, what trains, checkpoints, metrics, the run directory."""

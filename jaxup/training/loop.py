@@ -223,8 +223,8 @@ def train_model(
     A call for a model that is finished returns its stored result; one for a model that was begun
     goes on where its newest checkpoint is, bit for bit as if it had never stopped. Checkpoints hold
     what trains; the rest is what `initialise` gives, each time the same. After the steps in
-    `milestones` the model is evaluated and a checkpoint stays. `about` goes into model.json. A `kind`
-    that is not given is the name.
+    `milestones` the model is evaluated and a checkpoint stays. `about` goes into model.json. The
+    default of `kind` is the name.
     """
     directory, kind = run.directory / "checkpoints" / name, kind or name
     if jax.process_index() == 0:
@@ -367,7 +367,7 @@ class _Meter:
     def __init__(self, run: Run, name: str, model: ModelConfig, steps: int, *, part: bool):
         self._run, self._name, self._steps = run, name, steps
         self._schedule = learning_rate(run.settings.optimizer, steps)
-        # Of a model that trains in part no formula says how much of the backward pass is left.
+        # Where only a part trains, no formula says how much of the backward pass is left.
         self._flops_per_token = None if part else flops_per_token(model, run.data.seq_len)
         self._peak = peak_flops()
         self._checked = 0

@@ -54,12 +54,12 @@ class _Kernel:
 
 
 class Adapters(Partition):
-    """Of what `masks` choose, the kernels of linear layers in blocks get an adapter: that trains, and nothing else.
+    """Adapters for those kernels of linear layers in blocks that `masks` choose; only the adapters train.
 
     Biases, norms, embeddings and the head are frozen even where the masks choose them. A layer that
-    they leave out runs without adapters.
+    the masks leave out runs without adapters.
 
-    With `quantize` the kernels of all blocks are stored so, whether they have adapters or not.
+    With `quantize` the kernels of all blocks are stored quantised, whether they have adapters or not.
 
     Raises:
       UserError: qwix is not installed, the masks choose no kernel, or a value of `config` cannot be.
@@ -92,8 +92,8 @@ class Adapters(Partition):
     def split(self, params: Params) -> tuple[Params, Params]:
         """(fresh adapters in float32, the params with kernels quantised if they are to be).
 
-        A depends on the seed, the kernel's name and the layer only. B is zero, and so is what the
-        adapters add.
+        A depends only on the seed, the kernel's name and the layer. B is zero, so at first the
+        adapters add nothing.
         """
         trained, frozen = {}, flatten(params)
         for path, kernel in self._kernels.items():
@@ -105,9 +105,9 @@ class Adapters(Partition):
         return unflatten(trained), unflatten(frozen)
 
     def join(self, trained: Params, frozen: Params) -> Params:
-        """`merge` into what is frozen, dequantised: the params of a plain Decoder of the same function.
+        """The params of a plain Decoder that computes the same: what is frozen, dequantised, with the adapters added.
 
-        Of quantised kernels these are not `split`'s own, which `merge` takes.
+        Where kernels are quantised they have lost precision; `merge` adds to those that `split` was given.
         """
         flat = flatten(frozen)
         if self._config.quantize:
@@ -134,7 +134,7 @@ class Adapters(Partition):
         return unflatten(flat)
 
     def shardings(self, mesh: Mesh) -> tuple[Params, Params]:
-        """NamedShardings of `split`'s two trees: a kernel's inputs and outputs lie in A, B and quantised as its own."""
+        """NamedShardings of `split`'s two trees: A, B and a quantised kernel are split as the kernel is."""
         trained, frozen = {}, flatten(param_shardings(self._model, mesh))
         for path, kernel in self._kernels.items():
             # Of the axes that are inputs, and of those that are outputs, only the first is ever split.
@@ -159,7 +159,7 @@ class Adapters(Partition):
         return jax.vmap(lambda key: rule.lora_a_initializer(key, (kernel.matrix[0], rule.rank)))(keys)
 
     def _quantise(self, kernel: _Kernel, stack: jax.Array) -> Any:
-        """A QArray of [L, in, out], one layer after the other: what that takes is there once."""
+        """A QArray of [L, in, out], made layer by layer: the memory that quantising needs is that of one layer."""
 
         def quantise(layer: jax.Array) -> Any:
             tiles = {0: self._config.tile_size} if self._config.tile_size else {}

@@ -60,8 +60,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, steps: int, rates: Params | None = None) -> optax.GradientTransformation:
     """clip -> Adam -> decoupled decay of kernels -> learning rate; state in the params' dtype.
 
-    `rates`, a tree of arrays that broadcast to the params, multiplies the learning rate of each, and with
-    it the decay, as in a parameter group of PyTorch's AdamW.
+    `rates`, a tree of arrays that broadcast to the params, multiplies the learning rate of each, and so
+    its decay, as in a parameter group of PyTorch's AdamW.
     """
     scale = lambda updates, params: jax.tree.map(lambda update, rate: update * rate, updates, rates)  # noqa: E731
     return optax.chain(

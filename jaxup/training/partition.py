@@ -1,7 +1,7 @@
 """Params in two trees: what trains, and what does not.
 
-Of what does not train there are no gradients, no moments and no copies: it is an argument of the step
-that nothing is returned for, so its every bit stays as it is.
+What does not train has no gradients, no moments and no copies. It is an argument of the step that the
+step does not return, so every bit stays as it is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Partition:
         self._masks = flatten(masks)
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """(what trains, what does not): in "blocks" the rows of each leaf [rows, ...]; one with none is left out."""
+        """(what trains, what does not): under "blocks" leaves [rows, ...]; a leaf without rows is left out."""
         trained: Params = {}
         frozen: Params = {}
         for path, leaf in flatten(params).items():
@@ -60,7 +60,7 @@ class Partition:
         return unflatten({path: leaf(path, mask) for path, mask in self._masks.items()})
 
     def merge(self, trained: Params, params: Params) -> Params:
-        """`params` with what was trained in the place of what it was; everything keeps its dtype."""
+        """`params` with what was trained in its place; everything keeps its dtype."""
         joined = self.join(trained, self.split(params)[1])
         return jax.tree.map(lambda new, old: new.astype(old.dtype), joined, params)
 

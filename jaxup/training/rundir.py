@@ -77,7 +77,7 @@ def check_directory(directory: Path, config: dict[str, Any]) -> None:
 def begin(directory: Path, config: dict[str, Any], inputs: dict[str, str]) -> None:
     """Writes config.json and inputs.json, or refuses to go on with others than the run was begun with.
 
-    `inputs` say what may change while the configuration stays: a file that it names.
+    `inputs` identify what the configuration only names, such as a file, and which may have changed.
     """
     check_directory(directory, config)
     stored = read_json(directory / "inputs.json")

@@ -29,13 +29,13 @@ class TrainConfig:
 
     layers: str  # all | copies | originals | new | ranges such as "9:12,20" of the result's layers
     parameters: str  # regular expression on their paths; "" = all
-    freeze: str  # layers that do not train all the same: originals, ranges, ...; "" = none
+    freeze: str  # layers that are taken out of these again: originals, ranges, ...; "" = none
     rates: Mapping[str, float]  # by role, and of the ends (embedding, norm, head): what multiplies the learning rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
-    """What trains, and how fast; as a key of a cache it is only itself."""
+    """What trains, and how fast. Compared by identity, so that it can be part of a cache's key."""
 
     partition: Partition | None = None  # None: everything trains
     rates: Params | None = None  # what the learning rate of each trained leaf is multiplied by; None: 1
