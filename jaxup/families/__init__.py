@@ -69,7 +69,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         accepted = family.fixed.get(name)
         if accepted is not None and not any(value == a and type(value) is type(a) for a in accepted):
             raise UserError(f"{name}={short(value)} is not supported, only {short(accepted[0])}")
-    fields: dict[str, Any] = {**family.requires, **family.has_bias}
+    fields: dict[str, Any] = {**family.fields, **family.has_bias}
     for key in family.keys:
         fields |= dict.fromkeys(key.fields, parsed(key.name, hf.get(key.name, key.default), key.parse))
     for rule in family.rules:
