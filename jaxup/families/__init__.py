@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxup.errors import UserError, suggest
 from jaxup.families.family import Family
+from jaxup.families.gemma import GEMMA
 from jaxup.families.gpt2 import GPT2
 from jaxup.families.keys import parsed, short, suggest_key
 from jaxup.families.llama import LLAMA
@@ -21,7 +22,7 @@ from jaxup.model.config import ModelConfig
 from jaxup.model.spec import count_params
 
 # In the order in which an export prefers them.
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)}
 
 # Keys of any config.json that do not change the logits of a causal model in evaluation.
 _IGNORED = frozenset(
