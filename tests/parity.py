@@ -77,8 +77,10 @@ CASES = {
     "qwen3": ("qwen3", {"head_dim": 6, "num_key_value_heads": 1}),
     "qwen3-last-windowed": ("qwen3", {"tie_word_embeddings": True, "rms_norm_eps": 1e-2, **LAST_WINDOWED}),
     "qwen3-biases-mixed-yarn": ("qwen3", {"attention_bias": True, **MIXED, **YARN}),
+    "gemma": ("gemma", {"num_key_value_heads": 1}),
+    "gemma-untied-biases": ("gemma", {"tie_word_embeddings": False, "attention_bias": True, **LLAMA3}),
 }  # fmt: skip
-OLD = {"gpt2", "llama-llama3", "mistral-window", "qwen2-yarn", "qwen3-last-windowed"}
+OLD = {"gpt2", "llama-llama3", "mistral-window", "qwen2-yarn", "qwen3-last-windowed", "gemma"}
 
 SIZES = {
     "gpt2": dict(vocab_size=61, n_embd=24, n_layer=3, n_head=3, n_positions=96),
@@ -88,6 +90,8 @@ SIZES = {
 SIZES["mistral"] = SIZES["llama"] | {"sliding_window": 5}
 SIZES["qwen2"] = SIZES["llama"]
 SIZES["qwen3"] = SIZES["llama"] | {"head_dim": 8}
+# torch gives the embedding of a padding token no gradient.
+SIZES["gemma"] = SIZES["llama"] | {"head_dim": 10, "pad_token_id": None}
 
 
 def hf_model(model_type, seed=0, **config):
@@ -101,10 +105,11 @@ def hf_model(model_type, seed=0, **config):
     hf._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(hf).eval()
     std = 0.15 * min(1, 24 / hf.hidden_size) ** 0.5  # logits stay of order one
+    norms = 0.0 if model_type == "gemma" else 1.0  # there they multiply by one more
     with torch.no_grad():
         for name, p in model.named_parameters():
             # Norms around one and not at one; biases not at zero: a mix-up must show.
-            p.normal_(1.0 if "ln_" in name or "norm" in name else 0.0, std)
+            p.normal_(norms if "ln_" in name or "norm" in name else 0.0, std)
     return model
 
 

@@ -48,7 +48,9 @@ SIZES = {
     "gpt2": {"vocab_size": 13, "n_embd": 8, "n_head": 2, "n_positions": 16},
 }  # fmt: skip
 SIZES["qwen2"] = SIZES["llama"]
-LAYERS = {"llama": "num_hidden_layers", "qwen2": "num_hidden_layers", "gpt2": "n_layer"}
+SIZES["gemma"] = SIZES["llama"] | {"head_dim": 6}
+SLOW = pytest.mark.slow
+LAYERS = {"gpt2": "n_layer", **dict.fromkeys(("llama", "qwen2", "gemma"), "num_hidden_layers")}
 
 
 def make(directory, model_type="llama", layers=4, *, seed=0, tied=False, dtype="bfloat16", shard=10**9, **more):
@@ -174,7 +176,7 @@ _DTYPES = st.sampled_from([None, None, None, "float32", "bfloat16", "float16"])
 @st.composite
 def cases(draw):
     """Models and a plan on them: (models as `make` takes them, plan)."""
-    model_type = draw(st.sampled_from(["llama", "qwen2", "gpt2"]))
+    model_type = draw(st.sampled_from(["llama", "qwen2", "gpt2", "gemma"]))
     models = {
         name: {
             "model_type": model_type, "layers": draw(st.integers(1, 4)), "seed": i, "tied": draw(st.booleans()),
@@ -270,7 +272,7 @@ def test_mergekits_recipes(tmp_path, text, tied):
     assert ("lm_head.weight" in found) == (not load_config(tmp_path / "out").tie_embeddings)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model_type", ["gpt2", pytest.param("llama", marks=SLOW), pytest.param("gemma", marks=SLOW)])
 def test_it_is_what_apply_makes(tmp_path, model_type):
     """Also with what is newly initialised: that of `init` with seed 0, as `jaxup.load` has it."""
     path = make(tmp_path / "m", model_type, dtype="float32")

@@ -24,6 +24,7 @@ LLAMA = ModelConfig(
 )  # fmt: skip
 WINDOWED = dataclasses.replace(LLAMA, kinds=(LayerKind(window=3),))
 MIXED = dataclasses.replace(WINDOWED, kinds=(LayerKind(), LayerKind(window=3)))
+GEMMA = dataclasses.replace(LLAMA, activation="gelu_tanh", norm_offset=1.0, embed_scale=4.0)
 BIASES = ("norm_bias", "qkv_bias", "o_bias", "mlp_bias")
 BIASLESS = dataclasses.replace(GPT2, **dict.fromkeys(BIASES, False))
 LLAMA3 = RopeScaling(
@@ -57,6 +58,8 @@ CONFIGS = {
         dataclasses.replace(MIXED, qk_norm=True, kinds=MIXED.kinds[::-1], rope_scaling=YARN), "qwen3"
     ),
     "qwen3-q-bias": (dataclasses.replace(WINDOWED, qk_norm=True, qkv_bias=True), "qwen3"),
+    "gemma": (dataclasses.replace(GEMMA, tie_embeddings=True), "gemma"),
+    "gemma-o-bias": (dataclasses.replace(GEMMA, o_bias=True, rope_scaling=LLAMA3), "gemma"),
 }  # fmt: skip
 configs = pytest.mark.parametrize(("config", "model_type"), CONFIGS.values(), ids=CONFIGS)
 
@@ -346,6 +349,18 @@ PUBLISHED = {
         596_049_920,
         dict(qk_norm=True, qkv_bias=False, head_dim=128, num_heads=16),
     ),
+    "Gemma-2B": (
+        dict(
+            architectures=["GemmaForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=2,
+            eos_token_id=1, head_dim=256, hidden_act="gelu", hidden_activation=None, hidden_size=2048,
+            initializer_range=0.02, intermediate_size=16384, max_position_embeddings=8192, model_type="gemma",
+            num_attention_heads=8, num_hidden_layers=18, num_key_value_heads=1, pad_token_id=0, rms_norm_eps=1e-06,
+            rope_scaling=None, rope_theta=10000.0, torch_dtype="bfloat16", transformers_version="4.38.0.dev0",
+            use_cache=True, vocab_size=256000,
+        ),
+        2_506_172_416,
+        dict(activation="gelu_tanh", norm_offset=1.0, embed_scale=2048**0.5, tie_embeddings=True, head_dim=256),
+    ),
 }  # fmt: skip
 
 
@@ -438,6 +453,10 @@ ROPE = {"rope_type": "yarn", "factor": 4.0}
         ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
         ("qwen2", {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "mrope"),
         ("qwen3", {"num_key_value_heads": 0}, "num_key_value_heads"),
+        ("gemma2", {}, "did you mean 'gemma'"),
+        ("gemma", {"hidden_act": "silu"}, "hidden_act & gelu_pytorch_tanh"),
+        ("gemma", {"hidden_activation": "gelu"}, "hidden_activation"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
 )  # fmt: skip
 def test_configs_that_cannot_be_represented_are_refused(model_type, change, words):

@@ -2,11 +2,14 @@
 
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from parity import CASES, LIMITS, OLD, beyond_limits, differences, rope, spell_as_transformers_4
 
+import jaxup
 from jaxup.hub.reader import load_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rope_scaling.*:FutureWarning")
@@ -37,6 +40,18 @@ def test_both_spellings_are_the_same_model(case, hf_model, tmp_path):
     assert load_config(tmp_path) == new
 
 
+def test_bfloat16_is_rounded_where_transformers_rounds(hf_model, torch, tmp_path):
+    theirs = hf_model("gemma").bfloat16()
+    theirs.save_pretrained(tmp_path)
+    ours, tokens = jaxup.load(tmp_path), jnp.arange(61)[None]
+    x_BSD = ours.embed(tokens, tokens)  # scaled by the root of 24 as bfloat16 has it
+    with torch.no_grad():
+        x = theirs.model.embed_tokens(torch.arange(61)[None])
+        normed = theirs.model.norm(x).float().numpy()
+    np.testing.assert_array_equal(x_BSD.astype(np.float32), x.float().numpy())
+    assert np.mean(ours.norm(x_BSD).astype(np.float32) == normed) > 0.99  # 1 + weight is not rounded
+
+
 factors = st.sampled_from([1.0, 2.5, 8.0])
 originals = st.integers(2, 12)
 ropes = st.one_of(
@@ -52,7 +67,7 @@ ropes = st.one_of(
 @st.composite
 def models(draw):
     """(model_type, config) of any family."""
-    model_type = draw(st.sampled_from(["gpt2", "llama", "mistral", "qwen2", "qwen3"]))
+    model_type = draw(st.sampled_from(["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma"]))
     kv_heads, groups, depth = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     heads = kv_heads * groups
     tied, bias = draw(st.booleans()), draw(st.booleans())
@@ -69,12 +84,12 @@ def models(draw):
         config |= {"attention_bias": bias, "mlp_bias": draw(st.booleans())}
     elif model_type == "mistral":
         config["sliding_window"] = window
-    elif window is not None:
+    elif model_type != "gemma" and window is not None:
         kinds = st.sampled_from(["full_attention", "sliding_attention"])
         config |= {"use_sliding_window": True, "sliding_window": window}
         config["layer_types"] = draw(st.none() | st.lists(kinds, min_size=depth, max_size=depth))
         config["max_window_layers"] = draw(st.integers(0, depth))
-    if model_type == "qwen3":
+    if model_type in ("qwen3", "gemma"):
         config["attention_bias"] = bias
     return model_type, config
 

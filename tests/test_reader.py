@@ -36,6 +36,7 @@ CONFIGS = {
     "llama-qkv-bias-only": dataclasses.replace(LLAMA, qkv_bias=True, tie_embeddings=True),
     "mistral": dataclasses.replace(LLAMA, kinds=(LayerKind(window=3),)),
     "mistral-odd-heads": dataclasses.replace(LLAMA, num_heads=3, num_kv_heads=1),
+    "gemma": dataclasses.replace(LLAMA, activation="gelu_tanh", norm_offset=1.0, embed_scale=4.0, tie_embeddings=True),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 

@@ -24,6 +24,11 @@ CONFIGS = {
     "gpt2": ModelConfig.gpt2(vocab_size=41, hidden_size=16, num_layers=3, num_heads=2, max_positions=30, bias=True),
     "llama": ModelConfig.llama(vocab_size=41, hidden_size=16, intermediate_size=20, num_layers=3, num_heads=4,
                                num_kv_heads=2, max_positions=64),
+    "gemma": ModelConfig(
+        vocab_size=41, hidden_size=16, intermediate_size=20, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=10,
+        max_positions=64, norm="rmsnorm", norm_eps=1e-6, positions="rope", rope_theta=100.0, activation="gelu_tanh",
+        gated_mlp=True, tie_embeddings=True, norm_offset=1.0, embed_scale=4.0,
+    ),
 }  # fmt: skip
 UPSCALE = DepthPlan((Row("m", 0), Row("m", 1), Row("m", 1, "copy", ZEROED), Row("m", 2)), *["m"] * 4, (("m", 3),))
 

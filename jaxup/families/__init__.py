@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxup.errors import UserError, nearest, suggest
 from jaxup.families.family import Family
+from jaxup.families.gemma import GEMMA
 from jaxup.families.gpt2 import GPT2
 from jaxup.families.keys import parsed, short
 from jaxup.families.llama import LLAMA
@@ -21,7 +22,7 @@ from jaxup.model.config import ModelConfig
 from jaxup.model.spec import count_params
 
 # In the order in which an export prefers them.
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)}
 
 # Keys of any config.json that do not change the logits of a causal model in evaluation.
 _IGNORED = frozenset(
@@ -71,7 +72,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         accepted = family.fixed.get(name)
         if accepted is not None and not any(value == a and type(value) is type(a) for a in accepted):
             raise UserError(f"{name}={short(value)} is not supported, only {short(accepted[0])}")
-    fields: dict[str, Any] = {**family.requires, **family.has_bias}
+    fields: dict[str, Any] = {**family.fields, **family.has_bias}
     for key in family.keys:
         fields |= dict.fromkeys(key.fields, parsed(key.name, hf.get(key.name, key.default), key.parse))
     for rule in family.rules:

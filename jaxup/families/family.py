@@ -33,7 +33,7 @@ class Family:
     keys: tuple[Key, ...]
     rules: tuple[Rule, ...]  # applied after the keys, in this order
     fixed: dict[str, tuple[Any, ...]]  # other keys that change the function: the values accepted
-    requires: dict[str, Any]  # the fields of ModelConfig that nothing in config.json decides
+    fields: dict[str, Any]  # those of ModelConfig that nothing in config.json decides, unless they have their defaults
     obstacle: Callable[[ModelConfig], str | None] = lambda config: None  # what the sizes must be, if they are not
     has_bias: dict[str, bool] = dataclasses.field(default_factory=dict)  # transformers always has these
     modules: Mapping[str, str]  # module of ours -> its name in a file, {layer} for its number; see `tensor_name`
@@ -60,7 +60,11 @@ class Family:
 
     def obstacles(self, config: ModelConfig) -> Iterator[str]:
         """What a model of this family needs and `config` lacks."""
-        yield from (f"{f}={v!r}" for f, v in self.requires.items() if getattr(config, f) != v)
+        decided = set(self.has_bias).union(*(key.fields for key in self.keys), *(rule.fields for rule in self.rules))
+        for field in dataclasses.fields(config):
+            needed = self.fields.get(field.name, field.default)
+            if field.name not in decided and needed not in (dataclasses.MISSING, getattr(config, field.name)):
+                yield f"{field.name}={needed!r}"
         for obstacle in (self.obstacle, *(rule.obstacle for rule in self.rules)):
             if (need := obstacle(config)) is not None:
                 yield need

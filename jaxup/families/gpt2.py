@@ -56,7 +56,7 @@ GPT2 = Family(
         Rule((_FLAG,), ("kinds",), _kinds, lambda config: {_FLAG: config.kinds != (LayerKind(),)}, _kinds_obstacle),
     ),
     fixed={**FIXED, "scale_attn_weights": (True,), "layer_types": (None,)},
-    requires={"norm": "layernorm", "positions": "learned", "rope_theta": None, "gated_mlp": False, "qk_norm": False},
+    fields={"norm": "layernorm", "positions": "learned", "rope_theta": None, "gated_mlp": False},
     obstacle=lambda c: None if c.num_kv_heads == c.num_heads == c.hidden_size / c.head_dim else (
         "num_kv_heads=num_heads=hidden_size/head_dim"),
     has_bias=dict.fromkeys(("norm_bias", "qkv_bias", "o_bias", "mlp_bias"), True),

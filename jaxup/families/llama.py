@@ -11,26 +11,26 @@ from jaxup.families.keys import Key, Rule
 from jaxup.families.rope import ROPE
 from jaxup.families.windows import NO_WINDOW
 
+_KEYS = (
+    Key("vocab_size", ("vocab_size",), 32000, keys.size),
+    Key("hidden_size", ("hidden_size",), 4096, keys.size),
+    Key("intermediate_size", ("intermediate_size",), 11008, keys.size),
+    Key("num_hidden_layers", ("num_layers",), 32, keys.layers),
+    Key("num_attention_heads", ("num_heads",), 32, keys.size),
+    Key("num_key_value_heads", ("num_kv_heads",), None, keys.optional_size),  # null: as many as heads
+    Key("head_dim", ("head_dim",), None, keys.optional_size),  # null: hidden_size // heads
+    Key("max_position_embeddings", ("max_positions",), 2048, keys.size),
+    Key("hidden_act", ("activation",), "silu", keys.activation),
+    Key("rms_norm_eps", ("norm_eps",), 1e-6, keys.positive),
+    Key("initializer_range", ("init_std",), 0.02, keys.positive),
+    Key("tie_word_embeddings", ("tie_embeddings",), False, keys.boolean),
+)
+ATTENTION_BIAS = Key("attention_bias", ("qkv_bias", "o_bias"), False, keys.boolean)
 
-def llama_keys(
-    *, vocab_size: int = 32000, kv_heads: int | None, head_dim: int | None = None, intermediate_size: int,
-    max_positions: int,
-) -> tuple[Key, ...]:  # fmt: skip
+
+def llama_keys(**defaults: Any) -> tuple[Key, ...]:
     """With the defaults that transformers has for one of the relatives."""
-    return (
-        Key("vocab_size", ("vocab_size",), vocab_size, keys.size),
-        Key("hidden_size", ("hidden_size",), 4096, keys.size),
-        Key("intermediate_size", ("intermediate_size",), intermediate_size, keys.size),
-        Key("num_hidden_layers", ("num_layers",), 32, keys.layers),
-        Key("num_attention_heads", ("num_heads",), 32, keys.size),
-        Key("num_key_value_heads", ("num_kv_heads",), kv_heads, keys.optional_size),  # null: as many as heads
-        Key("head_dim", ("head_dim",), head_dim, keys.optional_size),  # null: hidden_size // heads
-        Key("max_position_embeddings", ("max_positions",), max_positions, keys.size),
-        Key("hidden_act", ("activation",), "silu", keys.activation),
-        Key("rms_norm_eps", ("norm_eps",), 1e-6, keys.positive),
-        Key("initializer_range", ("init_std",), 0.02, keys.positive),
-        Key("tie_word_embeddings", ("tie_embeddings",), False, keys.boolean),
-    )
+    return tuple(key._replace(default=defaults.get(key.name, key.default)) for key in _KEYS)
 
 
 def _sizes(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,19 +42,14 @@ def _sizes(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
 
 SIZES = Rule((), (), _sizes)
 ROTARY = {**FIXED, "partial_rotary_factor": (None, 1.0, 1)}
-RMS_NORM = {"norm": "rmsnorm", "norm_bias": False, "positions": "rope", "gated_mlp": True}
 
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    keys=(
-        *llama_keys(kv_heads=None, intermediate_size=11008, max_positions=2048),
-        Key("attention_bias", ("qkv_bias", "o_bias"), False, keys.boolean),
-        Key("mlp_bias", ("mlp_bias",), False, keys.boolean),
-    ),
+    keys=(*_KEYS, ATTENTION_BIAS, Key("mlp_bias", ("mlp_bias",), False, keys.boolean)),
     rules=(SIZES, ROPE, NO_WINDOW),
     fixed={**ROTARY, "sliding_window": (None,)},
-    requires={**RMS_NORM, "qk_norm": False},
+    fields={"norm": "rmsnorm", "positions": "rope", "gated_mlp": True},
     # transformers 5 refuses to load what is not
     obstacle=lambda c: "hidden_size to be a multiple of num_heads" if c.hidden_size % c.num_heads else None,
     modules=our_names("model"),

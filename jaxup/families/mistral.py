@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxup.families.llama import LLAMA, RMS_NORM, ROTARY, SIZES, llama_keys
+from jaxup.families.llama import LLAMA, ROTARY, SIZES, llama_keys
 from jaxup.families.rope import ROPE
 from jaxup.families.windows import one_window
 
@@ -12,9 +12,8 @@ MISTRAL = dataclasses.replace(
     LLAMA,
     model_type="mistral",
     architecture="MistralForCausalLM",
-    keys=llama_keys(kv_heads=8, intermediate_size=14336, max_positions=131072),
+    keys=llama_keys(num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=131072),
     rules=(SIZES, ROPE, one_window(4096)),
     fixed={**ROTARY, "attention_bias": (False, None), "mlp_bias": (False, None)},
-    requires={**RMS_NORM, "qk_norm": False, "qkv_bias": False, "o_bias": False, "mlp_bias": False},
     obstacle=lambda c: None,
 )

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxup.families import keys
-from jaxup.families.keys import Key
-from jaxup.families.llama import RMS_NORM, ROTARY, SIZES, llama_keys
+from jaxup.families.llama import ATTENTION_BIAS, ROTARY, SIZES, llama_keys
 from jaxup.families.mistral import MISTRAL
 from jaxup.families.rope import ROPE
 from jaxup.families.windows import SOME_WINDOWS
+
+_DEFAULTS = {
+    "vocab_size": 151936, "num_key_value_heads": 32, "intermediate_size": 22016, "max_position_embeddings": 32768
+}  # fmt: skip
 
 QWEN2 = dataclasses.replace(
     MISTRAL,
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    keys=llama_keys(vocab_size=151936, kv_heads=32, intermediate_size=22016, max_positions=32768),
+    keys=llama_keys(**_DEFAULTS),
     rules=(SIZES, ROPE, SOME_WINDOWS),
     fixed={**ROTARY, "use_mrope": (False,)},
-    requires={**RMS_NORM, "qk_norm": False, "o_bias": False, "mlp_bias": False},
     has_bias={"qkv_bias": True},
 )
 
@@ -26,11 +27,8 @@ QWEN3 = dataclasses.replace(
     QWEN2,
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    keys=(
-        *llama_keys(vocab_size=151936, kv_heads=32, head_dim=128, intermediate_size=22016, max_positions=32768),
-        Key("attention_bias", ("qkv_bias", "o_bias"), False, keys.boolean),
-    ),
+    keys=(*llama_keys(**_DEFAULTS, head_dim=128), ATTENTION_BIAS),
     fixed=ROTARY,
-    requires={**RMS_NORM, "qk_norm": True, "mlp_bias": False},
+    fields={**QWEN2.fields, "qk_norm": True},
     has_bias={},
 )

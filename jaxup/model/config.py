@@ -95,6 +95,8 @@ class ModelConfig:
     gated_mlp: bool  # down(act(gate(x)) * up(x)) instead of down(act(up(x)))
     tie_embeddings: bool
 
+    norm_offset: float = 0.0  # norms multiply by this plus their scale
+    embed_scale: float = 1.0  # what embeddings are multiplied by; a tied head is not
     norm_bias: bool = False
     qkv_bias: bool = False
     o_bias: bool = False

@@ -65,7 +65,7 @@ class Decoder(nnx.Module):
         self.embed_tokens = nnx.Param(leaves["embed_tokens"])
         self.embed_positions = param(leaves, "embed_positions")
         self.blocks = Block(config, self.compute, leaves)
-        self.norm = Norm(config.norm, config.norm_eps, leaves, "norm")
+        self.norm = Norm(config, leaves, "norm")
         self.lm_head = None if config.tie_embeddings else Linear(config, leaves, "lm_head")
 
     def __repr__(self) -> str:
@@ -136,6 +136,8 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype(self.compute.dtype)
         # Cast after the look-up: the rows that are read, not the whole table.
         x_BSD = self.embed_tokens[...][tokens_BS].astype(dtype)
+        if self.config.embed_scale != 1:
+            x_BSD = x_BSD * jnp.asarray(self.config.embed_scale, dtype)
         if self.embed_positions is not None:
             x_BSD = x_BSD + self.embed_positions[...][positions_BS].astype(dtype)
         if self.compute.batch_axes:

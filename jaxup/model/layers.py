@@ -71,8 +71,8 @@ class Linear(nnx.Module):
 class Norm(nnx.Module):
     """LayerNorm or RMSNorm over the last axis, computed in float32."""
 
-    def __init__(self, kind: str, eps: float, leaves: Leaves, path: str):
-        self.kind, self.eps = kind, eps
+    def __init__(self, config: ModelConfig, leaves: Leaves, path: str, kind: str | None = None):
+        self.kind, self.eps, self.offset = kind or config.norm, config.norm_eps, config.norm_offset
         self.scale, self.bias = nnx.Param(leaves[f"{path}.scale"]), param(leaves, f"{path}.bias")
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
@@ -81,7 +81,10 @@ class Norm(nnx.Module):
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         batch = range(x.ndim - 1)
-        y = y * jnp.expand_dims(self.scale[...], batch)
+        scale = self.scale[...]
+        if self.offset:
+            scale = scale.astype(jnp.float32) + self.offset
+        y = y * jnp.expand_dims(scale, batch)
         if self.bias is not None:
             y = y + jnp.expand_dims(self.bias[...], batch)
         return y.astype(x.dtype)
@@ -142,7 +145,7 @@ class Attention(nnx.Module):
             Linear(config, leaves, f"blocks.self_attn.{name}_proj") for name in "qkvo"
         )
         self.q_norm, self.k_norm = (
-            Norm("rmsnorm", config.norm_eps, leaves, f"blocks.self_attn.{name}_norm") if config.qk_norm else None
+            Norm(config, leaves, f"blocks.self_attn.{name}_norm", "rmsnorm") if config.qk_norm else None
             for name in "qk"
         )
 
@@ -199,10 +202,9 @@ class Block(nnx.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, compute: Compute, leaves: Leaves):
-        norm = functools.partial(Norm, config.norm, config.norm_eps, leaves)
-        self.input_layernorm = norm("blocks.input_layernorm")
+        self.input_layernorm = Norm(config, leaves, "blocks.input_layernorm")
         self.self_attn = Attention(config, compute, leaves)
-        self.post_attention_layernorm = norm("blocks.post_attention_layernorm")
+        self.post_attention_layernorm = Norm(config, leaves, "blocks.post_attention_layernorm")
         self.mlp = MLP(config, leaves)
 
     def __call__(self, x_BSD, **attention_inputs):

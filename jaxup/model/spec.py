@@ -69,7 +69,7 @@ def _table(c: ModelConfig) -> Iterator[tuple[str, Param]]:
         return path, Param(tuple(sizes[name] for name in names), tuple(names), part, fill, std, inputs)
 
     def norm(path: str, part: str, axes: str = "norm", *, bias: bool = c.norm_bias) -> Iterator[tuple[str, Param]]:
-        yield param(f"{path}.scale", axes, part, fill=1.0)
+        yield param(f"{path}.scale", axes, part, fill=1.0 - c.norm_offset)
         if bias:
             yield param(f"{path}.bias", axes, part)
 
