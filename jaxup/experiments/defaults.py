@@ -131,7 +131,7 @@ def _heal(c: ConfigDict) -> None:
     c.train = ConfigDict()
     c.train.layers = "all"  # all, copies, originals, new, or layers such as 9:12,20
     c.train.parameters = ""  # a regular expression: only what has such a path
-    c.train.freeze = ""  # layers that are taken out of these again
+    c.train.freeze = ""  # of these layers, those to leave out: originals, 0:9, ...
     c.train.rates = ConfigDict({"copies": 1.0, "originals": 1.0, "new": 1.0, "ends": 1.0})
     c.lora = ConfigDict()
     c.lora.rank = 0  # 0 = no adapters

@@ -29,7 +29,7 @@ class TrainConfig:
 
     layers: str  # all | copies | originals | new | ranges such as "9:12,20" of the result's layers
     parameters: str  # regular expression on their paths; "" = all
-    freeze: str  # layers that are taken out of these again: originals, ranges, ...; "" = none
+    freeze: str  # of these layers, those to leave out: originals, ranges, ...; "" = none
     rates: Mapping[str, float]  # by role, and of the ends (embedding, norm, head): what multiplies the learning rate
 
 
