@@ -8,7 +8,6 @@ one batch and written at its end.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -106,8 +105,7 @@ def main(argv: list[str]) -> None:
     if single:
         print(written[0], end="", flush=True)
     interrupted = False
-    progress = Progress("generate", total=args.max_tokens, unit="tokens of each prompt")
-    with contextlib.nullcontext() if single else progress:
+    with Progress("generate", total=args.max_tokens, unit="tokens of each prompt", shown=not single) as progress:
         try:
             for pieces in writing:
                 if len(writing.counts) == 1:
@@ -115,8 +113,7 @@ def main(argv: list[str]) -> None:
                 written = [text + piece for text, piece in zip(written, pieces, strict=True)]
                 if single:
                     print(pieces[0], end="", flush=True)
-                else:
-                    progress.update(len(writing.counts))
+                progress.update(len(writing.counts))
         except KeyboardInterrupt:
             interrupted = True
     last = time.monotonic()

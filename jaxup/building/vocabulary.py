@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from jaxup.errors import UserError, first_line, suggest
 from jaxup.hub.directory import carried_files, tokenizer_directory
 from jaxup.recipes.open import Recipe
 from jaxup.text import parse_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GENERATION = "generation_config.json"
@@ -66,21 +69,21 @@ def _remapped(recipe: Recipe, source: str) -> Vocabulary:
     source = recipe.base if source == "base" else source
     names = dict.fromkeys([recipe.base, *([] if source == "union" else [source]), *recipe.models])
     tokenizers = {name: _load(recipe, name) for name in names}
-    if tokenizers[recipe.base] is None:
+    if (own := tokenizers[recipe.base]) is None:
         raise UserError(f"{recipe.name}: tokenizer_source needs the tokenizer of {recipe.base!r}, which has none")
     known = {}  # of each model: token -> row
     for name, tokenizer in tokenizers.items():
         if tokenizer is None:
             warnings.warn(f"{name}: no tokenizer; taken to be that of {recipe.base}", stacklevel=2)
         size = recipe.models[name].config.vocab_size
-        vocab = (tokenizer or tokenizers[recipe.base]).get_vocab()
+        vocab = (tokenizer or own).get_vocab()
         known[name] = {token: i for token, i in vocab.items() if i < size}
 
     if source == "union":
-        files, vocab = _union(tokenizers, known, recipe.base)
+        files, vocab = _union([tokenizer for tokenizer in tokenizers.values() if tokenizer], known, recipe.base)
         files |= {name: text for name, text in _carried(recipe, recipe.base).items() if name == _GENERATION}
     else:
-        files, vocab = _carried(recipe, source), (tokenizers[source] or tokenizers[recipe.base]).get_vocab()
+        files, vocab = _carried(recipe, source), (tokenizers[source] or own).get_vocab()
         if source == recipe.base and len(known[source]) < len(vocab):
             size = recipe.models[source].config.vocab_size
             raise UserError(f"{recipe.name}: the tokenizer of {source!r} has tokens beyond its vocab_size={size}")
@@ -106,12 +109,14 @@ def _remapped(recipe: Recipe, source: str) -> Vocabulary:
     return Vocabulary(size, rows, files, _moved(recipe.models[recipe.base].hf, move))
 
 
-def _union(tokenizers: Mapping[str, Any], known: Mapping[str, dict[str, int]], base: str) -> tuple[Any, dict[str, int]]:
-    """The base's tokenizer with the others' tokens after its own: its files, and token -> id."""
+def _union(
+    tokenizers: list[PreTrainedTokenizerBase], known: Mapping[str, dict[str, int]], base: str
+) -> tuple[dict[str, bytes], dict[str, int]]:
+    """The base's tokenizer, the first, with the others' tokens after its own: its files, and token -> id."""
     with tempfile.TemporaryDirectory() as directory:
-        tokenizers[base].save_pretrained(directory)
+        tokenizers[0].save_pretrained(directory)
         union = _from_pretrained(directory)
-        added = [tokenizer.added_tokens_decoder for tokenizer in tokenizers.values() if tokenizer is not None]
+        added = [tokenizer.added_tokens_decoder for tokenizer in tokenizers]
         special = {token.content: token for tokens in added for token in tokens.values()}
         new = {token: None for name in known for token in sorted(known[name], key=known[name].__getitem__)}
         # First what the models' own vocabularies have, then what was added to them.
@@ -122,7 +127,7 @@ def _union(tokenizers: Mapping[str, Any], known: Mapping[str, dict[str, int]], b
     return files, union.get_vocab()
 
 
-def _load(recipe: Recipe, name: str) -> Any:
+def _load(recipe: Recipe, name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model of the recipe; None if it has none. No code of the model is run."""
     model = recipe.models[name]
     directory = tokenizer_directory(model.path, revision=model.revision)
@@ -134,7 +139,7 @@ def _load(recipe: Recipe, name: str) -> Any:
         raise UserError(f"{model.path}: its tokenizer cannot be read: {first_line(error)[:200]}") from None
 
 
-def _from_pretrained(directory: str | Path) -> Any:
+def _from_pretrained(directory: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)

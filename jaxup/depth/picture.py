@@ -12,7 +12,7 @@ import io
 import itertools
 from collections.abc import Callable
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxup.depth.draw import CHARACTERS, character, ranges
 from jaxup.depth.plan import DepthPlan, Row
@@ -20,6 +20,8 @@ from jaxup.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont, ImageFont
 
 # Okabe and Ito's palette, which is told apart with any colour vision.
 COLORS = {"0": "#0072B2", "X": "#E69F00", "z": "#CC79A7", "p": "#56B4E9", "n": "#009E73"}
@@ -171,14 +173,14 @@ def _entries(plan: DepthPlan) -> dict[str, str]:
     return {c: f"{meaning} ({kinds.count(c)})" for c, (meaning, _) in CHARACTERS.items() if c in kinds}
 
 
-def _draw_legend(draw: Any, plan: DepthPlan, x: int, y: int) -> None:
+def _draw_legend(draw: ImageDraw, plan: DepthPlan, x: int, y: int) -> None:
     for kind, text in _entries(plan).items():
         draw.rectangle([x, y + 2, x + 23, y + 25], COLORS[kind])
         _write(draw, (x + 34, y + 14), text, _TEXT, _INK, "lm")
         x += 34 + _length(text, _TEXT) + 40
 
 
-def _draw_band(draw: Any, band: _Band, left: int, right: int, wide: int, unused: list[_Unused]) -> None:
+def _draw_band(draw: ImageDraw, band: _Band, left: int, right: int, wide: int, unused: list[_Unused]) -> None:
     name = _fitting(f"layers of {band.name}", _SMALL, wide - left - _MARGIN)
     _write(draw, (left, band.top - 12), name, _SMALL, _FAINT, "lb")
     for (first, last), text in unused:
@@ -197,7 +199,7 @@ def _place(row: Row, where: dict[str | None, _Band]) -> tuple[_Band, int]:
     return (where[None], 0) if row.role == "new" else (where[row.source], row.layer)
 
 
-def _draw_path(draw: Any, plan: DepthPlan, where: dict[str | None, _Band], x: Callable[[int], int]) -> None:
+def _draw_path(draw: ImageDraw, plan: DepthPlan, where: dict[str | None, _Band], x: Callable[[int], int]) -> None:
     """A thin line wherever the path does not go on to the next layer or stay at the same one."""
 
     def place(i: int, row: Row) -> tuple[int, int]:
@@ -213,7 +215,7 @@ def _draw_path(draw: Any, plan: DepthPlan, where: dict[str | None, _Band], x: Ca
 # ---- writing
 
 
-def _font(size: int) -> Any:
+def _font(size: int) -> FreeTypeFont | ImageFont:
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
@@ -223,7 +225,7 @@ def _length(text: str, size: int) -> int:
     return round(_font(size).getlength(text))
 
 
-def _write(draw: Any, at: tuple[int, int], text: str, size: int, color: str = _INK, anchor: str = "la") -> None:
+def _write(draw: ImageDraw, at: tuple[int, int], text: str, size: int, color: str = _INK, anchor: str = "la") -> None:
     draw.text(at, text, color, _font(size), anchor)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
@@ -17,12 +17,15 @@ from jaxup.hub.directory import PLAN, carried_files
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Decoder, Params
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def save(
     model: Decoder,
     out: str | os.PathLike,
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     force: bool = False,

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from jaxup.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from jaxup.model.decoder import Decoder
 
 Prompt = str | Sequence[dict[str, str]]  # text to go on from, or the messages of a chat that waits for a reply
@@ -18,7 +20,7 @@ Prompt = str | Sequence[dict[str, str]]  # text to go on from, or the messages o
 
 def generate(
     model: Decoder,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
     max_tokens: int = 100,
@@ -59,7 +61,7 @@ class Writing:
     `rest()` is what then is left, or whenever iterating is broken off; `counts` are the tokens drawn at each step.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Any, prompts: Sequence[Prompt], *,
+    def __init__(self, model: Decoder, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
                  eos_ids: Collection[int] | None = None, **options: Any):  # fmt: skip
         from flax import nnx
 
@@ -107,14 +109,14 @@ def check_options(options: Mapping[str, Any], spelt: Callable[[str], str] = "gen
             raise UserError(f"{spelt(name)} must be {wanted}, not {options[name]}")
 
 
-def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """The tokens that a text is gone on from."""
     from jaxup.data.chat_formats import prompt_ids
 
     return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt_ids(tokenizer, prompt)
 
 
-def stop_ids(directory: Path | None, tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(directory: Path | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that end a text: of generation_config.json, else config.json, else the tokenizer."""
     for file in () if directory is None else (directory / "generation_config.json", directory / "config.json"):
         if not file.is_file():
@@ -140,7 +142,7 @@ class Detokenizer:
     difference between two decoded ends of the tokens: from the piece before on.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]):
         self._tokenizer, self._ids = tokenizer, list(prompt)
         self._known = len(self._ids)  # of `_ids`, whose text has been returned
 
@@ -158,4 +160,4 @@ class Detokenizer:
         return self._decode(self._ids)[len(self._decode(self._ids[: self._known])) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

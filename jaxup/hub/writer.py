@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -31,6 +31,9 @@ from jaxup.model.decoder import Params
 from jaxup.model.spec import flatten, spec
 from jaxup.progress import Progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _OWN = ("config.json", SINGLE, INDEX, manifest.NAME)
 
 Fetch = Callable[[Tensor], list[np.ndarray]]
@@ -41,7 +44,7 @@ def save(
     config: ModelConfig,
     params: Params,
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | None = "float32",
     model_type: str | None = None,
     carried: Mapping[str, bytes] | None = None,
@@ -157,7 +160,7 @@ def _widest(tensor: Tensor, leaves: Mapping[str, Any], default: str) -> str:
     return common(leaves[path].dtype.name for path in tensor.paths if path in leaves) or default
 
 
-def _token_id(tokenizer: Any, name: str, config: ModelConfig) -> int | None:
+def _token_id(tokenizer: PreTrainedTokenizerBase, name: str, config: ModelConfig) -> int | None:
     token = getattr(tokenizer, name)
     if token is not None and not 0 <= token < config.vocab_size:
         raise UserError(f"the tokenizer's {name}={token} is not below the model's vocab_size={config.vocab_size}")

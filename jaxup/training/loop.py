@@ -34,7 +34,7 @@ from jaxup.text import read_json, write_atomically
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.metrics import MetricsLog, peak_flops
 from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from jaxup.training.partition import digest
+from jaxup.training.partition import Partition, digest
 from jaxup.training.rundir import write_json
 from jaxup.training.selection import EVERYTHING, Selection
 from jaxup.training.sharding import BATCH_AXES, local_rows, place_batch, state_shardings
@@ -188,7 +188,7 @@ def evaluate(run: Run, model: ModelConfig, params: Params) -> float:
 
 
 @functools.lru_cache(maxsize=4)
-def _eval_step(model: ModelConfig, settings: Settings, mesh: Mesh, partition: Any) -> Callable:
+def _eval_step(model: ModelConfig, settings: Settings, mesh: Mesh, partition: Partition | None) -> Callable:
     compute = dataclasses.replace(settings.compute, batch_axes=BATCH_AXES)
     step = make_eval_step(model, compute, settings.step, partition)
     return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
