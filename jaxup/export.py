@@ -1,8 +1,8 @@
 """Write a model as a Hugging Face model directory: `python -m jaxup.export RUN OUT`.
 
 RUN is a run directory, finished or not, of which the newest checkpoint of the last target or the
-healed model is taken (or another: --model, --step); or a Hugging Face model, directory or id, which is written again in
-another dtype or other shards. Nothing is at OUT until all of it is there.
+healed model is taken (or another: --model, --step); or a Hugging Face model, directory or id, which
+is written again in another dtype or other shards. Nothing is at OUT until all of it is there.
 """
 
 from __future__ import annotations

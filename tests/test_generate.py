@@ -383,7 +383,7 @@ def test_texts_and_chats_in_one_batch_from_python(model_dir, capsys):
     model.origin = None
     assert text_generation.generate(model, tokenizer, prompts, **how) == texts
     with pytest.raises(UserError, match="generate: top_p must be above 0 and at most 1, not 0"):
-        text_generation.generate(model, tokenizer, prompts, top_p=0)
+        text_generation.generate(model, tokenizer, prompts, top_p=0.0)
 
 
 def fake(tokens, seen, after=None):

@@ -196,13 +196,13 @@ def test_a_signal_saves_and_leaves(signum, code, corpus, tmp_path):
     assert (workdir / "checkpoints" / "reference" / str(saved)).is_dir()
 
 
-@pytest.mark.parametrize(("format", "message"), [(None, "an earlier .* format 1, here 2"), (3, "a later .* format 3")])
-def test_a_run_of_another_format_is_refused(finished, corpus, tmp_path, format, message):
+@pytest.mark.parametrize(("format", "when"), [(None, "an earlier"), (3, "a later")])
+def test_a_run_of_another_format_is_refused(finished, corpus, tmp_path, format, when):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     config = json.loads((finished[0] / "config.json").read_text())
     assert config.pop("format") == 2
     (tmp_path / "run" / "config.json").write_text(json.dumps(config | ({} if format is None else {"format": format})))
-    with pytest.raises(UserError, match=message.replace(" format", r" version of jaxup \(format")) as error:
+    with pytest.raises(UserError, match=rf"{when} version of jaxup \(format {format or 1}, here 2\)") as error:
         run(*arguments(corpus, tmp_path / "run"))
     assert "\n" not in str(error.value)
     assert len(list((tmp_path / "run").iterdir())) == 2
