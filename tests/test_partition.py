@@ -127,3 +127,11 @@ def test_what_repeats_is_one_program():
     kinds = [(bool(m),) for m in masks["blocks"]["x"][:, 0]]
     f, t = (False,), (True,)
     assert _patterns(kinds) == [([(f, 6)], 1), ([(t, 2), (f, 1)], 19), ([(t, 2)], 1), ([(f, 5)], 1)]
+
+
+def test_an_order_of_layers_beside_a_stack_is_refused():
+    params = noisy(LLAMA)
+    masks = trainable(plan_of("0" * LLAMA.num_layers), params, layers="0")
+    partition = Partition(LLAMA, Compute(), masks)
+    with pytest.raises(ValueError, match="own order"):
+        partition.hidden(*partition.split(params), jnp.asarray(tokens_for(LLAMA)), order=jnp.zeros(2, jnp.int32))

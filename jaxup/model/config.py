@@ -142,12 +142,10 @@ class ModelConfig:
         """The different windows of the layers, in order of their first use."""
         return tuple(dict.fromkeys(kind.window for kind in self.kinds))
 
-    def columns(self) -> dict[str, tuple[int, ...] | tuple[float, ...]]:
+    def columns(self) -> dict[str, tuple[Any, ...]]:
         """The fields of `LayerKind` in which the layers differ: numbers [L], of a window its index in `windows`."""
-        columns: dict[str, tuple[int, ...] | tuple[float, ...]] = {
-            "window": tuple(self.windows.index(kind.window) for kind in self.kinds),
-            "attention_divisor": tuple(kind.attention_divisor for kind in self.kinds),
-        }
+        columns = {f.name: tuple(getattr(kind, f.name) for kind in self.kinds) for f in dataclasses.fields(LayerKind)}
+        columns["window"] = tuple(map(self.windows.index, columns["window"]))
         return {name: column for name, column in columns.items() if len(set(column)) > 1}
 
     def with_layers(self, layers: Sequence[int]) -> ModelConfig:

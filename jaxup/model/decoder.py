@@ -191,6 +191,8 @@ class Decoder(nnx.Module):
 
         policy = _REMAT.get(self.compute.remat)
         if stack is not None:
+            if order is not None:
+                raise ValueError("a stack's layers run in their own order")
             carry = stack.scan(body, (x_BSD, None), self.blocks, columns, policy=policy, unroll=self.compute.unroll)
             return carry[0], None
         step: Step = body
@@ -216,10 +218,7 @@ _REMAT = {
 
 def column_arrays(config: ModelConfig) -> dict[str, Array]:
     """`ModelConfig.columns`, as arrays [L]."""
-    return {
-        name: jnp.asarray(column, jnp.int32 if name == "window" else jnp.float32)
-        for name, column in config.columns().items()
-    }
+    return {name: jnp.asarray(column) for name, column in config.columns().items()}
 
 
 @functools.lru_cache(maxsize=64)
