@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from jaxup.data.chat_formats import ALIASES, SPELLINGS, Encoded, open_format, show
-from jaxup.data.chat_templates import TEMPLATES
+from jaxup.data.chat_templates import TEMPLATES, Spelling, jinja
 from jaxup.data.layouts import Segment, Turn
 from jaxup.errors import UserError
 
@@ -116,6 +116,18 @@ def test_by_hand_and_as_the_exported_template(name, kind):
     for conversation in (CHAT, chat(None, ("u", "a")), chat("s\n", (" u \n", "\n a b "), ("", "a"))):
         theirs = tok.apply_chat_template(messages(conversation), chat_template=TEMPLATES[name], return_dict=True)
         np.testing.assert_array_equal(format.encode(conversation).ids, theirs["input_ids"])
+
+
+def test_eos_may_end_every_turn_of_a_format(monkeypatch):
+    turn = ("<|{role}|>\n", "{eos}\n")
+    spelling = Spelling("", turn, turn, turn[0], "", "{eos}", "\n")
+    monkeypatch.setitem(SPELLINGS, "zephyr", spelling)
+    text, spans = open_format("zephyr", tok := tokenizer("bytes")).render(chat("S", ("U", "A")))
+    assert text == "<|system|>\nS</s>\n<|user|>\nU</s>\n<|assistant|>\nA</s>\n"
+    assert [text[slice(*span)] for span in spans] == ["A</s>"]
+    assert tok.apply_chat_template(
+        messages(chat("S", ("U", "A"))), chat_template=jinja(spelling), tokenize=False
+    ) == text  # fmt: skip
 
 
 # https://github.com/tatsu-lab/stanford_alpaca/blob/main/train.py, PROMPT_DICT["prompt_input"]

@@ -172,13 +172,13 @@ class NamedFormat(Format):
             if number == 0 and system.text and not spelling.system:
                 yield from self._around(spelling.in_user, system)
             yield turn.text + (spelling.before_input + turn.input if turn.input else ""), turn.trained
-            yield after, False
+            yield self._fill(after), False
 
     def _around(self, spelling: tuple[str, str], turn: Turn) -> Iterator[tuple[str, bool]]:
         before, after = spelling
         yield self._fill(before, turn.role), False
         yield turn.text, turn.trained
-        yield after, False
+        yield self._fill(after), False
 
     def _fill(self, spelling: str, role: str = "") -> str:
         return spelling.format(bos=self._bos, eos=self._eos, role=role)
