@@ -59,7 +59,8 @@ def _read_some(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, An
         raise UserError(f"layer_types={short(types)} is not supported, only {depth} times one of {LAYER_TYPES}")
     if window is None and "sliding_attention" in types:
         raise UserError("layer_types has 'sliding_attention', which needs use_sliding_window=true and a sliding_window")
-    return {"kinds": tuple(LayerKind(window=window if kind == "sliding_attention" else None) for kind in types)}
+    kinds = dict(zip(LAYER_TYPES, (LayerKind(), LayerKind(window=window))))
+    return {"kinds": tuple(kinds[kind] for kind in types)}
 
 
 def _write_some(config: ModelConfig) -> dict[str, Any]:
