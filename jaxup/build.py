@@ -60,9 +60,5 @@ def _stop(signum: int, frame: Any) -> None:
     raise Stopped("stopped by SIGTERM; nothing was written", 143)
 
 
-def cli() -> None:
-    entry_point(main)
-
-
 if __name__ == "__main__":
-    cli()
+    entry_point(main)

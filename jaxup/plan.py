@@ -75,9 +75,5 @@ def main(argv: list[str]) -> None:
         print(f"wrote {file}", file=sys.stderr if printed else sys.stdout)
 
 
-def cli() -> None:
-    entry_point(main)
-
-
 if __name__ == "__main__":
-    cli()
+    entry_point(main)

@@ -720,8 +720,8 @@ def slow_build(out, *args):
             time.sleep(0.05)
             return write(*args)
         os.pwrite = pwrite
-        from jaxup import build
-        build.cli()
+        from jaxup import build, errors
+        errors.entry_point(build.main)
     """
     environment = {**os.environ, "PYTHONPATH": str(Path(jaxup.__file__).parents[1])}
     process = subprocess.Popen(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 
 from jaxup.depth.plan import BLOCK_PATHS, END_PATHS, ENDS, PARTS, DepthPlan, Row, Scales, factors_of, simplest_scales
-from jaxup.errors import UserError
+from jaxup.errors import UserError, within
 
 Factors = tuple[float, ...]
 
 
+@within("compose")
 def compose(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> DepthPlan:
     """The plan that does at once what `outer` does to the results of `inners`.
 
@@ -29,19 +31,16 @@ def compose(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> DepthPlan:
     """
     for name, count in outer.sources:
         if name in inners and inners[name].num_layers != count:
-            raise UserError(f"compose: {name!r} has {inners[name].num_layers} layers, but the plan on it says {count}")
+            raise UserError(f"{name!r} has {inners[name].num_layers} layers, but the plan on it says {count}")
     uses = collections.Counter((row.source, row.layer) for row in outer.rows if row.parts)
     rows = []
     for i, row in enumerate(outer.rows):
-        inner = inners[row.source].rows[row.layer] if row.source in inners else None
-        if inner is None:
-            rows.append(row)
-            continue
-        if (inner.parts != PARTS or inner.noise) and uses[row.source, row.layer] > 1:
-            raise UserError(
-                f"compose: layer {row.layer} of {row.source!r} is newly initialised, and used several times"
-            )
-        rows.append(_row(i, row, inner))
+        if row.source in inners:
+            inner = inners[row.source].rows[row.layer]
+            if (inner.parts != PARTS or inner.noise) and uses[row.source, row.layer] > 1:
+                raise UserError(f"layer {row.layer} of {row.source!r} is newly initialised, and used several times")
+            row = _row(i, row, inner)
+        rows.append(row)
 
     ends, factors = {}, {}
     for end in ENDS:
@@ -52,9 +51,19 @@ def compose(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> DepthPlan:
             if path.split(".")[0] == end:
                 factors[path] = _chain(() if made is None else made.factors(path), outer.factors(path))
     _check_head(outer, inners)
-    dtypes = _dtypes(outer, inners)
-    return DepthPlan(tuple(rows), **ends, sources=_sources(outer, inners), scales=_scales(factors, outer.scales),
-                     dtype=dtypes[0], out_dtype=dtypes[1])  # fmt: skip
+    dtype, out_dtype = _dtypes(outer, inners)
+    named = (inners[name].sources if name in inners else ((name, count),) for name, count in outer.sources)
+    sources, scales = all_sources(itertools.chain.from_iterable(named)), _scales(factors, outer.scales)
+    return DepthPlan(tuple(rows), **ends, sources=sources, scales=scales, dtype=dtype, out_dtype=out_dtype)
+
+
+def all_sources(sources: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """Those of several plans, each once; UserError for one that has two depths."""
+    found: dict[str, int] = {}
+    for name, layers in sources:
+        if found.setdefault(name, layers) != layers:
+            raise UserError(f"{name!r} has {found[name]} layers in one plan and {layers} in another")
+    return tuple(found.items())
 
 
 def _row(i: int, outer: Row, inner: Row) -> Row:
@@ -66,7 +75,7 @@ def _row(i: int, outer: Row, inner: Row) -> Row:
     scales = _scales(factors, outer.scales, inner.scales)
     noise = outer.noise or inner.noise
     if (noise and scales) or (outer.noise and inner.noise) or (inner.noise and outer.parts != PARTS):
-        raise UserError(f"compose: layer {i} has noise, and is changed by another plan")
+        raise UserError(f"layer {i} has noise, and is changed by another plan")
     return Row(inner.source, inner.layer, role, scales, parts, noise)
 
 
@@ -88,12 +97,12 @@ def _check_head(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> None:
         return
     inner = inners[name]
     if inner.embed_tokens != inner.lm_head or inner.factors("embed_tokens") != inner.factors("lm_head.kernel"):
-        raise UserError(f"compose: the head of {outer.lm_head!r} is not of the model, or the scale, of its embedding")
+        raise UserError(f"the head of {outer.lm_head!r} is not of the model, or the scale, of its embedding")
 
 
 def _dtypes(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> tuple[str | None, str | None]:
     found = {(inners[n].dtype, inners[n].out_dtype) if n in inners else (None, None) for n, _ in outer.sources}
-    problem = UserError("compose: no single plan rounds to the dtypes of these plans in turn")
+    problem = UserError("no single plan rounds to the dtypes of these plans in turn")
     if len(found) > 1:
         raise problem
     ((dtype, out),) = found
@@ -116,12 +125,3 @@ def _rounds(plan: DepthPlan) -> bool:
         return any(factors(path) not in ((), (0.0,)) for path in paths)
 
     return scales(plan.factors, END_PATHS) or any(row.noise or scales(row.factors, BLOCK_PATHS) for row in plan.rows)
-
-
-def _sources(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> tuple[tuple[str, int], ...]:
-    sources: dict[str, int] = {}
-    for name, count in outer.sources:
-        for inner, layers in inners[name].sources if name in inners else ((name, count),):
-            if sources.setdefault(inner, layers) != layers:
-                raise UserError(f"compose: {inner!r} has {sources[inner]} layers in one plan and {layers} in another")
-    return tuple(sources.items())

@@ -13,8 +13,9 @@ import dataclasses
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError, suggest, within
 from jaxup.model.spec import PART_OF, STACK
 
 ROLES = ("original", "copy", "new")
@@ -58,22 +59,23 @@ class Row:
     parts: tuple[str, ...] = PARTS
     noise: float = 0.0
 
+    @within("plan")
     def __post_init__(self):
         if not isinstance(self.source, str) or not self.source:
-            raise UserError(f"a source's name must be text, not {self.source!r}", at="plan")
+            raise UserError(f"a source's name must be text, not {self.source!r}")
         if self.role not in ROLES:
-            raise UserError(f"unknown role {self.role!r}{suggest(self.role, ROLES)}", at="plan")
+            raise UserError(f"unknown role {self.role!r}{suggest(self.role, ROLES)}")
         for part in self.parts:
             if part not in PARTS:
-                raise UserError(f"unknown part {part!r}{suggest(part, PARTS)}", at="plan")
+                raise UserError(f"unknown part {part!r}{suggest(part, PARTS)}")
         if self.role == "new" and self.parts:
-            raise UserError(f"a layer of role 'new' inherits nothing, but takes {', '.join(self.parts)}", at="plan")
+            raise UserError(f"a layer of role 'new' inherits nothing, but takes {', '.join(self.parts)}")
         if self.role != "new" and not self.parts:
-            raise UserError(f"a layer that inherits nothing has role 'new', not {self.role!r}", at="plan")
+            raise UserError(f"a layer that inherits nothing has role 'new', not {self.role!r}")
         if not 0 <= self.noise <= 1:
-            raise UserError(f"noise={self.noise!r} is not a share from 0 to 1", at="plan")
+            raise UserError(f"noise={self.noise!r} is not a share from 0 to 1")
         if self.noise and self.scales:
-            raise UserError("a layer has scales or noise, not both", at="plan")
+            raise UserError("a layer has scales or noise, not both")
         # One spelling each, so that equal rows compare equal.
         object.__setattr__(self, "layer", operator.index(self.layer))
         object.__setattr__(self, "scales", _scales(self.scales))
@@ -126,34 +128,33 @@ class DepthPlan:
     dtype: str | None = None
     out_dtype: str | None = None
 
+    @within("plan")
     def __post_init__(self):
         object.__setattr__(self, "rows", tuple(self.rows))
         object.__setattr__(self, "sources", tuple((name, operator.index(n)) for name, n in self.sources))
         object.__setattr__(self, "scales", _scales(self.scales))
         layers = dict(self.sources)
         if len(layers) != len(self.sources):
-            raise UserError("two sources have the same name", at="plan")
+            raise UserError("two sources have the same name")
         for name, count in self.sources:
             if not isinstance(name, str) or not name:
-                raise UserError(f"a source's name must be text, not {name!r}", at="plan")
+                raise UserError(f"a source's name must be text, not {name!r}")
             if count < 1:
-                raise UserError(f"source {name!r} cannot have {count} layers", at="plan")
+                raise UserError(f"source {name!r} cannot have {count} layers")
         if not self.rows:
-            raise UserError("there are no rows; a model has at least one layer", at="plan")
+            raise UserError("there are no rows; a model has at least one layer")
         for i, row in enumerate(self.rows):
             if row.source not in layers:
-                unknown = f"{row.source!r}{suggest(row.source, layers)}"
-                raise UserError(f"row {i} takes from unknown source {unknown}", at="plan")
-            if not 0 <= row.layer < layers[row.source]:
-                has = f"{row.source!r}, which has layers 0-{layers[row.source] - 1}"
-                raise UserError(f"row {i} takes layer {row.layer} of {has}", at="plan")
+                raise UserError(f"row {i} takes from unknown source {row.source!r}{suggest(row.source, layers)}")
+            if not 0 <= row.layer < (count := layers[row.source]):
+                raise UserError(f"row {i} takes layer {row.layer} of {row.source!r}, which has layers 0-{count - 1}")
         for end in ENDS:
             name = getattr(self, end)
             if name is not None and name not in layers:
-                raise UserError(f"{end} is taken from unknown source {name!r}{suggest(name, layers)}", at="plan")
+                raise UserError(f"{end} is taken from unknown source {name!r}{suggest(name, layers)}")
         for dtype in (self.dtype, self.out_dtype):
             if dtype is not None and dtype not in DTYPES:
-                raise UserError(f"unknown dtype {dtype!r}{suggest(str(dtype), DTYPES)}", at="plan")
+                raise UserError(f"unknown dtype {dtype!r}{suggest(str(dtype), DTYPES)}")
 
     @property
     def num_layers(self) -> int:
@@ -203,12 +204,8 @@ class DepthPlan:
         """The same plan with other names for its sources; sources that get the same name become one."""
         rows = tuple(dataclasses.replace(row, source=names[row.source]) for row in self.rows)
         sources = {names[name]: count for name, count in self.sources}
-        end: dict[str | None, str | None] = {None: None}
-        end.update(names)
-        return dataclasses.replace(
-            self, rows=rows, sources=tuple(sources.items()), embed_tokens=end[self.embed_tokens],
-            embed_positions=end[self.embed_positions], norm=end[self.norm], lm_head=end[self.lm_head],
-        )  # fmt: skip
+        ends: dict[str, Any] = {end: names.get(getattr(self, end)) for end in ENDS}
+        return dataclasses.replace(self, rows=rows, sources=tuple(sources.items()), **ends)
 
     def to_yaml(self) -> str:
         from jaxup.depth import plan_yaml
@@ -297,10 +294,10 @@ def _scales(scales: Sequence[tuple[str, float | Sequence[float]]]) -> Scales:
     result: list[tuple[str, float | tuple[float, ...]]] = []
     for filter, value in scales:
         if not isinstance(filter, str) or filter in [f for f, _ in result]:
-            raise UserError(f"the filter {filter!r} of a scale is not text, or is given twice", at="plan")
+            raise UserError(f"the filter {filter!r} of a scale is not text, or is given twice")
         factors = tuple(float(f) for f in (value if isinstance(value, Sequence) else (value,)))
         if not all(map(math.isfinite, factors)):
-            raise UserError(f"the scale of {filter!r} must be a finite number, not {value}", at="plan")
+            raise UserError(f"the scale of {filter!r} must be a finite number, not {value}")
         if 0 in factors:
             factors = (0.0,)
         factors = tuple(f for f in factors if f != 1) or (1.0,)

@@ -1,13 +1,10 @@
 """Recipes: functions that make a DepthPlan from a few numbers.
 
-All but `concat` begin with the source's name and its number of layers. Layers are given as Python's own ranges,
-half open: `range(19, 41)` is layers 19 to 40; or as a list of numbers and ranges. Where a layer
-occurs several times, the first that is not zeroed is the original and the others are its copies.
-Zeroed copies have o_proj and down_proj scaled by 0: they add nothing to the residual stream, so the
-result computes what the source does until it is trained.
-
-A new recipe is one function with the decorator `recipe`. Each raises UserError, naming itself, for
-numbers that make no sense.
+All but `concat` begin with the source's name and its number of layers. Layers are a range, `range(19, 41)`
+for layers 19 to 40, or a list of numbers and ranges. Where a layer occurs several times, the first that
+is not zeroed is the original and the others are its copies. Zeroed copies have o_proj and down_proj
+scaled by 0: they add nothing to the residual stream, so the result computes what the source does until
+it is trained. Numbers that make no sense are a UserError.
 """
 
 from __future__ import annotations
@@ -15,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from jaxup.depth.compose import all_sources
 from jaxup.depth.plan import ALL_PARTS, ENDS, MAX_LAYERS, PARTS, ZEROED, DepthPlan, Row
 from jaxup.errors import UserError, suggest, within
 
@@ -28,10 +26,10 @@ _Recipe = TypeVar("_Recipe", bound=Callable[..., DepthPlan])
 
 
 def recipe(function: _Recipe) -> _Recipe:
-    """Makes a function known as a recipe, in Python and in one line; its errors begin with its name.
+    """Makes a function a recipe of the one-line language, too; its errors begin with its name.
 
-    It takes (source, source_layers, ...) or, as `concat`, any number of plans. The annotations of
-    what follows say how it is written in one line: `jaxup.recipes.line` lists those there are.
+    It takes (source, source_layers, ...), or any number of plans. The annotations of what follows say
+    how that is written in one line: `jaxup.recipes.line` lists those there are.
     """
     RECIPES[function.__name__] = named = within(function.__name__)(function)
     return named
@@ -82,18 +80,7 @@ def inherit(
             of = f", {len(pool)} of them with every={every}" if every > 1 else ""
             raise UserError(f"{layers} layers asked of {source!r}, which has {source_layers}{of}")
         pool = pool[:layers] if which == "first" else pool[-layers:]
-    block_parts = tuple(part for part in PARTS if part in parts)
-    rows, seen = list[Row](), set[int]()
-    for layer in pool:
-        role = "new" if not block_parts else "copy" if layer in seen else "original"
-        rows.append(Row(source, layer, role, parts=block_parts))
-        seen.add(layer)
-
-    end = {name: source if name in parts else None for name in ENDS}
-    return DepthPlan(
-        tuple(rows), end["embed_tokens"], end["embed_positions"], end["norm"], end["lm_head"],
-        sources=((source, source_layers),),
-    )  # fmt: skip
+    return _plan(source, source_layers, pool, parts=parts)
 
 
 @recipe
@@ -190,22 +177,16 @@ def concat(*plans: DepthPlan) -> DepthPlan:
         raise UserError("no plans are given")
     first, last = plans[0], plans[-1]
     _check_size(sum(plan.num_layers for plan in plans))
-    sources: dict[str, int] = {}
-    for plan in plans:
-        if plan.scales or plan.dtype or plan.out_dtype:
-            raise UserError("a plan that casts, or scales what is no layer, is a whole model's")
-        for name, layers in plan.sources:
-            if sources.setdefault(name, layers) != layers:
-                raise UserError(f"{name!r} has {sources[name]} layers in one plan and {layers} in another")
+    if any(plan.scales or plan.dtype or plan.out_dtype for plan in plans):
+        raise UserError("a plan that casts, or scales what is no layer, is a whole model's")
+    sources = all_sources(source for plan in plans for source in plan.sources)
     rows, seen = list[Row](), set[tuple[str, int]]()
     for row in (row for plan in plans for row in plan.rows):
-        if row.role == "original" and (row.source, row.layer) in seen:
-            row = dataclasses.replace(row, role="copy")
-        seen |= {(row.source, row.layer)} if row.role == "original" else set()
+        if row.role == "original":
+            row = dataclasses.replace(row, role="copy" if (row.source, row.layer) in seen else "original")
+            seen.add((row.source, row.layer))
         rows.append(row)
-    return DepthPlan(
-        tuple(rows), first.embed_tokens, first.embed_positions, last.norm, last.lm_head, tuple(sources.items())
-    )
+    return DepthPlan(tuple(rows), first.embed_tokens, first.embed_positions, last.norm, last.lm_head, sources)
 
 
 def check_layers(layers: Iterable[int | range], source: str, source_layers: int) -> None:
@@ -259,22 +240,21 @@ def _repeat(source: str, source_layers: int, layers: Layers, times: int, *, zero
 
 
 def _plan(
-    source: str, source_layers: int, order: Iterable[int], zeroed: Collection[int] = (), noise: float = 0.0
-) -> DepthPlan:
-    """The plan with these layers, all ends taken from the source.
-
-    `zeroed` are the places in `order` that add nothing, `noise` is that of copies.
-    """
+    source: str, source_layers: int, order: Iterable[int], zeroed: Collection[int] = (), *, noise: float = 0.0,
+    parts: Sequence[str] = ALL_PARTS,
+) -> DepthPlan:  # fmt: skip
+    """The plan with these layers; `zeroed` are the places in `order` that add nothing, `noise` is that of copies."""
+    of_blocks = tuple(part for part in PARTS if part in parts)
     rows, seen = list[Row](), set[int]()
     for i, layer in enumerate(order):
         if i in zeroed:
             rows.append(Row(source, layer, "copy", ZEROED))
-        elif layer in seen:
-            rows.append(Row(source, layer, "copy", noise=noise))
-        else:
-            rows.append(Row(source, layer))
-            seen.add(layer)
-    return DepthPlan(tuple(rows), source, source, source, source, sources=((source, source_layers),))
+            continue
+        role = "new" if not of_blocks else "copy" if layer in seen else "original"
+        rows.append(Row(source, layer, role, (), of_blocks, noise if role == "copy" else 0.0))
+        seen.add(layer)
+    ends: dict[str, Any] = {end: source if end in parts else None for end in ENDS}
+    return DepthPlan(tuple(rows), **ends, sources=((source, source_layers),))
 
 
 def _at_least(least: int, **number: int) -> None:
