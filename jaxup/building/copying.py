@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,12 +77,9 @@ def write_tensors(
     Args:
       gather: for "embed_tokens" and "lm_head", where an origin says so: the source's row that is in
         each row of the result [V] int, -1 for zeros.
-      new: gives the new values of the tensors whose origin has some.
       sparse: zeros are holes of the files, else blocks of the disk.
 
-    Raises:
-      UserError: a source cannot be read, or is not what its manifest describes.
-      OSError: the disk is full.
+    UserError for a source that cannot be read or is not what its manifest describes, OSError for a full disk.
     """
     pieces: dict[tuple[Origin, int, int, int], _Piece] = {}
     spans = {}
@@ -112,9 +109,8 @@ def write_tensors(
             _fill(directory / file, len(header), offset)
 
     run = _Run(directory, checkpoints, gather, new)
-    zeros = [piece for piece in pieces.values() if piece.origin.is_zero]
-    rest = [piece for piece in pieces.values() if not piece.origin.is_zero]
     # As they lie in the files that they come from.
+    rest = [piece for piece in pieces.values() if not piece.origin.is_zero]
     rest.sort(key=lambda piece: (piece.origin.found or (), piece.start))
     total = sum(piece.nbytes * len(piece.places) for piece in rest)
     with Progress("build", total=math.ceil(total / 1e6), unit="MB", shown=progress) as bar:
@@ -125,7 +121,7 @@ def write_tensors(
                 os.fsync(opened.fileno())
     run.warn()
 
-    for piece in (*rest, *zeros):
+    for piece in pieces.values():
         digest = _zeros_digest(piece.nbytes) if piece.origin.is_zero else run.digests[id(piece)]
         for file, offset in piece.places:
             spans[file].append((offset + piece.nbytes, digest))
@@ -181,12 +177,12 @@ class _Run:
 
     def _handle(self, number: int, piece: _Piece, buffer: memoryview) -> None:
         digest, position = hashlib.sha256(), 0
+        copied = piece.origin.copied
         with contextlib.ExitStack() as stack:
             opened = {
                 file: stack.enter_context(open(self._directory / file, "r+b", buffering=0)).fileno()
-                for file in {file for file, _ in piece.places}
+                for file, _ in piece.places
             }
-            copied = piece.origin.copied
             for chunk in self._copied(piece, copied, buffer) if copied else self._computed(piece):
                 if self._stop.is_set():
                     return
@@ -252,9 +248,8 @@ class _Run:
         checkpoint, info = self._checkpoints[found.source], found.info
         x, position = np.zeros((len(wanted), *info.shape[1:]), dtype_of(info)), 0
         # Neighbours that are neighbours there too are read together.
-        for _, run in itertools.groupby(
-            enumerate(wanted.tolist()), lambda pair: None if pair[1] < 0 else pair[1] - pair[0]
-        ):
+        pairs = enumerate(wanted.tolist())
+        for _, run in itertools.groupby(pairs, lambda pair: None if pair[1] < 0 else pair[1] - pair[0]):
             rows = [row for _, row in run]
             if rows[0] >= 0:
                 x[position : position + len(rows)] = checkpoint.read(info, slice(rows[0], rows[-1] + 1))
@@ -287,16 +282,11 @@ def _rescaled(tensor: Tensor, x: np.ndarray, start: int, origin: Origin) -> np.n
     sizes = [math.prod(shape[first:]) for shape in tensor.part_shapes]
     if len(sizes) == 1:
         return rescale(x, origin.factors[0], origin.before, origin.after)
-    y, begin = np.empty(x.shape, origin.after), 0
-    for size, factors in zip(sizes, origin.factors, strict=True):
-        end = begin + size
-        part: slice | tuple[slice, slice]
-        if layout == "conv1d":
-            part = (slice(None), slice(begin, end))
-        else:
-            part = slice(max(begin - start, 0), max(end - start, 0))
+    y = np.empty(x.shape, origin.after)
+    for end, size, factors in zip(itertools.accumulate(sizes), sizes, origin.factors, strict=True):
+        columns, rows = slice(end - size, end), slice(max(end - size - start, 0), max(end - start, 0))
+        part: Any = (slice(None), columns) if layout == "conv1d" else rows
         y[part] = rescale(x[part], factors, origin.before, origin.after)
-        begin = end
     return y
 
 
@@ -336,7 +326,4 @@ def _fill(path: Path, begin: int, end: int) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _zeros_digest(size: int) -> str:
-    zeros, digest = bytes(min(size, _CHUNK)), hashlib.sha256()
-    for start in range(0, size, _CHUNK):
-        digest.update(memoryview(zeros)[: min(_CHUNK, size - start)])
-    return digest.hexdigest()
+    return hashlib.sha256(bytes(size)).hexdigest()  # of pages that are never there: they are only read

@@ -39,10 +39,9 @@ def verify(
 ) -> str:  # fmt: skip
     """What a comparison of logits says of the model in `out`, one line each; UserError if it is not the plan's.
 
-    It is run beside the bill of materials carried out in memory, where not a bit may differ, and
-    beside each source whole, from which a zeroed up-scale that drops nothing does not differ either.
-    What is newly initialised, or has noise mixed in, is taken from `out`, and so are embedding and
-    head if they follow a vocabulary of the result's own.
+    It is run beside the bill carried out in memory, where not a bit may differ, and beside each source,
+    from which a zeroed up-scale that drops nothing does not differ either. What is new, or has noise, is
+    taken from `out`, and so are embedding and head if they follow a vocabulary of the result's own.
     """
     result = _whole(open_checkpoint(out))
     planned = _planned(bill, sources, result, own_vocabulary)
@@ -72,8 +71,7 @@ def _difference(a_BSV: np.ndarray, b_BSV: np.ndarray) -> str:
     if not (np.isfinite(a_BSV).all() and np.isfinite(b_BSV).all()):
         return "NaN or infinity in the logits"
     agree = int(np.sum(a_BSV.argmax(-1) == b_BSV.argmax(-1)))
-    largest = np.max(np.abs(a_BSV - b_BSV))
-    size = np.max(np.abs(b_BSV))
+    largest, size = np.max(np.abs(a_BSV - b_BSV)), np.max(np.abs(b_BSV))
     return f"{largest:.3g} of {size:.3g}; the likeliest token is the same for {agree} of {a_BSV[..., 0].size}"
 
 
@@ -98,11 +96,9 @@ def _planned(bill: Bill, sources: Mapping[str, Checkpoint], result: _Model, own_
     readers = {name: _reader(checkpoint) for name, checkpoint in sources.items()}
 
     def leaf(path: str, layer: int | None) -> np.ndarray:
-        given = own_vocabulary and path in ("embed_tokens", "lm_head.kernel")
-        if path not in bill or given:  # a bias that the family always has; rows in another order
-            return result.leaf(path, layer)
-        made = bill[path][layer or 0]
-        if made.source is None or made.noise:
+        made = bill[path][layer or 0] if path in bill else None  # None: a bias that the family always has
+        reordered = own_vocabulary and path in ("embed_tokens", "lm_head.kernel")
+        if made is None or made.source is None or made.noise or reordered:
             return result.leaf(path, layer)
         array = readers[made.source](made.path, made.layer)
         array = array if made.path.startswith(STACK) or made.path == path else array.T

@@ -49,12 +49,7 @@ class Vocabulary:
 
 
 def open_vocabulary(recipe: Recipe) -> Vocabulary:
-    """What the recipe's `tokenizer` and `chat_template` come to.
-
-    Raises:
-      UserError: a tokenizer is missing where it is needed, or has more tokens than its model; no such
-        chat template.
-    """
+    """What the recipe's `tokenizer` and `chat_template` come to; UserError if they cannot be had."""
     vocabulary = Vocabulary() if recipe.tokenizer is None else _remapped(recipe, recipe.tokenizer)
     if recipe.chat_template is None:
         return vocabulary

@@ -87,8 +87,7 @@ class Work:
 
     def describe(self, out: Path, sparse: bool) -> str:
         """What `build` would do, in a few lines."""
-        counts: collections.Counter[str] = collections.Counter()
-        sizes: collections.Counter[str] = collections.Counter()
+        counts, sizes = collections.Counter[str](), collections.Counter[str]()
         for stored, origin in self.tensors:
             kind = "zero" if origin.is_zero else "copied" if origin.copied else "computed" if origin.found else "new"
             counts[kind] += 1
@@ -122,9 +121,8 @@ def prepare(
 ) -> Work:
     """Reads configs and headers, and decides what every tensor of the result is made from.
 
-    Raises:
-      UserError: a model is not at hand, or not what its config.json says; the models do not fit each
-        other; the family of the base model cannot express the result.
+    UserError for a model that is not at hand or not what its config.json says, for models that do not
+    fit each other, and for a result that the family of the base model cannot express.
     """
     largest, plan = parse_size(max_shard_size), recipe.plan
     if vocabulary is None and (recipe.tokenizer is not None or recipe.chat_template is not None):
@@ -156,10 +154,8 @@ def prepare(
     if len(shards) > 1:
         texts[INDEX] = index(shards)
     texts[PLAN] = _plan_text(recipe).encode()
-    return Work(
-        recipe, made, checkpoints, {file: [origins[stored.tensor.name] for stored in shard]
-        for file, shard in shards.items()}, texts, rows,
-    )  # fmt: skip
+    parts = {file: [origins[stored.tensor.name] for stored in shard] for file, shard in shards.items()}
+    return Work(recipe, made, checkpoints, parts, texts, rows)
 
 
 def build(
@@ -189,17 +185,15 @@ def build(
       progress: show it on stderr.
 
     Raises:
-      UserError: and `out` is as it was: as `prepare`, or `out` exists, is being written by another
-        process or overlaps with a source, a source is damaged, the disk is too small, or
-        what was built is not what the plan makes.
+      UserError: and `out` is as it was: as `prepare`, or `out` cannot be written, a source is damaged,
+        or what was built is not what the plan makes.
     """
-    out = Path(out)
     if not isinstance(recipe, Recipe):
         recipe = open_recipe(recipe, models=models, flag="models: ")
         for note in recipe.notes:
             warnings.warn(note, stacklevel=2)
     work = prepare(recipe, max_shard_size=max_shard_size, allow_pickle=allow_pickle, vocabulary=vocabulary)
-    return carry_out(work, out, sparse=sparse, force=force, verify=verify, progress=progress)
+    return carry_out(work, Path(out), sparse=sparse, force=force, verify=verify, progress=progress)
 
 
 def check_place(work: Work, out: Path, *, force: bool) -> None:
@@ -305,8 +299,6 @@ def _new_leaves(work: Work) -> dict[tuple[str, int], np.ndarray]:
 
 def _new_tensor(leaves: Mapping[tuple[str, int], np.ndarray], tensor: Tensor) -> np.ndarray:
     """The new values of a tensor, in the layout of the file, float32."""
-    parts = [
-        leaves.get((path, tensor.layer or 0), np.zeros(shape, np.float32))
-        for path, shape in zip(tensor.paths, tensor.part_shapes, strict=True)
-    ]
+    shapes = zip(tensor.paths, tensor.part_shapes, strict=True)
+    parts = [leaves.get((path, tensor.layer or 0), np.zeros(shape, np.float32)) for path, shape in shapes]
     return to_file(tensor, parts, np.dtype(np.float32))

@@ -23,7 +23,7 @@ from jaxup.model.decoder import init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params
 from jaxup.text import printable
-from jaxup.training.loop import Result, Run, Settings, evaluate, read_result, write_result
+from jaxup.training.loop import Result, Run, Settings, evaluate, random_params, read_result, train_model, write_result
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.step import StepConfig
 
@@ -134,6 +134,14 @@ def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Ca
     print(f"{name}: {origin}; validation loss {result.val_loss:.4f}", flush=True)
     write_result(directory, result)
     return result
+
+
+def train_fresh(run: Run, name: str, model: ModelConfig, *, steps: int, kind: str | None = None) -> Result:
+    """Trains a model from random initialisation."""
+    origin = f"random, seed {run.settings.seed}"
+    return train_model(
+        run, name, model, kind=kind, steps=steps, origin=origin, initialise=lambda: random_params(run, model)
+    )
 
 
 _LEAST = {

@@ -33,7 +33,7 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest, within
-from jaxup.experiments.common import Experiment, build, measured, new_model
+from jaxup.experiments.common import Experiment, build, measured, new_model, train_fresh
 from jaxup.experiments.config import section
 from jaxup.families import with_family_biases
 from jaxup.files.shards import DTYPES as SAVED
@@ -42,25 +42,15 @@ from jaxup.hub.load import DTYPES as LOADED
 from jaxup.hub.load import load
 from jaxup.hub.reader import open_checkpoint
 from jaxup.model.config import ModelConfig
-from jaxup.model.decoder import Params, abstract
+from jaxup.model.decoder import Params
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import flatten, unflatten
 from jaxup.recipes import line as recipe_line
 from jaxup.recipes.open import Recipe, open_recipe, parse_places
 from jaxup.text import parse_json, read_json, write_atomically
+from jaxup.training import loop
 from jaxup.training.checkpoint import Checkpoints
-from jaxup.training.loop import (
-    Result,
-    Run,
-    Settings,
-    abstract_params,
-    check_digest,
-    describe_model,
-    laid_out,
-    load_trained,
-    random_params,
-    train_model,
-)
+from jaxup.training.loop import Result, Run, Settings, abstract_params, load_trained, train_model
 from jaxup.training.lora import LoraConfig
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.selection import Selection, TrainConfig, select
@@ -225,11 +215,9 @@ class Heal(Experiment):
                 origin=f"{self._origin}, trained on the same batches",
                 selection=self._select(base_model, whole, everything),
             )  # fmt: skip
-        shardings = param_shardings(model, run.mesh)
-        wanted = laid_out(selection.trained(abstract(model)[1]), selection.shardings(shardings, run.mesh))
-        trained = load_trained(run, healed, wanted)
+        trained = load_trained(run, healed, model, selection)
         with jax.set_mesh(run.mesh):
-            params = jax.jit(selection.merge, out_shardings=shardings)(trained, before())
+            params = jax.jit(selection.merge, out_shardings=param_shardings(model, run.mesh))(trained, before())
         if self._lora.rank:  # as exported: merged, and where blocks were quantised, not any more
             merged = f"{HEALED}, its adapters merged into {BEFORE}"
             results.append(measured(run, MERGED, model, origin=merged, params=lambda: params))
@@ -246,11 +234,8 @@ class Heal(Experiment):
         if self._recipe is not None:
             return functools.partial(self._load, None) if len(self._models) == 1 else None
         model, run = self._models[BASE], dataclasses.replace(run, data=self._text, settings=self._pretrain)
-        result = train_model(
-            run, PRETRAINED, model, steps=self._config.pretrain.steps,
-            origin=f"random, seed {run.settings.seed}", initialise=lambda: random_params(run, model),
-        )  # fmt: skip
-        return functools.partial(load_trained, run, result, abstract_params(model, run.mesh))
+        result = train_fresh(run, PRETRAINED, model, steps=self._config.pretrain.steps)
+        return functools.partial(load_trained, run, result, model)
 
     def _load(self, plan: DepthPlan | None) -> Params:
         """The base, or the plan's result, each device's part read straight onto it."""
@@ -283,7 +268,7 @@ class Heal(Experiment):
                 params = self._load(self._plan)
             if jax.process_index() == 0:
                 dtypes = {path: leaf.dtype.name for path, leaf in flatten(params).items()}
-                describe_model(directory, run, BEFORE, self._model, self._plan, dtypes=dtypes)
+                loop.describe_model(directory, run, BEFORE, self._model, self._plan, dtypes=dtypes)
             checkpoints.save_params(0, params)
             return params
 
@@ -335,5 +320,5 @@ def _unchanged(run: Run, base: Callable[[], Params]) -> Params:
     params, directory = base(), run.directory / "checkpoints" / BASE
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-    check_digest(directory, params)
+    loop.check_digest(directory, params)
     return params

@@ -1,14 +1,10 @@
 """Inheritune (arXiv 2404.08634): inherit the first layers, train, and grow or compare sizes.
 
-1. Train a reference of L layers, or take a model that is there; its validation loss is the
-   benchmark.
-2. Build the target from n of the reference's layers and whatever else `parts` names, with a
-   fresh optimizer, and train it for T steps.
-3. Full-data procedure: while the target's validation loss is worse than the benchmark by more than
-   `tolerance`, n += grow_by, rebuild from the reference (nothing of the smaller target is kept),
-   train for T steps again.
-   Low-data procedure: T steps are several epochs of little data and there is no growing
-   (grow_by = 0). `sweep` trains a target of each of several sizes instead of one.
+1. Train a reference of L layers, or take one; its validation loss is the benchmark.
+2. Build the target from n of its layers and what else `parts` names, and train it for T steps.
+3. With much data: while the target is worse than the benchmark by more than `tolerance`, n += grow_by,
+   rebuild from the reference (nothing of the smaller target is kept) and train for T steps again.
+   With little: T steps are several epochs, and nothing grows; `sweep` trains targets of several sizes.
 4. Train controls of the final target's size, or of each of a sweep's, from random initialisation.
 """
 
@@ -29,7 +25,7 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
-from jaxup.experiments.common import Experiment, build, measured, new_model
+from jaxup.experiments.common import Experiment, build, measured, new_model, train_fresh
 from jaxup.experiments.config import section
 from jaxup.hub.directory import tokenizer_directory
 from jaxup.hub.load import load
@@ -37,7 +33,7 @@ from jaxup.hub.reader import load_config
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.text import write_atomically
-from jaxup.training.loop import Result, Run, Settings, abstract_params, load_trained, random_params, train_model
+from jaxup.training.loop import Result, Run, Settings, load_trained, train_model
 from jaxup.training.optimizer import learning_rate
 
 if TYPE_CHECKING:
@@ -112,11 +108,12 @@ class Inherit(Experiment):
         for name, control_model in controls:
             for factor in sorted({1, c.control} if c.control else ()):
                 longer = "" if factor == 1 else f"_{factor}x"
-                results.append(self._train_fresh(run, name + longer, "control", control_model, factor * self.steps))
+                steps = factor * self.steps
+                results.append(train_fresh(run, name + longer, control_model, kind="control", steps=steps))
 
         if jax.process_index() == 0:
             write_atomically(run.directory / "plan.yaml", plan.to_yaml())
-        params = load_trained(run, target, abstract_params(target_model, run.mesh))
+        params = load_trained(run, target, target_model)
         origin = "a reference trained in the same run" if benchmark.steps else benchmark.origin
         self._finish(
             run, title, results, target_model, params, plan, plan_title="The final target's plan", loss_of="token",
@@ -131,8 +128,8 @@ class Inherit(Experiment):
             found = measured(run, REFERENCE, model, origin=origin, params=self._load_reference)
             return found, self._load_reference
         whole = dataclasses.replace(run, data=self.data.whole()) if c.all_data else run
-        found = self._train_fresh(whole, REFERENCE, REFERENCE, model, c.steps or self.steps)
-        return found, functools.partial(load_trained, run, found, abstract_params(model, run.mesh))
+        found = train_fresh(whole, REFERENCE, model, steps=c.steps or self.steps)
+        return found, functools.partial(load_trained, run, found, model)
 
     def _load_reference(self) -> Params:
         """The params as float32 master weights, each device's part read straight onto it."""
@@ -142,12 +139,6 @@ class Inherit(Experiment):
             allow_pickle=c.allow_pickle, progress=True,
         )  # fmt: skip
         return nnx.to_pure_dict(nnx.state(model))
-
-    def _train_fresh(self, run: Run, name: str, kind: str, model: ModelConfig, steps: int) -> Result:
-        return train_model(
-            run, name, model, kind=kind, steps=steps, origin=f"random, seed {run.settings.seed}",
-            initialise=lambda: random_params(run, model),
-        )  # fmt: skip
 
     def _read_model(self, tokens: int = 1) -> ModelConfig:
         """The reference's ModelConfig: of the model at `reference.path`, else of the `model` section."""

@@ -6,10 +6,9 @@
     upscale(inherit(model, 55), 19:41, copies=2)      a recipe on what another makes
     concat(inherit(a, 0:24), inherit(b, 8:32))        one after the other
 
-The names are those of `jaxup.depth.recipes`. The model is a directory, Hub id or URL, in quotes if
-it holds a comma, a quote or parentheses; the other arguments are as the functions have them (their
-annotations say what may be written), with `19:41`, `:8` and `24:` for half-open ranges of layers.
-Errors are `UserError("recipe:1:COLUMN: ...")`.
+The names are those of `jaxup.depth.recipes`. The model is a directory, Hub id or URL, in quotes if it
+holds a comma, a quote or parentheses; the other arguments are as the functions have them, with `19:41`,
+`:8` and `24:` for half-open ranges of layers. Errors are `UserError("recipe:1:COLUMN: ...")`.
 """
 
 from __future__ import annotations
@@ -85,14 +84,10 @@ class Call:
 
     def plan(self, num_layers: int | Callable[[str], int]) -> DepthPlan:
         """The plan for models of so many layers, or by their names; UserError if it does not go with them."""
-        inner, names = list[DepthPlan](), list[str]()
-        for source in self.sources:
-            if isinstance(source, str):
-                inner.append(identity(source, num_layers if isinstance(num_layers, int) else num_layers(source)))
-            else:
-                inner.append(source.plan(num_layers))
-            names.append(source if isinstance(source, str) else source.text)
-        name, layers = names[0], inner[0].num_layers
+        count = (lambda _: num_layers) if isinstance(num_layers, int) else num_layers
+        inner = [identity(s, count(s)) if isinstance(s, str) else s.plan(count) for s in self.sources]
+        first, layers = self.sources[0], inner[0].num_layers
+        name = first if isinstance(first, str) else first.text
         values = {key: argument.resolved(name, layers) for key, argument in self.arguments.items()}
         with within(_place(self.column)):
             if _takes_plans(self.recipe):

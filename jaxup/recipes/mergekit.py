@@ -63,13 +63,9 @@ class _Slice(NamedTuple):
 def load(text: str, describe: Callable[[str], Source], name: str) -> Merge:
     """Reads a recipe, which is untrusted.
 
-    Args:
-      describe: is asked once about each model, named as the recipe does: "path" or "path@revision".
-      name: of the file, for messages.
-
-    Raises:
-      UserError: "name:line:column: ..." for anything that cannot be built, or that mergekit would
-        ignore although it was probably meant to do something.
+    `describe` is asked once about each model, named as the recipe does: "path" or "path@revision".
+    UserError, "name:line:column: ...", for anything that cannot be built, or that mergekit would ignore
+    although it was probably meant to do something.
     """
     recipe = mapping(marked_yaml.load(text, name), "a recipe", Place(name, 1, 1))
     return _Reader(describe).read(recipe)
@@ -95,14 +91,9 @@ class _Reader:
         tokenizer, multiple = self.tokenizer(recipe)
         first, last = slices[0], slices[-1]
         self.note_empty(slices)
-        plan = DepthPlan(
-            rows,
-            *(first.source, first.source, last.source, last.source),
-            sources=tuple((name, source.num_layers) for name, source in self.sources.items()),
-            scales=self.scales_of_ends(first, last),
-            dtype=self.dtype(recipe, "dtype"),
-            out_dtype=self.dtype(recipe, "out_dtype"),
-        )
+        sources = tuple((name, source.num_layers) for name, source in self.sources.items())
+        scales, dtypes = self.scales_of_ends(first, last), (self.dtype(recipe, key) for key in ("dtype", "out_dtype"))
+        plan = DepthPlan(rows, first.source, first.source, last.source, last.source, sources, scales, *dtypes)
         self.scaling.refuse_unused({name: source.names for name, source in self.sources.items()})
         template = recipe.get("chat_template")
         if not (template is None or isinstance(template, str)):
@@ -137,10 +128,9 @@ class _Reader:
         if not isinstance(value, str) or not value.strip():
             raise place.error(f"a model must be text or {{path, revision}}, not {shown(value)}")
         if "+" in value:
-            model = shown(value.split("+")[0])
             raise place.error(
-                f"{shown(value)}: adapters are not supported; merge it into {model} first and name the result "
-                "(a + in a directory's name needs {model: {path: NAME}})"
+                f"{shown(value)}: adapters are not supported; merge it into {shown(value.split('+')[0])} first and "
+                "name the result (a + in a directory's name needs {model: {path: NAME}})"
             )
         path, at, revision = value.partition("@")
         if not path or "@" in revision or (at and not revision):
@@ -150,11 +140,9 @@ class _Reader:
     def base(self, recipe: Map, slices: list[_Slice]) -> str:
         models = {s.source for s in slices}
         if recipe.get("base_model") is not None:
-            base = self.model(recipe, "base_model")
+            base, place = self.model(recipe, "base_model"), recipe.values_at["base_model"]
             if "models" in recipe and base not in models:
-                raise recipe.values_at["base_model"].error(
-                    "with 'models', passthrough takes one: that is the base_model"
-                )
+                raise place.error("with 'models', passthrough takes one: that is the base_model")
             return base
         first = slices[0].source
         if len(models) > 1:
@@ -181,9 +169,7 @@ class _Reader:
         return source, multiple or None
 
     def tokenizer_source(self, data: Map, key: str) -> str:
-        if data[key] in ("base", "union"):
-            return data[key]
-        return self.model(data, key)
+        return data[key] if data[key] in ("base", "union") else self.model(data, key)
 
     def dtype(self, recipe: Map, key: str) -> str | None:
         value = recipe.get(key)
@@ -191,8 +177,7 @@ class _Reader:
             return None
         spelling = value.lower().removeprefix("torch.") if isinstance(value, str) else None
         if spelling not in _DTYPES:
-            near = suggest(str(spelling), _DTYPES)
-            raise recipe.values_at[key].error(f"unknown {key} {shown(value)}{near}")
+            raise recipe.values_at[key].error(f"unknown {key} {shown(value)}{suggest(str(spelling), _DTYPES)}")
         return _DTYPES[spelling]
 
     # ---- slices
@@ -209,11 +194,9 @@ class _Reader:
         key, place = given[0], data.values_at[given[0]]
         if key == "modules":
             modules = mapping(data[key], key, place)
-            for name in modules:
+            for name, at in modules.keys_at.items():
                 if name != "default" or len(modules) > 1:
-                    raise modules.keys_at[name].error(
-                        f"module {shown(name)}: the models built here have one, called 'default'"
-                    )
+                    raise at.error(f"module {shown(name)}: the models built here have one, called 'default'")
             module = mapping(modules["default"], "a module", modules.values_at["default"])
             self.keys.check(module, "module")
             return self.layers(module, (self.scaling.of(module), *outer))
@@ -263,17 +246,14 @@ class _Reader:
         layers = {name: source.num_layers for name, source in self.sources.items()}
         empty = [s for s in slices if s.first == s.stop]
         for end, neighbour, gives in ((0, 1, "embedding"), (-1, -2, "final norm and head")):
-            end_slice = slices[end]
+            at_end, beside = slices[end], slices[neighbour]
             # Another model, or other scales: it is there on purpose.
-            if end_slice in empty and (end_slice.source, end_slice.scopes) != (
-                slices[neighbour].source,
-                slices[neighbour].scopes,
-            ):
-                empty.remove(end_slice)
-                text = f"a slice of no layers: gives only the {gives}, of {shown(end_slice.source)}"
-                self.keys.note("", text, end_slice.place)
+            if at_end in empty and (at_end.source, at_end.scopes) != (beside.source, beside.scopes):
+                empty.remove(at_end)
+                text = f"a slice of no layers: gives only the {gives}, of {shown(at_end.source)}"
+                self.keys.note("", text, at_end.place)
         pairs = list(dict.fromkeys((s.first, s.stop) for s in empty))
-        meant = ", ".join(f"[{first}, {stop + 1}]" for first, stop in pairs[:4]) + (", ..." if len(pairs) > 4 else "")
+        meant = _some([f"[{first}, {stop + 1}]" for first, stop in pairs], 4)
         kept = [s for s in slices if s.first < s.stop or s in empty]
         seams = [
             a.source == b.source and b.first == a.stop + 1 for a, b in itertools.pairwise(kept) if a.stop > a.first
@@ -281,24 +261,17 @@ class _Reader:
         # Whoever drops single layers on purpose still ends with the last one.
         inclusive = any(seams) if empty else all(seams) and seams and kept[-1].stop == layers[kept[-1].source] - 1
         if inclusive and all(s.stop < layers[s.source] for s in kept):
-            runs: list[list[Any]] = []
-            for s in kept:
-                if not runs or runs[-1][0] != f"[{s.first}, {s.stop + 1}]":
-                    runs.append([f"[{s.first}, {s.stop + 1}]", 0])
-                runs[-1][1] += 1
-            ranges = [text if times == 1 else f"{text} ({times} times)" for text, times in runs]
-            meant = ", ".join(ranges[:12]) + (", ..." if len(ranges) > 12 else "") + " throughout"
+            ranges = itertools.groupby(f"[{s.first}, {s.stop + 1}]" for s in kept)
+            runs = [(text, len([*same])) for text, same in ranges]
+            meant = _some([text if n == 1 else f"{text} ({n} times)" for text, n in runs], 12) + " throughout"
             if not empty:
-                skipped = ", ".join(str(s.stop) for s in kept[:4]) + (", ..." if len(kept) > 4 else "")
-                self.keys.note(
-                    f"are left out: ranges are half open; did you mean {meant}?", f"layers {skipped}", kept[0].place
-                )
+                skipped = f"layers {_some([str(s.stop) for s in kept], 4)}"
+                self.keys.note(f"are left out: ranges are half open; did you mean {meant}?", skipped, kept[0].place)
         for s in empty:
             self.keys.note(f"empty: ranges are half open; did you mean {meant}?", f"[{s.first}, {s.stop}]", s.place)
 
     def rows(self, slices: list[_Slice]) -> tuple[Row, ...]:
-        rows: list[Row] = []
-        seen: set[tuple[str, int]] = set()
+        rows, seen = list[Row](), set[tuple[str, int]]()
         for s in slices:
             blocks = {p.removeprefix("blocks."): n for p, n in self.sources[s.source].names.items() if "{layer}" in n}
             for i, layer in enumerate(range(s.first, s.stop)):
@@ -321,6 +294,10 @@ class _Reader:
         factors, written = self.scaling.factors(first.scopes, first.source, None, embedding, 0.0)
         of_head, written_of_head = self.scaling.factors(last.scopes, last.source, None, head, 0.0)
         return spelled(tuple((factors | of_head).items()), tuple((written_of_head | written).items()))
+
+
+def _some(items: list[str], most: int) -> str:
+    return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
 
 
 def _layer_range(value: Any, place: Place, model: str, count: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from jaxup.depth.plan import ENDS, PARTS, DepthPlan, Row, runs, simplest_scales
-from jaxup.errors import UserError
+from jaxup.errors import UserError, within
 from jaxup.families.llama import LLAMA
 from jaxup.model.spec import PART_OF
 
@@ -20,18 +20,17 @@ LLAMA_NAMES = {
 }
 
 
+@within("plan", "mergekit's passthrough cannot say it")
 def dump(plan: DepthPlan, *, base: str | None = None, names: Mapping[str, str] = LLAMA_NAMES) -> str:
     """The recipe that mergekit builds to the same tensors, and that `load` reads back as this plan.
 
-    What a recipe has no words for is lost: sources that nothing is taken from, and roles.
+    What a recipe has no words for is lost: sources that nothing is taken from, and roles. UserError
+    names what passthrough cannot do.
 
     Args:
       base: the source whose config.json and tokenizer the result takes; None: the first slice's.
       names: of the tensors in the files, by path of the parameter, as in `mergekit.Source`. Without
         them filters may be written for tensors of Qwen that the models lack, which `load` refuses.
-
-    Raises:
-      UserError: names what passthrough cannot do.
     """
     first, last = _check(plan, base, names)
     blocks = {path.removeprefix("blocks."): name for path, name in names.items() if "{layer}" in name}
@@ -66,30 +65,26 @@ def dump(plan: DepthPlan, *, base: str | None = None, names: Mapping[str, str] =
 def _check(plan: DepthPlan, base: str | None, names: Mapping[str, str]) -> tuple[str, str]:
     """The sources that the embedding, and norm and head, are of; UserError for what passthrough cannot do."""
     if base is not None and base not in dict(plan.sources):
-        raise _refusal(f"the base model {base!r} is none of the plan's sources")
+        raise UserError(f"the base model {base!r} is none of the plan's sources")
     for i, row in enumerate(plan.rows):
         if row.parts != PARTS:
-            raise _refusal(f"layer {i} is new" if not row.parts else f"layer {i} inherits only {', '.join(row.parts)}")
+            raise UserError(f"layer {i} is new" if not row.parts else f"layer {i} inherits only {', '.join(row.parts)}")
         if row.noise:
-            raise _refusal(f"layer {i} has noise mixed in")
+            raise UserError(f"layer {i} has noise mixed in")
     for filter, value in itertools.chain(plan.scales, *(row.scales for row in plan.rows)):
         if isinstance(value, tuple):
-            raise _refusal(f"{filter or 'everything'} is scaled by {len(value)} factors in turn")
+            raise UserError(f"{filter or 'everything'} is scaled by {len(value)} factors in turn")
     for end in ENDS:
         if getattr(plan, end) is None and (end != "embed_positions" or end in names):
-            raise _refusal(f"{end} is newly initialised")
+            raise UserError(f"{end} is newly initialised")
     first, positions, last = plan.embed_tokens, plan.embed_positions, plan.norm
     assert first is not None
     assert last is not None
     if positions not in (first, None):
-        raise _refusal(f"embed_positions is taken from {positions!r}, embed_tokens from {first!r}")
+        raise UserError(f"embed_positions is taken from {positions!r}, embed_tokens from {first!r}")
     if plan.lm_head != last:
-        raise _refusal(f"lm_head is taken from {plan.lm_head!r}, norm from {last!r}")
+        raise UserError(f"lm_head is taken from {plan.lm_head!r}, norm from {last!r}")
     return first, last
-
-
-def _refusal(what: str) -> UserError:
-    return UserError(f"mergekit's passthrough cannot say it: {what}", at="plan")
 
 
 def _one(factors: tuple[float, ...]) -> float:
@@ -113,7 +108,7 @@ def _filters(
         ending = _ending(name)
         value = (factors[path],) if factors[path] != 1 else ()
         if by_name.setdefault(ending, value) != value:
-            raise _refusal(f"parts of one tensor, {ending}, are scaled differently")
+            raise UserError(f"parts of one tensor, {ending}, are scaled differently")
     for written in ((), () if row is None else row.scales, simplest_scales(by_name)):
         # Of several factors in turn there are none left.
         scales = [(filter.replace("*", ""), value) for filter, value in written if isinstance(value, float)]

@@ -15,17 +15,13 @@ MAX_FILTERS = 64  # of one scale: each is looked for in every tensor's name
 
 
 class Scale:
-    """A `scale` of one scope: the first filter found in a tensor's name decides.
-
-    `entries` are (filter, values along the layers, place); `found` are the filters found in the name
-    of any tensor that the scope applies to, `applied` is a model whose names were looked through.
-    """
+    """A `scale` of one scope: the first filter found in a tensor's name decides."""
 
     def __init__(self, entries: list[tuple[str, tuple[float, ...], Place]]):
-        self.entries = entries
+        self.entries = entries  # (filter, values along the layers, place)
         self.numbered = any(c.isdigit() for filter, _, _ in entries for c in filter)
-        self.found: set[str] = set()
-        self.applied: str | None = None
+        self.found: set[str] = set()  # filters that are in the name of a tensor that the scope applies to
+        self.applied: str | None = None  # a model whose names were looked through
 
 
 class Scaling:

@@ -95,23 +95,18 @@ def open_recipe(
     recipe: str | DepthPlan, *, models: Mapping[str, str] | None = None, default: str | None = None,
     config_from: str | None = None, revision: str | None = None, dtype: str | None = None, flag: str = _FLAG,
 ) -> Recipe:  # fmt: skip
-    """The recipe that a file holds, a line is, or that is just a plan.
+    """The recipe that a file holds, a line is, or that is just a plan; UserError as `open_plan`.
 
     Args:
       recipe: a path to a mergekit file or a plan file, told apart by what they hold; one line, see
         `jaxup.recipes.line`; or a plan. The sources of plans are models.
-      models: where models are: the name that the recipe has for one, with or without its
-        "@revision" -> a directory, Hub id or URL.
+      models: the name that the recipe has for one, with or without its "@revision" -> its place.
       default: where the recipe's one model is that is not in `models`, whatever its name.
       config_from: a directory whose config.json stands in for every model that is no directory and
         not in the Hub's cache. Nothing is then fetched.
       revision: of the models that are Hub ids and come without one.
       dtype: of the result's tensors, whatever the recipe says.
       flag: what the user says before NAME=DIR, for messages.
-
-    Raises:
-      UserError: what is wrong in the recipe, with its place; a model that is not at hand. Only
-        then is there a hint of its own, `error.hint`: it speaks of `flag`.
     """
     found = _Models(dict(models or {}), default, config_from, revision, flag)
     if isinstance(recipe, DepthPlan):
@@ -236,11 +231,9 @@ class _Models:
         if name in self.places:
             path, revision = split_revision(self.places[name])
         elif self.default is not None and path not in self.places:
-            others = self.opened.keys() - self.places.keys()
-            if others:
-                raise UserError(
-                    f"the recipe is of several models, {min(others)!r} and {name!r}: name the place of each"
-                )
+            if others := self.opened.keys() - self.places.keys():
+                what = f"the recipe is of several models, {min(others)!r} and {name!r}: name the place of each"
+                raise UserError(what)
             path, revision = self.default, None
         elif path in self.places:
             path, other = split_revision(self.places[path])

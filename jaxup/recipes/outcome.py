@@ -25,11 +25,7 @@ class Outcome(NamedTuple):
 
     def nbytes(self) -> dict[str, int]:
         """Dtype -> bytes of all parameters that have it."""
-        table, sizes = spec(self.config), collections.Counter[str]()
-        for path, rows in self.bill.items():
-            for made in rows:
-                sizes[made.after] += table[path].size // len(rows) * (4 if made.after == "float32" else 2)
-        return dict(sizes)
+        return {dtype: n * (4 if dtype == "float32" else 2) for dtype, n in _counts(self.config, self.bill).items()}
 
 
 def outcome(
@@ -48,11 +44,16 @@ def outcome(
     config = result_config(recipe.plan, recipe.configs, base=recipe.base, vocab_size=vocab_size)
     tied = {name: source.tie_embeddings for name, source in recipe.configs.items()}
     bill = materials(recipe.plan, spec(config), tied, stored)
-    weights = collections.Counter[str]()
+    base, ((most, _),) = recipe.models[recipe.base], _counts(config, bill).most_common(1)
+    with within(base.path):
+        hf, exported = edited_hf(base.hf, config, dtype=most)
+    return Outcome(config, hf, exported, bill)
+
+
+def _counts(config: ModelConfig, bill: Bill) -> collections.Counter[str]:
+    """Dtype -> number of parameters that have it."""
+    table, counts = spec(config), collections.Counter[str]()
     for path, rows in bill.items():
         for made in rows:
-            weights[made.after] += spec(config)[path].size // len(rows)
-    base = recipe.models[recipe.base]
-    with within(base.path):
-        hf, exported = edited_hf(base.hf, config, dtype=weights.most_common(1)[0][0])
-    return Outcome(config, hf, exported, bill)
+            counts[made.after] += table[path].size // len(rows)
+    return counts

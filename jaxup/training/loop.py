@@ -101,9 +101,10 @@ def random_params(run: Run, model: ModelConfig) -> Params:
     return jax.jit(lambda: init(model, run.settings.seed), out_shardings=param_shardings(model, run.mesh))()
 
 
-def load_trained(run: Run, result: Result, wanted: Params) -> Params:
-    """The parameters of a finished model of this run, or those of them that trained, like the abstract `wanted`."""
+def load_trained(run: Run, result: Result, model: ModelConfig, selection: Selection = EVERYTHING) -> Params:
+    """The parameters of a finished model of this run that trained."""
     directory = run.directory / "checkpoints" / result.name
+    shardings = selection.shardings(param_shardings(model, run.mesh), run.mesh)
     with Checkpoints(directory, keep=run.settings.keep_checkpoints) as checkpoints:
         steps, latest = result.steps, checkpoints.latest
         if latest != steps:
@@ -112,7 +113,7 @@ def load_trained(run: Run, result: Result, wanted: Params) -> Params:
                 f"{directory}: finished at step {steps}, and that checkpoint is gone{there}: "
                 "delete result.json beside it to train on from what there is"
             )
-        return checkpoints.restore_params(steps, wanted)
+        return checkpoints.restore_params(steps, _laid_out(selection.trained(abstract(model)[1]), shardings))
 
 
 def read_result(directory: Path) -> Result | None:
@@ -135,10 +136,10 @@ def write_result(directory: Path, result: Result) -> None:
 
 def abstract_params(model: ModelConfig, mesh: Mesh) -> Params:
     """The params tree as ShapeDtypeStructs with their shardings."""
-    return laid_out(abstract(model)[1], param_shardings(model, mesh))
+    return _laid_out(abstract(model)[1], param_shardings(model, mesh))
 
 
-def laid_out(tree: Any, shardings: Any) -> Any:
+def _laid_out(tree: Any, shardings: Any) -> Any:
     """ShapeDtypeStructs with these shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
@@ -177,7 +178,7 @@ def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, sel
             lambda params, *frozen: params if partition is None else partition.join(params, *frozen),
             out_shardings=whole,
         ),
-        abstract_state=laid_out(abstract_state, shardings),
+        abstract_state=_laid_out(abstract_state, shardings),
     )
 
 
@@ -237,7 +238,9 @@ def train_model(
     keep = run.settings.keep_checkpoints
     with jax.set_mesh(run.mesh), Checkpoints(directory, keep=keep, always=milestones) as checkpoints:
         program = _program(model, run.settings, steps, run.mesh, selection)
-        trained = None if selection.partition is None else _count(program.abstract_state.params)
+        trained = None
+        if selection.partition is not None:
+            trained = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
         start = checkpoints.latest or 0
         if start:
             print(f"{name}: resumes at step {start} of {steps} ({origin})", flush=True)
@@ -290,10 +293,6 @@ def check_digest(directory: Path, params: Any) -> str:
     if jax.process_index() == 0 and then is None:
         write_atomically(path, json.dumps({"digest": now}))
     return now
-
-
-def _count(params: Params) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _train(
