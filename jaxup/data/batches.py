@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,15 +30,14 @@ class Fields(Protocol):
         """int [B] row numbers -> tokens, targets int32 [B, S], loss_weights float32 [B, S].
 
         Where segments are kept apart also segment_ids (from 1; 0 = padding) and positions (from 0 in
-        each segment), int32 [B, S].
+        each segment), int32 [B, S]. IndexError outside the rows.
         """
 
 
 class Batches:
     """Training batches: `Batches(...)(step)`.
 
-    `num_rows` keeps a random subset of the rows that depends on `seed` alone (a smaller one's rows
-    are among a larger one's).
+    `num_rows` keeps a random subset of the rows that depends on `seed` alone, and lies in any larger one.
     """
 
     def __init__(self, rows: Fields, *, batch_size: int, seed: int, num_rows: int | None = None):
@@ -115,8 +114,6 @@ class Data:
     def batches(self, *, batch_size: int, seed: int) -> Batches:
         return Batches(self.train, batch_size=batch_size, seed=seed, num_rows=self.train_rows)
 
-    def validation_batches(
-        self, *, batch_size: int, max_rows: int, part: slice = slice(None)
-    ) -> Iterator[dict[str, np.ndarray]]:
+    def validation_batches(self, **how: Any) -> Iterator[dict[str, np.ndarray]]:
         """See the function of that name."""
-        return validation_batches(self.validation, batch_size=batch_size, max_rows=max_rows, part=part)
+        return validation_batches(self.validation, **how)

@@ -68,11 +68,9 @@ class ChatData(Data):
         """What was read and how, what became of it, and one example: several lines, for a terminal."""
         counts = self.statistics
         lines = [f"chat data in {self.store}", *(f"  {path}: {layout}" for path, layout in self.layouts.items())]
-        read = [f"{counts['rows']:,} rows"]
-        read += [f"{counts['bad']:,} bad, skipped"] if counts["bad"] else []
-        read += [f"{counts['refused']:,} skipped that the format cannot express"] if counts["refused"] else []
-        read += [f"{counts['shared']:,} of validation also in training"] if counts["shared"] else []
-        lines.append(f"  {'; '.join(read)}")
+        told = {"rows": "rows", "bad": "bad, skipped", "refused": "skipped that the format cannot express",
+                "shared": "of validation also in training"}  # fmt: skip
+        lines.append("  " + "; ".join(f"{counts[key]:,} {what}" for key, what in told.items() if counts[key]))
         for split in SPLITS:
             of = counts[split]
             lines.append(

@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 from jaxup.data.chat_files import File, Row, find_files, near_layout
 from jaxup.data.layouts import LAYOUTS, BadRow, Conversation, Segments, fitting, parse
@@ -30,12 +29,6 @@ from jaxup.data.sources import draw, os_errors
 from jaxup.errors import UserError, suggest
 
 FIRST_ROWS = 16  # the layout is detected from
-
-
-class Count(NamedTuple):
-    rows: int
-    bad: int
-    first_bad: str  # its error, or ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,10 +72,10 @@ class Conversations:
             if bad := skipped[path]:
                 warnings.warn(f"{path}: {bad:,} bad rows skipped; the first: {first_bad[path]}", stacklevel=2)
 
-    def check_all(self) -> Count:
-        """Reads every row of every file once, whatever its weight; UserError tells the first bad row and how many.
+    def check_all(self) -> tuple[int, int, str]:
+        """Reads every row of every file once, whatever its weight: (rows, bad ones, the error of the first).
 
-        When bad rows are skipped they are only counted.
+        Unless those are skipped, UserError tells the first of them and how many.
         """
         rows, bad, first_bad = 0, 0, ""
         with os_errors():
@@ -96,7 +89,7 @@ class Conversations:
                         first_bad = first_bad or str(error)
         if bad and self.on_bad == "error":
             raise UserError(f"{first_bad}; {f'the first of {bad:,}' if bad > 1 else 'the only'} bad of {rows:,} rows")
-        return Count(rows, bad, first_bad)
+        return rows, bad, first_bad
 
     def _conversations(
         self, files: tuple[File, ...], weight: float, skip: Callable[[File, BadRow], None]
@@ -120,11 +113,7 @@ class Conversations:
 
 
 def open_conversations(
-    files: Sequence[tuple[str, float | int]] | str,
-    *,
-    layout: str | None,
-    seed: int,
-    on_bad: str = "error",
+    files: Sequence[tuple[str, float | int]] | str, *, layout: str | None, seed: int, on_bad: str = "error"
 ) -> Conversations:
     """The conversations of all `files`, each a path or dataset and its weight, or "a.jsonl*2,b.parquet*0.5".
 

@@ -9,6 +9,7 @@ two, conversations lie one after the other in flat files: memory holds a few byt
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,9 +39,9 @@ class PackedRows:
         return self._arrays[0].shape[0]
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """int [B] row numbers -> tokens, targets, segment_ids (from 1; 0 = padding), positions (from 0 in each
-        segment), int32 [B, S], and loss_weights float32 [B, S]: 1 where the target is a trained token of the same
-        segment. Padding, and what has no target, is 0. IndexError outside the rows.
+        """As `Fields` says; the loss weight is 1 where the target is a trained token of the same segment.
+
+        Padding, and what has no target, is 0.
         """
         tokens, marks = self._read(indices)
         held, begins = (marks & PADDING) == 0, (marks & BEGINS) != 0
@@ -83,8 +84,7 @@ class Scratch:
 
     def __init__(self, directory: Path):
         directory.mkdir(exist_ok=True)
-        self._paths = {dtype: directory / f"{name}.bin" for name, dtype in (
-            ("conversations", self.CONVERSATION), ("tokens", self.TOKEN))}  # fmt: skip
+        self._paths = {self.CONVERSATION: directory / "conversations.bin", self.TOKEN: directory / "tokens.bin"}
         for path in self._paths.values():
             path.touch()
 
@@ -113,15 +113,6 @@ class Scratch:
         return conversations, np.asarray(np.memmap(self._paths[self.TOKEN], self.TOKEN, mode="r"))
 
 
-def one_a_row(lengths: np.ndarray, capacity: int) -> Packing:
-    """What `pack` gives, with no more than one example in a row."""
-    index = np.arange(len(lengths))
-    return Packing(
-        lengths=lengths, capacity=capacity, row=index, offset=np.zeros_like(index), order=index,
-        bounds=np.arange(len(lengths) + 1),
-    )  # fmt: skip
-
-
 def write_packed(
     store: Store, split: str, conversations: tuple[np.ndarray, np.ndarray], chosen: np.ndarray, *, seq_len: int,
     dtype: str, packing: bool, seed: int, progress: Callable[[int], None],
@@ -133,8 +124,10 @@ def write_packed(
     """
     table, tokens = conversations
     lengths = table["length"].astype(np.int64)
-    starts = (np.cumsum(lengths) - lengths)[chosen]
-    packed = (pack if packing else one_a_row)(lengths[chosen], seq_len)
+    starts, lengths = (np.cumsum(lengths) - lengths)[chosen], lengths[chosen]
+    # One example as long as a row is alone in it.
+    packed = pack(lengths if packing else np.full_like(lengths, seq_len), seq_len)
+    packed = dataclasses.replace(packed, lengths=lengths)
     order = permutation(seed, ROW_ORDER, packed.num_rows)
     dtypes = {"ids": dtype, "marks": "uint8"}
     arrays = [store.create_array(f"{split}/{name}", width=seq_len, dtype=kind) for name, kind in dtypes.items()]
@@ -152,9 +145,7 @@ def write_packed(
     return packed
 
 
-def assemble(
-    packed: Packing, tokens: np.ndarray, starts: np.ndarray, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def assemble(packed: Packing, tokens: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, ...]:
     """ids uint32 and marks uint8, both [len(rows), capacity]."""
     both = np.zeros((len(rows), packed.capacity), np.uint32)
     marks = np.full(both.shape, PADDING, np.uint8)

@@ -72,11 +72,5 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
     row, offset = np.empty_like(lengths), np.empty_like(lengths)
     row[longest_first] = np.repeat(rows, takes)
     offset[longest_first] = capacity - np.repeat(befores, takes) + nth * lengths[longest_first]
-    return Packing(
-        lengths=lengths,
-        capacity=capacity,
-        row=row,
-        offset=offset,
-        order=np.lexsort((offset, row)),
-        bounds=np.concatenate([[0], np.cumsum(np.bincount(row))]),
-    )
+    order, bounds = np.lexsort((offset, row)), np.concatenate([[0], np.cumsum(np.bincount(row))])
+    return Packing(lengths=lengths, capacity=capacity, row=row, offset=offset, order=order, bounds=bounds)

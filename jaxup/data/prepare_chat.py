@@ -45,14 +45,15 @@ class ChatConfig:
 
 def look(streams: dict[str, Conversations], config: ChatConfig, format: Format) -> dict[str, int]:
     """What can be wrong is looked for before anything is written: how many "rows" there are, and "bad" ones."""
-    counts = []
+    counts = {"rows": 0, "bad": 0}
     for key, conversations in streams.items():
         with within(key):
-            counts.append(conversations.check_all())
+            rows, bad, _ = conversations.check_all()
+            counts = {"rows": counts["rows"] + rows, "bad": counts["bad"] + bad}
             first = next(iter(conversations))
         if config.on_bad == "error":
             _render(format, first)
-    return {"rows": sum(count.rows for count in counts), "bad": sum(count.bad for count in counts)}
+    return counts
 
 
 def prepare_chat(

@@ -43,9 +43,9 @@ PATH_SUFFIXES = CORPUS_SUFFIXES | {".json", ".gz", ".zst", ".zip", ".bin"}
 # Directories of the standard library that are tests, or not the library at all.
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib", "lib2to3"}
 
-PIECE_CHARACTERS = 64 * 1024  # a longer plain-text file becomes several documents
-WHOLE_HASH_BYTES = 16 * 2**20  # the fingerprint of a longer file hashes its size, head and tail
 MIB = 2**20
+PIECE_CHARACTERS = 64 * 1024  # a longer plain-text file becomes several documents
+WHOLE_HASH_BYTES = 16 * MIB  # the fingerprint of a longer file hashes its size, head and tail
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,7 @@ class Source:
     def documents(self, split: Split) -> Iterator[str]:
         """The non-empty documents of `split`, lazily, in an order that never changes.
 
-        Raises UserError for a file that cannot be read or parsed, and, at the end, when the split
-        was empty.
+        UserError for a file that cannot be read or parsed, and, at the end, when the split was empty.
         """
         found = False
         with within("source"), os_errors(self.spec):
@@ -136,8 +135,9 @@ def _file_source(spec: str, name: str, files: Files, val_fraction: float, *, who
 def _documents(files: Files, whole: bool, val_fraction: float, split: Split) -> Iterator[str | None]:
     """Of `whole` files each is one document, and as such in one split."""
     for name, path in files:
-        read = _read_whole if whole else _READERS.get(path.suffix, _read_text)
-        for index, text in enumerate(read(path)):
+        read = _READERS.get(path.suffix, _read_text)
+        texts = [path.read_text(encoding="utf-8-sig", errors="replace")] if whole else read(path)
+        for index, text in enumerate(texts):
             if (draw(name if whole else f"{name}\0{index}") / 2**64 < val_fraction) == (split == "validation"):
                 yield text
 
@@ -162,17 +162,11 @@ def file_hash(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with path.open("rb") as file:
-        if size <= WHOLE_HASH_BYTES:
-            digest.update(file.read())
-        else:
-            digest.update(file.read(MIB))
+        digest.update(file.read(size if size <= WHOLE_HASH_BYTES else MIB))
+        if size > WHOLE_HASH_BYTES:
             file.seek(size - MIB)
             digest.update(file.read(MIB))
     return digest.hexdigest()
-
-
-def _read_whole(path: Path) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8-sig", errors="replace")
 
 
 def _read_text(path: Path) -> Iterator[str]:
@@ -290,13 +284,12 @@ def _downloaded_source(spec: str, val_fraction: float) -> Source:
     """The data files of a hub dataset whose loading script `datasets` no longer runs, read by ourselves."""
     import huggingface_hub
 
+    wanted = ["*.jsonl", "*.parquet"]
     try:
-        directory = Path(
-            huggingface_hub.snapshot_download(spec, repo_type="dataset", allow_patterns=["*.jsonl", "*.parquet"])
-        )
+        directory = huggingface_hub.snapshot_download(spec, repo_type="dataset", allow_patterns=wanted)
     except Exception as error:  # as above
         raise UserError(f"cannot be downloaded: {first_line(error)}", at=spec) from None
-    return _file_source(spec, spec, _text_files(directory), val_fraction)
+    return _file_source(spec, spec, _text_files(Path(directory)), val_fraction)
 
 
 def is_dataset_name(spec: str) -> bool:

@@ -42,6 +42,9 @@ _IGNORED = frozenset(
     """.split()  # noqa: SIM905
 )
 
+# transformers 5 reads the first, 4 the other; neither minds the other.
+_DTYPES = ("dtype", "torch_dtype")
+
 # Ten times the largest model known: a hostile file is refused before anything is allocated for it.
 _MAX_PARAMS = 2**44
 
@@ -65,9 +68,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     known |= set(family.fixed) | _IGNORED
     for name, value in hf.items():
         if name not in known and not name.startswith("_"):
-            raise UserError(
-                f"unknown key {short(name)} of a {family.model_type} model{nearest(name[:100], sorted(known))}"
-            )
+            what = f"unknown key {short(name)} of a {family.model_type} model"
+            raise UserError(what + nearest(name[:100], sorted(known)))
         # `==` alone would let 0 pass for False.
         accepted = family.fixed.get(name)
         if accepted is not None and not any(value == a and type(value) is type(a) for a in accepted):
@@ -93,23 +95,24 @@ def config_to_hf(
 ) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read as the same function; `dtype` is that of the tensors.
 
-    The family is `model_type` if it can express the model, else the first that can, preferring one
-    that adds nothing. A bias that the family always has, or has together with another, appears
-    although the model has none: `with_family_biases` gives the model as transformers will see it,
-    and the export writes zeros. UserError if no family can express the model.
+    The family, and errors, are those of `with_family_biases`.
     """
     family, _ = with_family_biases(config, model_type)
     token_ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-    # transformers 4 reads `torch_dtype`, 5 `dtype`; neither minds the other.
-    return family.to_hf(config) | {"dtype": dtype, "torch_dtype": dtype, **token_ids, "use_cache": True}
+    return family.to_hf(config) | dict.fromkeys(_DTYPES, dtype) | token_ids | {"use_cache": True}
 
 
 def with_family_biases(config: ModelConfig, model_type: str | None = None) -> tuple[Family, ModelConfig]:
-    """The family that `config` is exported as, and the config that the export reads back as."""
+    """The family that `config` is exported as, and the config that the export reads back as.
+
+    The family is `model_type` if it can express the model, else the first that can, preferring one
+    that adds nothing. A bias that the family always has, or has together with another, appears
+    although the model has none, and the export writes zeros. UserError if no family can express it.
+    """
     able, obstacles = [], []
     for family in FAMILIES.values():
-        if needs := list(family.obstacles(config)):
-            obstacles.append(f"{family.model_type} needs {', '.join(needs)}")
+        if needs := ", ".join(family.obstacles(config)):
+            obstacles.append(f"{family.model_type} needs {needs}")
         else:
             able.append((family, config_from_hf(family.to_hf(config))))
     if not able:
@@ -132,15 +135,14 @@ def edited_hf(base: Mapping[str, Any], config: ModelConfig, *, dtype: str) -> tu
       UserError: the family cannot say it. Names what it lacks, or the fields with both values.
     """
     family = family_of_hf(base)
-    if needs := list(family.obstacles(config)):
-        raise UserError(f"a {family.model_type} model cannot be what the plan makes: it needs {', '.join(needs)}")
+    if needs := ", ".join(family.obstacles(config)):
+        raise UserError(f"a {family.model_type} model cannot be what the plan makes: it needs {needs}")
     wanted = family.to_hf(config)
     before, exported, hf = config_from_hf(base), config_from_hf(wanted), dict(base)
     for key in family.keys:
         if any(getattr(before, field) != getattr(exported, field) for field in key.fields):
             hf[key.name] = wanted[key.name]
-    # transformers 4 reads `torch_dtype`, 5 `dtype`; neither minds the other.
-    hf |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype", "torch_dtype"], dtype)
+    hf |= dict.fromkeys([key for key in _DTYPES if key in hf] or _DTYPES, dtype)
     if isinstance(hf.get("layer_types"), list):
         hf["layer_types"] = layer_types(exported)
     for rule in family.rules:

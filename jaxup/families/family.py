@@ -86,6 +86,5 @@ class Family:
 def our_names(prefix: str) -> dict[str, str]:
     """The modules of a family that names them as we do, those of blocks below `prefix`.layers."""
     modules = dict.fromkeys(path.rpartition(".")[0] or path for path in PART_OF)
-    return {module: f"{prefix}.{module.replace('blocks.', 'layers.{layer}.')}" for module in modules} | {
-        "lm_head": "lm_head"
-    }
+    ours = {module: f"{prefix}.{module.replace('blocks.', 'layers.{layer}.')}" for module in modules}
+    return {**ours, "lm_head": "lm_head"}

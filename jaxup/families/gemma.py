@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from jaxup.families.keys import Rule
 from jaxup.families.llama import ATTENTION_BIAS, LLAMA, ROTARY, SIZES, llama_keys
@@ -18,21 +16,21 @@ _KEYS = llama_keys(
 )  # fmt: skip
 
 
-def _embed_scale(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, float]:
-    return {"embed_scale": fields["hidden_size"] ** 0.5}
-
-
 def _embed_obstacle(config: ModelConfig) -> str | None:
     scale = config.hidden_size**0.5
     return None if config.embed_scale == scale else f"embed_scale={scale!r}, the root of hidden_size"
 
+
+_EMBED_SCALE = Rule(
+    (), ("embed_scale",), lambda hf, fields: {"embed_scale": fields["hidden_size"] ** 0.5}, obstacle=_embed_obstacle
+)
 
 GEMMA = dataclasses.replace(
     LLAMA,
     model_type="gemma",
     architecture="GemmaForCausalLM",
     keys=(*(key for key in _KEYS if key.name != "hidden_act"), ATTENTION_BIAS),
-    rules=(SIZES, ROPE, NO_WINDOW, Rule((), ("embed_scale",), _embed_scale, obstacle=_embed_obstacle)),
+    rules=(SIZES, ROPE, NO_WINDOW, _EMBED_SCALE),
     fixed={
         **ROTARY,
         "use_bidirectional_attention": (None, False),

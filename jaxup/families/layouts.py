@@ -60,15 +60,12 @@ def expected_tensors(rows: Sequence[TensorRow], table: Mapping[str, Param]) -> I
 
 
 def _tensor(row: TensorRow, layer: int | None, parts: list[tuple[int, ...]]) -> Tensor:
-    name = row.name if layer is None else row.name.format(layer=layer)
-    shape: tuple[int, ...]
-    if row.layout in ("linear", "conv1d"):
-        inputs = math.prod(parts[0][: row.inputs])
-        outputs = sum(math.prod(p[row.inputs :]) for p in parts)
-        shape = (outputs, inputs) if row.layout == "linear" else (inputs, outputs)
-    else:
-        shape = parts[0] if row.layout == "same" else (sum(math.prod(p) for p in parts),)
-    return Tensor(name, shape, row.paths, layer, tuple(parts), row)
+    inputs, outputs = math.prod(parts[0][: row.inputs]), sum(math.prod(part[row.inputs :]) for part in parts)
+    shapes: dict[Layout, tuple[int, ...]] = {
+        "linear": (outputs, inputs), "conv1d": (inputs, outputs), "flat": (sum(map(math.prod, parts)),),
+        "same": parts[0],
+    }  # fmt: skip
+    return Tensor(row.name.format(layer=layer), shapes[row.layout], row.paths, layer, tuple(parts), row)
 
 
 def to_file(tensor: Tensor, parts: list[np.ndarray], dtype: np.dtype | None = None) -> np.ndarray:

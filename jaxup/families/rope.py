@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxup.errors import UserError, nearest
-from jaxup.families.keys import (
-    Rule,
-    boolean,
-    optional_positive,
-    optional_weight,
-    parsed,
-    positive,
-    short,
-    size,
-)
+from jaxup.families.keys import Rule, boolean, optional_positive, optional_weight, parsed, positive, short, size
 from jaxup.model.config import ModelConfig, RopeScaling
 
 # The parameters of each kind of rotary scaling, besides rope_type and rope_theta.
@@ -85,9 +77,7 @@ def _rope_of(name: str, hf: Mapping[str, Any], theta: float, max_positions: int)
             kind=kind, factor=get("factor", positive), original_max_positions=original,
             low_freq_factor=get("low_freq_factor", positive), high_freq_factor=get("high_freq_factor", positive),
         )  # fmt: skip
-    factor = get("factor", optional_positive)
-    if factor is None:
-        factor = max_positions / original
+    factor = get("factor", optional_positive) or max_positions / original
     return theta, RopeScaling(
         kind=kind, factor=factor, original_max_positions=original,
         beta_fast=get("beta_fast", optional_positive, None) or 32.0,
@@ -115,18 +105,10 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
     theta, scaling = config.rope_theta, config.rope_scaling
     parameters: dict[str, Any] = {"rope_type": "default"}
     if scaling is not None:
-        parameters = {
-            "rope_type": scaling.kind,
-            "factor": scaling.factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "beta_fast": scaling.beta_fast,
-            "beta_slow": scaling.beta_slow,
-            "attention_factor": scaling.attention_factor,
-            "truncate": None if scaling.truncate else scaling.truncate,  # older versions know only true
-        }
-        parameters = {key: value for key, value in parameters.items() if value or value is False}
+        names = {"kind": "rope_type", "original_max_positions": "original_max_position_embeddings"}
+        # Older versions know of `truncate` only what is true, and what a kind does not use is 0 or None.
+        values = dataclasses.asdict(scaling) | {"truncate": None if scaling.truncate else scaling.truncate}
+        parameters = {names.get(field, field): v for field, v in values.items() if v or v is False}
     old = dict(parameters)
     # Given this key, transformers 4 takes the ratio of the two contexts for yarn's factor.
     if scaling is not None and scaling.kind == "yarn" and scaling.original_max_positions == config.max_positions:

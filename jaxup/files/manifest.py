@@ -1,8 +1,7 @@
 """`jaxup_manifest.json`: size and SHA-256 of every file of a directory, written last.
 
-A flipped bit in a tensor is still a number; only a digest notices it. A file has one digest, or, if
-it was put together from pieces that were hashed once and written several times, one for each of the
-consecutive spans that make it up.
+A file has one digest, or, if it was put together from pieces that were hashed once and written several
+times, one for each of the consecutive spans that make it up.
 """
 
 from __future__ import annotations
@@ -26,15 +25,11 @@ Spans = Sequence[tuple[int, str]]
 
 def write_manifest(directory: Path, digests: Mapping[str, str | Spans] | None = None) -> None:
     """Describes all files that `directory` holds now; those named in `digests` are not read again."""
-    digests = digests or {}
     files = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name, size = path.relative_to(directory).as_posix(), path.stat().st_size
-        digest = digests.get(name)
-        if digest is None:
-            digest = next(_digests(path, [size]))
-        key = "sha256" if isinstance(digest, str) else "parts"
-        files[name] = {"size": size, key: digest}
+        digest = (digests or {}).get(name) or next(_digests(path, [size]))
+        files[name] = {"size": size, "sha256" if isinstance(digest, str) else "parts": digest}
     # A line for each file: there may be thousands of parts.
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in files.items())
     (directory / NAME).write_text(f'{{\n  "version": 1,\n  "files": {{\n{lines}\n  }}\n}}\n')
@@ -49,24 +44,20 @@ def check_manifest(directory: Path, names: list[str]) -> None:
         entry = files.get(name)
         if not isinstance(entry, dict):
             raise UserError(f"{directory}: {NAME} does not list {name}")
-        path = directory / name
-        if not _agrees(entry, path):
+        if not _agrees(entry, directory / name):
             raise mismatch(directory, name)
 
 
 def mismatch(directory: Path, name: str) -> UserError:
-    return UserError(
-        f"{directory}: {name} is not the file that was written here: it does not match {NAME} "
-        "(delete the manifest if the change was meant)"
-    )
+    what = f"{name} is not the file that was written here: it does not match {NAME}"
+    return UserError(f"{what} (delete the manifest if the change was meant)", at=str(directory))
 
 
 def span_digests(directory: Path, names: Iterable[str]) -> dict[tuple[str, int, int], str]:
     """(file, begin, end) -> SHA-256 of that span, for those of the files whose spans the manifest knows."""
     files, digests = _files(directory) or {}, {}
     for name in names:
-        spans = _spans(files.get(name))
-        for (begin, _), (end, digest) in itertools.pairwise([(0, ""), *spans]):
+        for (begin, _), (end, digest) in itertools.pairwise([(0, ""), *_spans(files.get(name))]):
             digests[name, begin, end] = digest
     return digests
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 
 from jaxup.errors import UserError, first_line
@@ -33,8 +34,7 @@ def load(storage: Storage, file: str) -> tuple[dict[str, TensorInfo], dict[str, 
         except RuntimeError:  # the format of torch before 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # UnpicklingError, EOFError, RuntimeError, ...: whatever a hostile file provokes
-        reason = first_line(error)
-        raise UserError(f"{storage.name}: {file} cannot be read as tensors only: {reason[:200]}") from None
+        raise UserError(f"{storage.name}: {file} cannot be read as tensors only: {first_line(error)[:200]}") from None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
@@ -44,8 +44,6 @@ def load(storage: Storage, file: str) -> tuple[dict[str, TensorInfo], dict[str, 
         dtype = _NAMES.get(str(value.dtype), str(value.dtype))
         infos[name] = TensorInfo(name, dtype, tuple(value.shape), 0)
         if dtype == "BF16":
-            import ml_dtypes
-
             arrays[name] = value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         elif dtype in _NAMES.values():
             arrays[name] = value.contiguous().numpy()

@@ -36,10 +36,8 @@ def parse_size(size: int | str) -> int:
     else:
         match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]+)\s*", str(size), re.ASCII)
         if not match or match[2].upper() not in _UNITS:
-            raise UserError(
-                f"max_shard_size={str(size)[:40]!r}: expected a number with a unit, such as 5GB, 500MB, 300KB (powers "
-                "of 10) or 2GiB (powers of 2)"
-            )
+            units = "such as 5GB, 500MB, 300KB (powers of 10) or 2GiB (powers of 2)"
+            raise UserError(f"max_shard_size={str(size)[:40]!r}: expected a number with a unit, {units}")
         count = int(float(match[1]) * _UNITS[match[2].upper()])
     if count < 1:
         raise UserError(f"max_shard_size={size!r}: must be at least one byte")
@@ -81,9 +79,7 @@ def header(shard: Sequence[Stored]) -> bytes:
     end = 0
     for tensor, dtype in shard:
         begin, end = end, end + Stored(tensor, dtype).nbytes
-        entries[tensor.name] = {
-            "dtype": _NAMES[dtype.name], "shape": list(tensor.shape), "data_offsets": [begin, end]
-        }  # fmt: skip
+        entries[tensor.name] = {"dtype": _NAMES[dtype.name], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -123,9 +123,8 @@ class Local:
             real = path.resolve(strict=True)
             mode = real.stat().st_mode
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name that is not Unicode
-            raise UserError(
-                f"{self.name}: {file} cannot be read: {getattr(error, 'strerror', None) or error}"
-            ) from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.name}: {file} cannot be read: {reason}") from None
         allowed = [root]
         if root.parent.name == "snapshots":  # a hub cache: snapshots/COMMIT/NAME -> ../../blobs/DIGEST
             allowed.append(root.parent.parent / "blobs")

@@ -87,20 +87,18 @@ def load(
     checkpoints = {
         name: reader.open_checkpoint(path, revision=revision, allow_pickle=allow_pickle) for name, path in paths.items()
     }
+    configs, recorded = {name: checkpoint.config for name, checkpoint in checkpoints.items()}, plan
     if plan is None:
-        (name, checkpoint), = checkpoints.items()  # fmt: skip
-        plan, config = identity(name, checkpoint.config.num_layers), checkpoint.config
-        recorded = None
-    else:
-        config = result_config(plan, {name: checkpoint.config for name, checkpoint in checkpoints.items()})
-        recorded = plan
+        (name, config), = configs.items()  # fmt: skip
+        plan = identity(name, config.num_layers)
+    config = result_config(plan, configs)
     if mesh is None:
         default = jax.config.jax_default_device  # type: ignore[attr-defined]  # jax adds its options at run time
         device = SingleDeviceSharding(default if isinstance(default, jax.Device) else jax.local_devices()[0])
         shardings = dict.fromkeys(spec(config), device)
     else:
         shardings = flatten(param_shardings(config, mesh))
-    tied = {name: checkpoint.config.tie_embeddings for name, checkpoint in checkpoints.items()}
+    tied = {name: config.tie_embeddings for name, config in configs.items()}
     # What is loaded in another dtype is cast before it is scaled.
     stored = reader.stored_dtypes(checkpoints) if dtype is None else lambda *_: dtype
     bill = materials(plan, spec(config), tied, stored)
@@ -112,8 +110,10 @@ def load(
     model = nnx.merge(abstract(config, compute)[0], unflatten(leaves))
     main = plan.embed_tokens if plan.embed_tokens is not None else next(iter(checkpoints))
     hf = checkpoints[main].hf
-    ids = tuple((key, _hashable(hf[key])) for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf)
-    model.origin = Origin(str(paths[main]), revision, hf["model_type"], ids, recorded)
+    ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf}
+    # Hashable, as all is that a compiled program may depend on.
+    token_ids = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in ids.items())
+    model.origin = Origin(str(paths[main]), revision, hf["model_type"], token_ids, recorded)
     return model
 
 
@@ -132,7 +132,3 @@ def _paths(path_or_id: Any, plan: DepthPlan | None) -> dict[str, str | os.PathLi
         names = ", ".join(repr(name) for name, _ in plan.sources)
         raise UserError(f"load: the plan takes from {names}; give a mapping from these names to models")
     return {plan.sources[0][0]: path_or_id}
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

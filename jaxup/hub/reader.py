@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxup.errors import UserError
+from jaxup.errors import UserError, within
 from jaxup.families import Family, config_from_hf, family_of_hf
 from jaxup.families.layouts import Tensor, expected_tensors
 from jaxup.files import pickles
@@ -34,9 +34,9 @@ class Checkpoint:
     storage: Storage
     hf: dict[str, Any]  # config.json
     config: ModelConfig
-    tensors: tuple[tuple[Tensor, TensorInfo], ...]
+    tensors: list[tuple[Tensor, TensorInfo]]
     tied: TensorInfo | None  # a stored copy of the embedding that is also the head
-    files: tuple[str, ...]  # that hold the tensors
+    files: list[str]  # that hold the tensors
     pickled: dict[str, np.ndarray] | None  # the tensors themselves, if they come from pickles
 
     def read(self, info: TensorInfo, rows: slice = slice(None)) -> np.ndarray:
@@ -79,8 +79,7 @@ def open_checkpoint(
     storage = open_storage(path_or_id, revision=revision)
     hf, family, config = _config(storage)
     infos, files, pickled = _headers(storage, allow_pickle)
-    found, tied = _match(storage.name, family, spec(config), infos)
-    return Checkpoint(storage, hf, config, tuple(found), tied, tuple(files), pickled)
+    return Checkpoint(storage, hf, config, *_match(storage.name, family, spec(config), infos), files, pickled)
 
 
 def read_config(path_or_id: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], ModelConfig]:
@@ -109,17 +108,14 @@ def is_finite(array: np.ndarray) -> bool:
 def check_tied(checkpoint: Checkpoint, embedding: np.ndarray, rows: slice) -> None:
     """UserError if a stored head that ought to be these rows of the embedding differs from them."""
     if checkpoint.tied is not None and not np.array_equal(checkpoint.read(checkpoint.tied, rows), embedding):
-        raise UserError(
-            f"{checkpoint.storage.name}: config.json ties the embeddings, but lm_head.weight differs from them"
-        )
+        what = "config.json ties the embeddings, but lm_head.weight differs from them"
+        raise UserError(what, at=checkpoint.storage.name)
 
 
 def _config(storage: Storage) -> tuple[dict[str, Any], Family, ModelConfig]:
     hf = _json(storage, "config.json")
-    try:
+    with within(storage.name, "config.json"):
         return hf, family_of_hf(hf), config_from_hf(hf)
-    except UserError as error:
-        raise UserError(f"{storage.name}: config.json: {error}") from None
 
 
 def _match(
@@ -135,12 +131,10 @@ def _match(
             raise UserError(f"{name}: tensors {stored!r} and {unused[full][0]!r} are the same parameter")
         unused[full] = (stored, info)
     num_layers = next(param.shape[0] for param in table.values() if param.stacked)
-    found: list[tuple[Tensor, TensorInfo]] = []
-    missing: list[str] = []
-    misshapen: list[str] = []
+    found, missing, misshapen = [], [], []
     for tensor in expected_tensors(family.rows(table), table):
         if tensor.name not in unused:
-            missing.append(tensor.name)
+            missing.append(repr(tensor.name))
             continue
         stored, info = unused.pop(tensor.name)
         if info.shape != tensor.shape:
@@ -155,11 +149,8 @@ def _match(
     _, tied = unused.pop("lm_head.weight", (None, None)) if "lm_head.kernel" not in table else (None, None)
     if tied is not None and (tied.shape != table["embed_tokens"].shape or tied.dtype not in _DTYPES):
         misshapen.append(f"'lm_head.weight' is {tied.dtype}{list(tied.shape)}, not the tied embedding's")
-    for kind, names in (
-        ("wrong tensor", misshapen),
-        ("missing tensor", [repr(missed) for missed in missing]),
-        ("unexpected tensor", [repr(stored[:200]) for stored, _ in unused.values()]),
-    ):
+    unexpected = [repr(stored[:200]) for stored, _ in unused.values()]
+    for kind, names in (("wrong tensor", misshapen), ("missing tensor", missing), ("unexpected tensor", unexpected)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{name}: {kind}{'s' * (len(names) > 1)}: {', '.join(names[:3])}{more}")
@@ -170,26 +161,25 @@ def _headers(
     storage: Storage, allow_pickle: bool
 ) -> tuple[dict[str, TensorInfo], list[str], dict[str, np.ndarray] | None]:
     """All tensors of the directory, the files that hold them, and their values if they were pickled."""
-    if storage.exists(SINGLE):
-        return read_header(storage, SINGLE), [SINGLE], None
-    if storage.exists(INDEX):
-        weight_map = _weight_map(storage, INDEX, ".safetensors")
-        files = sorted(set(weight_map.values()))
-        return dict(_agreeing(storage, weight_map, {f: read_header(storage, f) for f in files}, INDEX)), files, None
-    single, index = pickles.SINGLE, pickles.INDEX
-    pickled = next((file for file in (single, index) if storage.exists(file)), None)
-    if pickled is None or not allow_pickle:
-        hint = f"{pickled!r} is a pickle: allow_pickle (as a flag --allow-pickle) reads it with PyTorch"
-        raise UserError(f"no {SINGLE} and no {INDEX}", at=storage.name, hint=hint if pickled else "")
-    if pickled == single:
-        infos, values = pickles.load(storage, single)
-        return infos, [single], values
-    weight_map = _weight_map(storage, index, ".bin")
-    files, headers, values = sorted(set(weight_map.values())), {}, {}
-    for file in files:
-        headers[file], more = pickles.load(storage, file)
-        values |= more
-    return dict(_agreeing(storage, weight_map, headers, index)), files, values
+    values: dict[str, np.ndarray] = {}
+
+    def unpickled(storage: Storage, file: str) -> dict[str, TensorInfo]:
+        infos, more = pickles.load(storage, file)
+        values.update(more)
+        return infos
+
+    single, index, read = SINGLE, INDEX, read_header
+    if not storage.exists(single) and not storage.exists(index):
+        single, index, read = pickles.SINGLE, pickles.INDEX, unpickled
+        pickled = next((file for file in (single, index) if storage.exists(file)), None)
+        if pickled is None or not allow_pickle:
+            hint = f"{pickled!r} is a pickle: allow_pickle (as a flag --allow-pickle) reads it with PyTorch"
+            raise UserError(f"no {SINGLE} and no {INDEX}", at=storage.name, hint=hint if pickled else "")
+    if storage.exists(single):
+        return read(storage, single), [single], values or None
+    weight_map = _weight_map(storage, index, Path(single).suffix)
+    headers = {file: read(storage, file) for file in sorted(set(weight_map.values()))}
+    return dict(_agreeing(storage, weight_map, headers, index)), list(headers), values or None
 
 
 def _weight_map(storage: Storage, index: str, suffix: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.files.storage import split_revision
 from jaxup.hub import writer
 from jaxup.hub.card import model_card
-from jaxup.hub.directory import PLAN, carried_files
+from jaxup.hub.directory import CARD, PLAN, carried_files
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Decoder, Params
 
@@ -50,19 +50,24 @@ def save(
       UserError: and `out` is as it was: it exists, no transformers family computes the model, a
         value is NaN or infinite or too large for `dtype`, or the disk is too small.
     """
-    origin = getattr(model, "origin", None)
+    origin = model.origin
     if isinstance(tokenizer, str | os.PathLike):
         from jaxup.data.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(os.fspath(tokenizer))
-    carried = {} if origin is None or tokenizer is not None else carried_files(origin.path, origin.revision)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    inherited: dict[str, Any] = {"source": "a model made in Python"}
+    if origin is not None:
+        names = [origin.path, *(name for name, _ in (origin.plan.sources if origin.plan else ()))]
+        inherited = {
+            "source": origin.path, "plan": origin.plan, "model_type": origin.model_type,
+            # What may be Hub ids, without their revisions.
+            "base_models": [split_revision(name)[0] for name in dict.fromkeys(names) if not os.path.exists(name)],
+            "carried": carried_files(origin.path, origin.revision) if tokenizer is None else None,
+            "hf_extra": dict(origin.token_ids),
+        }  # fmt: skip
     write_model(
-        out, model.config, params, title=Path(out).name, source=origin.path if origin else "a model made in Python",
-        plan=None if origin is None else origin.plan, base_models=base_models(origin), dtype=dtype, tokenizer=tokenizer,
-        model_type=origin.model_type if origin else None, carried=carried,
-        hf_extra={name: list(i) if isinstance(i, tuple) else i for name, i in origin.token_ids} if origin else None,
-        force=force, max_shard_size=max_shard_size, progress=progress,
+        out, model.config, nnx.to_pure_dict(nnx.state(model, nnx.Param)), title=Path(out).name, dtype=dtype,
+        tokenizer=tokenizer, force=force, max_shard_size=max_shard_size, progress=progress, **inherited,
     )  # fmt: skip
 
 
@@ -74,11 +79,5 @@ def write_model(
     card = model_card(
         config, title=title, dtype=dtype or writer.main_dtype(params), plan=plan, source=source, base_models=base_models
     )
-    extra = {} if plan is None else {PLAN: plan.to_yaml()}
-    writer.save(Path(out), config, params, dtype=dtype, card=card, extra_files=extra, **how)
-
-
-def base_models(origin: Any) -> list[str]:
-    """What may be Hub ids among the model's sources, without their revisions."""
-    names = [] if origin is None else [origin.path, *(name for name, _ in (origin.plan.sources if origin.plan else ()))]
-    return [split_revision(name)[0] for name in dict.fromkeys(names) if not os.path.exists(name)]
+    extra = {CARD: card} if plan is None else {CARD: card, PLAN: plan.to_yaml()}
+    writer.save(Path(out), config, params, dtype=dtype, extra_files=extra, **how)

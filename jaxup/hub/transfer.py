@@ -55,7 +55,7 @@ def transfer(
     sharding = next(iter(shardings.values()))
     platforms = {device.platform for device in sharding.device_set}
     on_host = isinstance(sharding, SingleDeviceSharding) and platforms == {"cpu"}
-    target = (_Host if on_host else _Devices)(bill, config, shardings, casts, fresh)
+    target = (_Host if on_host else _Devices)(bill, spec(config), shardings, casts, fresh)
     finite = np.ones(len(moves), bool)
     total, done = sum(_nbytes(move.info) for move in moves), 0
     # Over a network it is the requests in flight that make the speed; here, more threads cost memory.
@@ -179,9 +179,9 @@ def _rows(move: _Move, rows: slice) -> tuple[np.ndarray, bool]:
 class _Host:
     """Leaves in the memory of this process, filled by the threads that read."""
 
-    def __init__(self, bill, config, shardings, casts, fresh):
+    def __init__(self, bill, table, shardings, casts, fresh):
         self._shardings, self._casts = shardings, casts
-        self._leaves = {path: aligned(param.shape, casts[path].leaf) for path, param in spec(config).items()}
+        self._leaves = {path: aligned(param.shape, casts[path].leaf) for path, param in table.items()}
         for path, leaf in self._leaves.items():
             if path in fresh:
                 leaf[...] = fresh[path]
@@ -219,8 +219,7 @@ class _Host:
 class _Devices:
     """Leaves on the devices of a mesh, or on one accelerator."""
 
-    def __init__(self, bill, config, shardings, casts, fresh):
-        table = spec(config)
+    def __init__(self, bill, table, shardings, casts, fresh):
         self._shardings, self._casts = shardings, casts
         # Of what stands beside the stacks there is nothing before it is put there.
         self._leaves: dict[str, Any] = {
@@ -242,7 +241,7 @@ class _Devices:
         sharding, shape = self._shardings[move.targets[0][0]], move.info.shape
         if isinstance(sharding, NamedSharding):
             mesh, matrix = sharding.mesh, len(shape) == 2
-            rows = [_axes(move.tensor, sharding).all_rows] if matrix else []
+            rows = [sum(_axes(move.tensor, sharding), ())] if matrix else []
             sharding = NamedSharding(mesh, PartitionSpec(*rows))
             if matrix:
                 shape = (-(-shape[0] // mesh.size) * mesh.size, shape[1])
@@ -275,25 +274,16 @@ class _Devices:
         return self._leaves
 
 
-class _Axes(NamedTuple):
-    """Mesh axes that split a matrix of the file: along its rows, along its columns, and those that do not."""
+def _axes(tensor: Tensor, target: NamedSharding) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Mesh axes that split a matrix of the file: along its rows, along its columns, and those that do not.
 
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    others: tuple[str, ...]
-
-    @property
-    def all_rows(self) -> tuple[str, ...]:
-        """The rows split over all: in this order every step to the leaf's own layout moves the last axis only."""
-        return self.rows + self.columns + self.others
-
-
-def _axes(tensor: Tensor, target: NamedSharding) -> _Axes:
+    With rows split over all of these, in this order, every step to the leaf's own layout moves the last axis only.
+    """
     spec = tuple(target.spec)[0 if tensor.layer is None else 1 :]
     first, second = spec[: tensor.row.inputs], spec[tensor.row.inputs :]
     rows, columns = (second, first) if tensor.row.layout == "linear" else (first, second)
     rows, columns = (tuple(name for name in names if name is not None) for names in (rows, columns))
-    return _Axes(rows, columns, tuple(name for name in target.mesh.axis_names if name not in rows + columns))
+    return rows, columns, tuple(name for name in target.mesh.axis_names if name not in rows + columns)
 
 
 @functools.lru_cache(maxsize=256)
@@ -327,12 +317,12 @@ def _placer(
             (slice(begin, end), slice(inputs)) if row.layout == "linear" else (slice(inputs), slice(begin, end))
         )
         if isinstance(target, NamedSharding):
-            axes = _axes(tensor, target)
+            by_rows, by_columns, _ = _axes(tensor, target)
             if x[rows, columns].shape == x.shape:
-                x = split(x, axes.rows + axes.columns, ())
+                x = split(x, by_rows + by_columns, ())
             else:
                 x = split(x, (), ())[rows, columns]
-            x = split(x, axes.rows, axes.columns)
+            x = split(x, by_rows, by_columns)
         else:
             x = x[rows, columns]
         return x.T if row.layout == "linear" else x
@@ -345,7 +335,7 @@ def _placer(
 
 
 def _report(moves: list[_Move], strict: bool) -> None:
-    names = [f"{move.tensor.name}" for move in moves]
+    names = [move.tensor.name for move in moves]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     message = f"{moves[0].checkpoint.storage.name}: NaN or infinity in {', '.join(names[:3])}{more}"
     if strict:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxup.depth.materials import common
 from jaxup.errors import UserError, suggest
@@ -24,7 +25,7 @@ from jaxup.families.layouts import Tensor, expected_tensors, to_file
 from jaxup.files import manifest
 from jaxup.files.shards import DTYPES, INDEX, SINGLE, Stored, index, json_bytes, parse_size, split, write_shard
 from jaxup.files.staging import check_space, staged_directory
-from jaxup.hub.directory import CARD, MARKS
+from jaxup.hub.directory import MARKS
 from jaxup.hub.reader import is_finite
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _OWN = ("config.json", SINGLE, INDEX, manifest.NAME)
+_TOKEN_IDS = ("bos_token_id", "eos_token_id")
 
 Fetch = Callable[[Tensor], list[np.ndarray]]
 
@@ -49,34 +51,23 @@ def save(
     model_type: str | None = None,
     carried: Mapping[str, bytes] | None = None,
     hf_extra: Mapping[str, Any] | None = None,
-    card: str | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
     force: bool = False,
     max_shard_size: int | str = "5GB",
     progress: bool = False,
 ) -> None:
-    """Writes the directory `out`; UserError, and nothing written, if that cannot be done.
+    """Writes the directory `out`; arguments that are not here, and errors, are those of `jaxup.save`.
 
     Args:
       params: the tree of `abstract(config)`, of numpy or jax arrays. Biases that the transformers
         family has and the model lacks are written as zeros. If jax arrays span processes, all
         processes must call this, and all return or raise together; else whoever calls it writes.
-      tokenizer: one of transformers'; it is saved, and its eos and bos go into the configs.
-      dtype: of the tensors; None keeps what each has, and config.json names that of most.
+      tokenizer: one of transformers'; its eos and bos go into the configs.
       model_type: the family to prefer where several can express the model.
       carried: files of the model that this one comes from, written as they are: the tokenizer's,
-        the chat template, generation_config.json. A `tokenizer` takes their place.
+        the chat template, generation_config.json. A `tokenizer` takes their place, and that of
       hf_extra: keys of that model's config.json to keep: bos_token_id, eos_token_id, pad_token_id.
-        A `tokenizer` takes their place.
-      card: the text of README.md.
       extra_files: plain file names and their contents.
-      force: replaces `out` if it is empty or holds a model.
-      max_shard_size: bytes, or such as "5GB"; only a larger tensor makes a larger file.
-      progress: show it on stderr.
-
-    Raises:
-      UserError: any of these does not fit the others; `out` exists, or is being written; the disk
-        is too small or fills up; a value is NaN or infinite, or too large for `dtype`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} cannot be saved{suggest(dtype, DTYPES)}")
@@ -85,23 +76,18 @@ def save(
     family, exported = with_family_biases(config, model_type)
     most = dtype or main_dtype(params)
     tensors = [
-        Stored(tensor, DTYPES[dtype or _widest(tensor, leaves, most)])
+        Stored(tensor, DTYPES[dtype or common(leaves[p].dtype.name for p in tensor.paths if p in leaves) or most])
         for tensor in expected_tensors(family.rows(spec(exported)), spec(exported))
     ]
     shards = split(tensors, max_shard_size)
 
-    texts: dict[str, bytes] = {}
-    if tokenizer is None:
-        texts |= carried or {}
-        ids = {"bos_token_id": None, "eos_token_id": None, **(hf_extra or {})}
-    else:
-        ids = {name: _token_id(tokenizer, name, config) for name in ("bos_token_id", "eos_token_id")}
-    hf = config_to_hf(
-        config, dtype=most, eos_token_id=ids["eos_token_id"], bos_token_id=ids["bos_token_id"], model_type=model_type
-    )
-    hf |= ids
-    texts.setdefault("generation_config.json", json_bytes({k: ids[k] for k in ("bos_token_id", "eos_token_id")}))
-    for name, content in [*([] if card is None else [(CARD, card)]), *(extra_files or {}).items()]:
+    texts = dict(carried or {}) if tokenizer is None else {}
+    of_config: dict[str, Any] = {**dict.fromkeys(_TOKEN_IDS), **(hf_extra or {})}
+    ids = of_config if tokenizer is None else {name: _token_id(tokenizer, name, config) for name in _TOKEN_IDS}
+    named = {name: ids[name] for name in _TOKEN_IDS}
+    hf = config_to_hf(config, dtype=most, model_type=model_type, **named) | ids
+    texts.setdefault("generation_config.json", json_bytes(named))
+    for name, content in (extra_files or {}).items():
         if name in texts:
             raise UserError(f"extra file {name!r} is not a plain file name of its own")
         texts[name] = content.encode() if isinstance(content, str) else content
@@ -121,8 +107,7 @@ def save(
             (directory / "config.json").write_bytes(json_bytes(hf))
             if len(shards) > 1:
                 (directory / INDEX).write_bytes(index(shards))
-            digests = _write_shards(directory, shards, fetch, progress=progress)
-            manifest.write_manifest(directory, digests)
+            manifest.write_manifest(directory, _write_shards(directory, shards, fetch, progress))
 
     fetch = functools.partial(_fetch, leaves)
     if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in leaves.values()):
@@ -156,10 +141,6 @@ def main_dtype(params: Params) -> str:
     return counts.most_common(1)[0][0]
 
 
-def _widest(tensor: Tensor, leaves: Mapping[str, Any], default: str) -> str:
-    return common(leaves[path].dtype.name for path in tensor.paths if path in leaves) or default
-
-
 def _token_id(tokenizer: PreTrainedTokenizerBase, name: str, config: ModelConfig) -> int | None:
     token = getattr(tokenizer, name)
     if token is not None and not 0 <= token < config.vocab_size:
@@ -180,36 +161,26 @@ def _fetch(leaves: Mapping[str, Any], tensor: Tensor) -> list[np.ndarray]:
 
 def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
     if isinstance(leaf, jax.Array):
-        if not leaf.is_fully_addressable and isinstance(leaf.sharding, jax.sharding.NamedSharding):
-            sharding = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
-            return np.asarray(
-                _replicated(sharding)(leaf) if layer is None else _replicated_layer(sharding)(leaf, layer)
-            )
+        if not leaf.is_fully_addressable and isinstance(leaf.sharding, NamedSharding):
+            return np.asarray(_layer_of(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf, layer))
         if {device.platform for device in leaf.devices()} != {"cpu"} or len(leaf.devices()) > 1:
             # Of the layer only: what is taken off a device whole stays on the host as long as the array.
-            return np.asarray(leaf if layer is None else _layer_of(leaf, layer))
+            return np.asarray(leaf if layer is None else _layer_of(None)(leaf, layer))
         leaf = np.asarray(leaf)  # a view
     return leaf if layer is None else leaf[layer]
 
 
 @functools.cache
-def _replicated(sharding: jax.sharding.NamedSharding) -> Callable:
-    return jax.jit(lambda leaf: leaf, out_shardings=sharding)
+def _layer_of(sharding: NamedSharding | None) -> Callable[[jax.Array, int | None], jax.Array]:
+    """With the layer an argument: leaf[layer] is one program for each layer."""
+
+    def take(leaf: jax.Array, layer: int | jax.Array | None) -> jax.Array:
+        return leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+    return jax.jit(take, out_shardings=sharding)
 
 
-@functools.cache
-def _replicated_layer(sharding: jax.sharding.NamedSharding) -> Callable:
-    return jax.jit(_layer_of, out_shardings=sharding)
-
-
-@jax.jit  # with the layer an argument: leaf[layer] is one program for each layer
-def _layer_of(leaf: jax.Array, layer: int | jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-
-
-def _write_shards(
-    directory: Path, shards: Mapping[str, list[Stored]], fetch: Fetch, *, progress: bool
-) -> dict[str, str]:
+def _write_shards(directory: Path, shards: Mapping[str, list[Stored]], fetch: Fetch, progress: bool) -> dict[str, str]:
     """The digests of the files written."""
     total, done, began = sum(stored.nbytes for shard in shards.values() for stored in shard), 0, time.monotonic()
     bar = Progress("saving", total=math.ceil(total / 1e6), unit="MB", shown=progress)
