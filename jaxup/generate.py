@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from jaxup.errors import Parser, UserError, entry_point, within
-from jaxup.hub.text_generation import Prompt, Writing, check_options, encode, stop_ids
+from jaxup.hub.text_generation import OPTIONS, Prompt, Writing, check_options, encode, stop_ids
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -27,7 +27,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--max-tokens", metavar="N", type=int, default=100, help="new tokens at most (100)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--temperature", metavar="T", type=float, default=0.8, help="divides the logits (0.8); 0 = greedy")
-    how.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    how.add_argument("--greedy", action="store_const", dest="temperature", const=0.0, help="always the likeliest token")
     add("--top-k", metavar="K", type=int, default=0, help="draw from the K likeliest tokens; 0 = from all (0)")
     add("--top-p", metavar="P", type=float, default=1.0, help="draw from the fewest tokens that hold P of it (1)")
     add("--seed", metavar="N", type=int, default=0, help="the same seed gives the same text (0)")
@@ -36,8 +36,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--strict", action="store_true", help="refuse NaN and infinite parameters instead of warning")
     add("--allow-pickle", action="store_true", help="read pytorch_model.bin if there are no safetensors")
     args = parser.parse_args(argv[1:])
-    if args.greedy:
-        args.temperature = 0.0
     check_options(vars(args), lambda name: f"--{name.replace('_', '-')}")
     if args.system is not None and not args.chat:
         raise UserError("--system goes with --chat")
@@ -92,14 +90,11 @@ def main(argv: list[str]) -> None:
     with within("--chat"):
         for prompt in prompts:  # what cannot be spelt is refused before the model is read
             encode(tokenizer, prompt)
-    model = load(args.model, dtype=args.dtype, revision=args.revision, strict=args.strict,
-                 allow_pickle=args.allow_pickle, progress=True)  # fmt: skip
+    how = {name: getattr(args, name) for name in ("dtype", "revision", "strict", "allow_pickle")}
+    model = load(args.model, progress=True, **how)
 
     began = time.monotonic()
-    writing = Writing(
-        model, tokenizer, prompts, eos_ids=ends, max_tokens=args.max_tokens, temperature=args.temperature,
-        top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-    )  # fmt: skip
+    writing = Writing(model, tokenizer, prompts, eos_ids=ends, **{name: getattr(args, name) for name in OPTIONS})
     written = ["" if args.chat else text for text in texts]
     single = len(texts) == 1
     if single:

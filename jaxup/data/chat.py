@@ -1,10 +1,8 @@
 """Chat data as a training run reads it: conversations in packed rows, each a segment of its own.
 
-Files are rendered and tokenised as a stream, split into train and validation, packed and written into a store
+Files are rendered and tokenised as a stream, split by a hash of each text, packed and written into a store
 (`prepare_chat.py`, `packed.py`), which is found again by what it was made from. A conversation longer than a row is
 dropped, never cut, and so is one that leaves nothing to predict; both are counted.
-
-A conversation's split is drawn by a hash of its text, so equal ones are never on both sides.
 """
 
 from __future__ import annotations
@@ -59,8 +57,7 @@ class ChatData(Data):
         )
 
     def example(self, color: bool) -> str:
-        """One conversation of training as the model sees it; see `show`."""
-        # A row has its longest conversation first.
+        """One conversation of training as the model sees it; see `show`. A row has its longest one first."""
         held = self.train.conversations(0)
         return show(self.format, held[len(held) // 2], color)
 
@@ -85,8 +82,8 @@ class ChatData(Data):
 def open_chat(config: ChatConfig, *, tokenizer: PreTrainedTokenizerBase, root: str) -> ChatData:
     """The rows that `config` describes; they are made first if their store is not there.
 
-    What the formats warn of goes to stderr, a line each. Raises UserError, in one line, for data, a format or a
-    setting that will not do, a store of other rows, or one that another process is making.
+    What the formats warn of goes to stderr. UserError for data, a format or a setting that will not do, a store of
+    other rows, or one that another process is making.
     """
     check_config(config)
     with within("data."), _plain_warnings():
@@ -158,9 +155,8 @@ def _open_files(config: ChatConfig, root: str) -> dict[str, Conversations]:
                 (write_docstrings(path, root, config.seed) if is_docstrings(path) else path, weight)
                 for path, weight in split_spec(getattr(config, key))
             ]
-            streams[key] = open_conversations(
-                files, layout=config.layout or None, seed=config.seed, on_bad=config.on_bad
-            )
+            layout = config.layout or None
+            streams[key] = open_conversations(files, layout=layout, seed=config.seed, on_bad=config.on_bad)
     return streams
 
 

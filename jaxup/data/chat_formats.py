@@ -51,14 +51,12 @@ _SENTINEL = "\ue000jaxup\ue001"  # stands for a turn's text, to see what a templ
 def open_format(name: str | None, tokenizer: PreTrainedTokenizerBase) -> Format:
     """The format of that name, or with None the tokenizer's own chat template.
 
-    Warns when the tokenizer lacks special tokens that the format is made of. Raises UserError for an unknown name and
-    for a tokenizer that will not do. A missing template is an error of the first conversation: segments need none.
+    Warns when the tokenizer lacks special tokens that the format is made of. UserError for an unknown name and a
+    tokenizer that will not do. A missing template is an error of the first conversation: segments need none.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise UserError(
-            "chat format: the tokenizer is one in pure Python, which does not say what characters a token is made of;"
-            " save it with a tokenizer.json"
-        )
+        what = "the tokenizer is one in pure Python, which does not say what characters a token is made of"
+        raise UserError(what, at="chat format", hint="save it with a tokenizer.json")
     if name is None:
         return TemplateFormat(tokenizer)
     name = ALIASES.get(name, name)
@@ -215,11 +213,8 @@ class TemplateFormat(Format):
         asked = self._render(messages[:i], asks=True)
         told = self._render(messages[: i + 1])
         if not told.startswith(asked) or not whole.startswith(told):
-            raise UserError(
-                f"the chat template spells what is before the end of {turn}, in another way once the conversation"
-                " goes on: no telling what to train on",
-                hint=_NAME_ONE,
-            )
+            what = f"the chat template spells what is before the end of {turn}, in another way once the conversation"
+            raise UserError(f"{what} goes on: no telling what to train on", hint=_NAME_ONE)
         if self._asks is None:
             self._asks = asked != self._render(messages[:i])
         start, said = len(asked), messages[i]["content"].strip()
@@ -240,9 +235,8 @@ class TemplateFormat(Format):
         model = self._render([*messages[:i], messages[i] | {"content": _SENTINEL}, *messages[i + 1 :]])
         before, _, after = model.partition(_SENTINEL)
         end = len(whole) - len(after)
-        if not (whole.startswith(before) and whole.endswith(after)):
-            end = -1
-        if whole[len(before) : end].strip() != messages[i]["content"].strip():
+        around = whole.startswith(before) and whole.endswith(after)
+        if not around or whole[len(before) : end].strip() != messages[i]["content"].strip():
             what = f"the chat template changes text of turn {i + 1}: no telling what to train on"
             raise UserError(what, hint=_NAME_ONE)
         return len(before), end
@@ -250,8 +244,8 @@ class TemplateFormat(Format):
     def _marked(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """The text, and what is inside of `{% generation %}` marks as [start, end) of its characters.
 
-        transformers' `return_assistant_tokens_mask` is made of these. That mask would not say which turn is which, and
-        loses replies that begin with a blank where the tokenizer trims its offsets.
+        The mask that transformers makes of these does not say which turn is which, and loses replies that begin with a
+        blank where the tokenizer trims its offsets.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 

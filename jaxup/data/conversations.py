@@ -46,7 +46,7 @@ class Conversations:
         return {file.path: file.layout for files, _ in self.mixed for file in files}
 
     def __iter__(self) -> Iterator[Conversation | Segments]:
-        """Raises UserError at the first bad row, or, when those are skipped, warns at the end how many there were.
+        """UserError at the first bad row, or, when those are skipped, a warning at the end how many there were.
 
         UserError also for a file that cannot be read, and, at the end, when there was no conversation.
         """
@@ -118,8 +118,7 @@ def open_conversations(
     """The conversations of all `files`, each a path or dataset and its weight, or "a.jsonl*2,b.parquet*0.5".
 
     In the string form a path holds no comma and no "*", unless the string is just the one path. `layout` None: that
-    of each file is detected from its first rows. Raises UserError, in one line, for what is not there or not chat
-    data; reads no more than the first rows and what the fingerprint needs. A hub dataset is downloaded.
+    of each file is detected from its first rows. UserError for what is not there or not chat data.
     """
     if layout is not None and layout not in LAYOUTS:
         raise UserError(f"layout={layout!r}: no such layout{suggest(layout, LAYOUTS)}")

@@ -47,8 +47,8 @@ class TokenData(Data):
 def open_data(config: DataConfig, *, root: str) -> TokenData:
     """The tokens that `config` describes; they are made first if their store is not there.
 
-    Raises UserError, in one line, for a source or tokenizer that will not do, a store of other tokens,
-    or one that another process is making.
+    UserError for a source or tokenizer that will not do, a store of other tokens, or one that another
+    process is making.
     """
     if config.seq_len < 1:
         raise UserError("must be at least 1", at=f"seq_len={config.seq_len}")

@@ -10,8 +10,7 @@ A source is named by one string:
 | a directory with train.bin and val.bin | nanoGPT's flat uint16 tokens | the two files |
 | `NAME` or `NAME:CONFIG` | a dataset on the Hugging Face hub | its own splits, else `train_test_split` |
 
-Documents come in a fixed order and are never all in memory. `./python` reaches a directory that
-happens to be called python.
+Documents come in a fixed order and are never all in memory. `./python` is a directory of that name.
 """
 
 from __future__ import annotations
@@ -85,10 +84,7 @@ class Source:
 
 
 def open_source(spec: str, *, val_fraction: float, seed: int) -> Source:
-    """The source that `spec` names. Reads no more than the fingerprint needs; a hub dataset is downloaded.
-
-    Raises UserError, in one line, when there is none, it holds no text or a package is missing.
-    """
+    """The source that `spec` names; UserError when there is none, it holds no text or a package is missing."""
     if not 0 < val_fraction < 1:
         raise UserError("must lie between 0 and 1", at=f"val_fraction={val_fraction}")
     path = Path(spec).expanduser()

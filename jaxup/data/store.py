@@ -8,8 +8,7 @@
 
 That is a store of text; of one of chats (meta.json: `"kind": "chat"`) the arrays are described in `packed.py`. Row r
 of text holds the tokens [r*seq_len, r*seq_len + seq_len] of the stream, both ends included: rows overlap
-by one token, so that each next-token pair is in exactly one of them. All access goes through
-TensorStore, local files included: there is one code path.
+by one token, so that each next-token pair is in exactly one of them.
 """
 
 from __future__ import annotations

@@ -41,8 +41,7 @@ def bpe_vocab_size(spec: str) -> int:
 def load_tokenizer(spec: str, *, name: str = "") -> PreTrainedTokenizerBase:
     """The Hugging Face tokenizer in the directory `spec`, or of that hub id; from the local cache if it is there.
 
-    No code that comes with a tokenizer is ever run. Raises UserError, in one line, on any failure; `name` is what it
-    calls the directory.
+    No code that comes with a tokenizer is ever run. UserError on any failure; `name` is what it calls the directory.
     """
     path, name = Path(spec).expanduser(), name or spec
     if bpe_vocab_size(spec):
@@ -83,11 +82,9 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(documents, trainer)
     special = dict.fromkeys(("eos_token", "bos_token", "unk_token"), END_OF_TEXT)
@@ -98,7 +95,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex hash of all that decides the ids of a text: vocabulary, merges, normaliser, added tokens, EOS.
 
     Truncation, padding and the template of special tokens are left out: token stores use none of
-    them, and calling a tokenizer may change them. Saving and loading does not change the hash.
+    them, and calling a tokenizer may change them.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in pure Python

@@ -5,6 +5,7 @@ A parser takes any JSON value, and raises ValueError saying what is accepted.
 
 from __future__ import annotations
 
+import functools
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -52,16 +53,8 @@ def size(value: Any, smallest: int = 1, largest: int = _MAX_SIZE) -> int:
     return value
 
 
-def layers(value: Any) -> int:
-    return size(value, largest=_MAX_LAYERS)
-
-
-def count(value: Any) -> int:
-    return size(value, smallest=0)
-
-
-def optional_size(value: Any) -> int | None:
-    return None if value is None else size(value)
+layers = functools.partial(size, largest=_MAX_LAYERS)
+count = functools.partial(size, smallest=0)
 
 
 def positive(value: Any) -> float:
@@ -70,8 +63,11 @@ def positive(value: Any) -> float:
     return float(value)
 
 
-def optional_positive(value: Any) -> float | None:
-    return None if value is None else positive(value)
+def _optional(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else parse(value)
+
+
+optional_size, optional_positive = _optional(size), _optional(positive)
 
 
 def optional_weight(value: Any) -> float:

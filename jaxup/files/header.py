@@ -51,9 +51,9 @@ def read_header(storage: Storage, file: str) -> dict[str, TensorInfo]:
         raise UserError(f"{shown}: malformed safetensors header: __metadata__ must hold strings")
     spans, infos = [], {}
     for name, entry in header.items():
-        problem, begin, end = _check(entry)
-        if problem:
+        if problem := _wrong(entry):
             raise UserError(f"{shown}: malformed safetensors header: tensor {name[:200]!r}: {problem}")
+        begin, end = entry["data_offsets"]
         spans.append((begin, end, name))
         infos[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
     position = 0
@@ -76,20 +76,20 @@ def read_header(storage: Storage, file: str) -> dict[str, TensorInfo]:
     return infos
 
 
-def _check(entry: Any) -> tuple[str, int, int]:
-    """(what is wrong with one tensor's entry or "", begin, end)."""
+def _wrong(entry: Any) -> str | None:
+    """What is wrong with one tensor's entry."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        return "must have dtype, shape and data_offsets and nothing else", 0, 0
+        return "must have dtype, shape and data_offsets and nothing else"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        return f"unknown dtype {str(dtype)[:20]!r}", 0, 0
+        return f"unknown dtype {str(dtype)[:20]!r}"
     if not _are_sizes(shape) or len(shape) > _MAX_RANK:
-        return "shape must be a short list of sizes", 0, 0
+        return "shape must be a short list of sizes"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return "data_offsets must be two increasing offsets", 0, 0
+        return "data_offsets must be two increasing offsets"
     if math.prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
-        return f"{offsets[1] - offsets[0]} bytes do not hold {dtype}{shape}", 0, 0
-    return "", *offsets
+        return f"{offsets[1] - offsets[0]} bytes do not hold {dtype}{shape}"
+    return None
 
 
 def _are_sizes(values: Any) -> bool:

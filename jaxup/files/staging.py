@@ -22,9 +22,8 @@ from jaxup.errors import UserError
 def staged_directory(out: str | Path, *, force: bool, marks: tuple[str, ...]) -> Iterator[Path]:
     """Yields an empty directory that becomes `out` when the block ends well, else disappears.
 
-    An existing `out` is refused, or with `force` replaced if it is empty or holds one of the files
-    `marks` (so that a mistyped path cannot delete something else). UserError for that, for a
-    parent that is missing or cannot be written, and for a disk that fills up meanwhile.
+    UserError as of `check_replaceable`, for a parent that is missing or cannot be written, and for a
+    disk that fills up meanwhile.
     """
     out = Path(os.path.abspath(out))
     if not out.name or not out.parent.is_dir():
@@ -91,6 +90,8 @@ def check_space(directory: Path, out: str | Path, needed: int) -> None:
 
 
 def check_replaceable(out: Path, force: bool, marks: tuple[str, ...]) -> None:
+    """UserError if `out` exists, but with `force` only if it is not empty and holds none of the files `marks`: a
+    mistyped path cannot delete something else."""
     if not os.path.lexists(out):
         return
     if not force:

@@ -1,7 +1,6 @@
 """Where a model directory lies: a local path, a Hugging Face Hub id, or gs://, s3://, https://.
 
-All that reading a model needs is in `Storage`: does a file exist, does it reach so far, and these
-bytes of it. A model directory is untrusted input: names of files come from its index.
+A model directory is untrusted input: names of files come from its index.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ _SMALL = 4 * 2**20  # bytes; a config, or the index of 30,000 tensors
 
 @runtime_checkable
 class Storage(Protocol):
+    """All that reading a model needs of where it lies."""
+
     name: str  # as the user knows it, for messages
 
     def exists(self, file: str) -> bool: ...
@@ -136,11 +137,7 @@ class Local:
 
 
 class _Hub(Local):
-    """A model on the Hugging Face Hub, each file fetched into its cache when first asked for.
-
-    Token, endpoint, cache and offline mode are huggingface_hub's own: HF_TOKEN, HF_ENDPOINT,
-    HF_HUB_CACHE, HF_HUB_OFFLINE.
-    """
+    """A model on the Hugging Face Hub, each file fetched into its cache when first asked for."""
 
     def __init__(self, repo: str, revision: str | None):
         self.name, self._repo = repo if revision is None else f"{repo} at {revision}", repo

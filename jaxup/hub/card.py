@@ -20,8 +20,7 @@ def model_card(
     """README.md: what the model is, its sizes, and where every layer came from.
 
     `source` is the model or run that it was made from, in words; without a `plan` its layers are the
-    source's. `base_models` that are not Hub ids are left out of the front matter, where the Hub
-    would refuse them. `picture` is a file beside the card. Names may hold anything.
+    source's. Of `base_models` only Hub ids are kept. `picture` is a file beside the card.
     """
     front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["jaxup"]}
     if bases := [name for name in base_models if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII)]:
@@ -47,11 +46,10 @@ def model_card(
     if plan is None:
         lines.append(f"Layers as in {_code(source)}.")
     else:
-        lines += [
-            "`0` original, `X` copy, `z` zeroed copy, `p` partly inherited, `n` new.",
-            "",
-            _block(plan.describe()),
-        ]
+        text = printable(plan.describe())
+        fence = backticks(text)
+        lines += ["`0` original, `X` copy, `z` zeroed copy, `p` partly inherited, `n` new.", ""]
+        lines.append(f"{fence}text\n{text}\n{fence}")
     if picture is not None:
         lines += ["", f"![Each layer of the result, and the layer it was made from]({picture})"]
     return "\n".join(lines) + "\n"
@@ -62,8 +60,3 @@ def _code(text: str) -> str:
     text = " ".join(printable(text).split())[:200] or "?"
     fence = backticks(text, 1)
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
-
-
-def _block(text: str) -> str:
-    fence = backticks(text)
-    return f"{fence}text\n{printable(text)}\n{fence}"

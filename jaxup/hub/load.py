@@ -72,10 +72,9 @@ def load(
       progress: show it on stderr.
 
     Raises:
-      UserError: before anything is allocated, if the files are not exactly the model that
-        config.json describes, a config says what no `ModelConfig` can represent, a header is
-        malformed, or a link leaves the directory. After reading, if a file is not the one that its
-        jaxup manifest describes (looked at where one process loads a local directory).
+      UserError: before anything is allocated, if the files are not exactly the model that config.json
+        describes, or that is none. After reading, if a file is not the one that its jaxup manifest
+        describes (looked at where one process loads a local directory).
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} cannot be loaded{suggest(dtype, DTYPES)}")

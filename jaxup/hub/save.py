@@ -39,8 +39,7 @@ def save(
 
     Args:
       model: its params may have any sharding.
-      tokenizer: one of transformers', or a directory or Hub id that holds one; replaces that which
-        the model came with.
+      tokenizer: or a directory or Hub id that holds one; replaces that which the model came with.
       dtype: of the tensors: "float32", "bfloat16" or "float16". None keeps what each has.
       max_shard_size: of a file: bytes, or such as "5GB" (10^9) or "2GiB" (2^30).
       force: replaces `out` if it is empty or holds a model.
@@ -63,7 +62,7 @@ def save(
             # What may be Hub ids, without their revisions.
             "base_models": [split_revision(name)[0] for name in dict.fromkeys(names) if not os.path.exists(name)],
             "carried": carried_files(origin.path, origin.revision) if tokenizer is None else None,
-            "hf_extra": dict(origin.token_ids),
+            "hf_extra": {name: list(i) if isinstance(i, tuple) else i for name, i in origin.token_ids},
         }  # fmt: skip
     write_model(
         out, model.config, nnx.to_pure_dict(nnx.state(model, nnx.Param)), title=Path(out).name, dtype=dtype,

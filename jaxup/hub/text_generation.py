@@ -34,7 +34,7 @@ def generate(
 
     Args:
       model: as `jaxup.load` or training gives one; it computes in the dtype of its `compute`.
-      tokenizer: one of transformers', the model's own.
+      tokenizer: the model's own.
       prompts: each a text that is gone on with, or a chat such as `[{"role": "user", "content": "Why?"}]`,
         spelt by the tokenizer's chat template.
       max_tokens: new tokens of each at most.
@@ -42,15 +42,14 @@ def generate(
       top_k: draw from the likeliest so many tokens; 0 = from all.
       top_p: draw from the fewest tokens that hold so much of the probability.
       seed: the same seed gives the same text.
-      eos_ids: tokens that end a text; None = those of the directory that the model was loaded from,
-        else the tokenizer's.
+      eos_ids: tokens that end a text; None: as the model's directory says, else the tokenizer's.
 
     Raises:
       UserError: a value that cannot be, a prompt without tokens or with those of another tokenizer,
         a chat without a template, or more positions than the model has.
     """
-    writing = Writing(model, tokenizer, prompts, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
-                      top_p=top_p, seed=seed, eos_ids=eos_ids)  # fmt: skip
+    how = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    writing = Writing(model, tokenizer, prompts, eos_ids=eos_ids, **how)
     pieces = [*writing, writing.rest()]
     return ["".join(row) for row in zip(*pieces, strict=True)]
 
@@ -96,15 +95,19 @@ class Writing:
         return [text.rest() for text in self._texts]
 
 
+# How `generate` draws: what a value must be, as a test and in words.
+OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_tokens": (lambda n: n >= 1, "at least 1"),
+    "temperature": (lambda t: 0 <= t < math.inf, "a number and not negative"),
+    "top_k": (lambda k: k >= 0, "not negative"),
+    "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1"),
+    "seed": (lambda n: 0 <= n < 2**32, "between 0 and 2^32 - 1"),
+}
+
+
 def check_options(options: Mapping[str, Any], spelt: Callable[[str], str] = "generate: {}".format) -> None:
     """UserError for a value of `generate` that cannot be; `spelt` is how the user knows a name."""
-    for name, good, wanted in (
-        ("max_tokens", lambda n: n >= 1, "at least 1"),
-        ("temperature", lambda t: 0 <= t < math.inf, "a number and not negative"),
-        ("top_k", lambda k: k >= 0, "not negative"),
-        ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
-        ("seed", lambda n: 0 <= n < 2**32, "between 0 and 2^32 - 1"),
-    ):
+    for name, (good, wanted) in OPTIONS.items():
         if not good(options[name]):
             raise UserError(f"{spelt(name)} must be {wanted}, not {options[name]}")
 
@@ -136,10 +139,8 @@ def stop_ids(directory: Path | None, tokenizer: PreTrainedTokenizerBase) -> tupl
 class Detokenizer:
     """The text of tokens that come one by one, after those of `prompt`; in whole characters only.
 
-    The pieces together are what `tokenizer.decode` of all tokens has after the prompt, save where a
-    decoder takes back what it had (bytes that turn out to be no text). A token's text depends on its
-    neighbours (bytes of one character, the blank before the first word), so each piece is the
-    difference between two decoded ends of the tokens: from the piece before on.
+    A token's text depends on its neighbours (bytes of one character, the blank before the first word),
+    so each piece is the difference between two decoded ends of the tokens: from the piece before on.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]):

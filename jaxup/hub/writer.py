@@ -1,7 +1,6 @@
 """Writes a model as a directory that transformers loads; see `staging` for why it is never half there.
 
-Tensors are taken off the devices, cast and written one at a time. Where the arrays span processes,
-every process calls `save`: each tensor is gathered by all and written by process 0.
+Tensors are taken off the devices, cast and written one at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxup.depth.materials import common
@@ -207,7 +207,7 @@ def _cast(stored: Stored, parts: list[np.ndarray]) -> np.ndarray:
 
 # ---- several processes
 
-_NEXT, _DONE, _FAILED = range(3)
+_NEXT = "\1"  # what process 0 says before it gathers a tensor; in the end it says what went wrong, or nothing
 
 
 def _together(write: Callable[[Fetch], None], fetch: Fetch, tensors: list[Tensor]) -> None:
@@ -217,13 +217,13 @@ def _together(write: Callable[[Fetch], None], fetch: Fetch, tensors: list[Tensor
     in the next gather for ever.
     """
     if jax.process_index() != 0:
-        for tensor in tensors:
-            if not _goes_on():
-                return
-            fetch(tensor)
-        _goes_on()
+        left = iter(tensors)
+        while (word := _broadcast()) == _NEXT:
+            fetch(next(left))
+        if word:
+            raise UserError(word)
         return
-    ending, text = _FAILED, "process 0 was interrupted"
+    word = "process 0 was interrupted"
 
     def lead(tensor: Tensor) -> list[np.ndarray]:
         _broadcast(_NEXT)
@@ -231,26 +231,15 @@ def _together(write: Callable[[Fetch], None], fetch: Fetch, tensors: list[Tensor
 
     try:
         write(lead)
-        ending, text = _DONE, ""
+        word = ""
     except Exception as error:
-        text = str(error)
+        word = str(error) or repr(error)
         raise
     finally:
-        _broadcast(ending, text)
+        _broadcast(word)
 
 
-def _goes_on() -> bool:
-    status, text = _broadcast()
-    if status == _FAILED:
-        raise UserError(text)
-    return status == _NEXT
-
-
-def _broadcast(status: int = _NEXT, text: str = "") -> tuple[int, str]:
-    from jax.experimental import multihost_utils
-
-    message = np.zeros(1024, np.uint8)
-    sent = bytes([status]) + text.encode()[:1000]
-    message[: len(sent)] = np.frombuffer(sent, np.uint8)
-    message = np.asarray(multihost_utils.broadcast_one_to_all(message))
-    return int(message[0]), message[1:].tobytes().rstrip(b"\0").decode(errors="replace")
+def _broadcast(word: str = "") -> str:
+    """What process 0 says."""
+    message = np.frombuffer(word.encode()[:1000].ljust(1000, b"\0"), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(message)).tobytes().rstrip(b"\0").decode(errors="replace")
