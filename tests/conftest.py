@@ -1,9 +1,14 @@
-"""What holds for all tests: eight CPU devices, no network, shapes and types checked at run time."""
+"""What holds for all tests: eight CPU devices, no network, shapes and types checked at run time; what they share."""
 
+import atexit
+import fcntl
+import gc
 import importlib
 import importlib.metadata
 import os
+import shutil
 import sys
+import tempfile
 
 # Before jax is imported: it reads them once.
 # The programs of the tests are tiny: compiling them takes far longer than running them.
@@ -13,6 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",  # the other processor has tests of its own
         # They go through MLIR, which takes four times as long. Newer versions know no other way, and end at a flag
         # that they do not know.
         "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "",
@@ -21,19 +27,80 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# What one process has compiled no other compiles again. Workers and the processes of tests inherit the environment of
+# the first process, which made the directory and removes it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxup-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
 import hypothesis
 import jaxtyping
 import pytest
 
 # How long an example takes says more of the machine than of the code.
-hypothesis.settings.register_profile("jaxup", deadline=None)
-hypothesis.settings.load_profile("jaxup")
+hypothesis.settings.register_profile("gate", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
 
 jaxtyping.install_import_hook("jaxup", "beartype.beartype")
 
 import jax  # noqa: E402
+import processes  # noqa: E402
+import runs  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """The tests that everyone runs try the same examples each time; those that search, with `-m slow`, new ones."""
+    hypothesis.settings.load_profile("gate" if "not slow" in config.getoption("markexpr") else "search")
+
+
+def pytest_collection_finish():
+    """The garbage collector need not look through all modules again and again: they stay."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """made_once(name, make) -> the directory that `make(directory)` fills: by the worker that asks first, for all."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def made(name, make):
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / f"{name}.made").exists():
+                shutil.rmtree(root / name, ignore_errors=True)
+                (root / name).mkdir()
+                make(root / name)
+                (root / f"{name}.made").touch()
+        return root / name
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def corpus(made_once):
+    return made_once("corpus", runs.write_corpus)
+
+
+@pytest.fixture(scope="session")
+def finished(made_once, corpus):
+    """An uninterrupted run of `runs.arguments`, in a process of its own with one device, and what it printed.
+
+    It is not for writing into.
+    """
+
+    def make(directory):
+        # A relative path, as by default.
+        done = processes.run("-m", "jaxup.train", *runs.arguments(corpus, "whole"), cwd=directory)
+        (directory / "stdout").write_text(done.stdout)
+
+    directory = made_once("runs", make)
+    return directory / "whole", (directory / "stdout").read_text()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """`jaxup.build`: plans carried out on files, against a naive loop over arrays, and what may go wrong on the way."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -7,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 import warnings
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import processes
 import pytest
 import safetensors.numpy
 import yaml
@@ -214,14 +214,14 @@ def check_case(tmp_path_factory, case, sparse):
         shutil.rmtree(root)
 
 
-@settings(max_examples=15, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=15, phases=[Phase.generate])
 @given(cases(), st.booleans())
 def test_any_plan_is_a_loop_over_layers(tmp_path_factory, case, sparse):
     check_case(tmp_path_factory, case, sparse)
 
 
 @pytest.mark.slow
-@settings(max_examples=400, database=None)
+@settings(max_examples=400)
 @given(cases(), st.booleans())
 def test_many_plans_are_loops_over_layers(tmp_path_factory, case, sparse):
     check_case(tmp_path_factory, case, sparse)
@@ -508,9 +508,7 @@ def test_no_more_is_in_memory_than_a_few_chunks(tmp_path):
     path = make(tmp_path / "m", hidden_size=512, intermediate_size=2048, num_attention_heads=4, layers=7)
     plan = simple(7, [0, 1, 2, (3, (("o_proj", 0.5), ("down_proj", 0.0))), 3, 3, 4, 5, 6, 6, 6, 5])
     recipe = f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import pickle
+        import pickle, sys
         from jaxup.building import work
         recipe = pickle.loads({__import__("pickle").dumps(recipe_of(plan, {"m": path}))!r})
         # Not ru_maxrss, which is at least that of the process that started this one.
@@ -520,9 +518,7 @@ def test_no_more_is_in_memory_than_a_few_chunks(tmp_path):
         assert "jax" not in sys.modules
         print(before, peak())
     """
-    environment = {**os.environ, "PYTHONPATH": str(Path(jaxup.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(recipe)], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    done = processes.run("-c", textwrap.dedent(recipe))
     before, after = map(int, done.stdout.split())
     assert sum(file.stat().st_size for file in path.iterdir()) > 45e6
     assert after < 150e6
@@ -706,10 +702,10 @@ def test_the_command(tmp_path, capsys):
 
 def test_it_starts_without_jax():
     code = "import sys, jaxup.build as b, jaxup.building.work; sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(jaxup.__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    processes.run("-c", code)
 
 
+@contextlib.contextmanager
 def slow_build(out, *args):
     """The command in a process of its own, that waits after each write so that it can be hit in the middle."""
     code = """
@@ -723,18 +719,10 @@ def slow_build(out, *args):
         from jaxup import build, errors
         errors.entry_point(build.main)
     """
-    environment = {**os.environ, "PYTHONPATH": str(Path(jaxup.__file__).parents[1])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, (*args[:1], out, *args[1:]))],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(out.parent.glob(f".{out.name}.jaxup-new-*/*.safetensors")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.1)
-    return process
+    with processes.started("-c", textwrap.dedent(code), args[0], out, *args[1:]) as process:
+        processes.wait_until(lambda: list(out.parent.glob(f".{out.name}.jaxup-new-*/*.safetensors")), process)
+        time.sleep(0.1)
+        yield process
 
 
 @pytest.mark.parametrize("over", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -750,17 +738,15 @@ def test_killed_terminated_interrupted_or_twice_at_once(tmp_path, over):
         assert state(out) == before if over else not out.exists()
 
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        process = slow_build(out, *args)
-        process.send_signal(signum)
-        _, said = process.communicate(timeout=30)
+        with slow_build(out, *args) as process:
+            process.send_signal(signum)
+            _, said = process.communicate(timeout=processes.LIMIT)
         assert process.returncode == code, said
         assert "Traceback" not in said
         assert not list(tmp_path.glob(".*")), said
         unchanged()
-    process = slow_build(out, *args)
-    refused(lambda: build(recipe_of(simple(4, [0]), {"m": path}), out, force=over), f"process {process.pid} is writing")
-    process.kill()
-    process.communicate()
+    with slow_build(out, *args) as process:
+        refused(lambda: build(recipe_of(simple(4, [0]), {"m": path}), out, force=over), f"process {process.pid} is wr")
     assert list(tmp_path.glob(".*"))
     unchanged()
     build(recipe_of(simple(4, [0]), {"m": path}), out, force=over)
@@ -775,16 +761,13 @@ def test_killed_at_any_time(tmp_path):
     plans = [simple(4, [0, 1, 2, 3, (2, ZEROED), 3]), simple(4, [3, 2, 1, 0])]
     build(recipe_of(plans[0], {"m": path}), out)
     files = [plan_file(tmp_path / f"{i}.yaml", plan) for i, plan in enumerate(plans)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(jaxup.__file__).parents[1])}
     rng, depths = np.random.default_rng(0), []
     for turn in range(50):
-        command = [sys.executable, "-m", "jaxup.build", files[turn % 2], out, f"--model=m={path}", "--force"]
-        process = subprocess.Popen(
-            [*map(str, command)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        time.sleep(rng.uniform(0.3, 0.9))
-        process.kill()
-        _, said = process.communicate()
+        command = ("-m", "jaxup.build", files[turn % 2], out, f"--model=m={path}", "--force")
+        with processes.started(*command) as process:
+            time.sleep(rng.uniform(0.3, 0.9))
+            process.kill()
+            _, said = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), said
         # Between two renames the old one is aside; the next writer puts it back.
         if not out.exists():

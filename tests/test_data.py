@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -471,5 +470,4 @@ def test_importing_is_light():
         "import sys, jaxup.data.documents; "
         "print([m for m in ('jax', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert processes.run("-c", code).stdout.strip() == "[]"

@@ -1,14 +1,13 @@
 """Plans, recipes and apply, against a naive implementation that loops over rows."""
 
 import dataclasses
-import subprocess
-import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import processes
 import pytest
 from flax import nnx
 from hypothesis import assume, given, settings
@@ -428,9 +427,8 @@ def test_inherited_layers_are_the_truncated_model(kind):
 
 
 SHARDED = """
-import sys, jax, numpy as np
+import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-sys.path.insert(0, "tests")
 from test_depth import UPSCALE, apply, tree, assert_bits
 assert jax.device_count() == 8
 params, fresh = tree(6, width=8), tree(7, seed=1, width=8)
@@ -448,13 +446,12 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 
 
 def test_sharding_is_kept():
-    result = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    processes.run("-c", SHARDED, devices=8)
 
 
 def test_plans_need_no_jax():
     code = "import sys, jaxup.depth.recipes as r; r.identity('m', 2).to_yaml(); assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run("-c", code)
     assert set(ALL_PARTS) == {*PARTS, *ENDS}
 
 

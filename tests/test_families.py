@@ -122,7 +122,7 @@ scalings = st.none() | st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=50, derandomize=True, database=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_random_configs_round_trip(data):
     def draw(**strategies):

@@ -5,12 +5,13 @@ import json
 import re
 import shutil
 import signal
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
+from runs import losses, result, write_corpus
 from safetensors.numpy import load_file
 
 from jaxup import export, train
@@ -38,8 +39,7 @@ def runs(tmp_path_factory):
     """A folder for runs, with some text and some chats; both are tokenised once for all of them."""
     folder = tmp_path_factory.mktemp("heal")
     (folder / "corpus").mkdir()
-    for file in sorted((Path(train.__file__).parent / "training").glob("*.py")):
-        (folder / "corpus" / file.with_suffix(".txt").name).write_text(file.read_text())
+    write_corpus(folder / "corpus")
     with open(folder / "chats.jsonl", "w") as file:
         for a in range(20):
             for b in range(10):
@@ -53,16 +53,6 @@ def run(runs, name, *more):
     data = [f"--config.data.files={runs / 'chats.jsonl'}", f"--config.pretrain.data.source={runs / 'corpus'}"]
     train.main(["train", "--config=heal.py:smoke", *TINY, *data, f"--workdir={runs / name}", *more])
     return runs / name
-
-
-def result(workdir, name):
-    return json.loads((workdir / "checkpoints" / name / "result.json").read_text())
-
-
-def losses(workdir):
-    timed = {"tokens_per_second", "tflops_per_device", "mfu"}
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in timed} for r in records]
 
 
 def exported(workdir, out, *more):
@@ -172,6 +162,20 @@ def test_what_does_not_train_keeps_every_bit_in_the_export(copies, tmp_path):
     )
     healed = exported(copies, tmp_path / "healed")
     assert all(healed[name].tobytes() == final[name].tobytes() for name in final)
+
+
+def test_the_number_of_devices_does_not_matter(copies, tmp_path):
+    """Eight devices wrote the checkpoints; one reads them, in a process of its own, as a user would."""
+    command = ("-m", "jaxup.export", copies, tmp_path / "out", "--model", "healed")
+    assert len(jax.devices()) == 8
+    processes.run(*command)
+    here, there = exported(copies, tmp_path / "here"), load_file(tmp_path / "out" / "model.safetensors")
+    assert here.keys() == there.keys()
+    for name, tensor in there.items():
+        np.testing.assert_array_equal(tensor, here[name])
+    done = processes.run(*command, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"jaxup: .*exists already.*\n", done.stderr)
 
 
 def test_checkpoints_hold_what_trains_alone(copies):

@@ -3,11 +3,11 @@
 import json
 import re
 import signal
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from runs import losses, metrics, result, write_corpus
 
 from jaxup import train
 from jaxup.data.batches import Batches
@@ -31,8 +31,7 @@ def runs(tmp_path_factory):
     """A folder for runs, with a few kilobytes of this project's own text; the tokens are made once for all of them."""
     folder = tmp_path_factory.mktemp("llama")
     (folder / "corpus").mkdir()
-    for file in sorted((Path(train.__file__).parent / "training").glob("*.py")):
-        (folder / "corpus" / file.with_suffix(".txt").name).write_text(file.read_text())
+    write_corpus(folder / "corpus")
     return folder
 
 
@@ -40,19 +39,6 @@ def run(runs, name, *more):
     arguments = [*TINY, f"--config.data.source={runs / 'corpus'}", *more, f"--workdir={runs / name}"]
     train.main(["train", "--config=inherit_llama.py:smoke", *arguments])
     return runs / name
-
-
-def read_metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(workdir):
-    timed = {"tokens_per_second", "tflops_per_device", "mfu"}
-    return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(workdir)]
-
-
-def result(workdir, name):
-    return json.loads((workdir / "checkpoints" / name / "result.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +147,7 @@ def test_a_reference_from_a_directory(runs, swept, torch, monkeypatch):
     oracle.model.layers = oracle.model.layers[:2]
     with torch.no_grad():
         oracle.model.norm.weight.fill_(1.0)  # the final norm is not inherited
-    untrained = next(r["val_loss"] for r in read_metrics(out) if r["model"] == "target_2" and r["step"] == 0)
+    untrained = next(r["val_loss"] for r in metrics(out) if r["model"] == "target_2" and r["step"] == 0)
     assert untrained == pytest.approx(loss(), rel=1e-5)
     assert result(out, "target_2")["val_loss"] < untrained
 

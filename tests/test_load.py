@@ -153,7 +153,7 @@ plans = given(
 
 def search(examples):
     """Not shrunk: every example compiles its own programs."""
-    return settings(max_examples=examples, derandomize=True, database=None, phases=[Phase.generate],
+    return settings(max_examples=examples, phases=[Phase.generate],
                     suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 
 
@@ -444,7 +444,7 @@ def test_nan_is_a_warning_and_with_strict_an_error(models, tmp_path):
 
 
 @given(st.binary(min_size=4, max_size=64), st.sampled_from(["float16", "bfloat16", "float32"]))
-@settings(max_examples=200, derandomize=True, database=None)
+@settings(max_examples=200)
 def test_is_finite_by_bits(data, dtype):
     array = np.frombuffer(data[: len(data) // 4 * 4], jnp.dtype(dtype))
     assert is_finite(array) == np.isfinite(array.astype(np.float64)).all()

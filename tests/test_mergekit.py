@@ -3,11 +3,10 @@
 That implementation is itself compared with mergekit by tests/oracles/mergekit_passthrough.py.
 """
 
-import subprocess
-import sys
 import time
 
 import numpy as np
+import processes
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -559,7 +558,7 @@ def test_what_passthrough_cannot_say():
 
 def test_reading_needs_no_jax():
     code = "import sys, jaxup.recipes.mergekit; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    processes.run("-c", code)
 
 
 def test_places():

@@ -98,7 +98,7 @@ def random_models(count):
     def decorate(test):
         suppressed = [HealthCheck.function_scoped_fixture]
         options = dict(
-            derandomize=True, database=None, suppress_health_check=suppressed, phases=[Phase.generate]
+            suppress_health_check=suppressed, phases=[Phase.generate]
         )  # a smaller example is worth no minutes of compiling
         return settings(max_examples=count, **options)(given(drawn=models(), seed=st.integers(0, 99))(test))
 

@@ -1,43 +1,22 @@
 """Several processes on one machine: the same global batch, the same losses, one stop for all."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
+import processes
 import pytest
 import safetensors.numpy
 from flax import traverse_util
+from runs import arguments, losses, metrics
 from test_heal import COPIES, TINY, runs  # noqa: F401
-from test_train import arguments, corpus, losses  # noqa: F401
 
 from jaxup.hub.writer import save
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract
 from jaxup.model.spec import flatten
-
-pytestmark = pytest.mark.slow
-
-
-def spawn_two(*args, command=("-m", "jaxup.train"), devices=2):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {
-        **os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "PYTHONPATH": ":".join(sys.path),
-    }  # fmt: skip
-    return [
-        subprocess.Popen([sys.executable, *command, *args], text=True, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, env={**environment, "JAX_PROCESS_ID": str(rank)})
-        for rank in range(2)
-    ]  # fmt: skip
 
 
 def check_losses(one, two):
@@ -49,45 +28,50 @@ def check_losses(one, two):
             assert a[key] == pytest.approx(b[key], rel=1e-5)
 
 
-def test_two_processes_train_what_one_does(corpus, tmp_path):  # noqa: F811
-    one = subprocess.run([sys.executable, "-m", "jaxup.train", *arguments(corpus, tmp_path / "one")],
-                         env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)  # fmt: skip
-    assert one.returncode == 0, one.stderr
-    processes = spawn_two(*arguments(corpus, tmp_path / "two", "--config.mesh.fsdp=2"))
-    for process in processes:
-        _, err = process.communicate(timeout=400)
-        assert process.returncode == 0, err
-    check_losses(tmp_path / "one", tmp_path / "two")
+def test_two_processes_finish_what_one_began(finished, corpus, tmp_path):
+    """As if it had stopped at the target's newest checkpoint but one: they go on there, and train the control anew."""
+    shutil.copytree(finished[0].parent, tmp_path / "runs")
+    workdir = tmp_path / "runs" / "whole"
+    target = workdir / "checkpoints" / "target_2"
+    for directory in (target / "8", target.with_name("control"), workdir / "export"):
+        shutil.rmtree(directory)
+    (target / "result.json").unlink()
+    done = [r for r in metrics(workdir) if r["model"] == "reference" or (r["model"] == "target_2" and r["step"] <= 6)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in done))
+    out, _ = processes.run_two("-m", "jaxup.train", *arguments(corpus, workdir), devices=1)
+    assert "target_2: resumes at step 6 of 8" in out.stdout
+    check_losses(finished[0], workdir)
+    assert (workdir / "export" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(finished, corpus, tmp_path):
+    processes.run_two("-m", "jaxup.train", *arguments(corpus, tmp_path / "two", "--config.mesh.fsdp=2"))
+    check_losses(finished[0], tmp_path / "two")
+
+
+@pytest.mark.slow
 def test_two_processes_heal_what_one_does(runs, tmp_path):  # noqa: F811
     """Copies alone train; what is frozen is split over both processes, and so is its digest."""
     data = [f"--config.data.files={runs / 'chats.jsonl'}", f"--config.pretrain.data.source={runs / 'corpus'}"]
-    healing = ["--config=heal.py:smoke", *TINY, *COPIES, *data, "--config.steps=6", "--config.epochs=0"]
-    one = subprocess.run([sys.executable, "-m", "jaxup.train", *healing, f"--workdir={tmp_path / 'one'}"],
-                         env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)  # fmt: skip
-    assert one.returncode == 0, one.stderr
-    processes = spawn_two(*healing, f"--workdir={tmp_path / 'two'}", "--config.mesh.data=1", "--config.mesh.fsdp=4")
-    for process in processes:
-        _, err = process.communicate(timeout=400)
-        assert process.returncode == 0, err
+    command = ("-m", "jaxup.train", "--config=heal.py:smoke", *TINY, *COPIES, *data)
+    command = (*command, "--config.steps=6", "--config.epochs=0")
+    processes.run(*command, f"--workdir={tmp_path / 'one'}")
+    processes.run_two(*command, f"--workdir={tmp_path / 'two'}", "--config.mesh.data=1", "--config.mesh.fsdp=4")
     check_losses(tmp_path / "one", tmp_path / "two")
     first, second = (safetensors.numpy.load_file(tmp_path / d / "export" / "model.safetensors") for d in ("one", "two"))
     assert first.keys() == second.keys()
 
 
-def test_a_signal_to_one_stops_both_at_the_same_step(corpus, tmp_path):  # noqa: F811
+@pytest.mark.slow
+def test_a_signal_to_one_stops_both_at_the_same_step(corpus, tmp_path):
     more = ["--config.steps=100000", "--config.checkpoint.interval=100000", "--config.eval.interval=100000"]
-    processes = spawn_two(*arguments(corpus, tmp_path / "run", *more))
     log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not log.exists() or len(log.read_text().splitlines()) < 5:
-        assert time.monotonic() < deadline
-        assert all(p.poll() is None for p in processes)
-        time.sleep(0.1)
-    processes[1].send_signal(signal.SIGTERM)
-    ends = [process.communicate(timeout=120) for process in processes]
-    assert [p.returncode for p in processes] == [143, 143], ends
+    with processes.two_started("-m", "jaxup.train", *arguments(corpus, tmp_path / "run", *more)) as both:
+        processes.wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 5, *both)
+        both[1].send_signal(signal.SIGTERM)
+        ends = [process.communicate(timeout=processes.LIMIT) for process in both]
+    assert [process.returncode for process in both] == [143, 143], ends
     steps = {re.search(r"saved at step (\d+)", err).group(1) for _, err in ends}
     assert len(steps) == 1
     assert (tmp_path / "run" / "checkpoints" / "reference" / steps.pop()).is_dir()
@@ -126,6 +110,7 @@ print(json.dumps({"read": after - before, "kept": kept, "refused": refused}))
 """
 
 
+@pytest.mark.slow
 def test_each_of_two_processes_reads_its_share(tmp_path):
     rng = np.random.default_rng(0)
     config = ModelConfig.llama(
@@ -139,11 +124,8 @@ def test_each_of_two_processes_reads_its_share(tmp_path):
     tensors = safetensors.numpy.load_file(tmp_path / "bad" / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = np.nan
     safetensors.numpy.save_file(tensors, tmp_path / "bad" / "model.safetensors")
-    processes = spawn_two(str(tmp_path / "good"), str(tmp_path / "bad"), command=("-c", LOAD), devices=4)
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        result = json.loads(out.splitlines()[-1])
+    for process in processes.run_two("-c", LOAD, tmp_path / "good", tmp_path / "bad", devices=4):
+        result = json.loads(process.stdout.splitlines()[-1])
         # What it keeps and a twentieth: headers, config, and the vectors, which all read.
         assert result["read"] <= 1.05 * result["kept"], result
         assert "model.layers.1.mlp.up_proj.weight" in result["refused"]

@@ -6,16 +6,14 @@ import html.parser
 import importlib
 import importlib.resources
 import io
-import os
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from flax import nnx
 from PIL import Image
@@ -85,9 +83,7 @@ def test_generate_is_the_function_whatever_is_imported(before):
         "assert importlib.import_module('jaxup.generate').main and generate is jaxup.generate;"
         "import jaxup.plan; assert jaxup.plan.main"
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT.parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert processes.run("-c", code).stderr == ""
 
 
 # ---- from a recipe to a model

@@ -5,6 +5,7 @@ import os
 import random
 import sys
 
+import processes
 import pytest
 
 from jaxup.data import sources
@@ -257,6 +258,19 @@ def test_tokenizer_round_trips(tmp_path, tokenizer_dir):
     assert tokenizer_hash(loaded) == tokenizer_hash(tokenizer)
     loaded.save_pretrained(tmp_path / "again")
     assert tokenizer_hash(load_tokenizer(str(tmp_path / "again"))) == tokenizer_hash(tokenizer)
+
+
+def test_a_tokenizer_loads_without_pytorch_which_is_there_afterwards(tokenizer_dir, torch):
+    """transformers has taken hold of it: what it took is the same PyTorch that others import."""
+    code = f"""
+import sys
+from jaxup.data.tokenizer import load_tokenizer
+assert load_tokenizer({tokenizer_dir!r})("def")["input_ids"]
+assert "torch" not in sys.modules
+import torch, transformers.modeling_rope_utils as user
+assert user.torch.Tensor is torch.Tensor and sys.modules["torch"] is torch is not user.torch
+"""
+    processes.run("-c", code)
 
 
 def test_tokenizers_that_will_not_load(tmp_path):

@@ -3,17 +3,15 @@
 import dataclasses
 import importlib
 import json
-import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
+from runs import arguments, losses, metrics
 
 import jaxup
 from jaxup import __main__, build, export, plan, train
@@ -22,59 +20,9 @@ from jaxup.recipes import line as recipe_line
 
 generate = importlib.import_module("jaxup.generate")  # in the package the name is the function's
 
-TINY = [
-    "--config=inherit_gpt2.py:smoke", "--config.steps=8", "--config.batch_size=8", "--config.model.num_layers=4",
-    "--config.model.hidden_size=16", "--config.model.num_heads=2", "--config.model.max_positions=32",
-    "--config.data.seq_len=32", "--config.data.tokenizer=bpe:300", "--config.eval.interval=4",
-    "--config.eval.rows=8", "--config.eval.batch_size=8", "--config.checkpoint.interval=2",
-    "--config.log.interval=1", "--config.optimizer.warmup_steps=2", "--config.sample.tokens=8",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A few kilobytes of this project's own text."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for file in sorted((Path(train.__file__).parent / "training").glob("*.py")):
-        (folder / file.with_suffix(".txt").name).write_text(file.read_text())
-    return folder
-
-
-def arguments(corpus, workdir, *more):
-    return [*TINY, f"--config.data.source={corpus}", "--config.data.val_fraction=0.3", f"--workdir={workdir}", *more]
-
 
 def run(*args):
     train.main(["train", *args])
-
-
-def spawn(*args, cwd=None):
-    """A training process of its own, with one device."""
-    package = str(Path(train.__file__).parent.parent)
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": package}
-    return subprocess.Popen([sys.executable, "-m", "jaxup.train", *args], env=environment, text=True, cwd=cwd,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
-    """An uninterrupted run."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    process = spawn(*arguments(corpus, workdir.name), cwd=workdir.parent)  # a relative path, as by default
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return workdir, out
-
-
-def read_metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(workdir):
-    """Everything in metrics.jsonl that does not depend on how fast the machine was."""
-    timed = {"tokens_per_second", "tflops_per_device", "mfu"}
-    return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(workdir)]
 
 
 def test_the_run_directory(finished, corpus):
@@ -97,7 +45,7 @@ def test_the_run_directory(finished, corpus):
         assert results["kind"] == name.partition("_")[0]
     assert (workdir / "plots" / "validation_loss.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "plan.yaml").read_text() == (workdir / "export" / "jaxup_plan.yaml").read_text()
-    records = [r for r in read_metrics(workdir) if r["model"] == "reference"]
+    records = [r for r in metrics(workdir) if r["model"] == "reference"]
     assert [r["step"] for r in records if "val_loss" in r] == [0, 4, 8]
     steps = [r for r in records if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 9))
@@ -149,25 +97,15 @@ def test_generate_from_the_run(finished, capsys):
     assert "tokens/s" in first.err
 
 
-def wait_for(path_glob, workdir, process, timeout=240):
-    deadline = time.monotonic() + timeout
-    while not list(workdir.glob(path_glob)):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_killed_and_resumed_ends_with_the_same_numbers(finished, corpus, tmp_path):
     workdir = tmp_path / "killed"
-    process = spawn(*arguments(corpus, workdir))
-    wait_for("checkpoints/target_2/4", workdir, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    command = ("-m", "jaxup.train", *arguments(corpus, workdir))
+    with processes.started(*command) as process:
+        processes.wait_until((workdir / "checkpoints" / "target_2" / "4").exists, process)
+        process.send_signal(signal.SIGKILL)
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"model": "target_2", "step": 7, "lo')  # what a machine that dies while writing leaves
-    process = spawn(*arguments(corpus, workdir))
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    out = processes.run(*command).stdout
     assert "reference: finished before" in out
     assert "target_2: resumes at step" in out
     # Bit for bit: the losses are printed with all their digits.
@@ -182,14 +120,13 @@ def test_killed_and_resumed_ends_with_the_same_numbers(finished, corpus, tmp_pat
 def test_a_signal_saves_and_leaves(signum, code, corpus, tmp_path):
     workdir = tmp_path / "stopped"
     more = ["--config.steps=100000", "--config.checkpoint.interval=100000", "--config.eval.interval=100000"]
-    process = spawn(*arguments(corpus, workdir, *more))
-    wait_for("metrics.jsonl", workdir, process)
-    while len((workdir / "metrics.jsonl").read_text().splitlines()) < 5:
-        time.sleep(0.05)
-    with pytest.raises(UserError, match=rf"\A[^\n]*in use by process {process.pid}[^\n]*\Z"):
-        run(*arguments(corpus, workdir, *more))
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=120)
+    log = workdir / "metrics.jsonl"
+    with processes.started("-m", "jaxup.train", *arguments(corpus, workdir, *more)) as process:
+        processes.wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 5, process)
+        with pytest.raises(UserError, match=rf"\A[^\n]*in use by process {process.pid}[^\n]*\Z"):
+            run(*arguments(corpus, workdir, *more))
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=processes.LIMIT)
     assert process.returncode == code, err
     assert "Traceback" not in err
     saved = int(re.search(r"saved at step (\d+) of 100000", err).group(1))
@@ -357,15 +294,14 @@ ENTRIES = ("", ".train", ".generate", ".export", ".plan", ".build", ".__main__",
 def test_start_up_imports_nothing_heavy(module):
     heavy = "jax flax numpy torch transformers orbax tensorstore matplotlib datasets"
     code = f"import sys, {module}; print([m for m in '{heavy}'.split() if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"
+    assert processes.run("-c", code).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(("args", "code"), [
     (["--help"], 0), (["--version"], 0), (["trian"], 2), (["train", "--config=no_such.py"], 2)
 ])  # fmt: skip
 def test_console_command(args, code):
-    done = subprocess.run([sys.executable, "-m", "jaxup", *args], capture_output=True, text=True)
+    done = processes.run("-m", "jaxup", *args, check=False)
     assert done.returncode == code
     assert (len(done.stderr.splitlines()), "Traceback" in done.stderr) == (1 if code else 0, False)
 

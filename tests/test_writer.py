@@ -6,14 +6,12 @@ import os
 import resource
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
+import processes
 import pytest
 import safetensors
 import safetensors.numpy
@@ -115,8 +113,8 @@ def test_sharded_arrays_give_the_same_bytes(tmp_path):
 TWO = """
 import os, sys
 import jax, numpy as np
-rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+out = sys.argv[1]
+jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], 2, int(os.environ["JAX_PROCESS_ID"]))
 from jaxup.errors import UserError
 from jaxup.hub import writer
 from jaxup.hub.reader import load_config
@@ -143,26 +141,8 @@ attempt("none/x")
 @pytest.mark.slow
 def test_two_processes_write_what_one_does_and_are_refused_together(tmp_path):
     save(tmp_path / "host", LLAMA, make(LLAMA), max_shard_size=3000)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
-    }
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", TWO, str(rank), str(port), str(tmp_path)], env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        ends = [rank.communicate(timeout=200) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], ends
-    said, other = ([line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in ends)
+    ranks = processes.run_two("-c", TWO, tmp_path)
+    said, other = ([line for line in rank.stdout.splitlines() if not line.startswith("[Gloo]")] for rank in ranks)
     assert said == other
     assert [line.split()[0] for line in said] == ["host", "nan", "none/x"]
     assert "exists already" in said[0]
@@ -199,11 +179,7 @@ print(peak - before)
 
 def test_memory_is_a_few_tensors(tmp_path):
     """190 MB in three shards, the largest tensor 5 MB: two of those, and their pages given back late."""
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": ROOT}
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = processes.run("-c", MEMORY, tmp_path)
     assert len(list((tmp_path / "out").glob("model-*"))) == 3
     shutil.rmtree(tmp_path)
     print(f"MEMORY above the model {int(done.stdout) / 1e6:.0f} MB")
@@ -427,8 +403,7 @@ def test_a_killed_writer_leaves_old_or_new_and_the_next_cleans_up(when, left, tm
     out.mkdir()
     (out / "mark").write_text("old")
     (out / "data").write_text("old")
-    root = Path(staging_module.__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", KILLED, when, str(out)], env=os.environ | {"PYTHONPATH": str(root)})
+    done = processes.run("-c", KILLED, when, out, check=False)
     assert done.returncode == -signal.SIGKILL
     if left is None:  # between the two renames; the old one is whole, and comes back
         assert not out.exists()

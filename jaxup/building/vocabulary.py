@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxup.data.tokenizer import auto_tokenizer
 from jaxup.errors import UserError, first_line, suggest
 from jaxup.hub.directory import carried_files, tokenizer_directory
 from jaxup.recipes.open import Recipe
@@ -110,7 +111,7 @@ def _union(
     """The base's tokenizer, the first, with the others' tokens after its own: its files, and token -> id."""
     with tempfile.TemporaryDirectory() as directory:
         tokenizers[0].save_pretrained(directory)
-        union = _from_pretrained(directory)
+        union = auto_tokenizer(str(directory), local_files_only=True)
         added = [tokenizer.added_tokens_decoder for tokenizer in tokenizers]
         special = {token.content: token for tokens in added for token in tokens.values()}
         new = {token: None for name in known for token in sorted(known[name], key=known[name].__getitem__)}
@@ -129,15 +130,9 @@ def _load(recipe: Recipe, name: str) -> PreTrainedTokenizerBase | None:
     if not set(_carried(recipe, name)) - {_GENERATION}:
         return None
     try:
-        return _from_pretrained(directory)
+        return auto_tokenizer(str(directory), local_files_only=True)
     except Exception as error:  # whatever a damaged or hostile file provokes
         raise UserError(f"{model.path}: its tokenizer cannot be read: {first_line(error)[:200]}") from None
-
-
-def _from_pretrained(directory: str | Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
 
 
 def _carried(recipe: Recipe, name: str) -> dict[str, bytes]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import re
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxup.errors import UserError, first_line
 
@@ -59,13 +63,49 @@ def load_tokenizer(spec: str, *, name: str = "") -> PreTrainedTokenizerBase:
 
 
 def _from_pretrained(spec: str, name: str, **options: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False, **options)
+        return auto_tokenizer(spec, **options)
     except Exception as error:  # OSError, ValueError, KeyError, tokenizers' bare Exception, ...
         reason = first_line(error).replace(spec, name)
         raise UserError(f"cannot load {name}: {reason}", at="tokenizer") from None
+
+
+def auto_tokenizer(spec: str, **options: bool) -> PreTrainedTokenizerBase:
+    """What transformers' AutoTokenizer makes of a directory or hub id, with its errors; no code of it is run."""
+    with _torch_later():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False, **options)
+
+
+@contextlib.contextmanager
+def _torch_later() -> Iterator[None]:
+    """What is imported inside gets PyTorch when it first uses it.
+
+    transformers imports it where it is installed, which takes seconds, and its tokenizers never use it.
+    """
+    spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
+    if spec is None:
+        yield
+        return
+    stand_in = sys.modules["torch"] = _Later(spec.name)
+    stand_in.__spec__ = spec
+    try:
+        yield
+    finally:
+        stand_in.leave()
+
+
+class _Later(types.ModuleType):
+    """Stands for a module that is imported when something of it is asked for."""
+
+    def leave(self) -> None:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+
+    def __getattr__(self, name: str) -> Any:
+        self.leave()
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
