@@ -1,8 +1,7 @@
 """Write text with a model: `python -m jaxup.generate MODEL --prompt "def main"`.
 
-MODEL is a Hugging Face model directory, a Hub id, a gs://, s3:// or https:// directory, or a finished
-run directory, of which the exported model is taken. One prompt is written as it comes, several are
-one batch and written at its end.
+MODEL is a Hugging Face model directory, a Hub id, a gs://, s3:// or https:// directory, or a finished run directory,
+of which the exported model is taken. One prompt is written as it comes, several are one batch and written at its end.
 """
 
 from __future__ import annotations

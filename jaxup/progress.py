@@ -18,9 +18,8 @@ def say(message: object) -> None:
 class Progress:
     """`with Progress("train", total=100, unit="steps") as p: p.update(step, "loss 3.2")`.
 
-    On a terminal a bar on stderr; elsewhere (a log file, CI, a pod) a line every `interval`
-    seconds, so that a log stays readable; nothing at all unless `shown`. `total=None` when the amount
-    of work is not known.
+    On a terminal a bar on stderr; elsewhere (a log file, CI, a pod) a line every `interval` seconds, so that a log
+    stays readable; nothing at all unless `shown`. `total=None` when the amount of work is not known.
     """
 
     def __init__(

@@ -178,9 +178,6 @@ def _columns(path: str, names: list[str]) -> list[str]:
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
 
 
-# The datasets library
-
-
 def _dataset(spec: str, name: str, data: Any) -> File:
     """`data` is a datasets.Dataset or DatasetDict."""
     data = of_split_train(spec, data)

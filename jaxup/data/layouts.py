@@ -103,9 +103,6 @@ def parse(row: Any, layout: str) -> Conversation | Segments:
     return _prompt_completion(row["prompt"], row["completion"])
 
 
-# Each layout
-
-
 def _chat(row: Any, layout: str) -> list[Turn]:
     lists, unmask, system = _turn_lists(row), None, None
     if isinstance(row, dict):
@@ -208,9 +205,6 @@ def _labelled(segments: Any) -> list[Segment]:
             raise BadRow(f'segment {number}: its "label" is {_shown(segment["label"])}, not true or false')
         found.append(Segment(_text(segment["text"], f'segment {number}: its "text"'), segment["label"]))
     return found
-
-
-# What holds for all
 
 
 def _check(said: list[Turn]) -> Conversation:

@@ -104,8 +104,6 @@ def open_source(spec: str, *, val_fraction: float, seed: int) -> Source:
         return _file_source(spec, files[0][1].stem if len(files) == 1 else path.resolve().name, files, val_fraction)
 
 
-# Files
-
 Files = list[tuple[str, Path]]  # paths within a directory, by which the splits are drawn, and where they lie
 
 
@@ -217,9 +215,6 @@ def parquet_batches(path: Path, size: int, choose: Callable[[Any], list[str]]) -
 _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-# The datasets library
-
-
 def _dataset_source(spec: str, name: str, data: Any, val_fraction: float, seed: int) -> Source:
     """`data` is a datasets.Dataset or DatasetDict."""
     splits = dict(data) if isinstance(data, dict) else {"train": data}
@@ -307,9 +302,6 @@ def of_split_train(spec: str, data: Any) -> Any:
     if isinstance(data, dict) and "train" not in data:
         raise UserError(f'no split "train"; its splits: {", ".join(data)}', at=spec)
     return data["train"] if isinstance(data, dict) else data
-
-
-# nanoGPT
 
 
 def _token_source(spec: str, directory: Path) -> Source:

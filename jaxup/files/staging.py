@@ -1,9 +1,8 @@
 """A directory that appears under its name only when it is whole, whenever the process is killed.
 
-Files are written into a sibling `.NAME.jaxup-new-PID`, which is flushed to disk and then renamed.
-When a directory is replaced, the old one is `.NAME.jaxup-old-PID` between two renames. The writer
-holds a lock on its staging directory, so that the next writer can tell one in progress from what
-a killed process left behind.
+Files are written into a sibling `.NAME.jaxup-new-PID`, which is flushed to disk and then renamed. When a directory is
+replaced, the old one is `.NAME.jaxup-old-PID` between two renames. The writer holds a lock on its staging directory,
+so that the next writer can tell one in progress from what a killed process left behind.
 """
 
 from __future__ import annotations

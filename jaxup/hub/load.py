@@ -88,7 +88,7 @@ def load(
     }
     configs, recorded = {name: checkpoint.config for name, checkpoint in checkpoints.items()}, plan
     if plan is None:
-        (name, config), = configs.items()  # fmt: skip
+        [(name, config)] = configs.items()
         plan = identity(name, config.num_layers)
     config = result_config(plan, configs)
     if mesh is None:

@@ -116,9 +116,6 @@ def save(
         write(fetch)
 
 
-# ---- what is checked before anything is written
-
-
 def _checked(config: ModelConfig, params: Params) -> dict[str, Any]:
     """The leaves by dotted path; UserError unless they are exactly the config's."""
     leaves = flatten(params)
@@ -146,9 +143,6 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, name: str, config: ModelConfig
     if token is not None and not 0 <= token < config.vocab_size:
         raise UserError(f"the tokenizer's {name}={token} is not below the model's vocab_size={config.vocab_size}")
     return token
-
-
-# ---- tensors
 
 
 def _fetch(leaves: Mapping[str, Any], tensor: Tensor) -> list[np.ndarray]:
@@ -204,8 +198,6 @@ def _cast(stored: Stored, parts: list[np.ndarray]) -> np.ndarray:
         raise UserError(f"params: {stored.tensor.name} would hold NaN or infinity as {stored.dtype.name}")
     return array
 
-
-# ---- several processes
 
 _NEXT = "\1"  # what process 0 says before it gathers a tensor; in the end it says what went wrong, or nothing
 
