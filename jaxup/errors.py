@@ -100,11 +100,11 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
     return nearest(name, candidates) or (f"; known: {', '.join(candidates)}" if candidates else "")
 
 
-def entry_point(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
-    """Runs `main(argv)` and exits the process with the code that its outcome calls for."""
+def entry_point(main: Callable[[list[str]], int | None]) -> None:
+    """Runs `main(sys.argv)` and exits the process with the code that its outcome calls for."""
     warnings.formatwarning = lambda message, *_: f"jaxup: warning: {message}\n"  # no file and line of ours
     try:
-        code = main(sys.argv if argv is None else argv) or 0
+        code = main(sys.argv) or 0
     except (UserError, NonFinite, Stopped) as error:
         say(error)
         code = error.exit_code

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxup.data.layouts import COLUMNS, LAYOUTS
 from jaxup.data.sources import file_hash, hidden, is_dataset_name, load_dataset, of_split_train, parquet_batches
-from jaxup.errors import UserError, first_line, nearest
+from jaxup.errors import UserError, first_line, nearest, within
 
 MIB = 2**20
 LONGEST_ROW = 64 * MIB  # a longer one is a mistake, such as a whole file on one line
@@ -53,10 +53,10 @@ def find_files(spec: str) -> list[File]:
         return [_file(path, path.name)]
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return [_dataset(spec, path.resolve().name, load_dataset(spec, "load_from_disk", str(path)))]
-    within = [p for p in path.rglob("*") if p.suffix in _READERS and not hidden(p, path)]
+    paths = [p for p in path.rglob("*") if p.suffix in _READERS and not hidden(p, path)]
     # Beside data in other files, .json says something about it.
-    json_too = all(p.suffix == ".json" for p in within)
-    names = {p.relative_to(path).as_posix(): p for p in within if json_too or p.suffix != ".json"}
+    json_too = all(p.suffix == ".json" for p in paths)
+    names = {p.relative_to(path).as_posix(): p for p in paths if json_too or p.suffix != ".json"}
     found = [_file(p, name) for name, p in sorted(names.items()) if p.is_file() and p.stat().st_size]
     if not found:
         raise UserError(f"{spec}: no chat data in this directory (looked for {', '.join(_READERS)})")
@@ -198,10 +198,8 @@ def _hub_dataset(spec: str) -> File:
     name, _, config = spec.partition(":")
     if not is_dataset_name(spec):
         raise UserError(f"no such file or directory: {spec or repr(spec)}")
-    try:
+    with within(f"no such file or directory: {spec}, and on the Hugging Face hub"):
         return _dataset(spec, spec, load_dataset(spec, "load_dataset", name, config or None, split="train"))
-    except UserError as error:
-        raise UserError(f"no such file or directory: {spec}, and on the Hugging Face hub: {error}") from None
 
 
 def near_layout(row: Any) -> str:

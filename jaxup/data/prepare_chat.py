@@ -182,11 +182,9 @@ def _read(streams: dict[str, Conversations]) -> Iterator[tuple[str, Conversation
 
 
 def _render(format: Format, conversation: Conversation | Segments) -> Rendered:
-    try:
+    # Where it lies is not known any more; what it begins with can be searched for.
+    with within("format", f"in the conversation that begins {conversation[0].text[:40]!r}"):
         return format.render(conversation)
-    except UserError as error:
-        # Where it lies is not known any more; what it begins with can be searched for.
-        raise error.within("format", f"in the conversation that begins {conversation[0].text[:40]!r}") from None
 
 
 def _check_counts(config: ChatConfig, counts: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from jaxup.families.layouts import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order in which a file holds them
+NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order in which a file holds them
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40
@@ -67,7 +67,7 @@ def split(tensors: Iterable[Stored], max_shard_size: int) -> dict[str, list[Stor
         filled += stored.nbytes
     for shard in shards:
         # As safetensors does: the widest first, so that all are aligned.
-        shard.sort(key=lambda stored: (list(_NAMES).index(stored.dtype.name), stored.tensor.name))
+        shard.sort(key=lambda stored: (list(NAMES).index(stored.dtype.name), stored.tensor.name))
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
@@ -79,7 +79,7 @@ def header(shard: Sequence[Stored]) -> bytes:
     end = 0
     for tensor, dtype in shard:
         begin, end = end, end + Stored(tensor, dtype).nbytes
-        entries[tensor.name] = {"dtype": _NAMES[dtype.name], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        entries[tensor.name] = {"dtype": NAMES[dtype.name], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jaxup.errors import UserError, within
@@ -18,13 +17,13 @@ from jaxup.families.layouts import Tensor, expected_tensors
 from jaxup.files import pickles
 from jaxup.files.header import TensorInfo, read_header
 from jaxup.files.manifest import check_manifest
-from jaxup.files.shards import INDEX, SINGLE
+from jaxup.files.shards import DTYPES, INDEX, NAMES, SINGLE
 from jaxup.files.storage import Local, Storage, open_storage
 from jaxup.model.config import ModelConfig
 from jaxup.model.spec import Param, spec
 from jaxup.text import parse_json
 
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {NAMES[name]: dtype for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
