@@ -14,7 +14,7 @@ import optax
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
 
-_ROLES = {"copies": "copy", "originals": "original", "new": "new"}
+ROLES = {"copies": "copy", "originals": "original", "new": "new"}  # as they are called here: as rows have them
 
 
 def trainable(
@@ -33,10 +33,8 @@ def trainable(
         "o_proj|down_proj" of "blocks.self_attn.o_proj.kernel".
 
     Returns:
-      A tree of the same structure, of bool arrays: [M, 1, ...] under "blocks", [] elsewhere.
-
-    Raises:
-      UserError: nothing would train, or no such layers.
+      A tree of the same structure, of bool arrays: [M, 1, ...] under "blocks", [] elsewhere. UserError
+      if nothing would train, or there are no such layers.
     """
     whole = ("all", "originals")
     rows, ends = _rows(plan, layers), layers in whole and freeze not in whole
@@ -66,13 +64,13 @@ def _rows(plan: DepthPlan, layers: str | Sequence[int]) -> np.ndarray:
     """bool [M]."""
     if layers == "all":
         return np.ones(plan.num_layers, bool)
-    if isinstance(layers, str) and layers in _ROLES:
-        return np.array([row.role == _ROLES[layers] for row in plan.rows])
+    if isinstance(layers, str) and layers in ROLES:
+        return np.array([row.role == ROLES[layers] for row in plan.rows])
     chosen: list[int] = []
     for item in map(str, layers.split(",") if isinstance(layers, str) else layers):
         match = re.fullmatch(r"\s*(\d{1,9})\s*(?::\s*(\d{1,9})\s*)?", item)
         if match is None:
-            known = ["all", *_ROLES]
+            known = ["all", *ROLES]
             raise UserError(f"layers={item!r} is no layer and no range such as 9:12{suggest(item, known)}", at="freeze")
         first, stop = int(match[1]), int(match[2] or int(match[1]) + 1)
         if first >= stop or stop > plan.num_layers:

@@ -7,33 +7,29 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from jaxup.data.batches import Data
 from jaxup.depth.apply import apply
+from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
 from jaxup.experiments import report
 from jaxup.experiments.config import section
 from jaxup.hub.save import write_model
 from jaxup.model import sampling
 from jaxup.model.config import Compute, ModelConfig
-from jaxup.model.decoder import init
+from jaxup.model.decoder import Params, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params
 from jaxup.text import printable
 from jaxup.training.loop import Result, Run, Settings, evaluate, random_params, read_result, train_model, write_result
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.step import StepConfig
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-    from ml_collections import ConfigDict
-
-    from jaxup.data.batches import Data
-    from jaxup.depth.plan import DepthPlan
-    from jaxup.model.decoder import Params
 
 
 class Experiment(abc.ABC):

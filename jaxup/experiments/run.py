@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 def run_experiment(config: ConfigDict, workdir: Path, title: str) -> None:
     """Carries the experiment out in `workdir`, or goes on with what was begun there.
 
-    Raises:
-      UserError: something cannot work; everything that can be wrong is looked at before anything is written.
-      Stopped: by a signal, with the state saved.
-      NonFinite: a loss or gradient was not finite.
+    What cannot work is a UserError before anything is written. Stopped: by a signal, with the state saved.
     """
     start_processes()
     import jax
@@ -78,13 +75,10 @@ def start_processes() -> None:
     """Joins the other processes of a pod or cluster, if the environment speaks of any."""
     import jax
 
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address and not jax.distributed.is_initialized():
-        jax.distributed.initialize(
-            address,
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-            heartbeat_timeout_seconds=10,
-        )
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") and not jax.distributed.is_initialized():
+    if jax.distributed.is_initialized():
+        return
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        count, index = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=10)
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize(heartbeat_timeout_seconds=10)

@@ -20,7 +20,7 @@ from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
 from jaxup.model.spec import spec, unflatten
 from jaxup.text import read_json
-from jaxup.training.checkpoint import restoring
+from jaxup.training.checkpoint import partial_load, restoring
 from jaxup.training.lora import LoraConfig
 from jaxup.training.rundir import FORMAT
 from jaxup.training.selection import TrainConfig, select
@@ -115,7 +115,6 @@ def _checkpoints(run: Path) -> dict[str, list[int]]:
 
 def _restore(run: Path, name: str, step: int, stored: Stored) -> Params:
     """The model's params as numpy arrays, each in the dtype it is stored in."""
-    shapes = abstract(stored.model)[1]
     healed = stored.healed
     if healed is None or stored.plan is None:
         typed = {
@@ -130,7 +129,7 @@ def _restore(run: Path, name: str, step: int, stored: Stored) -> Params:
     )  # fmt: skip
     before = healed["before"]
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it need not fit into an accelerator
-        trained = _read(run, name, step, selection.trained(shapes))
+        trained = _read(run, name, step, selection.trained(abstract(stored.model)[1]))
         params = selection.merge(trained, _restore(run, before, 0, read_stored(run, before)))
         return jax.tree.map(np.asarray, params)
 
@@ -139,10 +138,8 @@ def _read(run: Path, name: str, step: int, wanted: Params) -> Params:
     """Params like `wanted` as numpy arrays: no device is needed, however many the run had. The run may be going on."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its internals
     path = run / "checkpoints" / name / str(step)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
     arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
-    with context, restoring(str(path), "choose another --step"):
+    with partial_load(), restoring(str(path), "choose another --step"):
         return ocp.load(path.resolve(), {"params": arrays})["params"]
 
 

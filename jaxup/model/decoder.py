@@ -48,7 +48,8 @@ class KVCache(NamedTuple):
 class Decoder(nnx.Module):
     """A causal language model of any family `ModelConfig` describes, with the parameters that `spec` lists.
 
-    Calling it on int32 tokens [batch, seq] gives logits [batch, seq, vocab] in the compute dtype.
+    Calling it on int32 tokens [batch, seq] gives logits [batch, seq, vocab] in the compute dtype; of packed
+    rows, `positions_BS` and `segment_ids_BS` say where each token stands and what it belongs to.
 
     `order`, int32 [runs], says which layer runs when: [0, 1, 2, 1, 2, 3] runs layers 1 and 2 twice,
     -1 runs nothing, and a layer that the model lacks makes the output NaN. It is an argument of the
@@ -81,17 +82,9 @@ class Decoder(nnx.Module):
             + (f", by {plan!r}>" if plan else ">")
         )
 
-    def __call__(
-        self,
-        tokens_BS: Int[Array, "batch seq"],
-        *,
-        positions_BS: Int[Array, "batch seq"] | None = None,
-        segment_ids_BS: Int[Array, "batch seq"] | None = None,
-        order: Int[Array, " runs"] | None = None,
-    ) -> Float[Array, "batch seq vocab"]:
-        return self.logits(
-            self.hidden(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS, order=order)
-        )
+    def __call__(self, tokens_BS: Int[Array, "batch seq"], **inputs: Any) -> Float[Array, "batch seq vocab"]:
+        """Logits; `inputs` are those of `hidden`."""
+        return self.logits(self.hidden(tokens_BS, **inputs))
 
     def hidden(
         self,

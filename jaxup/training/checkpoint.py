@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
+from orbax.checkpoint import v1 as ocp
 
 from jaxup.errors import UserError, first_line
 from jaxup.model.decoder import Params
@@ -27,19 +28,13 @@ class Checkpoints:
         self, directory: os.PathLike | str, *, keep: int, always: Collection[int] = (),
         advice: str = "remove it to go on from the one before",
     ):  # fmt: skip
-        from orbax.checkpoint import v1 as ocp
-
         # Orbax reports its internals at INFO and its own deprecations at WARNING.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._directory, self._advice = directory, advice  # what to do about a damaged checkpoint
         policies = ocp.training.preservation_policies
-        self._checkpointer = ocp.training.Checkpointer(
-            os.path.abspath(directory),  # Orbax refuses relative paths
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep), policies.CustomSteps(sorted(always))]
-            ),
-            cleanup_tmp_directories=True,
-        )
+        kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(sorted(always))])
+        path = os.path.abspath(directory)  # Orbax refuses relative ones
+        self._checkpointer = ocp.training.Checkpointer(path, preservation_policy=kept, cleanup_tmp_directories=True)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -66,16 +61,19 @@ class Checkpoints:
 
     def restore_params(self, step: int, abstract_params: Params) -> Params:
         """Reads the parameters only, not the optimizer's state."""
-        from orbax.checkpoint import v1 as ocp
-
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
+        with partial_load():
             return self._load(step, {"params": abstract_params})["params"]
 
     def _load(self, step: int, tree: dict[str, Any]) -> dict[str, Any]:
         with restoring(f"{self._directory}/{step}", self._advice):
             return self._checkpointer.load(step, tree)
+
+
+def partial_load() -> ocp.Context:
+    """Where what is loaded may be a part of what is stored."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    return context
 
 
 @contextlib.contextmanager

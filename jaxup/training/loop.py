@@ -197,11 +197,8 @@ def _eval_step(model: ModelConfig, settings: Settings, mesh: Mesh, partition: Pa
 
 def _evaluate(run: Run, eval_step: Callable, params: tuple[Params, ...]) -> float:
     """`params`: what trains and what is frozen, if anything is."""
-    size = run.settings.eval_batch_size
-    sums = np.zeros(2)
-    for batch in run.data.validation_batches(
-        batch_size=size, max_rows=run.settings.eval_rows, part=local_rows(size, run.mesh)
-    ):
+    size, sums, rows = run.settings.eval_batch_size, np.zeros(2), run.settings.eval_rows
+    for batch in run.data.validation_batches(batch_size=size, max_rows=rows, part=local_rows(size, run.mesh)):
         placed = place_batch(batch, size, run.mesh)
         # Added in float64 on the host: a large validation set is more than float32 can count.
         sums += jax.device_get(eval_step(params[0], placed, *params[1:]))
@@ -221,11 +218,9 @@ def train_model(
 ) -> Result:  # fmt: skip
     """Trains to `steps` updates and returns the result; raises Stopped after saving on a signal.
 
-    A call for a model that is finished returns its stored result; one for a model that was begun
-    goes on where its newest checkpoint is, bit for bit as if it had never stopped. Checkpoints hold
-    what trains; the rest is what `initialise` gives, each time the same. After the steps in
-    `milestones` the model is evaluated and a checkpoint stays. `about` goes into model.json. The
-    default of `kind` is the name.
+    What was begun goes on, bit for bit as if it had never stopped. Checkpoints hold what trains; the rest
+    is what `initialise` gives, each time the same. After the steps in `milestones` the model is evaluated
+    and a checkpoint stays. `about` goes into model.json. The default of `kind` is the name.
     """
     directory, kind = run.directory / "checkpoints" / name, kind or name
     if jax.process_index() == 0:
@@ -303,9 +298,7 @@ def _train(
     batches = run.data.batches(batch_size=s.batch_size, seed=s.seed)
     losses = {r["step"]: r["val_loss"] for r in run.log.read() if r["model"] == name and "val_loss" in r}
     meter = _Meter(run, name, model, steps, part=bool(frozen))
-    step, pending = start, None
-
-    mine = local_rows(s.batch_size, run.mesh)
+    step, pending, mine = start, None, local_rows(s.batch_size, run.mesh)
 
     def read_batch(step: int) -> dict[str, jax.Array]:
         batch = batches(step, mine)
@@ -348,16 +341,10 @@ def _train(
             raise Stopped(
                 f"{name}: saved at step {step} of {steps}; the same command resumes", run.stop.exit_code
             ) from None
-        except _Halted as halted:
+        except NonFinite:
             # The guarded step kept the state it was given, so this is the one before it.
-            checkpoints.save(halted.step - 1, state)
-            raise NonFinite(str(halted)) from None
-
-
-class _Halted(Exception):
-    def __init__(self, message: str, step: int):
-        super().__init__(message)
-        self.step = step
+            checkpoints.save(meter.checked - 1, state)
+            raise
 
 
 class _Meter:
@@ -369,7 +356,7 @@ class _Meter:
         # Where only a part trains, no formula says how much of the backward pass is left.
         self._flops_per_token = None if part else flops_per_token(model, run.data.seq_len)
         self._peak = peak_flops()
-        self._checked = 0
+        self.checked = 0  # the last step that was read
         self.stop = False  # a process, this one or another, was asked to stop
         self.detail, self._validation = "", ""
         self.restart()
@@ -379,16 +366,15 @@ class _Meter:
 
     def check(self, pending: tuple[int, dict[str, jax.Array]] | None, batches: Batches) -> None:
         """Waits for that step and takes note of it; raises if it was not finite."""
-        if pending is None or pending[0] <= self._checked:
+        if pending is None or pending[0] <= self.checked:
             return
         step, metrics = pending[0], jax.device_get(pending[1])
-        self._checked = step
+        self.checked = step
         if metrics["halted"]:
             rows = ", ".join(map(str, batches.rows_of(step - 1)[:8]))
-            raise _Halted(
+            raise NonFinite(
                 f"{self._name}: step {step}: loss {metrics['loss']} and gradient norm {metrics['gradient_norm']} are "
-                f"not finite; the update was not made and step {step - 1} is saved (rows {rows}, ...)",
-                step,
+                f"not finite; the update was not made and step {step - 1} is saved (rows {rows}, ...)"
             )
         self._tokens += self._run.settings.batch_size * self._run.data.seq_len
         if step % self._run.settings.log_interval == 0 or step in (1, self._steps):

@@ -2,10 +2,9 @@
 2023).
 
 Initialisers, scaling, quantisation and dequantisation are qwix's, and so is the function: that of
-`qwix.apply_lora_to_model` on the unstacked blocks, with tests to show it. Its interception of calls
-is not used. It looks for the products of a traced model by patching `jax.lax.dot_general`, which the
-jit of `@` hides from it, and a kernel that is reshaped before its product, such as one [hidden,
-heads, head_dim], gets no adapter once it is quantised, without a word. So `Linear` knows of both.
+`qwix.apply_lora_to_model` on the unstacked blocks, with tests to show it. Its interception of calls is
+not used: it misses products that are inside of a jit, and, without a word, kernels that are quantised
+and reshaped. So `Linear` knows of both.
 
 Names: kernels [in, out] with inputs and outputs as one axis each, adapters A [in, rank], B [rank, out].
 """
@@ -56,13 +55,9 @@ class _Kernel:
 class Adapters(Partition):
     """Adapters for those kernels of linear layers in blocks that `masks` choose; only the adapters train.
 
-    Biases, norms, embeddings and the head are frozen even where the masks choose them. A layer that
-    the masks leave out runs without adapters.
-
-    With `quantize` the kernels of all blocks are stored quantised, whether they have adapters or not.
-
-    Raises:
-      UserError: qwix is not installed, the masks choose no kernel, or a value of `config` cannot be.
+    Biases, norms, embeddings and the head are frozen even where the masks choose them; a layer that they
+    leave out runs without adapters. With `quantize` the kernels of all blocks are stored quantised.
+    UserError if qwix is not installed, the masks choose no kernel, or a value of `config` cannot be.
     """
 
     def __init__(self, model: ModelConfig, compute: Compute, masks: Masks, config: LoraConfig, seed: int):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxup.depth.freeze import trainable
+from jaxup.depth.freeze import ROLES, trainable
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
 from jaxup.model.config import Compute, ModelConfig
@@ -19,8 +19,7 @@ from jaxup.model.spec import STACK, flatten, unflatten
 from jaxup.training.lora import Adapters, LoraConfig
 from jaxup.training.partition import Partition
 
-RATES = ("copies", "originals", "new", "ends")
-_ROLES = {"copy": "copies", "original": "originals", "new": "new"}
+RATES = (*ROLES, "ends")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,8 @@ def select(
 
 def _rates(plan: DepthPlan, trained: Params, partition: Partition | None, rates: Mapping[str, float]) -> Params:
     """A tree like `trained`, of float32 arrays: [rows, 1, ...] in "blocks", [] elsewhere."""
-    rate_M = np.array([rates.get(_ROLES[row.role], 1.0) for row in plan.rows], np.float32)
+    by_role = {role: rates.get(name, 1.0) for name, role in ROLES.items()}
+    rate_M = np.array([by_role[row.role] for row in plan.rows], np.float32)
 
     def rate(path: str, leaf: Any) -> np.ndarray:
         if not path.startswith(STACK):
