@@ -14,7 +14,7 @@ import safetensors.numpy
 from flax import nnx
 from plain import load_params
 
-from jaxup.families import config_from_hf, family_of_hf
+from jaxup.families import FAMILIES, config_from_hf, family_of_hf
 from jaxup.families.layouts import expected_tensors, to_file
 from jaxup.hub.reader import load_config
 from jaxup.hub.writer import save
