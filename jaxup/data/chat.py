@@ -7,13 +7,11 @@ dropped, never cut, and so is one that leaves nothing to predict; both are count
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +84,10 @@ def open_chat(config: ChatConfig, *, tokenizer: PreTrainedTokenizerBase, root: s
     other rows, or one that another process is making.
     """
     check_config(config)
-    with within("data."), _plain_warnings():
+    with within("data."), warnings.catch_warnings():
+        # What the user is to know of the data, as lines on stderr.
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         with within("format"):
             format = open_format(config.format or None, tokenizer)
         if tokenizer.eos_token_id is None:
@@ -187,12 +188,3 @@ def _chat_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> st
         return TEMPLATES[config.format]
     own = tokenizer.chat_template
     return own.get("default") if isinstance(own, dict) else own
-
-
-@contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """What the user is to know of the data, as lines on stderr."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
-        yield

@@ -100,7 +100,8 @@ class Conversations:
             before = 0
             for file in files:
                 for row in file.rows():
-                    if not _chosen(self.seed, file.name, row.number, share=weight - this):
+                    share = weight - this  # of the rows, in this pass
+                    if share < 1 and draw(f"{self.seed}\0{file.name}\0{row.number}") / 2**64 >= share:
                         continue
                     try:
                         conversation = _parse(row, file.layout)
@@ -151,10 +152,6 @@ def split_spec(spec: str) -> list[tuple[str, float]]:
         except ValueError:
             raise UserError(f"{entry.strip()}: {weight!r} is no weight; write PATH*NUMBER") from None
     return found
-
-
-def _chosen(seed: int, name: str, number: int, *, share: float) -> bool:
-    return share >= 1 or draw(f"{seed}\0{name}\0{number}") / 2**64 < share
 
 
 def _parse(row: Row, layout: str) -> Conversation | Segments:

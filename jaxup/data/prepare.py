@@ -77,7 +77,8 @@ def _fill(
     else:
         spec = made["tokenizer"]["spec"]
         if tokenizer is None:
-            tokenizer = _train(source, spec)
+            say(f"training a vocabulary of {bpe_vocab_size(spec)} tokens on {source.name}")
+            tokenizer = train_bpe(_beginning(source), bpe_vocab_size(spec))
         if tokenizer.eos_token_id is None:
             what = f"{spec} has no end-of-sequence token (eos_token) to end documents with"
             raise UserError(what, at="tokenizer")
@@ -108,19 +109,14 @@ def _fill(
     return splits
 
 
-def _train(source: Source, spec: str) -> PreTrainedTokenizerBase:
-    vocab_size = bpe_vocab_size(spec)
-    say(f"training a vocabulary of {vocab_size} tokens on {source.name}")
-
-    def sample() -> Iterator[str]:
-        characters = 0
-        for text in source.documents("train"):
-            yield text
-            characters += len(text)
-            if characters >= TRAINING_CHARACTERS:
-                return
-
-    return train_bpe(sample(), vocab_size)
+def _beginning(source: Source) -> Iterator[str]:
+    """What a vocabulary is trained on."""
+    characters = 0
+    for text in source.documents("train"):
+        yield text
+        characters += len(text)
+        if characters >= TRAINING_CHARACTERS:
+            return
 
 
 def _token_documents(

@@ -5,6 +5,7 @@ A model directory is untrusted input: names of files come from its index.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -141,8 +142,7 @@ class _Hub(Local):
 
     def __init__(self, repo: str, revision: str | None):
         self.name, self._repo = repo if revision is None else f"{repo} at {revision}", repo
-        self._fetched: dict[str, Path | None] = {}
-        self._revision = revision
+        self._revision, self._fetch = revision, functools.cache(self._download)
         config = self._fetch("config.json")
         if config is None:
             raise UserError("no such directory, and the model on the Hub has no config.json", at=self.name)
@@ -157,12 +157,8 @@ class _Hub(Local):
             raise UserError(f"{self.name}: the model on the Hub has no {file}")
         return super().path(file)
 
-    def _fetch(self, file: str) -> Path | None:
-        if file not in self._fetched:
-            self._fetched[file] = self._download(file)
-        return self._fetched[file]
-
     def _download(self, file: str) -> Path | None:
+        """Where the file is; None if the model has none of that name."""
         from huggingface_hub import constants, errors, hf_hub_download
 
         try:

@@ -182,21 +182,16 @@ def _write_shards(directory: Path, shards: Mapping[str, list[Stored]], fetch: Fe
     def arrays(shard: Iterable[Stored]) -> Iterator[np.ndarray]:
         nonlocal done
         for stored in shard:
-            yield _cast(stored, fetch(stored.tensor))
+            with np.errstate(over="ignore"):  # a value beyond the dtype becomes infinite and is refused
+                array = to_file(stored.tensor, fetch(stored.tensor), stored.dtype)
+            if not is_finite(array):
+                raise UserError(f"params: {stored.tensor.name} would hold NaN or infinity as {stored.dtype.name}")
+            yield array
             done += stored.nbytes
             bar.update(math.ceil(done / 1e6), f"{done / 1e6 / (time.monotonic() - began):,.0f} MB/s")
 
     with bar:
         return {name: write_shard(directory / name, shard, arrays(shard)) for name, shard in shards.items()}
-
-
-def _cast(stored: Stored, parts: list[np.ndarray]) -> np.ndarray:
-    """The contiguous array that the file holds."""
-    with np.errstate(over="ignore"):  # a value beyond the dtype becomes infinite and is refused below
-        array = to_file(stored.tensor, parts, stored.dtype)
-    if not is_finite(array):
-        raise UserError(f"params: {stored.tensor.name} would hold NaN or infinity as {stored.dtype.name}")
-    return array
 
 
 _NEXT = "\1"  # what process 0 says before it gathers a tensor; in the end it says what went wrong, or nothing
