@@ -64,7 +64,10 @@ def prepare_chat(
     progress = store.read_json(PROGRESS) or {"made": wanted, **_nothing_read()}
     check_same(store, progress["made"], wanted)
     vocab_size = 1 + max(format.tokenizer.get_vocab().values())
-    with _scratch_directory(store) as directory:
+    # Beside the rows, where a killed process finds it again; for an object store somewhere on this machine.
+    beside = contextlib.nullcontext(f"{store.path}/scratch")
+    with beside if store.local else tempfile.TemporaryDirectory(prefix="jaxup-") as place:
+        directory = Path(place)
         try:
             # The record first: it marks what else is found there as ours.
             store.write_json(PROGRESS, progress)
@@ -108,16 +111,6 @@ def _nothing_read() -> dict[str, Any]:
     counts: dict[str, Any] = {"refused": 0, "first_refused": "", **{name: dict(split) for name in SPLITS}}
     # written: conversations and tokens in the scratch files
     return {"read": 0, "written": [0, 0], "counts": counts, "done": False}
-
-
-@contextlib.contextmanager
-def _scratch_directory(store: Store) -> Iterator[Path]:
-    """Beside the rows, where a killed process finds it again; for an object store somewhere on this machine."""
-    if store.local:
-        yield Path(store.path, "scratch")
-    else:
-        with tempfile.TemporaryDirectory(prefix="jaxup-") as directory:
-            yield Path(directory)
 
 
 def _tokenise(

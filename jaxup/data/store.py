@@ -60,10 +60,9 @@ class Store:
             result = self._files.read(key).result()
         if result.state == "missing":
             return None
-        try:
+        value = None
+        with contextlib.suppress(ValueError):
             value = json.loads(result.value)
-        except ValueError:
-            value = None
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             what = f"{self.path}/{key} is not what this version of jaxup writes (format {FORMAT})"
             raise UserError(what, at="store", hint=_ANOTHER)
