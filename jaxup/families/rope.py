@@ -51,9 +51,8 @@ def _rope_of(name: str, hf: Mapping[str, Any], theta: float, max_positions: int)
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
     for key in values:
         if key not in known:
-            raise UserError(
-                f"{name}: unknown key {short(key)} of rope_type {kind!r}{nearest(key[:100], sorted(known))}"
-            )
+            near = nearest(key[:100], sorted(known))
+            raise UserError(f"{name}: unknown key {short(key)} of rope_type {kind!r}{near}")
     for key in ("rope_theta", "original_max_position_embeddings"):
         if key in values and key in hf:
             _agree(key, hf[key], f"{name}.{key}", values[key])

@@ -74,7 +74,13 @@ def transfer(
     for digest in digests:
         digest.result()
     if not finite.all():
-        _report([move for move, ok in zip(moves, finite, strict=True) if not ok], strict)
+        wrong = [move for move, ok in zip(moves, finite, strict=True) if not ok]
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        named = ", ".join(move.tensor.name for move in wrong[:3])
+        message = f"{wrong[0].checkpoint.storage.name}: NaN or infinity in {named}{more}"
+        if strict:
+            raise UserError(message)
+        warnings.warn(message, stacklevel=3)
     return target.finish()
 
 
@@ -332,15 +338,6 @@ def _placer(
         return jax.lax.with_sharding_constraint(x, NamedSharding(target.mesh, PartitionSpec(rows, columns)))
 
     return jax.jit(place, donate_argnums=0, out_shardings=target)
-
-
-def _report(moves: list[_Move], strict: bool) -> None:
-    names = [move.tensor.name for move in moves]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    message = f"{moves[0].checkpoint.storage.name}: NaN or infinity in {', '.join(names[:3])}{more}"
-    if strict:
-        raise UserError(message)
-    warnings.warn(message, stacklevel=4)
 
 
 def _in_background(call: Callable[[], Any]) -> concurrent.futures.Future:
