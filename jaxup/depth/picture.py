@@ -1,8 +1,7 @@
 """A plan as a picture: the path of the result through the layers of its sources.
 
 One cell per layer of the result, at its own index from left to right and at its source layer from
-bottom to top; several sources lie in bands above each other. All sizes are in pixels of a screen
-with two pixels per point. Pillow is imported where it is used: matplotlib alone takes a second.
+bottom to top; several sources lie in bands above each other. Sizes are pixels, two per point.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Healing: train a model of another depth, or any part of it, on chat data, and compare with what it was made of.
 
-1. Take the base, or pretrain one. Build the model by its plan; keep it in the run, in the dtype it came
-   in, as `before`.
-2. Measure the model that the plan begins from (`base`) and `before` on the same validation data: an
-   up-scaled model whose copies are zeroed computes what its base does.
+1. Take the base, or pretrain one. Build the model by its plan; keep it in the run as `before`.
+2. Measure both: an up-scaled model whose copies are zeroed computes what its base does.
 3. Train what is selected. A checkpoint stays from the end of each epoch.
 4. Train the base itself for the same steps on the same batches: what healing gives beyond training.
 """
@@ -170,11 +168,9 @@ class Heal(Experiment):
         self.inputs = {"plan": self._plan.to_yaml(), "data": " and ".join(stores)}
 
     def report(self) -> str:
-        notes = []
-        if self.data.seq_len > self._model.max_positions:
-            positions = self._model.max_positions
-            notes.append(f"data: rows of {self.data.seq_len} tokens, and the base was made for {positions}")
-        return "\n".join([str(self._plan), *notes, "", self.data.report(color=sys.stdout.isatty()), ""])
+        length, positions = self.data.seq_len, self._model.max_positions
+        longer = [f"data: rows of {length} tokens, and the base was made for {positions}"] * (length > positions)
+        return "\n".join([str(self._plan), *longer, "", self.data.report(color=sys.stdout.isatty()), ""])
 
     # ---- the run
 
@@ -255,11 +251,10 @@ class Heal(Experiment):
                 dtypes = (read_json(directory / "model.json") or {}).get("dtypes")
                 if dtypes is None:
                     raise UserError(f"gone or damaged; {advice}", at=f"{directory}/model.json")
-                flat = {
-                    path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path], sharding=leaf.sharding)
-                    for path, leaf in flatten(abstract_params(self._model, run.mesh)).items()
-                }
-                return checkpoints.restore_params(0, unflatten(flat))
+                wanted = flatten(abstract_params(self._model, run.mesh))
+                return checkpoints.restore_params(
+                    0, unflatten({path: leaf.update(dtype=dtypes[path]) for path, leaf in wanted.items()})
+                )
             if self._recipe is None and base is not None:
                 params = build(run, self._plan, self._model, base)
             else:
@@ -276,11 +271,8 @@ class Heal(Experiment):
         if healed.trained is None:
             return "Everything trained."
         t, lora = self._train, self._lora
-        chosen = f"layers {t.layers}"
-        if t.freeze:
-            chosen += f" but {t.freeze}"
-        if t.parameters:
-            chosen += f", parameters {t.parameters}"
+        chosen = f"layers {t.layers}" + (f" but {t.freeze}" if t.freeze else "")
+        chosen += f", parameters {t.parameters}" if t.parameters else ""
         frozen = f"the other {healed.params - healed.trained:,}"
         if lora.rank:
             kept = f" over {lora.quantize}" if lora.quantize else ""
@@ -306,8 +298,8 @@ class Heal(Experiment):
             files = with_template(files, self.data.chat_template)
         # Generation has to stop where the format ends a turn.
         settings = parse_json(files.get("generation_config.json", b"{}"), "generation_config.json")
-        known = settings.get("eos_token_id")
-        ends = dict.fromkeys([*(known if isinstance(known, list) else [] if known is None else [known]), *self._ends])
+        known = settings.get("eos_token_id") or []
+        ends = dict.fromkeys([*(known if isinstance(known, list) else [known]), *self._ends])
         settings = {"bos_token_id": tokenizer.bos_token_id, **settings, "eos_token_id": list(ends)}
         files["generation_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
         return {"carried": files, "hf_extra": ids, "model_type": model_type}
