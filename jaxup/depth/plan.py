@@ -225,8 +225,7 @@ class DepthPlan:
 
         return draw.describe(self)
 
-    def __str__(self) -> str:
-        return self.describe()
+    __str__ = describe
 
     def __repr__(self) -> str:
         """One line: the strip, or its two ends."""

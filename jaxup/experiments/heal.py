@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxup.building.vocabulary import with_template
+from jaxup.building.vocabulary import TOKEN_IDS, with_template
 from jaxup.data.chat import ChatConfig, ChatData, check_config, check_files, open_chat
 from jaxup.data.chat_formats import end_ids, prompt_ids
 from jaxup.data.documents import DataConfig, open_data
@@ -57,7 +57,6 @@ from jaxup.training.selection import Selection, TrainConfig, select
 
 # The models of a run by name, which is their kind too.
 BASE, PRETRAINED, BEFORE, HEALED, MERGED, CONTROL = "base", "pretrained", "before", "healed", "merged", "control"
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Heal(Experiment):
@@ -119,10 +118,9 @@ class Heal(Experiment):
                 revision=c.base.revision or None, flag=flag,
             )  # fmt: skip
         if recipe.tokenizer not in (None, "base") or recipe.chat_template is not None:
-            raise UserError(
-                "tokenizer_source and chat_template are carried out by `jaxup build`", at=("plan", recipe.name),
-                hint="give what it makes as base.path, and the format as data.format",
-            )  # fmt: skip
+            what = "tokenizer_source and chat_template are carried out by `jaxup build`"
+            hint = "give what it makes as base.path, and the format as data.format"
+            raise UserError(what, at=("plan", recipe.name), hint=hint)
         if len({model.revision for model in recipe.models.values()}) > 1:
             raise UserError("its models are at several revisions", at="plan", hint="give local directories")
         for note in recipe.notes:
@@ -136,8 +134,8 @@ class Heal(Experiment):
         return ", ".join(f"{m.path}{f' at {m.revision}' if m.revision else ''}" for m in self._recipe.models.values())
 
     def _select(self, model: ModelConfig, plan: DepthPlan, train: TrainConfig | None = None) -> Selection:
-        compute, seed = self._settings.compute, self._settings.seed
-        return select(model, plan, train or self._train, self._lora, compute=compute, seed=seed)
+        s = self._settings
+        return select(model, plan, train or self._train, self._lora, compute=s.compute, seed=s.seed)
 
     # ---- data
 
@@ -234,11 +232,11 @@ class Heal(Experiment):
     def _load(self, plan: DepthPlan | None) -> Params:
         """The base, or the plan's result, each device's part read straight onto it."""
         assert self._recipe is not None
-        models, c = self._recipe.models, self._config.base
-        paths = {name: model.path for name, model in models.items()}
+        c, first, *_ = self._config.base, *self._recipe.models.values()
+        paths = {name: model.path for name, model in self._recipe.models.items()}
         model = load(
-            paths if plan else next(iter(paths.values())), plan=plan, mesh=self._mesh, dtype=c.dtype or None,
-            strict=True, revision=next(iter(models.values())).revision, allow_pickle=c.allow_pickle, progress=True,
+            paths if plan else first.path, plan=plan, mesh=self._mesh, dtype=c.dtype or None, strict=True,
+            revision=first.revision, allow_pickle=c.allow_pickle, progress=True,
         )  # fmt: skip
         return nnx.to_pure_dict(nnx.state(model))
 
@@ -289,11 +287,11 @@ class Heal(Experiment):
             with tempfile.TemporaryDirectory() as directory:
                 tokenizer.save_pretrained(directory)
                 files, model_type = carried_files(directory), None
-            ids = {name: getattr(tokenizer, name) for name in _TOKEN_IDS}
+            ids = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
         else:
             main = self._recipe.models[self._recipe.base]
             files, model_type = carried_files(main.path, main.revision), main.hf["model_type"]
-            ids = {name: main.hf[name] for name in _TOKEN_IDS if name in main.hf}
+            ids = {name: main.hf[name] for name in TOKEN_IDS if name in main.hf}
         if self._chat.format and self.data.chat_template:
             files = with_template(files, self.data.chat_template)
         # Generation has to stop where the format ends a turn.
