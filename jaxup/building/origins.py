@@ -68,8 +68,7 @@ def tensor_origins(
             after = DTYPES[made[0].after] if made else some
             yield Stored(tensor, after), Origin(None, (), after, after)
             continue
-        first = made[0]
-        before, after = DTYPES[first.before], DTYPES[first.after]
+        first, before, after = made[0], DTYPES[made[0].before], DTYPES[made[0].after]
         factors = tuple(material.factors for material in made)
         if first.source is None:
             yield Stored(tensor, after), Origin(None, factors, before, after, new=tensor)

@@ -26,7 +26,7 @@ from jaxup.text import parse_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GENERATION = "generation_config.json"
 
 
@@ -63,8 +63,8 @@ def open_vocabulary(recipe: Recipe) -> Vocabulary:
 
 def _remapped(recipe: Recipe, source: str) -> Vocabulary:
     source = recipe.base if source == "base" else source
-    names = dict.fromkeys([recipe.base, *([] if source == "union" else [source]), *recipe.models])
-    tokenizers = {name: _load(recipe, name) for name in names}
+    names = [recipe.base, *([] if source == "union" else [source]), *recipe.models]
+    tokenizers = {name: _load(recipe, name) for name in dict.fromkeys(names)}
     if (own := tokenizers[recipe.base]) is None:
         raise UserError(f"{recipe.name}: tokenizer_source needs the tokenizer of {recipe.base!r}, which has none")
     known = {}  # of each model: token -> row
@@ -148,7 +148,7 @@ def _moved(ids: Mapping[str, Any], move: Mapping[int, int]) -> dict[str, Any]:
             return [move[i] for i in value if i in move] or None
         return move.get(value)
 
-    return {key: new(ids[key]) for key in _TOKEN_IDS if ids.get(key) is not None}
+    return {key: new(ids[key]) for key in TOKEN_IDS if ids.get(key) is not None}
 
 
 # ---- chat templates

@@ -2,8 +2,6 @@
 
 Pure and shaped by the plan alone, so it runs under `jax.jit` with the plan static, `jax.eval_shape`,
 `jax.vmap` and `jax.grad`, and on any tree of the structure of params, such as Adam's moments.
-
-L is the number of layers of a source, M that of the result.
 """
 
 from __future__ import annotations
@@ -18,39 +16,37 @@ import numpy as np
 
 from jaxup.depth.materials import Bill, Material, common, materials
 from jaxup.depth.plan import ENDS, DepthPlan
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError, suggest, within
+from jaxup.model.decoder import Params
 from jaxup.model.spec import PART_OF, STACK, flatten, unflatten
 
-Params = dict[str, Any]  # nested dict of arrays
 INIT = None  # the name, among the sources, of the freshly initialised tree
 
 
+@within("apply")
 def apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None = None) -> Params:
     """The params that `plan` makes from those of its sources.
 
     Args:
       plan: hashable; make it static under `jax.jit`.
-      sources: params of each of the plan's sources, leaves under "blocks" [L, ...]. Sources the
-        plan does not name are ignored.
-      init: freshly initialised params of the result's depth, leaves under "blocks" [M, ...]. What
-        the plan does not inherit is taken from the same layer and parameter of it.
+      sources: params of each of the plan's sources, and maybe others, leaves under "blocks" [L, ...].
+      init: freshly initialised params of the result's depth, leaves under "blocks" [M, ...], from which
+        what the plan does not inherit is taken.
 
     Returns:
       Params with leaves under "blocks" [M, ...]. A leaf has the dtype of its sources (promoted if
       they differ, so that nothing inherited is rounded), whatever that of `init`, unless the plan
       says otherwise. Scaling is done in float32; a scale of 0 gives +0.0 and a scale of 1 a
       bit-exact copy. The layer axis must not be sharded; the sharding of the others is kept.
-      Blocks are new arrays; embeddings, final norm and head may be the very arrays of the sources,
-      which then must not be donated.
+      Embeddings, final norm and head may be the very arrays of the sources, which then must not be donated.
 
     Raises:
-      UserError: a source is missing or is not what the plan was made for, sources and `init` do
-        not fit each other, or something new is needed and there is no `init`.
+      UserError: sources or `init` are missing, or do not fit the plan or each other.
     """
     trees: dict[str | None, dict[str, Any]] = {}
     for name, _ in plan.sources:
         if name not in sources:
-            raise UserError(f"apply: the plan's source {name!r} is not given{suggest(name, sources)}")
+            raise UserError(f"the plan's source {name!r} is not given{suggest(name, sources)}")
         trees[name] = flatten(sources[name])
     if init is not None:
         trees[INIT] = flatten(init)
@@ -61,7 +57,7 @@ def apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None = 
 
     def stored(source: str | None, path: str, layer: int | None) -> str:
         if source not in trees:
-            raise UserError(f"apply: {path} is to be newly initialised, and no init is given")
+            raise UserError(f"{path} is to be newly initialised, and no init is given")
         return trees[source][path].dtype.name
 
     bill = materials(plan, paths, tied, stored)
@@ -96,12 +92,12 @@ def _end_paths(
             found: list[str] = []
         elif name is INIT and INIT not in trees:
             if any(_of(end, tree) for tree in trees.values()):
-                raise UserError(f"apply: {end} is to be newly initialised, and no init is given")
+                raise UserError(f"{end} is to be newly initialised, and no init is given")
             continue
         else:
             found = _of(end, trees[name]) if part == end else ["lm_head.kernel"]
         if INIT in trees and sorted(found) != sorted(there := _of(end, trees[INIT])):
-            raise UserError(f"apply: {end} is in {'init' if there else 'the result'} only")
+            raise UserError(f"{end} is in {'init' if there else 'the result'} only")
         yield from found
 
 
@@ -119,7 +115,7 @@ def _leaf(path: str, rows: tuple[Material, ...], trees: Mapping[str | None, Mapp
     if INIT not in trees and any(made.source is INIT or made.noise for made in rows):
         layer = next(i for i, made in enumerate(rows) if made.source is INIT or made.noise)
         what = "is to be newly initialised" if rows[layer].source is INIT else "is to be mixed with new values"
-        raise UserError(f"apply: {path.removeprefix(STACK)} of layer {layer} {what}, and no init is given")
+        raise UserError(f"{path.removeprefix(STACK)} of layer {layer} {what}, and no init is given")
     before, after = common(made.before for made in rows), common(made.after for made in rows)
     pieces = []
     for name, run in itertools.groupby(rows, key=lambda made: made.source):
@@ -150,12 +146,10 @@ def _check_depths(plan: DepthPlan, trees: Mapping[str | None, Mapping[str, Any]]
     for name, tree in trees.items():
         for path, leaf in tree.items():
             if path not in PART_OF:
-                raise UserError(f"apply: {_called(name)} has {path}, which a plan knows nothing of")
+                raise UserError(f"{_called(name)} has {path}, which a plan knows nothing of")
             found = leaf.shape[0] if leaf.ndim else 0
             if path.startswith(STACK) and found != depths[name]:
-                raise UserError(
-                    f"apply: {path} of {_called(name)} has {found} layers, but the plan says {depths[name]}"
-                )
+                raise UserError(f"{path} of {_called(name)} has {found} layers, but the plan says {depths[name]}")
 
 
 def _check_shapes(trees: Mapping[str | None, Mapping[str, Any]]) -> None:
@@ -167,15 +161,13 @@ def _check_shapes(trees: Mapping[str | None, Mapping[str, Any]]) -> None:
         if differ := paths[first] ^ paths[other]:
             path = min(differ)
             has, lacks = (first, other) if path in paths[first] else (other, first)
-            raise UserError(f"apply: {_called(has)} has {path}, and {_called(lacks)} has not")
+            raise UserError(f"{_called(has)} has {path}, and {_called(lacks)} has not")
     for name, tree in trees.items():
         for path, leaf in tree.items():
-            skip = 1 if path.startswith(STACK) else 0
-            who, shape = seen.setdefault(path, (name, leaf.shape))
-            if shape[skip:] != leaf.shape[skip:]:
-                raise UserError(
-                    f"apply: {path} has shape {list(shape)} in {_called(who)} and {list(leaf.shape)} in {_called(name)}"
-                )
+            skip, now = path.startswith(STACK), leaf.shape
+            who, shape = seen.setdefault(path, (name, now))
+            if shape[skip:] != now[skip:]:
+                raise UserError(f"{path} has shape {[*shape]} in {_called(who)} and {[*now]} in {_called(name)}")
 
 
 def _called(name: str | None) -> str:

@@ -7,18 +7,14 @@ from collections.abc import Sequence
 import ml_dtypes  # noqa: F401  (numpy learns of bfloat16)
 import numpy as np
 
+DType = np.dtype | str | None  # None: the dtype that it has
 
-def rescale(
-    x: np.ndarray,
-    factors: Sequence[float],
-    dtype: np.dtype | str | None = None,
-    out_dtype: np.dtype | str | None = None,
-) -> np.ndarray:
+
+def rescale(x: np.ndarray, factors: Sequence[float], dtype: DType = None, out_dtype: DType = None) -> np.ndarray:
     """The array cast to `dtype`, multiplied with each factor in turn, and cast to `out_dtype`.
 
-    None keeps the dtype it has. Array and factor are multiplied in float32, and each product is
-    rounded to `dtype`. A factor of 0 gives +0.0, whatever the array holds. This is mergekit's
-    arithmetic for `scale`, but for the sign of zero.
+    Products are computed in float32 and rounded to `dtype`; a factor of 0 gives +0.0, whatever the array
+    holds. This is mergekit's arithmetic for `scale`, but for the sign of zero.
     """
     dtype = np.dtype(dtype or x.dtype)
     if tuple(factors) == (0.0,):

@@ -25,9 +25,8 @@ def compose(outer: DepthPlan, inners: Mapping[str, DepthPlan]) -> DepthPlan:
       initialised gets the values for its place in the final result.
 
     Raises:
-      UserError: a plan has another depth than `outer` says, two plans mean different models by one
-        name, or no single plan says this: rounding to several dtypes in turn, scaling what noise
-        was mixed into, repeating a layer that is newly initialised.
+      UserError: depths do not fit, or no single plan says this: rounding to several dtypes in turn,
+        scaling what noise was mixed into, repeating a layer that is newly initialised.
     """
     for name, count in outer.sources:
         if name in inners and inners[name].num_layers != count:

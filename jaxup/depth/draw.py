@@ -39,10 +39,7 @@ def character(row: Row) -> str:
 
 
 def describe(plan: DepthPlan, *, color: bool = False) -> str:
-    """The strip, a table of the runs, the ends, and what is unusual about the order.
-
-    `color` is for terminals: escape sequences in the strip, and a legend below it.
-    """
+    """The strip, a table of the runs, the ends, and what is unusual about the order; `color` is for terminals."""
     lines = [f"{plan.num_layers} layers from {', '.join(f'{name!r} ({n})' for name, n in plan.sources)}"]
     lines += [*_strip_rows(plan, color), *_table(plan), *_ends(plan), *_remarks(plan)]
     return "\n".join(lines)
@@ -112,15 +109,12 @@ def _cells(run: Sequence[Row], start: int) -> tuple[str, ...]:
 
 def _scales(scales: Sequence[tuple[str, float | tuple[float, ...]]]) -> Iterator[str]:
     for filter, value in scales:
-        for factors in [value if isinstance(value, tuple) else (value,)]:
-            yield f"{named(filter) or 'all'} {' '.join(f'x {factor:g}' for factor in factors)}"
+        factors = value if isinstance(value, tuple) else (value,)
+        yield f"{named(filter) or 'all'} {' '.join(f'x {factor:g}' for factor in factors)}"
 
 
 def _patterns(rows: Sequence[Row]) -> Iterator[tuple[int, int, int, int]]:
-    """The rows as consecutive pieces (start, stop, period, shift): the period repeats, each time `shift` layers on.
-
-    A piece that does not repeat has a period of its own length.
-    """
+    """The rows as consecutive pieces (start, stop, period, shift): the period, or all, repeats `shift` layers on."""
     count, longest = len(rows), min(_MAX_PERIOD, len(rows) // 3)
     kinds, layers = list(map(_kind, rows)), [row.layer for row in rows]
     heads = set(itertools.accumulate(map(len, runs(rows)), initial=0))
@@ -220,10 +214,9 @@ def ranges(numbers: Iterable[int]) -> str:
     while left:
         step = left[1] - left[0] if len(left) > 1 else 1
         count = next((i for i in range(1, len(left)) if left[i] - left[i - 1] != step), len(left))
-        if step == 1 or count < 4:
-            count = count if step == 1 else 1
-            spans.append(f"{left[0]}-{left[count - 1]}" if count > 1 else f"{left[0]}")
-        else:
-            spans.append(f"{left[0]}, {left[1]}, ..., {left[count - 1]}")
+        if step != 1 and count < 4:
+            count = 1
+        between = "-" if step == 1 else f", {left[1]}, ..., "
+        spans.append(f"{left[0]}{between}{left[count - 1]}" if count > 1 else f"{left[0]}")
         left = left[count:]
     return ", ".join(spans)

@@ -2,7 +2,6 @@
 
 Reads with PyYAML's safe loader, event by event and without recursion: what a hostile file may cost
 (nesting, aliases of aliases, merge keys, long numbers, sheer size) is bounded before it is spent.
-ruamel.yaml knows lines and columns too, but sets no such bounds.
 """
 
 from __future__ import annotations
@@ -38,20 +37,15 @@ class Place(NamedTuple):
 
 
 class Map(dict[Any, Any]):
-    """A mapping that knows the place of itself, of each key and of each value.
-
-    Keys are the scalars they are read as. Of a key given twice the last is kept, as PyYAML does, and
-    `repeated` has the places of the first and the last. `anchored` are the keys with an anchor in
-    their values.
-    """
+    """A mapping, of scalars to anything, that knows the place of itself, of each key and of each value."""
 
     def __init__(self, place: Place):
         super().__init__()
         self.place = place
         self.keys_at: dict[Any, Place] = {}
         self.values_at: dict[Any, Place] = {}
-        self.repeated: dict[Any, tuple[Place, Place]] = {}
-        self.anchored: set[Any] = set()
+        self.repeated: dict[Any, tuple[Place, Place]] = {}  # the first and last of a key given twice, which counts
+        self.anchored: set[Any] = set()  # keys with an anchor in their values
 
     def need(self, key: str) -> Any:
         if key not in self:

@@ -1,8 +1,7 @@
 """A plan as a picture: the path of the result through the layers of its sources.
 
 One cell per layer of the result, at its own index from left to right and at its source layer from
-bottom to top; several sources lie in bands above each other. All sizes are in pixels of a screen
-with two pixels per point. Pillow is imported where it is used: matplotlib alone takes a second.
+bottom to top; several sources lie in bands above each other. Sizes are pixels, two per point.
 """
 
 from __future__ import annotations
@@ -146,13 +145,9 @@ def _cell(room: int, count: int) -> float:
 
 def _unused(band: _Band, used: set[int]) -> list[_Unused]:
     """((first, last), label) of the layers that are never used; one label for all if they would collide."""
-    spans: list[list[int]] = []
-    for layer in range(band.layers):
-        if layer not in used:
-            if spans and spans[-1][1] == layer - 1:
-                spans[-1][1] = layer
-            else:
-                spans.append([layer, layer])
+    unused = set(range(band.layers)) - used
+    firsts, lasts = (sorted(layer for layer in unused if layer + step not in unused) for step in (-1, 1))
+    spans = list(zip(firsts, lasts))
     middles = [band.y((first + last) / 2) for first, last in spans]
     if len(spans) <= 6 and all(a - b >= _SMALL + 6 for a, b in itertools.pairwise(middles)):
         return [((a, b), f"{ranges(range(a, b + 1))} never used") for a, b in spans]
@@ -162,9 +157,8 @@ def _unused(band: _Band, used: set[int]) -> list[_Unused]:
 
 
 def _ticks(count: int, most: float) -> list[int]:
-    step = next(s for s in itertools.chain.from_iterable((d * 10**e for d in (1, 2, 5)) for e in range(9))
-                if count / s <= max(most, 1))  # fmt: skip
-    return list(range(0, count, step))
+    steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    return list(range(0, count, next(step for step in steps if count / step <= max(most, 1))))
 
 
 def _entries(plan: DepthPlan) -> dict[str, str]:

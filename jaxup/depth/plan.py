@@ -1,10 +1,7 @@
 """`DepthPlan`: a model's layers as an index into the layers of other models, with its reasons.
 
-A decoder keeps its blocks stacked on axis 0, so changing its depth is a gather and a plan is the
-index of that gather. It is plain data: immutable, hashable (a static argument of `jax.jit`),
-printable, and YAML that a person can read and write (`jaxup.depth.plan_yaml`).
-
-The words (row, source, part, end, role) are explained in CONTRIBUTING.md.
+It is plain data: immutable, hashable (a static argument of `jax.jit`), printable, and YAML that a person
+can read and write. The words (row, source, part, end, role) are explained in CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -113,9 +110,6 @@ class DepthPlan:
       scales: of what is not a block, as `Row.scales`, with filters on END_PATHS.
       dtype, out_dtype: what is inherited is cast to `dtype`, scaled, and cast to `out_dtype`; None
         keeps the dtype. Products are computed in float32 and rounded to `dtype`.
-
-    Raises:
-      UserError: a row or an end names an unknown source, or a layer its source does not have.
     """
 
     rows: tuple[Row, ...]
@@ -186,7 +180,7 @@ class DepthPlan:
         UserError unless the result is one model's layers, whole and unscaled (a zeroed copy runs as
         -1), between that model's own ends.
         """
-        problem = None
+        problem = ""
         if len({row.source for row in self.rows} | {getattr(self, end) for end in ENDS}) > 1:
             problem = "it takes from several sources, or what it needs is newly initialised"
         elif self.dtype or self.out_dtype or any(factors for path in END_PATHS if (factors := self.factors(path))):
@@ -231,8 +225,7 @@ class DepthPlan:
 
         return draw.describe(self)
 
-    def __str__(self) -> str:
-        return self.describe()
+    __str__ = describe
 
     def __repr__(self) -> str:
         """One line: the strip, or its two ends."""

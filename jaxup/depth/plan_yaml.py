@@ -81,16 +81,9 @@ def load(text: str, name: str = "plan") -> DepthPlan:
         if value is not None and not (isinstance(value, str) and value in known):
             what = f"{key} must be a source's name or null, not" if key in ENDS else f"unknown {key}"
             raise data.values_at[key].error(f"{what} {shown(value)}{suggest(str(value), known)}")
-    scales = _scales(data)
+    scales, given = _scales(data), {key: data.get(key) for key in (*ENDS, "dtype", "out_dtype")}
     try:
-        return DepthPlan(
-            tuple(rows),
-            **{end: data[end] for end in ENDS},
-            sources=tuple(sources.items()),
-            scales=scales,
-            dtype=data.get("dtype"),
-            out_dtype=data.get("out_dtype"),
-        )
+        return DepthPlan(tuple(rows), **given, sources=tuple(sources.items()), scales=scales)
     except UserError as error:
         raise data.place.error(error.what) from None
 
@@ -139,9 +132,7 @@ def _scales(data: Map) -> Scales:
         scales.refuse_repeated(filter)
         if not isinstance(filter, str):
             raise scales.keys_at[filter].error(f"a scale's filter must be text, not {shown(filter)}")
-        if isinstance(value, List) and value:
-            factors = tuple(number(f, "a scale", at) for f, at in zip(value, value.items_at, strict=True))
-            pairs.append((filter, factors))
-        else:
-            pairs.append((filter, number(value, "a scale", place)))
+        several = zip(value, value.items_at, strict=True) if isinstance(value, List) and value else None
+        factors = tuple(number(f, "a scale", at) for f, at in several) if several else number(value, "a scale", place)
+        pairs.append((filter, factors))
     return tuple(pairs)

@@ -19,14 +19,10 @@ def result_config(
 ) -> ModelConfig:
     """The configuration of what `plan` makes from models of these configurations.
 
-    Layers bring their own kind along (window, divisor of attention), and `DepthPlan.head` decides whether
-    the embeddings are tied. Fields that do not change what is computed, such as the longest sequence a
-    model was trained on, are those of the source `base`, by default that of the first layer. With a
-    `vocab_size` for the result, those of the models may differ.
-
-    Raises:
-      UserError: a source is missing, has another depth than the plan says, or differs from the first
-        in what every layer shares.
+    Layers bring their own kind along, and `DepthPlan.head` decides whether the embeddings are tied. Fields
+    that do not change what is computed, such as the longest sequence a model was trained on, are those of
+    the source `base`, by default that of the first layer. With a `vocab_size` for the result, those of the
+    models may differ; UserError if they differ in anything else that layers share.
     """
     for name, depth in plan.sources:
         if name not in configs:

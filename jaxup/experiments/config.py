@@ -38,8 +38,7 @@ def find(name: str, *, shipped: bool = False) -> Path:
 def load(spec: str, overrides: Iterable[tuple[str, str]] = (), *, shipped: bool = False) -> ConfigDict:
     """The locked, resolved configuration of `FILE[:VARIANT]` with `(dotted key, text)` overrides.
 
-    An experiment file that changes a shipped one begins with `load("heal.py:VARIANT", shipped=True)`: so it finds it
-    from wherever it lies.
+    An experiment file that changes a shipped one begins with `load("heal.py:VARIANT", shipped=True)`.
     """
     name, _, variant = spec.partition(":")
     path = find(name, shipped=shipped)
@@ -109,8 +108,7 @@ def _override(config: ConfigDict, dotted: str, text: str) -> None:
     for depth, key in enumerate(path):
         where = ".".join(["--config", *path[: depth + 1]])
         if not isinstance(node, ConfigDict) or key not in node:
-            known = [k for k in node] if isinstance(node, ConfigDict) else []
-            raise UserError(f"{where}: unknown key {key!r}{suggest(key, known)}")
+            raise UserError(f"{where}: unknown key {key!r}{suggest(key, node if isinstance(node, ConfigDict) else ())}")
         if depth < len(path) - 1:
             node = node[key]
     if isinstance(node[key], ConfigDict):
@@ -135,9 +133,6 @@ def _parse(where: str, text: str, like: Any) -> Any:
     if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not type(like):
-        raise UserError(f"{where}: expected {_a(type(like).__name__)}, not {text!r}")
+        kind = type(like).__name__
+        raise UserError(f"{where}: expected {'an' if kind[0] in 'aeiou' else 'a'} {kind}, not {text!r}")
     return value
-
-
-def _a(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

@@ -1,9 +1,7 @@
 """Healing: train a model of another depth, or any part of it, on chat data, and compare with what it was made of.
 
-1. Take the base, or pretrain one. Build the model by its plan; keep it in the run, in the dtype it came
-   in, as `before`.
-2. Measure the model that the plan begins from (`base`) and `before` on the same validation data: an
-   up-scaled model whose copies are zeroed computes what its base does.
+1. Take the base, or pretrain one. Build the model by its plan; keep it in the run as `before`.
+2. Measure both: an up-scaled model whose copies are zeroed computes what its base does.
 3. Train what is selected. A checkpoint stays from the end of each epoch.
 4. Train the base itself for the same steps on the same batches: what healing gives beyond training.
 """
@@ -25,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxup.building.vocabulary import with_template
+from jaxup.building.vocabulary import TOKEN_IDS, with_template
 from jaxup.data.chat import ChatConfig, ChatData, check_config, check_files, open_chat
 from jaxup.data.chat_formats import end_ids, prompt_ids
 from jaxup.data.documents import DataConfig, open_data
@@ -59,7 +57,6 @@ from jaxup.training.selection import Selection, TrainConfig, select
 
 # The models of a run by name, which is their kind too.
 BASE, PRETRAINED, BEFORE, HEALED, MERGED, CONTROL = "base", "pretrained", "before", "healed", "merged", "control"
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Heal(Experiment):
@@ -121,10 +118,9 @@ class Heal(Experiment):
                 revision=c.base.revision or None, flag=flag,
             )  # fmt: skip
         if recipe.tokenizer not in (None, "base") or recipe.chat_template is not None:
-            raise UserError(
-                "tokenizer_source and chat_template are carried out by `jaxup build`", at=("plan", recipe.name),
-                hint="give what it makes as base.path, and the format as data.format",
-            )  # fmt: skip
+            what = "tokenizer_source and chat_template are carried out by `jaxup build`"
+            hint = "give what it makes as base.path, and the format as data.format"
+            raise UserError(what, at=("plan", recipe.name), hint=hint)
         if len({model.revision for model in recipe.models.values()}) > 1:
             raise UserError("its models are at several revisions", at="plan", hint="give local directories")
         for note in recipe.notes:
@@ -138,8 +134,8 @@ class Heal(Experiment):
         return ", ".join(f"{m.path}{f' at {m.revision}' if m.revision else ''}" for m in self._recipe.models.values())
 
     def _select(self, model: ModelConfig, plan: DepthPlan, train: TrainConfig | None = None) -> Selection:
-        compute, seed = self._settings.compute, self._settings.seed
-        return select(model, plan, train or self._train, self._lora, compute=compute, seed=seed)
+        s = self._settings
+        return select(model, plan, train or self._train, self._lora, compute=s.compute, seed=s.seed)
 
     # ---- data
 
@@ -170,11 +166,9 @@ class Heal(Experiment):
         self.inputs = {"plan": self._plan.to_yaml(), "data": " and ".join(stores)}
 
     def report(self) -> str:
-        notes = []
-        if self.data.seq_len > self._model.max_positions:
-            positions = self._model.max_positions
-            notes.append(f"data: rows of {self.data.seq_len} tokens, and the base was made for {positions}")
-        return "\n".join([str(self._plan), *notes, "", self.data.report(color=sys.stdout.isatty()), ""])
+        length, positions = self.data.seq_len, self._model.max_positions
+        longer = [f"data: rows of {length} tokens, and the base was made for {positions}"] * (length > positions)
+        return "\n".join([str(self._plan), *longer, "", self.data.report(color=sys.stdout.isatty()), ""])
 
     # ---- the run
 
@@ -238,11 +232,11 @@ class Heal(Experiment):
     def _load(self, plan: DepthPlan | None) -> Params:
         """The base, or the plan's result, each device's part read straight onto it."""
         assert self._recipe is not None
-        models, c = self._recipe.models, self._config.base
-        paths = {name: model.path for name, model in models.items()}
+        c, first, *_ = self._config.base, *self._recipe.models.values()
+        paths = {name: model.path for name, model in self._recipe.models.items()}
         model = load(
-            paths if plan else next(iter(paths.values())), plan=plan, mesh=self._mesh, dtype=c.dtype or None,
-            strict=True, revision=next(iter(models.values())).revision, allow_pickle=c.allow_pickle, progress=True,
+            paths if plan else first.path, plan=plan, mesh=self._mesh, dtype=c.dtype or None, strict=True,
+            revision=first.revision, allow_pickle=c.allow_pickle, progress=True,
         )  # fmt: skip
         return nnx.to_pure_dict(nnx.state(model))
 
@@ -255,11 +249,10 @@ class Heal(Experiment):
                 dtypes = (read_json(directory / "model.json") or {}).get("dtypes")
                 if dtypes is None:
                     raise UserError(f"gone or damaged; {advice}", at=f"{directory}/model.json")
-                flat = {
-                    path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path], sharding=leaf.sharding)
-                    for path, leaf in flatten(abstract_params(self._model, run.mesh)).items()
-                }
-                return checkpoints.restore_params(0, unflatten(flat))
+                wanted = flatten(abstract_params(self._model, run.mesh))
+                return checkpoints.restore_params(
+                    0, unflatten({path: leaf.update(dtype=dtypes[path]) for path, leaf in wanted.items()})
+                )
             if self._recipe is None and base is not None:
                 params = build(run, self._plan, self._model, base)
             else:
@@ -276,11 +269,8 @@ class Heal(Experiment):
         if healed.trained is None:
             return "Everything trained."
         t, lora = self._train, self._lora
-        chosen = f"layers {t.layers}"
-        if t.freeze:
-            chosen += f" but {t.freeze}"
-        if t.parameters:
-            chosen += f", parameters {t.parameters}"
+        chosen = f"layers {t.layers}" + (f" but {t.freeze}" if t.freeze else "")
+        chosen += f", parameters {t.parameters}" if t.parameters else ""
         frozen = f"the other {healed.params - healed.trained:,}"
         if lora.rank:
             kept = f" over {lora.quantize}" if lora.quantize else ""
@@ -297,17 +287,17 @@ class Heal(Experiment):
             with tempfile.TemporaryDirectory() as directory:
                 tokenizer.save_pretrained(directory)
                 files, model_type = carried_files(directory), None
-            ids = {name: getattr(tokenizer, name) for name in _TOKEN_IDS}
+            ids = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
         else:
             main = self._recipe.models[self._recipe.base]
             files, model_type = carried_files(main.path, main.revision), main.hf["model_type"]
-            ids = {name: main.hf[name] for name in _TOKEN_IDS if name in main.hf}
+            ids = {name: main.hf[name] for name in TOKEN_IDS if name in main.hf}
         if self._chat.format and self.data.chat_template:
             files = with_template(files, self.data.chat_template)
         # Generation has to stop where the format ends a turn.
         settings = parse_json(files.get("generation_config.json", b"{}"), "generation_config.json")
-        known = settings.get("eos_token_id")
-        ends = dict.fromkeys([*(known if isinstance(known, list) else [] if known is None else [known]), *self._ends])
+        known = settings.get("eos_token_id") or []
+        ends = dict.fromkeys([*(known if isinstance(known, list) else [known]), *self._ends])
         settings = {"bos_token_id": tokenizer.bos_token_id, **settings, "eos_token_id": list(ends)}
         files["generation_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
         return {"carried": files, "hf_extra": ids, "model_type": model_type}

@@ -17,24 +17,22 @@ _PRETRAINED = ("base", "before")  # kinds that a run begins with: what it trains
 
 
 def write_summary(
-    directory: Path, title: str, results: Sequence[Result], plan_text: str, notes: Sequence[str],
-    *, plan_title: str,
-) -> str:  # fmt: skip
+    directory: Path, title: str, results: Sequence[Result], plan: str, notes: Sequence[str], *, plan_title: str
+) -> str:
     """Writes and returns SUMMARY.md; the first result is what the others are compared with."""
     reference = results[0]
     lines = [f"# {title}", "", *notes, ""]
     lines += [f"| model | layers | parameters | steps | tokens | validation loss | to the {reference.name} |"]
     lines += ["|---|---:|---:|---:|---:|---:|---:|"]
     for r in results:
-        difference = "" if r is reference else f"{r.val_loss - reference.val_loss:+.4f}"
-        lines.append(
-            f"| {r.name} | {r.layers} | {r.params:,} | {r.steps:,} | {r.tokens:,} | {r.val_loss:.4f} | {difference} |"
-        )
+        more = "" if r is reference else f"{r.val_loss - reference.val_loss:+.4f}"
+        counts = f"{r.layers} | {r.params:,} | {r.steps:,} | {r.tokens:,}"
+        lines.append(f"| {r.name} | {counts} | {r.val_loss:.4f} | {more} |")
     for path in sorted((directory / "plots").glob("*.png"), reverse=True):  # validation_loss before loss_by_layers
         lines += ["", f"![{path.stem.replace('_', ' ')}](plots/{path.name})"]
     lines += ["", "How each model began:", ""]
     lines += [f"- **{r.name}**: {r.origin}" for r in results]
-    lines += ["", f"## {plan_title}", "", "```", plan_text.strip(), "```", "", "## Samples", ""]
+    lines += ["", f"## {plan_title}", "", "```", plan.strip(), "```", "", "## Samples", ""]
     for r in results:
         fence = backticks(r.sample)
         lines += [f"**{r.name}**", "", f"{fence}text", r.sample.rstrip(), fence, ""]
@@ -77,10 +75,8 @@ def plot_layers(directory: Path, title: str, results: Sequence[Result]) -> Path 
     reference = results[0]
     kinds = {"target": ("inherited", "C1", "-"), "control": ("control, from random", "C2", ":")}
     figure, axes = _figure(reference)
-    axes.plot(
-        reference.layers, reference.val_loss, "o", color="C0",
-        label=f"reference ({reference.layers} layers): {reference.val_loss:.3f}",
-    )  # fmt: skip
+    label = f"reference ({reference.layers} layers): {reference.val_loss:.3f}"
+    axes.plot(reference.layers, reference.val_loss, "o", color="C0", label=label)
     for kind, (label, color, line) in kinds.items():
         for steps in sorted({r.steps for r in results if r.kind == kind}):
             points = sorted((r.layers, r.val_loss) for r in results if r.kind == kind and r.steps == steps)

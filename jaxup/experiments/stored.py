@@ -18,7 +18,7 @@ from jaxup.hub.directory import carried_files
 from jaxup.hub.save import write_model
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
-from jaxup.model.spec import spec, unflatten
+from jaxup.model.spec import flatten, unflatten
 from jaxup.text import read_json
 from jaxup.training.checkpoint import partial_load, restoring
 from jaxup.training.lora import LoraConfig
@@ -105,8 +105,7 @@ def _checkpoints(run: Path) -> dict[str, list[int]]:
     """The steps of every model that has a checkpoint. What Orbax has not finished has another name."""
     found = {}
     for directory in sorted((run / "checkpoints").iterdir()):
-        steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
-        if steps:
+        if steps := sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal() and p.is_dir()):
             found[directory.name] = steps
     if not found:
         raise UserError(f"{run}: this run has no checkpoints yet")
@@ -117,11 +116,9 @@ def _restore(run: Path, name: str, step: int, stored: Stored) -> Params:
     """The model's params as numpy arrays, each in the dtype it is stored in."""
     healed = stored.healed
     if healed is None or stored.plan is None:
-        typed = {
-            path: jax.ShapeDtypeStruct(param.shape, stored.dtypes.get(path, "float32"))
-            for path, param in spec(stored.model).items()
-        }
-        return _read(run, name, step, unflatten(typed))
+        flat = flatten(abstract(stored.model)[1])
+        flat = {path: leaf.update(dtype=stored.dtypes.get(path, leaf.dtype)) for path, leaf in flat.items()}
+        return _read(run, name, step, unflatten(flat))
     # What trained, in the place it has in the model before healing.
     selection = select(
         stored.model, stored.plan, TrainConfig(**healed["train"]), LoraConfig(**healed["lora"]), compute=Compute(),

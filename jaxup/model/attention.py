@@ -27,10 +27,9 @@ def attention(
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Causal attention of `softmax(q k^T) v`; the caller has scaled `q` already.
 
-    Query i stands at position `q_start + i` of the keys and sees the keys up to it, the last
-    `window` of them if given, those of its own segment if `segment_ids` is given (then queries and
-    keys are the same positions), and none before its row's `first`. Softmax is float32 whatever the
-    inputs are; a query that sees nothing gets some average.
+    Query i stands at position `q_start + i` of the keys and sees the keys up to it, the last `window` of
+    them if given, those of its own segment if `segment_ids` is given (then S == T), and none before its
+    row's `first`. Softmax is float32; a query that sees nothing gets some average.
 
     Implementations: `xla` materialises [S, T] logits; `blocked` does so for blocks of queries and
     skips the keys that causality hides, half the work (needs S == T); `cudnn` is the GPU's flash

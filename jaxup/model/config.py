@@ -14,10 +14,9 @@ from jaxup.errors import UserError
 class RopeScaling:
     """How rotary frequencies are changed to reach beyond the context a model was first trained on.
 
-    `linear` divides all of them by `factor` (position interpolation, arXiv 2306.15595); `llama3`
-    divides the low ones and blends up to the high ones (LLaMA 3.1's reference code); `yarn` does so
-    by dimension, and multiplies cosines and sines by `attention_factor` (arXiv 2309.00071). Fields
-    that a kind does not use are 0, or None.
+    `linear` divides all of them by `factor` (arXiv 2306.15595); `llama3` the low ones, and blends up to the
+    high ones (LLaMA 3.1's reference code); `yarn` does so by dimension, and multiplies cosines and sines by
+    `attention_factor` (arXiv 2309.00071). Fields that a kind does not use are 0, or None.
     """
 
     kind: str  # "linear", "llama3" or "yarn"
@@ -56,8 +55,7 @@ _ROPE_FIELDS = {
 class LayerKind:
     """The constants that a layer computes with. They go with its weights, wherever a plan puts the layer.
 
-    Those in which the layers of a model differ are arrays [L] beside the stacked weights, and are
-    looked up with the same index (`ModelConfig.columns`).
+    Those in which layers differ are arrays [L] beside the stacked weights (`ModelConfig.columns`).
     """
 
     window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all of them
@@ -74,8 +72,7 @@ class LayerKind:
 class ModelConfig:
     """Everything that decides what a decoder computes; nothing about how fast.
 
-    Sizes are counts of elements. There are no defaults for anything numerical: the file or the
-    experiment that describes a model is the only source of its numbers.
+    Its numbers have no defaults: the file or the experiment that describes a model is their only source.
     """
 
     vocab_size: int

@@ -1,7 +1,6 @@
 """The decoder: embeddings, stacked blocks run by `lax.scan`, final norm, head.
 
-Every leaf under `blocks` has the layer on axis 0, so depth is an index: `jax.tree.map(lambda a:
-a[rows], blocks)` is the model with other layers. See `jaxup.depth`.
+Every leaf under `blocks` has the layer on axis 0, so depth is an index; see `jaxup.depth`.
 
 Shape suffixes: L layers, R runs of a layer, B batch, S sequence, T cache length, K key/value heads, H head_dim,
 D hidden, V vocabulary.

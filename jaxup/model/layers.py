@@ -34,9 +34,8 @@ def param(leaves: Leaves, path: str) -> nnx.Param | None:
 class Linear(nnx.Module):
     """y = x @ kernel + bias over the last `inputs` axes of x; the rest of the kernel's are outputs.
 
-    `jaxup.training.lora` may give it a low-rank adapter: a pair [in, rank], [rank, out] over the
-    inputs and outputs as one axis each, whose product times `lora_scale` is added to the kernel. Its
-    kernel may be a `qwix.QArray` [in, out].
+    `jaxup.training.lora` may give it an adapter, [in, rank] and [rank, out], whose product times
+    `lora_scale` is added to the kernel, and make the kernel a `qwix.QArray` [in, out].
     """
 
     def __init__(self, config: ModelConfig, leaves: Leaves, path: str):

@@ -43,12 +43,9 @@ def generate(
     ended, so does the iteration. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 sample from all
     tokens. Token ids from `vocab_size` on (a table padded beyond its tokenizer) are never drawn.
 
-    The tokens of a row are a function of its prompt, its index in the batch, `seed` and the other
-    keywords: not of the other rows, up to the rounding of the padding they bring. `params` may lie
-    on a mesh; every process then gets all tokens.
-
-    UserError for an empty prompt, a token that the model does not have, and more positions than the
-    model has.
+    A row depends on its prompt, its index in the batch, `seed` and the other keywords, not on the other
+    rows, up to the rounding of the padding they bring. `params` may lie on a mesh; every process then gets
+    all tokens. UserError for an empty prompt, and tokens or positions that the model does not have.
     """
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths, default=0)

@@ -15,11 +15,7 @@ RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tenso
 
 
 def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The rule table applied to one parameter.
-
-    An axis whose size the mesh axis does not divide stays whole: 50257 tokens do not split in two,
-    nor do 4 key/value heads over 8 devices, and neither is worth refusing a run for.
-    """
+    """The rule table applied to one parameter; an axis whose size the mesh axis does not divide stays whole."""
     names = (RULES.get(axis) for axis in axes)
     return PartitionSpec(
         *(n if n in mesh.shape and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape))

@@ -1,10 +1,9 @@
 """The stack of blocks, and how a decoder runs through it.
 
-What `lax.scan` runs over is usually one stack with the layer on axis 0 of every leaf. When only some
-layers train, or some of their parameters, there are two stacks: rows that train, which have
-gradients and moments, and rows that do not, which have none. The two are never joined: the layers
-run in their order, and each takes its parameters from where they lie. Some leaves, such as low-rank
-adapters, have no row at all for some layers.
+What `lax.scan` runs over is usually one stack with the layer on axis 0 of every leaf. When only a part
+trains there are two: rows that train, which have gradients and moments, and rows that do not. They are
+never joined: each layer takes its parameters from where they lie. Some leaves, such as low-rank adapters,
+have no row at all for some layers.
 """
 
 from __future__ import annotations
@@ -49,10 +48,8 @@ class SplitStack:
     ) -> Carry:  # fmt: skip
         """Runs all layers; `like` is a pytree with the structure of the blocks' module, `columns` are arrays [L].
 
-        `policy` is that of `jax.checkpoint`: what the backward pass keeps of a layer; None: all but
-        the frozen parameters, which it looks up again where they lie.
-
-        `unroll` is that of `Compute`, for each scan.
+        `policy` is that of `jax.checkpoint`; None: the backward pass keeps all but the frozen parameters,
+        which it looks up again where they lie. `unroll` is that of `Compute`, for each scan.
 
         Layers that take the same leaves from the same stacks are one scan, and what repeats, such as
         one frozen layer and two that train, is one scan of scans: programs are as many as patterns.

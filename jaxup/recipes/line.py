@@ -105,11 +105,11 @@ def usage(recipe: str) -> str:
     """How a recipe is called: `upscale(MODEL, layers, copies=1)`."""
     if _takes_plans(recipe):
         return f"{recipe}(MODEL, MODEL, ...)"
-    shown = [
-        name if p.default is p.empty else f"{name}={p.default}" if isinstance(p.default, int | float | str) else
-        f"{name}=..." for name, p in _parameters(recipe).items()
-    ]  # fmt: skip
-    return f"{recipe}({', '.join(['MODEL', *shown])})"
+    shown = ["MODEL"]
+    for name, p in _parameters(recipe).items():
+        default = p.default if isinstance(p.default, int | float | str) else "..."
+        shown.append(name if p.default is p.empty else f"{name}={default}")
+    return f"{recipe}({', '.join(shown)})"
 
 
 def parse(line: str) -> Call:

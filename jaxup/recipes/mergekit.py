@@ -245,8 +245,8 @@ class _Reader:
         """Says what slices of no layers do, and what was probably meant."""
         layers = {name: source.num_layers for name, source in self.sources.items()}
         empty = [s for s in slices if s.first == s.stop]
-        for end, neighbour, gives in ((0, 1, "embedding"), (-1, -2, "final norm and head")):
-            at_end, beside = slices[end], slices[neighbour]
+        for outmost, gives in ((slices[:2], "embedding"), (slices[:-3:-1], "final norm and head")):
+            at_end, beside = outmost[0], outmost[-1]
             # Another model, or other scales: it is there on purpose.
             if at_end in empty and (at_end.source, at_end.scopes) != (beside.source, beside.scopes):
                 empty.remove(at_end)

@@ -68,8 +68,7 @@ class Keys:
         for kind, found in self.found.items():
             (subject, place), *others = dict.fromkeys(found)
             also = [f"{s} at {p.line}:{p.column}" if s != subject else f"{p.line}:{p.column}" for s, p in others[:3]]
-            if len(others) > 3:
-                also.append(f"{len(others) - 3} more")
+            also += [f"{len(others) - 3} more"] if len(others) > 3 else []
             text = " ".join(filter(None, (subject, kind)))
             lines.append(f"{place}: {text}" + (f" (also {', '.join(also)})" if also else ""))
         return tuple(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -48,11 +49,8 @@ def _sizes(recipe: Recipe) -> Iterator[str]:
     for name, model in recipe.models.items():
         dtype, count = _dtype(model.hf), count_params(model.config)
         rows.append((named(name), model.config, count * _BYTES[dtype], dtype))
-    try:
+    with contextlib.suppress(UserError):  # what it is that does not fit is said below
         result = check(recipe)
-    except UserError:
-        pass  # what it is that does not fit is said below
-    else:
         sizes = result.nbytes()
         rows.append(("result", result.config, sum(sizes.values()), " and ".join(sizes)))
     cells = [

@@ -25,10 +25,9 @@ def cross_entropy(
     """Weighted sums over all positions of (the loss to minimise, the plain cross-entropy), in nats.
 
     The first is the second plus `z_loss * logsumexp(logits)^2` (PaLM); only the first carries a
-    gradient. Positions are taken `chunk` at a time, and the gradients of the logits are formed in
-    the same pass, while a chunk's logits are there: three matrix products with the vocabulary
-    instead of the four of rematerialisation, and no logits kept (the idea of Liger's fused linear
-    cross-entropy). Sums are float32; so is the kernel's gradient until it is cast to its dtype.
+    gradient. The gradients of the logits are formed in the same pass, while a chunk's logits are there:
+    three matrix products with the vocabulary instead of the four of rematerialisation, and no logits
+    kept (as in Liger). Sums are float32; so is the kernel's gradient until it is cast to its dtype.
     """
     seq_len = x_BSD.shape[1]
     chunk = min(chunk, seq_len)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -42,12 +43,9 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         records = []
-        if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the torn last line of a killed run
+        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # the torn last line of a killed run
+                record = json.loads(line)
                 if isinstance(record, dict) and {"model", "step"} <= record.keys():
                     records.append(record)
         return records

@@ -1,8 +1,4 @@
-"""Params in two trees: what trains, and what does not.
-
-What does not train has no gradients, no moments and no copies. It is an argument of the step that the
-step does not return, so every bit stays as it is.
-"""
+"""Params in two trees: what trains, and what has no gradients, no moments and no copies, and keeps its every bit."""
 
 from __future__ import annotations
 

@@ -30,11 +30,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def writer_lock(directory: Path) -> Iterator[None]:
-    """Holds `directory/.lock`; UserError naming the holder if another process does.
-
-    The operating system lets go of the lock when its holder dies, however it dies, so a stale one
-    cannot exist.
-    """
+    """Holds `directory/.lock`, until this process dies, however it dies; UserError naming another holder."""
     with open(directory / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,8 +59,7 @@ def check_directory(directory: Path, config: dict[str, Any]) -> None:
                 f"{directory}: made by {when} version of jaxup (format {format}, here {FORMAT}), which this one cannot "
                 "resume; choose another --workdir (`jaxup export` still writes its models)"
             )
-        differences = list(_differences(stored, json.loads(json.dumps(config))))
-        if differences:
+        if differences := list(_differences(stored, json.loads(json.dumps(config)))):
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
             raise UserError(
                 f"{directory}: holds a run of another configuration: {'; '.join(differences[:3])}{more}; "
@@ -75,10 +70,7 @@ def check_directory(directory: Path, config: dict[str, Any]) -> None:
 
 
 def begin(directory: Path, config: dict[str, Any], inputs: dict[str, str]) -> None:
-    """Writes config.json and inputs.json, or refuses to go on with others than the run was begun with.
-
-    `inputs` identify what the configuration only names, such as a file, and which may have changed.
-    """
+    """Writes config.json, and `inputs`, which identify what it only names; refuses to go on with others."""
     check_directory(directory, config)
     stored = read_json(directory / "inputs.json")
     if stored is not None and (differing := [key for key in inputs if stored.get(key) != inputs[key]]):

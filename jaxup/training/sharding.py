@@ -48,12 +48,9 @@ def check_batch(name: str, size: int, mesh: Mesh, accumulation: int = 1) -> None
 
 def state_shardings(optimizer: optax.GradientTransformation, opt_state: Any, params: Params, mesh: Mesh) -> Any:
     """Shardings of an optimizer state: moments lie where their parameters do, the rest is replicated."""
+    whole = NamedSharding(mesh, PartitionSpec())
     return optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        opt_state,
-        params,
-        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+        optimizer, lambda _, sharding: sharding, opt_state, params, transform_non_params=lambda _: whole
     )
 
 
@@ -63,8 +60,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def local_rows(size: int, mesh: Mesh) -> slice:
     """The rows of a global batch of `size` that this process's devices hold."""
-    indices = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
-    spans = [_span(index, size) for index in indices]
+    spans = [_span(index, size) for index in batch_sharding(mesh).addressable_devices_indices_map((size,)).values()]
     return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
 
 

@@ -9,15 +9,11 @@ from jaxup.progress import say
 
 
 class StopRequest:
-    """Context in which SIGTERM and SIGINT set `signum` instead of ending the process.
-
-    Outside the training loop there is nothing to save, so `deferred = False` (the initial state)
-    lets the signal end the program at once, cleanly, through an exception.
-    """
+    """Context in which SIGTERM and SIGINT set `signum` instead of ending the process."""
 
     def __init__(self):
         self.signum: int | None = None
-        self.deferred = False
+        self.deferred = False  # so long there is nothing to save, and a signal raises Stopped at once
 
     def __enter__(self) -> StopRequest:
         self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}

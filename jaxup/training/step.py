@@ -46,12 +46,10 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """(state, batch) -> (state, metrics): the function to jit with the state donated.
 
-    With a `partition` the params of the state are only what trains, as its `split` gives it, and
-    the other half is a third argument.
+    With a `partition` the params of the state are only what trains, and the other half is a third argument.
 
-    The gradient is that of the mean loss over the loss tokens of the *whole* batch: sums are
-    accumulated over micro-batches and divided once, so accumulation, padding and mesh do not
-    change what is optimised.
+    The gradient is that of the mean loss over the loss tokens of the *whole* batch: sums over micro-batches
+    are divided once, so accumulation, padding and mesh do not change what is optimised.
     """
     loss_sums = _make_loss(model, compute, config, partition)
 
