@@ -232,7 +232,7 @@ class Heal(Experiment):
     def _load(self, plan: DepthPlan | None) -> Params:
         """The base, or the plan's result, each device's part read straight onto it."""
         assert self._recipe is not None
-        c, first, *_ = self._config.base, *self._recipe.models.values()
+        c, first = self._config.base, next(iter(self._recipe.models.values()))
         paths = {name: model.path for name, model in self._recipe.models.items()}
         model = load(
             paths if plan else first.path, plan=plan, mesh=self._mesh, dtype=c.dtype or None, strict=True,
@@ -296,8 +296,8 @@ class Heal(Experiment):
             files = with_template(files, self.data.chat_template)
         # Generation has to stop where the format ends a turn.
         settings = parse_json(files.get("generation_config.json", b"{}"), "generation_config.json")
-        known = settings.get("eos_token_id") or []
-        ends = dict.fromkeys([*(known if isinstance(known, list) else [known]), *self._ends])
+        known = settings.get("eos_token_id")
+        ends = dict.fromkeys([*(known if isinstance(known, list) else [] if known is None else [known]), *self._ends])
         settings = {"bos_token_id": tokenizer.bos_token_id, **settings, "eos_token_id": list(ends)}
         files["generation_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
         return {"carried": files, "hf_extra": ids, "model_type": model_type}
