@@ -80,8 +80,7 @@ class ChatData(Data):
 def open_chat(config: ChatConfig, *, tokenizer: PreTrainedTokenizerBase, root: str) -> ChatData:
     """The rows that `config` describes; they are made first if their store is not there.
 
-    What the formats warn of goes to stderr. UserError for data, a format or a setting that will not do, a store of
-    other rows, or one that another process is making.
+    What the formats warn of goes to stderr. UserError for what will not do, as of `jaxup.data.documents.open_data`.
     """
     check_config(config)
     with within("data."), warnings.catch_warnings():

@@ -30,8 +30,7 @@ def is_docstrings(spec: str) -> bool:
 def write_docstrings(spec: str, root: str, seed: int) -> str:
     """The path of the file of messages, in `root`, that `spec` stands for; made if it is not there.
 
-    It is named after the library's content and what was drawn. UserError for a number that is none, or a root that
-    cannot be written to.
+    It is named after the library's content and what was drawn. UserError for a number that is none.
     """
     _, colon, number = spec.partition(":")
     if colon and not re.fullmatch(r"[1-9][0-9]{0,8}", number):

@@ -47,8 +47,7 @@ class TokenData(Data):
 def open_data(config: DataConfig, *, root: str) -> TokenData:
     """The tokens that `config` describes; they are made first if their store is not there.
 
-    UserError for a source or tokenizer that will not do, a store of other tokens, or one that another
-    process is making.
+    UserError for a source or tokenizer that will not do, a store of other tokens, or one that is being made.
     """
     if config.seq_len < 1:
         raise UserError("must be at least 1", at=f"seq_len={config.seq_len}")

@@ -1,8 +1,7 @@
 """Several examples in one row, each a segment of its own: best-fit decreasing.
 
 Longest first, each example goes into the row that it leaves least room in, or a new one (Johnson 1973; for training
-Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830). No example is cut. All lengths
-must be known beforehand.
+Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830). No example is cut.
 """
 
 from __future__ import annotations

@@ -46,8 +46,7 @@ class Position:
 def prepare(store: Store, source: Source, tokenizer: PreTrainedTokenizerBase | None, wanted: dict[str, Any]) -> None:
     """Makes `store` complete, going on from its progress record if it has one. The caller holds the lock.
 
-    `tokenizer` None: one is trained as `wanted["tokenizer"]["spec"]`, bpe:N, says. UserError for an
-    unfinished store of other tokens, or a source that will not do.
+    `tokenizer` None: one is trained, as the spec bpe:N says. UserError for an unfinished store of other tokens.
     """
     made = {**wanted, "tokenizer": dict(wanted["tokenizer"])}
     progress = store.read_json(PROGRESS) or {"made": made, "splits": {}, "tokenizer_saved": False}

@@ -134,8 +134,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex hash of all that decides the ids of a text: vocabulary, merges, normaliser, added tokens, EOS.
 
-    Truncation, padding and the template of special tokens are left out: token stores use none of
-    them, and calling a tokenizer may change them.
+    Without truncation, padding and the template of special tokens, which calling a tokenizer may change.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in pure Python

@@ -25,8 +25,7 @@ _REQUIRED = object()
 def _read_rope(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """transformers 4 spells it `rope_theta` and `rope_scaling`, 5 has all of it in `rope_parameters`.
 
-    Both read both; where a file has several spellings they must agree, for the versions differ in
-    which one they prefer.
+    Both read both; where a file has several spellings they must agree, for the versions prefer different ones.
     """
     theta = parsed("rope_theta", hf.get("rope_theta", 10_000.0), positive)
     found = {}

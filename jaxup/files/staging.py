@@ -21,8 +21,7 @@ from jaxup.errors import UserError
 def staged_directory(out: str | Path, *, force: bool, marks: tuple[str, ...]) -> Iterator[Path]:
     """Yields an empty directory that becomes `out` when the block ends well, else disappears.
 
-    UserError as of `check_replaceable`, for a parent that is missing or cannot be written, and for a
-    disk that fills up meanwhile.
+    UserError as of `check_replaceable`, for a parent that cannot be written, and for a disk that fills up meanwhile.
     """
     out = Path(os.path.abspath(out))
     if not out.name or not out.parent.is_dir():

@@ -241,8 +241,7 @@ class _Devices:
     def fetch(self, move: _Move) -> tuple[jax.Array, bool]:
         """The tensor on the devices, and whether what this process read of it is finite.
 
-        Matrices are split by rows over all devices of the mesh, of which the last may get fewer:
-        zeros make up for them. Vectors are everywhere.
+        Matrices are split by rows over all devices of the mesh, filled up by zeros; vectors are everywhere.
         """
         sharding, shape = self._shardings[move.targets[0][0]], move.info.shape
         if isinstance(sharding, NamedSharding):

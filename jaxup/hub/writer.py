@@ -200,8 +200,7 @@ _NEXT = "\1"  # what process 0 says before it gathers a tensor; in the end it sa
 def _together(write: Callable[[Fetch], None], fetch: Fetch, tensors: list[Tensor]) -> None:
     """Process 0 writes; the others take part in each gather, until it says how the writing ended.
 
-    A refusal or a full disk is process 0's alone to notice: without its word the others would wait
-    in the next gather for ever.
+    A refusal or a full disk is process 0's alone to notice: without its word the others would wait for ever.
     """
     if jax.process_index() != 0:
         left = iter(tensors)
