@@ -123,8 +123,6 @@ def open_conversations(
     """
     if layout is not None and layout not in LAYOUTS:
         raise UserError(f"layout={layout!r}: no such layout{suggest(layout, LAYOUTS)}")
-    if on_bad not in ("error", "skip"):
-        raise UserError(f"on_bad={on_bad!r}: a bad row is an 'error' or 'skip'ped")
     with os_errors():
         mixed = []
         for spec, weight in split_spec(files) if isinstance(files, str) else files:
