@@ -7,12 +7,10 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from jaxup.data.batches import Data
 from jaxup.depth.apply import apply
@@ -30,6 +28,10 @@ from jaxup.text import printable
 from jaxup.training.loop import Result, Run, Settings, evaluate, random_params, read_result, train_model, write_result
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.step import StepConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from ml_collections import ConfigDict
 
 
 class Experiment(abc.ABC):

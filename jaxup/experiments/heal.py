@@ -16,12 +16,10 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from jaxup.building.vocabulary import TOKEN_IDS, with_template
 from jaxup.data.chat import ChatConfig, ChatData, check_config, check_files, open_chat
@@ -54,6 +52,10 @@ from jaxup.training.loop import Result, Run, Settings, abstract_params, load_tra
 from jaxup.training.lora import LoraConfig
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.selection import Selection, TrainConfig, select
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from ml_collections import ConfigDict
 
 # The models of a run by name, which is their kind too.
 BASE, PRETRAINED, BEFORE, HEALED, MERGED, CONTROL = "base", "pretrained", "before", "healed", "merged", "control"

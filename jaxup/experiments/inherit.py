@@ -15,11 +15,10 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from jaxup.data.documents import DataConfig, TokenData, open_data
 from jaxup.depth.plan import DepthPlan
@@ -36,6 +35,10 @@ from jaxup.model.decoder import Params
 from jaxup.text import write_atomically
 from jaxup.training.loop import Result, Run, Settings, load_trained, train_model
 from jaxup.training.optimizer import learning_rate
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from ml_collections import ConfigDict
 
 REFERENCE = "reference"
 
