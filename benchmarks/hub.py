@@ -156,8 +156,9 @@ def run_processes(path: str, processes: int = 2, devices: int = 4) -> list[dict[
         port = s.getsockname()[1]
     environment = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
-    }  # fmt: skip
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+    }
     running = [worker("bytes", path, "", **environment, JAX_PROCESS_ID=str(rank)) for rank in range(processes)]
     return [finish(process) for process in running]
 

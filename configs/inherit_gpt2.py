@@ -44,11 +44,7 @@ from jaxup.experiments.defaults import defaults
 
 # Section 4 of arXiv 2404.08634 and its released GPT-2 code.
 # layers, hidden, heads, tokens per batch (rows of 1024), peak learning rate
-PAPER = {
-    "medium": (24, 1024, 16, 384, 3e-4),
-    "large": (36, 1280, 20, 128, 2e-4),
-    "xl": (48, 1600, 25, 128, 1.5e-4),
-}
+PAPER = {"medium": (24, 1024, 16, 384, 3e-4), "large": (36, 1280, 20, 128, 2e-4), "xl": (48, 1600, 25, 128, 1.5e-4)}
 EVERYTHING = ("attention", "mlp", "norms", "embed_tokens", "embed_positions", "norm", "lm_head")
 ABLATIONS = {
     "none": EVERYTHING,

@@ -163,13 +163,15 @@ _SCALES = st.one_of(
     st.just(ZEROED),
     st.lists(
         st.tuples(_FILTERS, st.one_of(_FACTOR, st.lists(_FACTOR, min_size=1, max_size=3).map(tuple))),
-        max_size=3, unique_by=lambda pair: pair[0],
+        max_size=3,
+        unique_by=lambda pair: pair[0],
     ).map(tuple),
-)  # fmt: skip
+)
 _END_SCALES = st.lists(
-    st.tuples(st.sampled_from(["embed", "embed_tokens", "norm", "lm_head", "*"]), _FACTOR), max_size=2,
+    st.tuples(st.sampled_from(["embed", "embed_tokens", "norm", "lm_head", "*"]), _FACTOR),
+    max_size=2,
     unique_by=lambda pair: pair[0],
-).map(tuple)  # fmt: skip
+).map(tuple)
 _DTYPES = st.sampled_from([None, None, None, "float32", "bfloat16", "float16"])
 
 
@@ -358,7 +360,7 @@ def test_config_keeps_all_but_what_must_change(tmp_path):
         ({"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0, "layer_types": None}, [0, 1] * 3),
         ({"layer_types": ["full_attention"] * 4}, [0, 1] * 3),
     ],
-)  # fmt: skip
+)
 def test_layers_keep_their_windows(tmp_path, more, rows):
     path = make(tmp_path / "m", "qwen2", **more)
     source, config = load_config(path), check(simple(4, rows), {"m": path}, tmp_path / "out")
@@ -615,8 +617,9 @@ def test_a_flipped_bit_of_a_source_that_was_built_is_noticed(tmp_path):
     file.write_bytes(data)
     for scales in ((), (("", 0.5),)):
         plan = simple(3, [(0, scales), 1])
-        refused(lambda plan=plan: build(recipe_of(plan, {"m": tmp_path / "built"}), tmp_path / "out"),
-                file.name, "manifest")  # fmt: skip
+        refused(
+            lambda plan=plan: build(recipe_of(plan, {"m": tmp_path / "built"}), tmp_path / "out"), file.name, "manifest"
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -493,7 +493,7 @@ def test_what_formats_warn_of_is_plain_lines(tmp_path, config, opened, capsys):
         ({"files": "{all_bad}", "on_bad": "skip", "layout": "messages"}, "no conversation found; the first of 2 bad"),
         ({"files": "{untrained}"}, "data.files: no token to train on in any of "),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, config, opened, change, message):
     empty = {"segments": [{"label": True, "text": "<|endoftext|>"}, {"label": False, "text": "x"}]}
     known = {

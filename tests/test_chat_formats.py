@@ -18,7 +18,7 @@ from jaxup.data.layouts import Segment, Turn
 from jaxup.errors import UserError
 
 SPECIAL = [
-    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]")
 ]
 TEXT = ["the sea is blue and the sky is blue too", "who is it? it is me, the moon", "2 + 2 = 4.\n\n- one\n- two  three"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,;:?!#<>|[]()/=+-_\"'\n\t"
@@ -125,9 +125,9 @@ def test_eos_may_end_every_turn_of_a_format(monkeypatch):
     text, spans = open_format("zephyr", tok := tokenizer("bytes")).render(chat("S", ("U", "A")))
     assert text == "<|system|>\nS</s>\n<|user|>\nU</s>\n<|assistant|>\nA</s>\n"
     assert [text[slice(*span)] for span in spans] == ["A</s>"]
-    assert tok.apply_chat_template(
-        messages(chat("S", ("U", "A"))), chat_template=jinja(spelling), tokenize=False
-    ) == text  # fmt: skip
+    assert (
+        tok.apply_chat_template(messages(chat("S", ("U", "A"))), chat_template=jinja(spelling), tokenize=False) == text
+    )
 
 
 # https://github.com/tatsu-lab/stanford_alpaca/blob/main/train.py, PROMPT_DICT["prompt_input"]

@@ -109,11 +109,7 @@ EXPECTED = [
         {"instruction": "V", "input": "X", "output": "B", "history": [["U", "A"]]},
         (U("U"), A("A"), U("V", input="X"), A("B")),
     ),
-    (
-        "alpaca",
-        {"instruction": "V", "input": None, "output": "B", "system": "S", "history": [["U", "A"]]},
-        TURNS,
-    ),
+    ("alpaca", {"instruction": "V", "input": None, "output": "B", "system": "S", "history": [["U", "A"]]}, TURNS),
     ("metharme", {"prompt": "U", "generation": "A"}, (U("U"), A("A"))),
     ("metharme", {"prompt": "say <|user|>", "generation": "A"}, (U("say <|user|>"), A("A"))),
     ("metharme", {"prompt": METHARME, "generation": "B"}, (S("S"), U("U\n"), A(" A", False), U("V"), A("B"))),

@@ -353,20 +353,7 @@ def test_every_epoch_visits_each_row_once(count, batch_size, seed, part):
 
 def test_the_order_is_what_it_has_always_been():
     """A change here would silently alter every resumed run."""
-    assert Batches(FakeRows(10), batch_size=12, seed=1).rows_of(0).tolist() == [
-        3,
-        5,
-        2,
-        9,
-        7,
-        0,
-        8,
-        6,
-        1,
-        4,
-        0,
-        6,
-    ]
+    assert Batches(FakeRows(10), batch_size=12, seed=1).rows_of(0).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4, 0, 6]
 
 
 def test_epochs_and_seeds_differ():

@@ -195,9 +195,9 @@ def trace(model, settings, selection, config):
     params, frozen = abstract(model)[1], ()
     if selection.partition is not None:
         params, *frozen = jax.eval_shape(selection.partition.split, params)
-    state = TrainState(params, jax.eval_shape(optimizer.init, params), *(
-        jax.ShapeDtypeStruct((), d) for d in ("int32", "bool")
-    ))  # fmt: skip
+    state = TrainState(
+        params, jax.eval_shape(optimizer.init, params), *(jax.ShapeDtypeStruct((), d) for d in ("int32", "bool"))
+    )
     shape = (settings.batch_size, config.data.seq_len)
     batch = {k: jax.ShapeDtypeStruct(shape, d) for k, d in
              (("tokens", "int32"), ("targets", "int32"), ("loss_weights", "float32"))}  # fmt: skip

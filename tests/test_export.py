@@ -167,11 +167,12 @@ def test_model_configs_come_back(tmp_path):
     from jaxup.model.config import LayerKind, ModelConfig, RopeScaling
 
     model = dataclasses.replace(
-        ModelConfig.llama(vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2, num_kv_heads=1,
-                          max_positions=8),
+        ModelConfig.llama(
+            vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2, num_kv_heads=1, max_positions=8
+        ),
         kinds=(LayerKind(), LayerKind(window=3)),
         rope_scaling=RopeScaling(kind="linear", factor=2.0),
-    )  # fmt: skip
+    )
     (tmp_path / "checkpoints" / "x").mkdir(parents=True)
     about = {"model": dataclasses.asdict(model), "store": "s", "plan": None}
     (tmp_path / "checkpoints" / "x" / "model.json").write_text(json.dumps(about))

@@ -26,9 +26,7 @@ MIXED = dataclasses.replace(WINDOWED, kinds=(LayerKind(), LayerKind(window=3)))
 GEMMA = dataclasses.replace(LLAMA, activation="gelu_tanh", norm_offset=1.0, embed_scale=4.0)
 BIASES = ("norm_bias", "qkv_bias", "o_bias", "mlp_bias")
 BIASLESS = dataclasses.replace(GPT2, **dict.fromkeys(BIASES, False))
-LLAMA3 = RopeScaling(
-    kind="llama3", factor=8.0, original_max_positions=8, low_freq_factor=1.0, high_freq_factor=4.0
-)  # fmt: skip
+LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_max_positions=8, low_freq_factor=1.0, high_freq_factor=4.0)
 YARN = RopeScaling(
     kind="yarn", factor=4.0, original_max_positions=8, beta_fast=32.0, beta_slow=1.0, truncate=True,
     attention_factor=1.1386294361119891,  # 1 + log(4) / 10
@@ -54,12 +52,13 @@ CONFIGS = {
     "qwen2-odd-heads": (dataclasses.replace(LLAMA, num_heads=3, num_kv_heads=1, qkv_bias=True), "qwen2"),
     "qwen3": (dataclasses.replace(LLAMA, qk_norm=True), "qwen3"),
     "qwen3-window-first": (
-        dataclasses.replace(MIXED, qk_norm=True, kinds=MIXED.kinds[::-1], rope_scaling=YARN), "qwen3"
+        dataclasses.replace(MIXED, qk_norm=True, kinds=MIXED.kinds[::-1], rope_scaling=YARN),
+        "qwen3",
     ),
     "qwen3-q-bias": (dataclasses.replace(WINDOWED, qk_norm=True, qkv_bias=True), "qwen3"),
     "gemma": (dataclasses.replace(GEMMA, tie_embeddings=True), "gemma"),
     "gemma-o-bias": (dataclasses.replace(GEMMA, o_bias=True, rope_scaling=LLAMA3), "gemma"),
-}  # fmt: skip
+}
 configs = pytest.mark.parametrize(("config", "model_type"), CONFIGS.values(), ids=CONFIGS)
 
 

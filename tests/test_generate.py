@@ -189,9 +189,7 @@ def test_draws_follow_the_distribution_of_transformers(params, torch):
     ],
 )
 def test_prompts_that_do_not_fit(prompts, changes, message):
-    config = ModelConfig.gpt2(
-        vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, max_positions=32, bias=True,
-    )  # fmt: skip
+    config = ModelConfig.gpt2(vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, max_positions=32, bias=True)
     with pytest.raises(UserError, match=re.escape(message)):  # at the call, before the first token is asked for
         generate(config, {}, prompts, **{**SAMPLED, **changes})
 
@@ -206,9 +204,9 @@ def sentencepiece(texts):
 
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
-    ])  # fmt: skip
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special[:3], initial_alphabet=[], show_progress=False)
     backend.train_from_iterator(texts, trainer)
@@ -239,8 +237,9 @@ KNOWN = ["the cat sat on the mat , and it sat  well .", "don't  you think so ?"]
 TEXTS = [*KNOWN, " 猫 sat 🙂🙂 on naïve mats\n\tthe end €", "éé", "   "]
 
 
-@pytest.mark.parametrize("make", [lambda texts: train_bpe(texts, 300), sentencepiece, metaspace],
-                         ids=["bytes", "sentencepiece", "metaspace"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make", [lambda texts: train_bpe(texts, 300), sentencepiece, metaspace], ids=["bytes", "sentencepiece", "metaspace"]
+)
 def test_pieces_are_the_text_in_whole_characters(make):
     tokenizer = make(KNOWN)
     assert len(tokenizer(TEXTS[2])["input_ids"]) > 10

@@ -138,9 +138,7 @@ def test_a_second_call_does_nothing(whole, runs, capsys):
     assert {p: t for p, t in after.items() if p.is_file()} == {p: t for p, t in before.items() if p.is_file()}
 
 
-COPIES = [
-    "--config.train.layers=copies", "--config.train.parameters=o_proj|down_proj", "--config.heal.control=False",
-]  # fmt: skip
+COPIES = ["--config.train.layers=copies", "--config.train.parameters=o_proj|down_proj", "--config.heal.control=False"]
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +380,7 @@ def test_a_plan_of_one_model_may_call_it_anything(whole, runs, tmp_path):
         (["--config.lora.rank=-1"], "lora"),
         (["--config.base.path=no/such/model"], "base"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_write_nothing(runs, more, message):
     with pytest.raises(UserError, match=message) as caught:
         run(runs, "mistake", *more)

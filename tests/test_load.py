@@ -143,18 +143,20 @@ row = st.builds(Row, st.sampled_from("ab"), st.integers(0, 3), st.just("copy"), 
     st.sampled_from("ab"), st.integers(0, 3), parts,
 )  # fmt: skip
 plans = given(
-    rows=st.lists(row, min_size=1, max_size=6), ends=st.tuples(*[st.sampled_from(["a", "b", None])] * 4),
+    rows=st.lists(row, min_size=1, max_size=6),
+    ends=st.tuples(*[st.sampled_from(["a", "b", None])] * 4),
     scales=st.sampled_from([(), (("embed_tokens", 0.3), ("norm", 0.0), ("lm_head", 3.0))]),
     dtypes=st.sampled_from([(None, None, None), (None, None, "bfloat16"), ("float16", "float32", None)]),
     names=st.sampled_from([("llama",) * 2, ("gpt2",) * 2, ("gpt2-untied",) * 2, ("gpt2", "gpt2-untied")]),
     sharded=st.booleans(),
-)  # fmt: skip
+)
 
 
 def search(examples):
     """Not shrunk: every example compiles its own programs."""
-    return settings(max_examples=examples, phases=[Phase.generate],
-                    suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+    return settings(
+        max_examples=examples, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
 
 
 @search(4)

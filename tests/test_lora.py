@@ -91,7 +91,7 @@ CASES = {
     "all kernels, of which there are biases": (GPT2, "0z", EVERY, {"compute": Compute(remat="full")}),
     "copies' projections, interleaved": (MIXED, "0z0zz", COPIES, {"compute": Compute(remat="dots")}),
     "nf4": (LLAMA, "0z0", COPIES, {"quantize": "nf4", "tile_size": 8}),
-}  # fmt: skip
+}
 cases = pytest.mark.parametrize("case", CASES)
 
 
@@ -160,7 +160,7 @@ def qwix_block(config, params, layer, kernels, options, x_BSD, inputs):
     rules = [
         qwix.LoraRule(module_path=f"{'/'.join(path[1:])}/linear", rank=RANK, alpha=ALPHA, **quantise)
         for path in kernels
-    ]  # fmt: skip
+    ]
     if quantise["weight_qtype"]:
         rules.append(qwix.QuantizationRule(module_path=".*/linear", **quantise))
     block = qwix.apply_lora_to_model(block, qwix.LoraProvider(rules), x_BSD, rngs=nnx.Rngs(0), **inputs)
@@ -194,8 +194,9 @@ def test_equals_qwix_on_unstacked_blocks(config, roles, select, options):
     def run(layer, x_BSD):
         kernels = {
             path: [flat[*path, f"kernel_lora_{name}"][list(rows).index(layer)] for name in "ab"]
-            for path, (rows, _) in added(trained, adapters).items() if layer in rows
-        }  # fmt: skip
+            for path, (rows, _) in added(trained, adapters).items()
+            if layer in rows
+        }
         kind = {name: column[layer] for name, column in column_arrays(config).items()}
         inputs = {"layer": jnp.int32(layer), "kind": kind, "positions_BS": positions, "segment_ids_BS": None}
         block = qwix_block(config, params, layer, kernels, options, x_BSD, inputs)
@@ -353,8 +354,9 @@ def test_steps_train_the_adapters_alone_and_compile_once():
     assert losses[-1] < losses[0] - 0.05
     assert np.flatnonzero(metrics["gradient_norm_layers"]).tolist() == [1, 3]
     after = adapters.merge(state.params, params)
-    assert not np.array_equal(after["blocks"]["mlp"]["down_proj"]["kernel"][1],
-                              params["blocks"]["mlp"]["down_proj"]["kernel"][1])  # fmt: skip
+    assert not np.array_equal(
+        after["blocks"]["mlp"]["down_proj"]["kernel"][1], params["blocks"]["mlp"]["down_proj"]["kernel"][1]
+    )
 
 
 def test_mesh_does_not_change_the_gradients():

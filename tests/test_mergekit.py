@@ -405,7 +405,7 @@ GOOD = "merge_method: passthrough\nslices:\n- sources:\n  - model: org/a\n    la
         ("slices:", "models: [{model: org/a, layer_range: [0, 2]}]\nx: &x", "'layer_range' belongs in the list"),
         (GOOD, "[]", "1:1: a recipe must be a mapping of keys to values, not []"),
     ],
-)  # fmt: skip
+)
 def test_refusals(old, new, message):
     assert old in GOOD
     message = f"r.yaml:{message}" if message[0].isdigit() else message
@@ -498,7 +498,7 @@ MERGES = "a0: &a0 {b: 1, c: 2, d: 3}\n" + "".join(
         (f"slices: [&s {{sources: [{{model: org/a, layer_range: [0, 6]}}]}}{', *s' * 1700}]", "more than 10000 layers"),
     ],
     ids=lambda value: value[:20],
-)  # fmt: skip
+)
 def test_hostile_recipes_end_soon_and_in_one_line(text, message):
     start = time.process_time()
     refused(message, load, text)

@@ -68,8 +68,9 @@ def test_adamw_equals_torch(torch):
     kernel, scale = (torch.nn.Parameter(torch.tensor(start[m][n])) for m, n in (("a", "kernel"), ("b", "scale")))
     oracle = torch.optim.AdamW(
         [{"params": [kernel], "weight_decay": 0.1}, {"params": [scale], "weight_decay": 0.0}],
-        betas=(0.9, 0.95), eps=1e-8,
-    )  # fmt: skip
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
     for g, rate in zip(gradients, rates(10, schedule="cosine", warmup_steps=3), strict=True):
         kernel.grad, scale.grad = torch.tensor(g["a"]["kernel"]), torch.tensor(g["b"]["scale"])
         torch.nn.utils.clip_grad_norm_([kernel, scale], 1.0)

@@ -304,8 +304,7 @@ def test_malformed_headers_are_refused(change, model):
     refused(lambda: load(model), "model.safetensors")
 
 
-@settings(max_examples=60,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_fuzzed_headers_load_alike_or_are_refused(saved, tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("fuzz")

@@ -278,7 +278,7 @@ def test_nested_lines():
         ("identity(" + "m" * 5000 + ")", "recipe:1:4096: "),
         ("drop(m, [" + "1," * 1500 + "])", "the list has more than 1000 items"),
     ],
-)  # fmt: skip
+)
 def test_line_refusals(line, message):
     refused(message, lambda: parse(line).plan(56))
 

@@ -140,9 +140,7 @@ ROPE = ModelConfig.llama(
 
 def loss_and_gradient(model, batch):
     """The mean loss over the loss tokens, and its gradient, as one plain step of descent shows it."""
-    step = make_train_step(
-        model, Compute(), optax.sgd(1.0), StepConfig(accumulation=1, loss_chunk=5, z_loss=0.0)
-    )  # fmt: skip
+    step = make_train_step(model, Compute(), optax.sgd(1.0), StepConfig(accumulation=1, loss_chunk=5, z_loss=0.0))
     params = init(model, 0)
     state, metrics = jax.jit(step)(
         TrainState(params, optax.sgd(1.0).init(params), jnp.int32(0), jnp.bool_(False)), batch

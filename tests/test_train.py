@@ -297,9 +297,9 @@ def test_start_up_imports_nothing_heavy(module):
     assert processes.run("-c", code).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(("args", "code"), [
-    (["--help"], 0), (["--version"], 0), (["trian"], 2), (["train", "--config=no_such.py"], 2)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "code"), [(["--help"], 0), (["--version"], 0), (["trian"], 2), (["train", "--config=no_such.py"], 2)]
+)
 def test_console_command(args, code):
     done = processes.run("-m", "jaxup", *args, check=False)
     assert done.returncode == code

@@ -56,8 +56,9 @@ def checked(root, plan):
 def test_a_zeroed_upscale_differs_by_nothing(name, tmp_path):
     build(tmp_path, name, UPSCALE)
     assert checked(tmp_path, UPSCALE).splitlines()[1:] == [
-        "  the plan in memory: 0, bit for bit", "  'm': 0, bit for bit"
-    ]  # fmt: skip
+        "  the plan in memory: 0, bit for bit",
+        "  'm': 0, bit for bit",
+    ]
 
 
 def test_an_inherited_half_differs_by_what_the_decoder_says(tmp_path):

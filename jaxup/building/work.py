@@ -139,9 +139,10 @@ def prepare(
     made = outcome(recipe, stored_dtypes(checkpoints), vocab_size=vocabulary.size)
     # Where every token keeps its row, the bytes are copied.
     rows = {
-        end: rows for end, rows in vocabulary.rows.items()
+        end: rows
+        for end, rows in vocabulary.rows.items()
         if (name := getattr(plan, end)) and not np.array_equal(rows, np.arange(checkpoints[name].config.vocab_size))
-    }  # fmt: skip
+    }
     family = family_of_hf(made.hf)
     origins = {
         stored.tensor.name: (stored, origin)

@@ -78,9 +78,10 @@ def materials(
         beside = common(filter(None, inherited)) or stored(None, path, 0)
         bill[path] = tuple(
             made(row.source, path, row.layer, row.factors(inside), row.noise if is_kernel(path) else 0.0, dtype)
-            if dtype is not None else made(None, path, i, row.factors(inside), 0.0, beside)
+            if dtype is not None
+            else made(None, path, i, row.factors(inside), 0.0, beside)
             for i, (row, dtype) in enumerate(zip(plan.rows, inherited))
-        )  # fmt: skip
+        )
     return bill
 
 

@@ -33,11 +33,12 @@ def _read_one(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any
 def one_window(default: int | None) -> Rule:
     """All layers have the window `sliding_window`, which is the default if the key is absent."""
     return Rule(
-        ("sliding_window", "layer_types"), ("kinds",),
+        ("sliding_window", "layer_types"),
+        ("kinds",),
         lambda hf, fields: _read_one(hf, {**fields, "sliding_window": default}),
         lambda config: {"sliding_window": _one_window(config)},
         lambda config: None if config.kinds == (LayerKind(window=_one_window(config)),) else "layers of one kind",
-    )  # fmt: skip
+    )
 
 
 NO_WINDOW = Rule(

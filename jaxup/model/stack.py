@@ -96,8 +96,9 @@ class SplitStack:
             length = sum(count for _, count in pattern)
             counts = {
                 path: sum(count for kind, count in pattern if kind[i])
-                for i, path in enumerate(paths) if path in self.trained
-            }  # fmt: skip
+                for i, path in enumerate(paths)
+                if path in self.trained
+            }
             rows = {path: self.trained[path][taken[path] : taken[path] + times * n] for path, n in counts.items() if n}
             if times == 1:
                 carry = group(carry, jnp.int32(first), pattern, rows)

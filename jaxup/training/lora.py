@@ -66,8 +66,9 @@ class Adapters(Partition):
         decoder = nnx.merge(self._graphdef, self._shapes)
         self._kernels = {  # by the path of their module
             path.removesuffix(".kernel"): _Kernel(param.shape, param.inputs, self.rows(path))
-            for path, param in spec(model).items() if param.stacked and is_kernel(path)
-        }  # fmt: skip
+            for path, param in spec(model).items()
+            if param.stacked and is_kernel(path)
+        }
         _check(config, self._kernels)
 
         self._masks = {path: np.zeros_like(mask) for path, mask in self._masks.items()}
