@@ -56,6 +56,14 @@ def pytest_configure(config):
     hypothesis.settings.load_profile("gate" if "not slow" in config.getoption("markexpr") else "search")
 
 
+# What trains models begins first: else a worker is left alone with it in the end.
+LONGEST = [f"test_{name}.py" for name in ("heal", "inherit_llama", "train", "load", "step", "partition", "lora")]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_collection_finish():
     """The garbage collector need not look through all modules again and again: they stay."""
     gc.collect()
