@@ -19,14 +19,13 @@ import numpy as np
 
 from jaxup.data.tokenizer import auto_tokenizer
 from jaxup.errors import UserError, first_line, suggest
-from jaxup.hub.directory import carried_files, tokenizer_directory
+from jaxup.hub.directory import TOKEN_IDS, carried_files, tokenizer_directory
 from jaxup.recipes.open import Recipe
 from jaxup.text import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GENERATION = "generation_config.json"
 
 

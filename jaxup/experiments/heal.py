@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import nnx
 
-from jaxup.building.vocabulary import TOKEN_IDS, with_template
+from jaxup.building.vocabulary import with_template
 from jaxup.data.chat import ChatConfig, ChatData, check_config, check_files, open_chat
 from jaxup.data.chat_formats import end_ids, prompt_ids
 from jaxup.data.documents import DataConfig, open_data
@@ -35,7 +35,7 @@ from jaxup.experiments.common import Experiment, build, measured, new_model, tra
 from jaxup.experiments.config import section
 from jaxup.families import with_family_biases
 from jaxup.files.shards import DTYPES as SAVED
-from jaxup.hub.directory import carried_files, tokenizer_directory
+from jaxup.hub.directory import TOKEN_IDS, carried_files, tokenizer_directory
 from jaxup.hub.load import DTYPES as LOADED
 from jaxup.hub.load import load
 from jaxup.hub.reader import open_checkpoint

@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxup.data.store import META, Store
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
-from jaxup.hub.directory import carried_files
+from jaxup.hub.directory import TOKEN_IDS, carried_files
 from jaxup.hub.save import write_model
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
@@ -143,7 +143,7 @@ def _read(run: Path, name: str, step: int, wanted: Params) -> Params:
 def _vocabulary(run: Path, store: str) -> dict[str, Any]:
     """What `writer.save` needs of the finished run's export, which moves with it; else of the store that it reads."""
     if (config := read_json(run / "export" / "config.json")) is not None:
-        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        ids = {key: config[key] for key in TOKEN_IDS if key in config}
         return {"carried": carried_files(run / "export"), "hf_extra": ids, "model_type": config["model_type"]}
     if "://" not in store and not Path(store).is_dir():
         raise UserError(f"{run}: its tokenizer is gone with its token store {store}")

@@ -11,6 +11,7 @@ from jaxup.files.shards import INDEX, SINGLE
 from jaxup.files.storage import Local, open_storage
 
 CARD, PLAN = "README.md", "jaxup_plan.yaml"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
 # One of these makes a directory a model's, which `force` may replace. A config.json is not enough: runs have one.
 MARKS = (manifest.NAME, SINGLE, INDEX)
 

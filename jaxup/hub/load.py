@@ -19,6 +19,7 @@ from jaxup.depth.recipes import identity
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest
 from jaxup.hub import reader
+from jaxup.hub.directory import TOKEN_IDS
 from jaxup.hub.transfer import transfer
 from jaxup.model.config import Compute
 from jaxup.model.decoder import Decoder, abstract, init
@@ -109,7 +110,7 @@ def load(
     model = nnx.merge(abstract(config, compute)[0], unflatten(leaves))
     main = plan.embed_tokens if plan.embed_tokens is not None else next(iter(checkpoints))
     hf = checkpoints[main].hf
-    ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf}
+    ids = {key: hf[key] for key in TOKEN_IDS if key in hf}
     # Hashable, as all is that a compiled program may depend on.
     token_ids = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in ids.items())
     model.origin = Origin(str(paths[main]), revision, hf["model_type"], token_ids, recorded)
