@@ -34,7 +34,12 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(sorted(always))])
         path = os.path.abspath(directory)  # Orbax refuses relative ones
-        self._checkpointer = ocp.training.Checkpointer(path, preservation_policy=kept, cleanup_tmp_directories=True)
+        context = ocp.Context()
+        # Copies of an array on several devices are written in slices, one by each. Cutting a small one takes longer.
+        context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+        self._checkpointer = ocp.training.Checkpointer(
+            path, preservation_policy=kept, cleanup_tmp_directories=True, context=context
+        )
 
     def __enter__(self) -> Checkpoints:
         return self
