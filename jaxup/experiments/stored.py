@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxup.data.store import META, Store
+from jaxup.data.store import Store
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
 from jaxup.hub.directory import TOKEN_IDS, carried_files
@@ -148,7 +148,7 @@ def _vocabulary(run: Path, store: str) -> dict[str, Any]:
     if "://" not in store and not Path(store).is_dir():
         raise UserError(f"{run}: its tokenizer is gone with its token store {store}")
     opened = Store(store)
-    meta = opened.read_json(META)
+    meta = opened.complete_meta()
     if meta is None:
         raise UserError(f"{run}: its token store {store} is not complete, so there is no tokenizer")
     return {"tokenizer": opened.load_tokenizer(meta["tokenizer"]["hash"])}
