@@ -7,7 +7,7 @@ Every `python -m jaxup.NAME` runs under `entry_point`, so exit codes mean the sa
 | 0 | done |
 | 2 | the user's mistake: one line on stderr, nothing written |
 | 3 | training stopped because a gradient or loss was not finite |
-| 5 | a disk is full: what was there stays, and with room again the same command goes on |
+| 6 | a disk is full: what was there stays, and with room again the same command goes on |
 | 130, 143 | Ctrl-C or SIGTERM; a training run has saved its state first |
 """
 
@@ -52,7 +52,7 @@ class UserError(Exception):
 class NoRoom(UserError):
     """There is no room for what was to be written; what was there before stays as it was."""
 
-    exit_code = 5
+    exit_code = 6
 
 
 def storage_error(error: BaseException, *at: str, hint: str = "") -> UserError:

@@ -49,13 +49,13 @@ def read_store(path):
     store.load_tokenizer(meta["tokenizer"]["hash"])
 
 
-def unnoticed(original, place, seeds, read):
-    """What was done in the trials in which `read` of a damaged copy of `original` found nothing to say in one line."""
+def unnoticed(original, place, seeds, read, part="", **how):
+    """What was done to `part` of a copy of `original` in the trials in which `read` of it then had nothing to say."""
     found = []
     for seed in seeds:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(original, place)
-        done = damage(place, seed, skip=("lock",))
+        done = damage(place / part, seed, skip=("lock",), **how)
         if (said := refusal(read, place)) is None:
             found.append(done)
         assert "\n" not in (said or ""), (done, said)
@@ -137,3 +137,78 @@ def test_rows_of_the_token_zero_are_stored(tmp_path):
     meta = {"files": {"train/c/0/0": [30, "", ""]}}
     opened = store.open_array("train", meta, rows=3, width=5, dtype="uint16")
     assert not np.asarray(opened[:3].read().result()).any()
+
+
+# Checkpoints
+
+
+def test_any_damage_of_a_checkpoint_is_noticed(finished, tmp_path):
+    from jaxup.training.checkpoint import newest_sound
+
+    def read(directory):
+        step, faults = newest_sound(directory)
+        assert (step, [*faults]) in ((8, []), (6, [8]))
+        if faults:
+            raise UserError(faults[8])
+
+    directory = finished[0] / "checkpoints" / "target_2"
+    read(directory)
+    assert unnoticed(directory, tmp_path / "run", range(60), read, "8") == []
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """saved(*steps, keep=2): checkpoints of these steps, the step in all of their arrays, and what is there then."""
+    import jax.numpy as jnp
+
+    from jaxup.training.checkpoint import Checkpoints
+    from jaxup.training.step import TrainState
+
+    def save(*steps, **how):
+        with Checkpoints(tmp_path / "m", **{"keep": 2, **how}) as checkpoints:
+            begun = checkpoints.latest
+            if begun is not None:
+                abstract = TrainState({"a": jnp.zeros(7)}, (), jnp.int32(0), jnp.bool_(False))
+                assert checkpoints.restore(begun, abstract).params["a"].tolist() == [begun] * 7
+            for step in steps:
+                checkpoints.save(
+                    step, TrainState({"a": jnp.full(7, 1.0 * step)}, (), jnp.int32(step), jnp.bool_(False))
+                )
+        return begun, sorted(path.name for path in (tmp_path / "m").iterdir())
+
+    return save
+
+
+def test_a_damaged_step_is_set_aside_and_pushes_none_out(saved, tmp_path, capsys):
+    assert saved(2, 4, 6, 8, always=[2]) == (None, ["2", "6", "8"])
+    damage(tmp_path / "m" / "8" / "state" / "d", 0, ["flip"])
+    (tmp_path / "m" / "9").mkdir()
+    begun = saved(7, always=[2])
+    assert begun == (6, ["2", "6", "7", "8.damaged", "9.damaged"])
+    assert "m/8: state/d/" in (err := capsys.readouterr().err)
+    assert "is not what was written" in err
+    assert err.count("\n") == 2
+    assert saved(8, 10) == (7, ["10", "8", "8.damaged", "9.damaged"])
+    assert saved() == (10, ["10", "8", "8.damaged", "9.damaged"])
+
+
+def test_a_step_without_digests_is_taken_for_want_of_another(saved, tmp_path, capsys):
+    """It was saved by a process killed before its digests, or by an earlier version."""
+    saved(4, 6, 8)
+    for step in (6, 8):
+        (tmp_path / "m" / str(step) / "jaxup_digests.json").unlink()
+    assert saved() == (8, ["6", "8"])
+    assert "m/8: it has no digests" in capsys.readouterr().err
+    assert saved(9, 10, keep=3) == (8, ["10", "8", "9"])
+    (tmp_path / "m" / "10" / "jaxup_digests.json").unlink()
+    assert saved() == (9, ["10.damaged", "8", "9"])
+
+
+def test_where_nothing_is_sound_nothing_begins(saved, tmp_path):
+    saved(4, 6)
+    for step in (4, 6):
+        damage(tmp_path / "m" / str(step), 1, ["delete"])
+        (tmp_path / "m" / str(step) / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"\A[^\n]*no checkpoint here can be restored: of step 6, [^\n]*\Z"):
+        saved()
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["4", "6"]
