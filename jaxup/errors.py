@@ -7,6 +7,7 @@ Every `python -m jaxup.NAME` runs under `entry_point`, so exit codes mean the sa
 | 0 | done |
 | 2 | the user's mistake: one line on stderr, nothing written |
 | 3 | training stopped because a gradient or loss was not finite |
+| 6 | a disk is full: what was there stays, and with room again the same command goes on |
 | 130, 143 | Ctrl-C or SIGTERM; a training run has saved its state first |
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import os
 import sys
 import warnings
@@ -44,7 +46,23 @@ class UserError(Exception):
 
     def within(self, *at: str) -> UserError:
         """The same error inside of wider places: `raise error.within("config.json") from None`."""
-        return UserError(self.what, at=(*at, *self.at), hint=self.hint)
+        return type(self)(self.what, at=(*at, *self.at), hint=self.hint)
+
+
+class NoRoom(UserError):
+    """There is no room for what was to be written; what was there before stays as it was."""
+
+    exit_code = 6
+
+
+def storage_error(error: BaseException, *at: str, hint: str = "") -> UserError:
+    """What the machine or a library says of a file, in one line; NoRoom if it says that a disk or quota is full."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # TensorStore and Orbax pass on the system's words, and not its number.
+    if getattr(error, "errno", None) in full or any(os.strerror(code) in str(error) for code in full):
+        what = next((os.strerror(code) for code in full if os.strerror(code) in str(error)), first_line(error))
+        return NoRoom(what, at=at, hint="with room again the same command goes on")
+    return UserError(getattr(error, "strerror", None) or first_line(error).replace("\0", ""), at=at, hint=hint)
 
 
 @contextlib.contextmanager

@@ -496,7 +496,7 @@ def test_file_systems_without_allocation(tmp_path, monkeypatch):
 
 
 def test_tensors_larger_than_a_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(copying, "_PIECE", 1000)
+    monkeypatch.setattr(shards, "PIECE", 1000)
     monkeypatch.setattr(copying, "_CHUNK", 300)
     path = make(tmp_path / "m", "gpt2", n_embd=16)
     plan = simple(4, [0, (1, ZEROED), (2, (("k_proj", 0.5), ("q_proj", 0.0))), 2, 2], dtype="float32")
@@ -660,7 +660,8 @@ def test_a_malformed_manifest_is_refused(tmp_path, parts):
     content["files"]["model.safetensors"]["parts"] = parts
     file.write_text(json.dumps(content))
     refused(lambda: manifest.check_manifest(tmp_path / "out", ["model.safetensors"]), "model.safetensors")
-    assert manifest.span_digests(tmp_path / "out", ["config.json"]) == {}
+    refused(lambda: manifest.check_manifest(tmp_path / "out", ["config.json"]), "model.safetensors")
+    assert [file for file, _ in manifest.faults(tmp_path / "out")] == [manifest.NAME]
 
 
 # ---- the command

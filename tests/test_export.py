@@ -157,9 +157,14 @@ def test_a_damaged_checkpoint_is_one_line(run, tmp_path):
     for path in (run / "checkpoints" / "reference" / "8").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(b"")
-    done = processes.run("-m", "jaxup.export", run, tmp_path / "out", "--model", "reference", check=False)
+    how = ("--model", "reference", "--step", "8")
+    assert re.search(
+        r"8: this checkpoint is damaged: \S+ is not what was written", refused(run, tmp_path / "out", *how)
+    )
+    (run / "checkpoints" / "reference" / "8" / "jaxup_digests.json").unlink()
+    done = processes.run("-m", "jaxup.export", run, tmp_path / "out", *how, check=False)
     assert done.returncode == 2
-    assert re.fullmatch(r"jaxup: .*cannot restore.*\n", done.stderr)
+    assert re.fullmatch(r"jaxup: warning: .*it has no digests.*\njaxup: .*cannot restore.*\n", done.stderr)
     assert not (tmp_path / "out").exists()
 
 

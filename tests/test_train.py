@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
+from damage import damage
 from runs import arguments, losses, metrics
 
 import jaxup
@@ -103,11 +104,13 @@ def test_killed_and_resumed_ends_with_the_same_numbers(finished, corpus, tmp_pat
     with processes.started(*command) as process:
         processes.wait_until((workdir / "checkpoints" / "target_2" / "4").exists, process)
         process.send_signal(signal.SIGKILL)
+    damage(workdir / "checkpoints" / "target_2" / "4", 0, ["truncate"])  # or killed before its digests were written
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"model": "target_2", "step": 7, "lo')  # what a machine that dies while writing leaves
-    out = processes.run(*command).stdout
-    assert "reference: finished before" in out
-    assert "target_2: resumes at step" in out
+    done = processes.run(*command)
+    assert "reference: finished before" in done.stdout
+    assert "target_2: resumes at step 2" in done.stdout
+    assert re.search(r"target_2/4: .*; set aside as 4.damaged, and step 2 is taken", done.stderr)
     # Bit for bit: the losses are printed with all their digits.
     assert losses(workdir) == losses(finished[0])
     table = lambda d: re.findall(r"^\|.*$", (d / "SUMMARY.md").read_text(), re.M)  # noqa: E731

@@ -32,13 +32,12 @@ from jaxup.errors import UserError
 from jaxup.families.layouts import Tensor
 from jaxup.files import shards
 from jaxup.files.header import TensorInfo
-from jaxup.files.manifest import mismatch, span_digests
+from jaxup.files.manifest import check_listed, mismatch, read_manifest, span_agrees
 from jaxup.files.shards import Stored
 from jaxup.files.storage import Local
 from jaxup.hub.reader import Checkpoint, dtype_of, is_finite
 from jaxup.progress import Progress
 
-_PIECE = 64 * 2**20  # bytes that one thread handles, and that are hashed, together
 _CHUNK = 2 * 2**20  # bytes in hand; what the processor's caches hold
 _FAR_CHUNK = 8 * 2**20  # of a request over a network
 _THREADS, _FAR_THREADS = 2, 16  # more cost memory, but over a network it is the requests in flight that make the speed
@@ -60,6 +59,15 @@ class _Piece(NamedTuple):
     @property
     def nbytes(self) -> int:
         return (self.stop - self.start) * _row_bytes(self.tensor.shape, self.origin.after)
+
+
+class _Span(NamedTuple):
+    """Bytes of a source's file, of which its manifest has a digest."""
+
+    source: str
+    file: str
+    begin: int
+    end: int
 
 
 def write_tensors(
@@ -88,9 +96,8 @@ def write_tensors(
         offset, spans[file] = len(header), [(len(header), hashlib.sha256(header).hexdigest())]
         written = [(0, offset)]  # spans that get blocks
         for stored, origin in tensors:
-            row = _row_bytes(stored.tensor.shape, stored.dtype)
+            row, step = stored.row_bytes, stored.piece_rows
             rows = stored.nbytes // row
-            step = max(1, _PIECE // row)
             if not (sparse and origin.is_zero):
                 begin = written.pop()[0] if written[-1][1] == offset else offset
                 written.append((begin, offset + stored.nbytes))
@@ -136,20 +143,26 @@ class _Run:
     ):
         self._directory, self._checkpoints, self._gather, self._new = directory, checkpoints, gather, new
         self._far = not all(isinstance(checkpoint.storage, Local) for checkpoint in checkpoints.values())
-        self._known = {
-            name: (storage.root, span_digests(storage.root, checkpoint.files))
-            for name, checkpoint in checkpoints.items()
-            if isinstance(storage := checkpoint.storage, Local)
-        }
+        self._known: dict[_Span, str] = {}  # digests, of those sources that have a manifest
+        for source, checkpoint in checkpoints.items():
+            if isinstance(storage := checkpoint.storage, Local):
+                listed = read_manifest(storage.root) or {}
+                for file in checkpoint.files if listed else ():
+                    check_listed(storage.root, listed, file)
+                    for (begin, _), (end, digest) in itertools.pairwise([(0, ""), *listed[file]]):
+                        self._known[_Span(source, file, begin, end)] = digest
         self._stop = threading.Event()
         self._written = [0] * (_FAR_THREADS if self._far else _THREADS)  # bytes, by thread
-        self._overflown: dict[str, None] = {}
+        self._overflown: dict[str, None] = {}  # names of tensors, in the order in which they come up
+        self._not_finite: dict[str, None] = {}
         self.digests: dict[int, str] = {}  # by the piece's id
 
     def work(self, pieces: Sequence[_Piece], bar: Progress) -> None:
-        todo: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
+        todo: queue.SimpleQueue[_Piece | _Span] = queue.SimpleQueue()
         for piece in pieces:
             todo.put(piece)
+        for span in self._unread(pieces):
+            todo.put(span)
         began = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(len(self._written)) as pool:
             pending = {pool.submit(self._thread, i, todo) for i in range(len(self._written))}
@@ -164,16 +177,40 @@ class _Run:
                 self._stop.set()
 
     def warn(self) -> None:
-        if self._overflown:
-            first, *others = self._overflown
-            more = f" and {len(others)} more" if others else ""
-            warnings.warn(f"{first}{more}: finite values are too large for the dtype: infinity", stacklevel=4)
+        said = {"finite values are too large for the dtype: infinity": self._overflown,
+                "NaN or infinity in what is inherited": self._not_finite}  # fmt: skip
+        for what, names in said.items():
+            if names:
+                first, *others = names
+                more = f" and {len(others)} more" if others else ""
+                warnings.warn(f"{first}{more}: {what}", stacklevel=4)
 
-    def _thread(self, number: int, todo: queue.SimpleQueue[_Piece]) -> None:
+    def _unread(self, pieces: Sequence[_Piece]) -> list[_Span]:
+        """What no piece is exactly made from, of the bytes that have a digest and that the result depends on: headers,
+        files of one digest, what is gathered, and the large tensors that become those of another dtype."""
+        read = {self._span(piece) for piece in pieces if piece.origin.found and piece.origin.rows is None}
+        used: dict[tuple[str, str], set[tuple[int, int]]] = {}
+        for found in {piece.origin.found for piece in pieces}:
+            if found is not None:
+                used.setdefault((found.source, found.info.file), set()).add(_extent(found.info))
+        rest = []
+        for span in self._known.keys() - read:
+            of = used.get((span.source, span.file), ())
+            pickled = self._checkpoints[span.source].pickled is not None
+            within = any(begin < span.end and span.begin < end for begin, end in of)
+            if pickled or within or (of and not span.begin):
+                rest.append(span)
+        return sorted(rest)
+
+    def _thread(self, number: int, todo: queue.SimpleQueue[_Piece | _Span]) -> None:
         buffer = memoryview(bytearray(_CHUNK))
         with contextlib.suppress(queue.Empty):
             while not self._stop.is_set():
-                self._handle(number, todo.get_nowait(), buffer)
+                item = todo.get_nowait()
+                if isinstance(item, _Piece):
+                    self._handle(number, item, buffer)
+                elif not span_agrees(self._root(item.source) / item.file, item.begin, item.end, self._known[item]):
+                    raise mismatch(self._root(item.source), item.file)
 
     def _handle(self, number: int, piece: _Piece, buffer: memoryview) -> None:
         digest, position = hashlib.sha256(), 0
@@ -187,18 +224,20 @@ class _Run:
                 if self._stop.is_set():
                     return
                 digest.update(chunk)
+                if copied and not _finite(chunk, position, piece.origin.after):
+                    self._not_finite.setdefault(piece.tensor.name)
                 for file, offset in piece.places:
                     _write(opened[file], chunk, offset + position)
                     self._written[number] += len(chunk)
                 position += len(chunk)
         self.digests[id(piece)] = digest.hexdigest()
         if copied:
-            self._check(piece, copied, digest)
+            self._check(piece, digest)
 
     def _copied(self, piece: _Piece, found: Found, buffer: memoryview) -> Iterator[memoryview]:
         """The bytes of a source's rows, chunk by chunk; a chunk is gone when the next one is asked for."""
         checkpoint, info = self._checkpoints[found.source], found.info
-        begin, end = _span(piece, info)
+        _, _, begin, end = self._span(piece)
         if checkpoint.pickled is not None or not isinstance(checkpoint.storage, Local):
             row = _row_bytes(info.shape, dtype_of(info))
             step = max(1, _FAR_CHUNK // row)
@@ -237,11 +276,11 @@ class _Run:
                 noise = np.float32(origin.noise)
                 mixed = (1 - noise) * y.astype(np.float32) + noise * new(tensor)[start:stop].reshape(y.shape)
                 y = mixed.astype(y.dtype)
-            if not is_finite(y) and is_finite(x):
-                self._overflown.setdefault(tensor.name)
+            if not is_finite(y):
+                (self._overflown if is_finite(x) else self._not_finite).setdefault(tensor.name)
             yield _bytes(y)
         if found is not None and origin.rows is None:
-            self._check(piece, found, digest)
+            self._check(piece, digest)
 
     def _gathered(self, found: Found, wanted: np.ndarray) -> np.ndarray:
         """These rows of a source's embedding or head, -1 for zeros, in the order of the result's vocabulary."""
@@ -256,19 +295,35 @@ class _Run:
             position += len(rows)
         return x
 
-    def _check(self, piece: _Piece, found: Found, digest: hashlib._Hash) -> None:
+    def _check(self, piece: _Piece, digest: hashlib._Hash) -> None:
         """UserError if the source's manifest has another digest of the bytes that the piece was made from."""
-        file = found.info.file
-        root, digests = self._known.get(found.source, (Path(), {}))
-        known = digests.get((file, *_span(piece, found.info)))
+        known = self._known.get(span := self._span(piece))
         if known is not None and known != digest.hexdigest():
-            raise mismatch(root, file)
+            raise mismatch(self._root(span.source), span.file)
+
+    def _span(self, piece: _Piece) -> _Span:
+        """What a piece of a tensor is made from."""
+        found = piece.origin.found
+        assert found is not None
+        row = _row_bytes(found.info.shape, dtype_of(found.info))
+        begin, _ = _extent(found.info)
+        return _Span(found.source, found.info.file, begin + piece.start * row, begin + piece.stop * row)
+
+    def _root(self, source: str) -> Path:
+        storage = self._checkpoints[source].storage
+        assert isinstance(storage, Local)
+        return storage.root
 
 
-def _span(piece: _Piece, info: TensorInfo) -> tuple[int, int]:
-    """The bytes of its file that a piece of a tensor is made from."""
-    row = _row_bytes(info.shape, dtype_of(info))
-    return info.offset + piece.start * row, info.offset + piece.stop * row
+def _extent(info: TensorInfo) -> tuple[int, int]:
+    """The bytes of its file that a tensor is."""
+    return info.offset, info.offset + math.prod(info.shape) * dtype_of(info).itemsize
+
+
+def _finite(chunk: memoryview, position: int, dtype: np.dtype) -> bool:
+    """`is_finite` of the numbers in a chunk of a tensor that begins at byte `position` of it."""
+    start = -position % dtype.itemsize
+    return is_finite(np.frombuffer(chunk, dtype, (len(chunk) - start) // dtype.itemsize, start))
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -135,7 +135,7 @@ def prepare(
             raise UserError(f"{name} is not at hand; give its place with --model NAME=DIR")
         checkpoints[name] = open_checkpoint(model.path, revision=model.revision, allow_pickle=allow_pickle)
         if isinstance(storage := checkpoints[name].storage, Local):
-            manifest.check_manifest(Path(storage.root), ["config.json"])
+            manifest.check_manifest(storage.root, ["config.json", INDEX])
     made = outcome(recipe, stored_dtypes(checkpoints), vocab_size=vocabulary.size)
     # Where every token keeps its row, the bytes are copied.
     rows = {

@@ -69,7 +69,7 @@ def open_data(config: DataConfig, *, root: str) -> TokenData:
         specs = {"source": config.source, "tokenizer": config.tokenizer}
         store, meta = open_unchecked(config.store, error, "text", specs, lambda meta: {
             **meta, "seq_len": config.seq_len,
-            **{key: getattr(config, key) for key in ("val_fraction", "seed") if meta[key] is not None},
+            **{key: getattr(config, key) for key in ("val_fraction", "seed") if meta.get(key) is not None},
         })  # fmt: skip
     else:
         wanted: dict[str, Any] = {
@@ -89,7 +89,7 @@ def open_data(config: DataConfig, *, root: str) -> TokenData:
     train, validation = (store.open_rows(split, meta, isolate_eos) for split in SPLITS)
     return TokenData(
         tokenizer=tokenizer,
-        vocab_size=len(tokenizer),
+        vocab_size=meta["tokenizer"]["vocab_size"],
         eos_id=tokenizer.eos_token_id,
         train=train,
         validation=validation,

@@ -20,7 +20,7 @@ import numpy as np
 from jaxup.data.batches import permutation, positions
 from jaxup.data.chat_formats import Encoded
 from jaxup.data.packing import Packing, pack
-from jaxup.data.store import Store, gather, shard_rows
+from jaxup.data.store import Store, gather, in_vocabulary, shard_rows
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -32,8 +32,8 @@ ROW_ORDER = 2**64 - 2  # the permutation of a split's rows: no epoch and no subs
 class PackedRows:
     """The rows of one split."""
 
-    def __init__(self, ids: ts.TensorStore, marks: ts.TensorStore, name: str):
-        self._arrays, self._name = (ids, marks), name
+    def __init__(self, ids: ts.TensorStore, marks: ts.TensorStore, name: str, vocab_size: int):
+        self._arrays, self._name, self._vocab_size = (ids, marks), name, vocab_size
 
     def __len__(self) -> int:
         return self._arrays[0].shape[0]
@@ -67,13 +67,14 @@ class PackedRows:
 
     def _read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ids, marks = gather(self._arrays, indices, self._name)
-        return ids.astype(np.int32), marks
+        return in_vocabulary(ids, self._vocab_size, self._name), marks
 
 
 def open_packed(store: Store, split: str, meta: dict[str, Any]) -> PackedRows:
-    rows = meta["statistics"][split]["rows"]
-    ids, marks = (store.open_array(f"{split}/{name}", rows=rows, width=meta["seq_len"]) for name in ("ids", "marks"))
-    return PackedRows(ids, marks, f"{store.path}/{split}")
+    size = {"rows": meta["statistics"][split]["rows"], "width": meta["seq_len"]}
+    dtypes = {"ids": meta["dtype"], "marks": "uint8"}
+    ids, marks = (store.open_array(f"{split}/{name}", meta, **size, dtype=dtype) for name, dtype in dtypes.items())
+    return PackedRows(ids, marks, f"{store.path}/{split}", meta["tokenizer"]["vocab_size"])
 
 
 class Scratch:

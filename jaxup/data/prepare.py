@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxup.data.sources import SPLITS, Source, Split
-from jaxup.data.store import META, PROGRESS, Store, check_same, shard_rows
+from jaxup.data.store import PROGRESS, Store, check_same, shard_rows
 from jaxup.data.tokenizer import batched, bpe_vocab_size, encoder, tokenizer_hash, train_bpe
 from jaxup.errors import UserError
 from jaxup.progress import Progress, say
@@ -60,7 +60,7 @@ def prepare(store: Store, source: Source, tokenizer: PreTrainedTokenizerBase | N
             with contextlib.suppress(UserError):
                 store.discard()
         raise
-    store.write_json(META, {**progress["made"], "splits": splits})
+    store.finish({**progress["made"], "splits": splits})
     store.delete(PROGRESS)
     counts = ", ".join(f"{splits[split]['tokens']:,} {split} tokens" for split in SPLITS)
     say(f"{store.path}: {counts} in {time.monotonic() - started:.1f} s")
@@ -81,7 +81,7 @@ def _fill(
         if tokenizer.eos_token_id is None:
             what = f"{spec} has no end-of-sequence token (eos_token) to end documents with"
             raise UserError(what, at="tokenizer")
-        vocab_size = len(tokenizer)
+        vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))  # numbers may be left out
         made["tokenizer"] |= {"hash": tokenizer_hash(tokenizer), "vocab_size": vocab_size}
         made["dtype"] = "uint16" if vocab_size <= 2**16 else "uint32"
         store.write_json(PROGRESS, progress)
@@ -96,7 +96,7 @@ def _fill(
             start = position.documents
             with Progress(f"tokenising {source.name}, {split}", total=None, unit="documents", start=start) as bar:
                 documents = _watched(_token_documents(source, split, tokenizer, made, start), bar, start)
-                for reached in _write_rows(array, documents, position):
+                for reached in _write_rows(store, array, documents, position):
                     position = reached
                     progress["splits"][split] = dataclasses.asdict(position)
                     store.write_json(PROGRESS, progress)
@@ -139,7 +139,9 @@ def _token_documents(
             yield np.array(ids, dtype)
 
 
-def _write_rows(array: ts.TensorStore, documents: Iterator[np.ndarray], position: Position) -> Iterator[Position]:
+def _write_rows(
+    store: Store, array: ts.TensorStore, documents: Iterator[np.ndarray], position: Position
+) -> Iterator[Position]:
     """Writes the rows from `position` on and yields the position after each shard; the last one is `done`.
 
     `documents` begins with document number `position.documents`.
@@ -153,11 +155,11 @@ def _write_rows(array: ts.TensorStore, documents: Iterator[np.ndarray], position
         nonlocal array, held
         flat = np.concatenate(pending)[position.skip :][: rows * seq_len + 1]
         end = position.rows + rows
-        if array.shape[0] < end:
-            array = array.resize(exclusive_max=[end, seq_len + 1]).result()
-        array[position.rows : end].write(
-            np.lib.stride_tricks.sliding_window_view(flat, seq_len + 1)[::seq_len]
-        ).result()
+        values = np.lib.stride_tricks.sliding_window_view(flat, seq_len + 1)[::seq_len]
+        with store.errors():
+            if array.shape[0] < end:
+                array = array.resize(exclusive_max=[end, seq_len + 1]).result()
+            array[position.rows : end].write(values).result()
         held -= rows * seq_len
         documents_done, skip = position.documents, position.skip + rows * seq_len
         while pending and skip >= len(pending[0]):

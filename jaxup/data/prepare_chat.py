@@ -23,9 +23,9 @@ from jaxup.data.conversations import Conversations
 from jaxup.data.layouts import Conversation, Segments
 from jaxup.data.packed import Scratch, write_packed
 from jaxup.data.sources import SPLITS, draw
-from jaxup.data.store import META, PROGRESS, Store, check_same
+from jaxup.data.store import PROGRESS, Store, check_same
 from jaxup.data.tokenizer import batched
-from jaxup.errors import UserError, first_line, within
+from jaxup.errors import NoRoom, UserError, storage_error, within
 from jaxup.progress import Progress, say
 
 
@@ -78,7 +78,9 @@ def prepare_chat(
             _check_counts(config, progress["counts"])
             table, tokens = scratch.read()
         except OSError as error:
-            raise UserError(error.strerror or first_line(error), at=("store", str(directory))) from None
+            raise storage_error(error, "store", str(directory)) from None
+        except NoRoom:
+            raise
         except UserError:
             # Data that will not do leaves nothing behind.
             shutil.rmtree(directory, ignore_errors=True)
@@ -101,7 +103,7 @@ def prepare_chat(
         tokenizer.chat_template = about["chat_template"]
         store.save_tokenizer(tokenizer)
         made = {**wanted, "tokenizer": {**wanted["tokenizer"], "vocab_size": vocab_size}, "dtype": dtype}
-        store.write_json(META, {**made, "statistics": statistics, **about})
+        store.finish({**made, "statistics": statistics, **about})
         shutil.rmtree(directory, ignore_errors=True)
     store.delete(PROGRESS)
 

@@ -1,6 +1,7 @@
 """A store of token rows: a directory, local or gs://, that a training run reads at random.
 
-    STORE/meta.json       what the tokens were made from; written last, so it marks a complete store
+    STORE/meta.json       what the tokens were made from, and digests of all files; written last, so it marks a
+                          complete store
     STORE/progress.json   the same and how far an unfinished store has come; gone when it is complete
     STORE/tokenizer/      the tokenizer, as `save_pretrained` writes it
     STORE/train/, STORE/validation/   zarr3 arrays [rows, seq_len + 1], uint16 or uint32
@@ -17,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,20 +27,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorstore as ts
 
+from jaxup.data import integrity
 from jaxup.data.batches import positions
+from jaxup.data.sources import SPLITS
 from jaxup.data.tokenizer import load_tokenizer, tokenizer_hash
-from jaxup.errors import UserError, first_line
+from jaxup.errors import UserError, storage_error
 from jaxup.progress import say
+from jaxup.text import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 META, PROGRESS, TOKENIZER, LOCK = "meta.json", "progress.json", "tokenizer/", "lock"
 # A shard is one file, written at once: about this many tokens, and no more than so many rows.
 SHARD_TOKENS = 4 * 2**20
 SHARD_ROWS = 4096
 CACHE_BYTES = 64 * 2**20  # shard indices, mostly: a row is then one read of a byte range
+CHUNK = 8 * 2**20  # bytes of a file that are hashed at once
+_LARGEST_JSON = 64 * 2**20  # bytes; the digests of 400,000 shards
 
 _ANOTHER = "choose another data.store or delete it"
 
@@ -56,21 +63,64 @@ class Store:
             self._files = ts.KvStore.open(self._location(""), context=_CONTEXT).result()
 
     def read_json(self, key: str) -> dict[str, Any] | None:
+        """What `write_json` wrote; UserError for anything else, whatever is wrong with it."""
+        if self.local and os.path.exists(path := f"{self.path}/{key}") and not _is_file(path, _LARGEST_JSON):
+            raise UserError(f"{path} is not a regular file, or too large", at="store", hint=_ANOTHER)
         with self.errors():
             result = self._files.read(key).result()
         if result.state == "missing":
             return None
-        value = None
-        with contextlib.suppress(ValueError):
-            value = json.loads(result.value)
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
+        try:
+            value = parse_json(result.value, key)
+        except UserError:
+            value = {}
+        if value.get("format") != FORMAT:
             what = f"{self.path}/{key} is not what this version of jaxup writes (format {FORMAT})"
             raise UserError(what, at="store", hint=_ANOTHER)
+        if value.pop("digest", None) != _digest_of(value):
+            raise UserError(f"{self.path}/{key} is damaged: its digest is another", at="store", hint=_ANOTHER)
+        if key == META and (fault := integrity.check_meta(value)):
+            raise UserError(f"{self.path}/{key} is damaged: {fault}", at="store", hint=_ANOTHER)
         return value
 
     def write_json(self, key: str, value: dict[str, Any]) -> None:
+        value = {"format": FORMAT, **value}
         with self.errors():
-            self._files.write(key, json.dumps({"format": FORMAT, **value}, indent=1).encode()).result()
+            self._files.write(key, json.dumps({**value, "digest": _digest_of(value)}, indent=1).encode()).result()
+
+    def files(self) -> dict[str, int | None]:
+        """The files that hold tokens and the tokenizer, and their sizes, where the storage tells them for nothing."""
+        with self.errors():
+            listed = [self._files.list(_below(part)) for part in (TOKENIZER, *(f"{split}/" for split in SPLITS))]
+            names = sorted(key.decode(errors="replace") for keys in listed for key in keys.result())
+            return {name: os.path.getsize(f"{self.path}/{name}") if self.local else None for name in names}
+
+    def read(self, key: str) -> bytes:
+        """All of a file; nothing if it is not there."""
+        with self.errors():
+            return self._files.read(key).result().value
+
+    def digest(self, key: str, stop: int) -> str:
+        """SHA-256 of the first `stop` bytes of a file; UserError if it has not so many."""
+        if self.local and not _is_file(f"{self.path}/{key}"):  # opening a pipe would wait for ever
+            raise UserError("it is not a regular file")
+        digest = hashlib.sha256()
+        with self.errors():
+            for start in range(0, stop, CHUNK):
+                part = slice(start, min(stop, start + CHUNK))
+                digest.update(self._files.read(key, byte_range=part).result().value)
+        return digest.hexdigest()
+
+    def complete_meta(self) -> dict[str, Any] | None:
+        """What META says of the store; None if it is not complete, UserError unless its files are those it tells."""
+        meta = self.read_json(META)
+        if meta is not None:
+            integrity.check(self, meta)
+        return meta
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        """Writes META, with the digests of what is there."""
+        self.write_json(META, {**meta, "files": integrity.describe(self)})
 
     def delete(self, key: str) -> None:
         with self.errors():
@@ -88,11 +138,10 @@ class Store:
     def load_tokenizer(self, expected_hash: str) -> PreTrainedTokenizerBase:
         """The store's own copy. UserError when it is not the tokenizer that wrote the tokens."""
         with tempfile.TemporaryDirectory() as directory:
-            with self.errors():
-                for key in self._files.list(_below(TOKENIZER)).result():
-                    name = key.decode().removeprefix(TOKENIZER)
-                    if "/" not in name:
-                        Path(directory, name).write_bytes(self._files.read(key).result().value)
+            for key in self.files():
+                name = key.removeprefix(TOKENIZER)
+                if "/" not in name:
+                    Path(directory, name).write_bytes(self.read(key))
             tokenizer = load_tokenizer(directory, name=f"{self.path}/tokenizer")
         if tokenizer_hash(tokenizer) != expected_hash:
             what = f"{self.path}/tokenizer is not the tokenizer that wrote the tokens"
@@ -115,21 +164,30 @@ class Store:
             }
             return ts.open({**self._array(name), "metadata": metadata}, context=_CONTEXT, create=True).result()
 
-    def open_array(self, name: str, *, rows: int, width: int) -> ts.TensorStore:
+    def open_array(self, name: str, meta: dict[str, Any], *, rows: int, width: int, dtype: str) -> ts.TensorStore:
+        """UserError unless the array is such a one, and its shards can hold so much."""
         with self.errors():
             array = ts.open(self._array(name), context=_CONTEXT, open=True, read=True).result()
+        held = sum(size for file, (size, *_) in meta["files"].items() if file.startswith(f"{name}/c/"))
+        fault = ""
         if array.shape != (rows, width):
-            found = f"{array.shape[0]} rows of {array.shape[1]} tokens, not {rows} of {width}"
-            raise UserError(f"{self.path}/{name} is damaged: it has {found}", at="store", hint="delete the store")
+            fault = f"it has {' x '.join(map(str, array.shape))} tokens, not {rows} x {width}"
+        elif array.dtype.name != dtype or array.chunk_layout.read_chunk.shape != (1, width):
+            fault = f"its rows are not one by one, or not {dtype}"
+        elif not rows or rows * width * array.dtype.numpy_dtype.itemsize > held:  # rows are not compressed
+            fault = f"{rows} rows are not in {held} bytes"
+        if fault:
+            raise UserError(f"{self.path}/{name} is damaged: {fault}", at="store", hint="delete the store")
         return array
 
     def open_rows(self, split: str, meta: dict[str, Any], isolate_eos: int | None = None) -> Rows:
-        array = self.open_array(split, rows=meta["splits"][split]["rows"], width=meta["seq_len"] + 1)
-        return Rows(array, f"{self.path}/{split}", isolate_eos)
+        rows, width = meta["splits"][split]["rows"], meta["seq_len"] + 1
+        array = self.open_array(split, meta, rows=rows, width=width, dtype=meta["dtype"])
+        return Rows(array, f"{self.path}/{split}", meta["tokenizer"]["vocab_size"], isolate_eos)
 
     def complete(self, wanted: dict[str, Any], make: Callable[[], None]) -> dict[str, Any]:
         """What META says of the store, which `make` fills first if it is not complete; UserError if it is another."""
-        while (meta := self.read_json(META)) is None:
+        while (meta := self.complete_meta()) is None:
             with self.lock():
                 # Another process may have finished it between our look and our lock.
                 if self.read_json(META) is None:
@@ -191,7 +249,11 @@ class Store:
 
     def _array(self, name: str) -> dict[str, Any]:
         # "open": what is cached is checked once, at opening; a complete store does not change.
-        return {"driver": "zarr3", "kvstore": self._location(f"{name}/"), "recheck_cached_data": "open"}
+        # What is missing is an error and no zeros; so zeros are written like all else.
+        return {
+            "driver": "zarr3", "kvstore": self._location(f"{name}/"), "recheck_cached_data": "open",
+            "fill_missing_data_reads": False, "store_data_equal_to_fill_value": True,
+        }  # fmt: skip
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -199,14 +261,14 @@ class Store:
         try:
             yield
         except (ValueError, OSError) as error:
-            raise UserError(first_line(error).replace("\0", ""), at=("store", self.path)) from None
+            raise storage_error(error, "store", self.path) from None
 
 
 class Rows:
     """The rows of one split of text. `isolate_eos`: the EOS id to keep documents apart; None lets attention cross."""
 
-    def __init__(self, array: ts.TensorStore, name: str, isolate_eos: int | None = None):
-        self._array, self._name, self.isolate_eos = array, name, isolate_eos
+    def __init__(self, array: ts.TensorStore, name: str, vocab_size: int, isolate_eos: int | None = None):
+        self._array, self._name, self._vocab_size, self.isolate_eos = array, name, vocab_size, isolate_eos
         self.seq_len: int = array.shape[1] - 1
 
     def __len__(self) -> int:
@@ -218,8 +280,11 @@ class Rows:
         return len(self) * self.seq_len
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """int [n] row numbers, in any order, repeats allowed -> int32 [n, seq_len + 1]. IndexError outside the rows."""
-        return gather([self._array], indices, self._name)[0].astype(np.int32)
+        """int [n] row numbers, in any order, repeats allowed -> int32 [n, seq_len + 1]. IndexError outside the rows.
+
+        UserError for what cannot be read, and for tokens that the tokenizer has not.
+        """
+        return in_vocabulary(gather([self._array], indices, self._name)[0], self._vocab_size, self._name)
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """See `jaxup.data.batches.Fields`."""
@@ -248,7 +313,15 @@ def gather(arrays: Sequence[ts.TensorStore], indices: np.ndarray, name: str) -> 
     try:
         return [future.result() for future in [array[indices].read() for array in arrays]]
     except ValueError as error:  # a checksum that does not match, a file or a network gone
-        raise UserError(first_line(error), at=("store", name)) from None
+        raise storage_error(error, "store", name) from None
+
+
+def in_vocabulary(tokens: np.ndarray, vocab_size: int, name: str) -> np.ndarray:
+    """Tokens as int32; UserError if one of them is none of the vocabulary's."""
+    if tokens.size and (most := tokens.max()) >= vocab_size:
+        what = f"it is damaged: token {most} is not below the vocabulary's {vocab_size}"
+        raise UserError(what, at=("store", name), hint="delete the store")
+    return tokens.astype(np.int32)
 
 
 def shard_rows(array: ts.TensorStore) -> int:
@@ -261,19 +334,29 @@ def _below(directory: str) -> ts.KvStore.KeyRange:
     return ts.KvStore.KeyRange(directory, directory[:-1] + "0")
 
 
+def _is_file(path: str, largest: int | None = None) -> bool:
+    found = os.stat(path)
+    return stat.S_ISREG(found.st_mode) and (largest is None or found.st_size <= largest)
+
+
+def _digest_of(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def check_same(store: Store, made: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises UserError, naming the store and all that differs ('seq_len=8, not 16'), unless it is the one wanted."""
     if made.get("kind", "text") != (kind := wanted.get("kind", "text")):
         raise UserError(f"{store.path} is not a store of {kind}", at="store", hint=_ANOTHER)
-    found = []
+    found: list[tuple[str, Any, Any]] = []
     if made["source"]["fingerprint"] != wanted["source"]["fingerprint"]:
-        found.append(("source", *(f"{m['source']['spec']} ({m['source']['fingerprint'][:8]})" for m in (made, wanted))))
+        old, new = (f"{m['source']['spec']} ({m['source']['fingerprint'][:8]})" for m in (made, wanted))
+        found.append(("source", old, new))
     # A vocabulary to be trained has no hash yet; what it is trained on is compared with the source.
     by = "hash" if wanted["tokenizer"]["hash"] else "spec"
     if made["tokenizer"][by] != wanted["tokenizer"][by]:
-        found.append(("tokenizer", *(_short_tokenizer(m["tokenizer"]) for m in (made, wanted))))
-    others = (key for key in wanted if key not in ("source", "tokenizer") and made[key] != wanted[key])
-    found += [(key, made[key], wanted[key]) for key in others]
+        found.append(("tokenizer", _short_tokenizer(made["tokenizer"]), _short_tokenizer(wanted["tokenizer"])))
+    others = (key for key in wanted if key not in ("source", "tokenizer") and made.get(key) != wanted[key])
+    found += [(key, made.get(key), wanted[key]) for key in others]
     if found:
         told = "; ".join(f"{name}={old}, not {new}" for name, old, new in found)
         raise UserError(f"{store.path} was made with {told}", at="store", hint=_ANOTHER)
@@ -294,7 +377,7 @@ def open_unchecked(
     if not path:
         raise error
     store = Store(path)
-    meta = store.read_json(META)
+    meta = store.complete_meta()
     if meta is None or meta.get("kind", "text") != kind or any(meta[of]["spec"] != specs[of] for of in specs):
         raise error
     check_same(store, meta, wanted(meta))

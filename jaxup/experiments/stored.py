@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxup.data.store import META, Store
+from jaxup.data.store import Store
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
 from jaxup.hub.directory import TOKEN_IDS, carried_files
@@ -19,8 +19,9 @@ from jaxup.hub.save import write_model
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
 from jaxup.model.spec import flatten, unflatten
+from jaxup.progress import say
 from jaxup.text import read_json
-from jaxup.training.checkpoint import partial_load, restoring
+from jaxup.training.checkpoint import check_sound, newest_sound, partial_load, restoring, steps_in
 from jaxup.training.lora import LoraConfig
 from jaxup.training.rundir import FORMAT
 from jaxup.training.selection import TrainConfig, select
@@ -72,9 +73,11 @@ def export(
     elif name not in steps:
         raise UserError(f"{run}: no checkpoints of a model {name!r}{suggest(name, steps)}")
     if step is None:
-        step = max(steps[name])
+        step = _newest(run / "checkpoints" / name)
     elif step not in steps[name]:
         raise UserError(f"{run}: no checkpoint of {name} at step {step}; there are {', '.join(map(str, steps[name]))}")
+    else:
+        check_sound(run / "checkpoints" / name / str(step), "choose another --step")
     stored = read_stored(run, name)
     write_model(
         out, stored.model, _restore(run, name, step, stored), title=out.name, plan=stored.plan, dtype=dtype,
@@ -102,14 +105,24 @@ def read_stored(run: Path, name: str) -> Stored:
 
 
 def _checkpoints(run: Path) -> dict[str, list[int]]:
-    """The steps of every model that has a checkpoint. What Orbax has not finished has another name."""
+    """The steps of every model that has a checkpoint."""
     found = {}
     for directory in sorted((run / "checkpoints").iterdir()):
-        if steps := sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal() and p.is_dir()):
+        if steps := steps_in(directory):
             found[directory.name] = steps
     if not found:
         raise UserError(f"{run}: this run has no checkpoints yet")
     return found
+
+
+def _newest(directory: Path) -> int:
+    """The newest step that can be restored. Nothing is set aside: the run may be going on."""
+    step, faults = newest_sound(directory)
+    for newer, fault in faults.items():
+        say(f"warning: {directory}/{newer}: {fault}" + ("" if step is None else f"; step {step} is taken"))
+    if step is None:
+        raise UserError(f"{directory}: no checkpoint here can be restored")
+    return step
 
 
 def _restore(run: Path, name: str, step: int, stored: Stored) -> Params:
@@ -127,6 +140,7 @@ def _restore(run: Path, name: str, step: int, stored: Stored) -> Params:
     before = healed["before"]
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it need not fit into an accelerator
         trained = _read(run, name, step, selection.trained(abstract(stored.model)[1]))
+        check_sound(run / "checkpoints" / before / "0", "the command that made the run builds it again")
         params = selection.merge(trained, _restore(run, before, 0, read_stored(run, before)))
         return jax.tree.map(np.asarray, params)
 
@@ -148,7 +162,7 @@ def _vocabulary(run: Path, store: str) -> dict[str, Any]:
     if "://" not in store and not Path(store).is_dir():
         raise UserError(f"{run}: its tokenizer is gone with its token store {store}")
     opened = Store(store)
-    meta = opened.read_json(META)
+    meta = opened.complete_meta()
     if meta is None:
         raise UserError(f"{run}: its token store {store} is not complete, so there is no tokenizer")
     return {"tokenizer": opened.load_tokenizer(meta["tokenizer"]["hash"])}

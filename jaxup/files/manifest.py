@@ -10,42 +10,80 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from jaxup.errors import UserError
-from jaxup.text import parse_json
+from jaxup.files.storage import Local
+from jaxup.text import named, parse_json, write_atomically
 
 NAME = "jaxup_manifest.json"
+_LARGEST = 64 * 2**20  # bytes of a manifest, which has a line for each file
 _CHUNK = 2**20  # bytes
+_THREADS = 4
 
 # (where it ends, its SHA-256 in hexadecimal) of each span; the first begins at 0.
 Spans = Sequence[tuple[int, str]]
 
 
-def write_manifest(directory: Path, digests: Mapping[str, str | Spans] | None = None) -> None:
+def write_manifest(directory: Path, digests: Mapping[str, str | Spans] | None = None, *, name: str = NAME) -> None:
     """Describes all files that `directory` holds now; those named in `digests` are not read again."""
-    files = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        name, size = path.relative_to(directory).as_posix(), path.stat().st_size
-        digest = (digests or {}).get(name) or next(_digests(path, [size]))
-        files[name] = {"size": size, "sha256" if isinstance(digest, str) else "parts": digest}
+    known = digests or {}
+    paths = {file: directory / file for file in _below(directory) if file != name}
+    sizes = {file: path.stat().st_size for file, path in paths.items()}
+
+    def entry(file: str) -> dict[str, Any]:
+        digest = known.get(file) or next(_digests(paths[file], [sizes[file]]))
+        return {"size": sizes[file], "sha256" if isinstance(digest, str) else "parts": digest}
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        files = dict(zip(paths, pool.map(entry, paths), strict=True))
     # A line for each file: there may be thousands of parts.
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in files.items())
-    (directory / NAME).write_text(f'{{\n  "version": 1,\n  "files": {{\n{lines}\n  }}\n}}\n')
+    lines = ",\n".join(f"    {json.dumps(file)}: {json.dumps(entry)}" for file, entry in files.items())
+    write_atomically(directory / name, f'{{\n  "version": 1,\n  "files": {{\n{lines}\n  }}\n}}\n')
 
 
-def check_manifest(directory: Path, names: list[str]) -> None:
-    """UserError if one of the files `names` is not the one that was written; no manifest, no check."""
-    files = _files(directory)
+def check_manifest(directory: Path, names: Iterable[str], *, added: bool = False) -> None:
+    """UserError if one of the files `names` is not as it was written, or not there any more; no manifest, no check.
+
+    `added`: one that the manifest does not list is one that a user has put there since.
+    """
+    files = read_manifest(directory)
     if files is None:
         return
     for name in names:
-        entry = files.get(name)
-        if not isinstance(entry, dict):
-            raise UserError(f"{directory}: {NAME} does not list {name}")
-        if not _agrees(entry, directory / name):
+        if name in files and not agrees(files[name], directory / name):
             raise mismatch(directory, name)
+        if not added and (directory / name).exists():
+            check_listed(directory, files, name)
+
+
+def check_listed(directory: Path, files: Mapping[str, Spans], name: str) -> None:
+    if name not in files:
+        raise UserError(f"{directory}: {NAME} does not list {name}")
+
+
+def faults(directory: Path, *, name: str = NAME) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it) of a directory that has a manifest, the manifest itself included."""
+    try:
+        files = read_manifest(directory, name=name) or {}
+    except UserError as error:
+        yield name, f"is damaged: {error.what}"
+        return
+    found = set(_below(directory)) - {name}
+    for file in sorted(found ^ files.keys()):
+        yield file, "is missing" if file in files else "is not one of the files that were written here"
+    both = sorted(found & files.keys())
+
+    def fault(file: str) -> str:
+        try:
+            return "" if agrees(files[file], directory / file) else f"is not what was written: see {name}"
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from ((file, what) for file, what in zip(both, pool.map(fault, both)) if what)
 
 
 def mismatch(directory: Path, name: str) -> UserError:
@@ -53,50 +91,59 @@ def mismatch(directory: Path, name: str) -> UserError:
     return UserError(f"{what} (delete the manifest if the change was meant)", at=str(directory))
 
 
-def span_digests(directory: Path, names: Iterable[str]) -> dict[tuple[str, int, int], str]:
-    """(file, begin, end) -> SHA-256 of that span, for those of the files whose spans the manifest knows."""
-    files, digests = _files(directory) or {}, {}
-    for name in names:
-        for (begin, _), (end, digest) in itertools.pairwise([(0, ""), *_spans(files.get(name))]):
-            digests[name, begin, end] = digest
-    return digests
-
-
-def _files(directory: Path) -> dict[str, Any] | None:
-    try:
-        text = (directory / NAME).read_bytes()
-    except FileNotFoundError:
+def read_manifest(directory: Path, *, name: str = NAME) -> dict[str, Spans] | None:
+    """The spans of each file; None without a manifest, UserError for one that says anything else."""
+    storage = Local(directory)
+    if not storage.exists(name):
         return None
-    except OSError as error:
-        raise UserError(f"{directory}: {NAME} cannot be read: {error.strerror}") from error
-    files = parse_json(text, f"{directory}: {NAME}").get("files")
-    return files if isinstance(files, dict) else {}
+    manifest = parse_json(storage.whole(name, _LARGEST), f"{directory}: {name}")
+    files = manifest.get("files")
+    if manifest.keys() != {"version", "files"} or manifest["version"] != 1 or not isinstance(files, dict):
+        raise UserError(f"{directory}: {name}: not what this version of jaxup writes")
+    spans = {file: _spans(entry) for file, entry in files.items()}
+    for file, found in spans.items():
+        if not found:
+            raise UserError(f"{directory}: {name}: what it says of {named(file)[:200]} cannot be")
+    return spans
 
 
-def _agrees(entry: dict[str, Any], path: Path) -> bool:
-    size = path.stat().st_size
-    spans = _spans(entry) if "parts" in entry else [(size, entry.get("sha256"))]
-    if entry.get("size") != size or not spans or spans[-1][0] != size:
+def agrees(spans: Spans, path: Path) -> bool:
+    """Whether the file is the one that has these digests."""
+    if not path.is_file() or path.stat().st_size != spans[-1][0]:
         return False
     found = _digests(path, [end for end, _ in spans])
     return all(digest == read for (_, digest), read in zip(spans, found, strict=True))
 
 
-def _spans(entry: Any) -> list[tuple[int, str]]:
-    """The parts of a file's entry; none if they are not consecutive spans, from the file's first byte on."""
-    parts = entry.get("parts") if isinstance(entry, dict) else None
-    spans = [tuple(part) for part in parts if isinstance(part, list)] if isinstance(parts, list) else []
-    if not all(len(span) == 2 and type(span[0]) is int and isinstance(span[1], str) for span in spans):
+def span_agrees(path: Path, begin: int, end: int, digest: str) -> bool:
+    """Whether these bytes of a file have this digest."""
+    return next(_digests(path, [end], begin)) == digest
+
+
+def _below(directory: Path) -> list[str]:
+    """All files, those in directories too."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
+
+
+def _spans(entry: Any) -> Spans:
+    """Of a file's entry; none if they are not consecutive spans, from the file's first byte to its last."""
+    if not isinstance(entry, dict) or type(size := entry.get("size")) is not int:
         return []
-    ends = [0, *(end for end, _ in spans)]
-    return spans if len(spans) == len(parts or []) and all(a < b for a, b in itertools.pairwise(ends)) else []
+    parts = [[size, entry["sha256"]]] if entry.keys() == {"size", "sha256"} else entry.get("parts")
+    if len(entry) != 2 or not isinstance(parts, list) or not all(isinstance(p, list) and len(p) == 2 for p in parts):
+        return []
+    if not parts or not all(type(end) is int and isinstance(digest, str) for end, digest in parts):
+        return []
+    ends = [0, *(end for end, _ in parts)]
+    rising = all(a < b for a, b in itertools.pairwise(ends)) or ends == [0, 0]
+    return [(end, digest) for end, digest in parts] if rising and ends[-1] == size else []
 
 
-def _digests(path: Path, ends: Iterable[int]) -> Iterator[str]:
-    """SHA-256 of the consecutive spans of a file that end there."""
+def _digests(path: Path, ends: Iterable[int], begin: int = 0) -> Iterator[str]:
+    """SHA-256 of the consecutive spans of a file, from byte `begin` on, that end there."""
     buffer = memoryview(bytearray(_CHUNK))
     with open(path, "rb", buffering=0) as file:
-        begin = 0
+        file.seek(begin)
         for end in ends:
             digest = hashlib.sha256()
             while begin < end and (count := file.readinto(buffer[: min(_CHUNK, end - begin)])):

@@ -24,6 +24,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order in which a file holds them
 
+PIECE = 64 * 2**20  # bytes that are hashed together
+
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40
 }  # fmt: skip
@@ -53,6 +55,15 @@ class Stored(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.tensor.shape) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.tensor.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def piece_rows(self) -> int:
+        """Rows that have one digest."""
+        return max(1, PIECE // self.row_bytes)
 
 
 def split(tensors: Iterable[Stored], max_shard_size: int) -> dict[str, list[Stored]]:
@@ -100,21 +111,28 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def write_shard(path: Path, shard: Sequence[Stored], arrays: Iterable[np.ndarray]) -> str:
-    """Writes contiguous `arrays`, one for each of `shard`, as they come; the file's SHA-256 in hexadecimal.
+def write_shard(path: Path, shard: Sequence[Stored], arrays: Iterable[np.ndarray]) -> list[tuple[int, str]]:
+    """Writes contiguous `arrays`, one for each of `shard`, as they come; (end, SHA-256) of the header and each piece.
 
     An array is written and hashed while the next one is made, so two of them are in memory.
     """
     start = header(shard)
-    digest = hashlib.sha256(start)
+    spans = [(len(start), hashlib.sha256(start).hexdigest())]
+
+    def digest(data: memoryview, size: int) -> None:
+        for begin in range(0, len(data), size):
+            piece = data[begin : begin + size]
+            spans.append((spans[-1][0] + len(piece), hashlib.sha256(piece).hexdigest()))
+
     with open(path, "wb") as file, ThreadPoolExecutor(2) as pool:
         file.write(start)
         pending: list[Future] = []
-        for array in arrays:
+        for stored, array in zip(shard, arrays, strict=True):
             for done in pending:
                 done.result()
             data = array.reshape(-1).view(np.uint8).data
-            pending = [pool.submit(work, data) for work in (file.write, digest.update)]
+            size = stored.piece_rows * stored.row_bytes
+            pending = [pool.submit(file.write, data), pool.submit(digest, data, size)]
         for done in pending:
             done.result()
-    return digest.hexdigest()
+    return spans

@@ -27,7 +27,10 @@ _LARGEST_CARRIED = 100 * 2**20  # bytes
 def carried_files(path_or_id: str | os.PathLike, revision: str | None = None) -> dict[str, bytes]:
     """Tokenizer, chat template and generation config of a model directory, by file name; text only, never run."""
     storage = open_storage(path_or_id, revision=revision)
-    return {file: storage.whole(file, _LARGEST_CARRIED) for file in CARRIED if storage.exists(file)}
+    files = {file: storage.whole(file, _LARGEST_CARRIED) for file in CARRIED if storage.exists(file)}
+    if isinstance(storage, Local):
+        manifest.check_manifest(storage.root, CARRIED, added=True)
+    return files
 
 
 def tokenizer_directory(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Path:
@@ -37,6 +40,7 @@ def tokenizer_directory(path_or_id: str | os.PathLike, *, revision: str | None =
     """
     storage = open_storage(path_or_id, revision=revision)
     if type(storage) is Local:
+        manifest.check_manifest(storage.root, CARRIED, added=True)
         return storage.root
     directory = tempfile.TemporaryDirectory(prefix="jaxup-tokenizer-")
     _temporary.append(directory)

@@ -52,7 +52,7 @@ class Checkpoint:
     def check_digests(self) -> None:
         """UserError if a file is not the one its jaxup manifest describes; reads all of a local directory."""
         if isinstance(self.storage, Local):
-            check_manifest(Path(self.storage.root), ["config.json", *self.files])
+            check_manifest(self.storage.root, ["config.json", INDEX, *self.files])
 
 
 def dtype_of(info: TensorInfo) -> np.dtype:

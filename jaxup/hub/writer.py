@@ -174,7 +174,9 @@ def _layer_of(sharding: NamedSharding | None) -> Callable[[jax.Array, int | None
     return jax.jit(take, out_shardings=sharding)
 
 
-def _write_shards(directory: Path, shards: Mapping[str, list[Stored]], fetch: Fetch, progress: bool) -> dict[str, str]:
+def _write_shards(
+    directory: Path, shards: Mapping[str, list[Stored]], fetch: Fetch, progress: bool
+) -> dict[str, manifest.Spans]:
     """The digests of the files written."""
     total, done, began = sum(stored.nbytes for shard in shards.values() for stored in shard), 0, time.monotonic()
     bar = Progress("saving", total=math.ceil(total / 1e6), unit="MB", shown=progress)

@@ -1,27 +1,47 @@
-"""Checkpoints of one model's training state, by Orbax (v1)."""
+"""Checkpoints of one model's training state, by Orbax (v1), each with the digests of its files.
+
+A step is `directory/STEP/`, which Orbax names so once all of it is written. Its digests (`jaxup_digests.json` in it)
+are written after that, in the background. A step whose files are those of its digests is sound, and the newest sound
+one is restored. Newer ones are set aside as `STEP.damaged`, where they neither are in the way of the next checkpoint
+of that step nor count among those that are kept.
+
+A step without digests was written by a process that was killed right then, or by an earlier version: nothing speaks
+against it and nothing for it. The newest of those is restored only where no step is sound, which is said; else at most
+an interval of training is lost by taking the one before.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
+from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
-from jaxup.errors import UserError, first_line
+from jaxup.errors import NoRoom, UserError, first_line, storage_error
+from jaxup.files import manifest
 from jaxup.model.decoder import Params
+from jaxup.progress import say
 from jaxup.training.step import TrainState
+
+DIGESTS = "jaxup_digests.json"
+_FINISHED = "_CHECKPOINT_METADATA"  # a file that every checkpoint of Orbax has
 
 
 class Checkpoints:
     """`directory/STEP/`, the newest `keep` of them and those of `always`; written in the background, atomically.
 
-    What a killed writer left behind is removed on opening. Restoring gives the arrays bit for bit,
-    laid out over whatever mesh the abstract state names.
+    What a killed writer left behind is removed on opening, and what is damaged set aside: UserError if there are
+    steps and none can be restored. Restoring gives the arrays bit for bit, laid out over whatever mesh the abstract
+    state names.
     """
 
     def __init__(
@@ -30,22 +50,34 @@ class Checkpoints:
     ):  # fmt: skip
         # Orbax reports its internals at INFO and its own deprecations at WARNING.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        self._directory, self._advice = directory, advice  # what to do about a damaged checkpoint
+        self._directory, self._advice = Path(os.path.abspath(directory)), advice  # what to do about a damaged one
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            with writing(self._directory):
+                _set_aside(self._directory)
+        if jax.process_count() > 1:  # the others see what is left
+            multihost.sync_global_processes(f"sound checkpoints in {directory}")
         policies = ocp.training.preservation_policies
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(sorted(always))])
-        path = os.path.abspath(directory)  # Orbax refuses relative ones
         context = ocp.Context()
         # Copies of an array on several devices are written in slices, one by each. Cutting a small one takes longer.
         context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
         self._checkpointer = ocp.training.Checkpointer(
-            path, preservation_policy=kept, cleanup_tmp_directories=True, context=context
+            self._directory, preservation_policy=kept, cleanup_tmp_directories=True, context=context
         )
+        self._pool = ThreadPoolExecutor(1)
+        self._hashing: list[Future[None]] = []
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()  # waits for the write in flight
+        with writing(self._directory):
+            try:
+                self._wait()
+            finally:
+                self._pool.shutdown()
+                self._checkpointer.close()  # waits for the write in flight
 
     @property
     def latest(self) -> int | None:
@@ -54,12 +86,31 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts writing `state`; returns once the arrays are copied, so the state may be donated."""
-        if step != self.latest:
-            self._checkpointer.save_async(step, _tree(state), force=True)
+        if step == self.latest:
+            return
+        with writing(self._directory):
+            self._wait()  # for the digests of the step before, long after its arrays: Orbax may delete that step now
+            written = self._checkpointer.save_async(step, _tree(state), force=True)
+            self._add_digests(step, written)
 
     def save_params(self, step: int, params: Params) -> None:
         """Writes params alone, which `restore_params` reads; returns when they are written."""
-        self._checkpointer.save(step, {"params": params}, force=True)
+        with writing(self._directory):
+            self._checkpointer.save(step, {"params": params}, force=True)
+            self._add_digests(step, None)
+
+    def _add_digests(self, step: int, written: Any) -> None:
+        def describe() -> None:
+            if written is not None:
+                written.result()
+            manifest.write_manifest(self._directory / str(step), name=DIGESTS)
+
+        if self._writes:
+            self._hashing.append(self._pool.submit(describe))
+
+    def _wait(self) -> None:
+        while self._hashing:
+            self._hashing.pop().result()
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         return TrainState(**self._load(step, _tree(abstract_state)), halted=jax.numpy.bool_(False))
@@ -72,6 +123,71 @@ class Checkpoints:
     def _load(self, step: int, tree: dict[str, Any]) -> dict[str, Any]:
         with restoring(f"{self._directory}/{step}", self._advice):
             return self._checkpointer.load(step, tree)
+
+
+def steps_in(directory: Path) -> list[int]:
+    """Of all checkpoints there, the oldest first. What Orbax has not finished has another name."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; "" if it is what was written, None if nothing tells: it has no digests."""
+    if (checkpoint / DIGESTS).exists():
+        return next((f"{file} {fault}" for file, fault in manifest.faults(checkpoint, name=DIGESTS)), "")
+    return None if (checkpoint / _FINISHED).exists() else "it is no finished checkpoint"
+
+
+def newest_sound(directory: Path) -> tuple[int | None, dict[int, str]]:
+    """The step to restore, and what is wrong with the newer ones; None if there are steps and none can be."""
+    faults: dict[int, str] = {}
+    untold = None
+    for step in reversed(steps_in(directory)):
+        fault = fault_of(directory / str(step))
+        if fault == "":
+            return step, faults
+        if fault is None:
+            untold, fault = untold or step, "it has no digests: killed while it was saved, or of an earlier version"
+        faults[step] = fault
+    if untold is None:
+        return None, faults
+    say(f"warning: {directory}/{untold}: {faults[untold]}; it is taken as it is, for want of one that has")
+    return untold, {step: fault for step, fault in faults.items() if step > untold}
+
+
+def check_sound(checkpoint: Path, advice: str) -> None:
+    """UserError for a checkpoint that is damaged; a warning for one of which nothing tells."""
+    fault = fault_of(checkpoint)
+    if fault:
+        raise UserError(f"this checkpoint is damaged: {fault}", at=str(checkpoint), hint=advice)
+    if fault is None:
+        say(f"warning: {checkpoint}: it has no digests that would tell whether it is what was written")
+
+
+def _set_aside(directory: Path) -> None:
+    """Leaves the newest step that can be restored as the newest that is there; UserError if none can be."""
+    step, faults = newest_sound(directory)
+    if step is None and faults:
+        newest, fault = next(iter(faults.items()))
+        hint = f"bring its files back from a copy, or remove {directory} to begin this model again"
+        raise UserError(f"no checkpoint here can be restored: of step {newest}, {fault}", at=str(directory), hint=hint)
+    for newer, fault in faults.items():
+        aside = directory / f"{newer}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(directory / str(newer), aside)
+        say(f"warning: {directory}/{newer}: {fault}; set aside as {aside.name}, and step {step} is taken")
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turns what a disk says while checkpoints are written into a UserError; those that are there stay."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        told = storage_error(error, str(directory))
+        # TensorStore raises ValueError, for mistakes of ours too.
+        if isinstance(error, OSError) or isinstance(told, NoRoom):
+            raise told from None
+        raise
 
 
 def partial_load() -> ocp.Context:

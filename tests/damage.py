@@ -1,0 +1,47 @@
+"""Damage as disks, interrupted copies and people do it: one file of a directory, chosen and changed by a seed."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+KINDS = ("flip", "truncate", "delete", "zero", "swap", "add")
+
+
+def files(directory, skip=()):
+    """All files below, sorted, but those whose name is in `skip`."""
+    return sorted(p for p in Path(directory).rglob("*") if p.is_file() and p.name not in skip)
+
+
+def damage(directory, seed, kinds=KINDS, skip=()):
+    """Damages one file below `directory` and returns what was done, in words. Every second one is drawn by its size.
+
+    A kind of damage that would change nothing, such as the truncation of an empty file, becomes a file too many.
+    """
+    rng, found = random.Random(seed), files(directory, skip)
+    weights = [path.stat().st_size for path in found] if rng.random() < 0.5 else [1] * len(found)
+    (path,), kind = rng.choices(found, weights), rng.choice(kinds)
+    content, name = path.read_bytes(), path.relative_to(directory)
+    twins = [p for p in found if p.suffix == path.suffix and p.read_bytes() != content]
+    if kind == "flip" and content:
+        at, bit = rng.randrange(len(content)), rng.randrange(8)
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        return f"bit {bit} of byte {at} of {len(content)} of {name} flipped"
+    if kind == "truncate" and content:
+        path.write_bytes(content[: (at := rng.randrange(len(content)))])
+        return f"{name} truncated from {len(content)} to {at} bytes"
+    if kind == "zero" and content.strip(b"\0"):
+        at = rng.randrange(len(content))
+        zeroed = content[:at] + bytes(len(content[at : at + 512])) + content[at + 512 :]
+        path.write_bytes(zeroed if zeroed != content else bytes(len(content)))
+        return f"{name} zeroed from byte {at} of {len(content)}"
+    if kind == "swap" and twins:
+        shutil.copyfile(twin := rng.choice(twins), path)
+        return f"{name} replaced by {twin.relative_to(directory)}"
+    if kind == "delete":
+        os.remove(path)
+        return f"{name} deleted"
+    path = rng.choice([p for p in found if p.parent != Path(directory)] or found)  # where it is most among others
+    added = path.with_name(f"{path.name}.{seed}")
+    added.write_bytes(content)
+    return f"{added.relative_to(directory)} added"

@@ -1,0 +1,214 @@
+"""What was written is damaged afterwards: every command that reads it says which file it is, and uses none of it."""
+
+import shutil
+
+import numpy as np
+import pytest
+from damage import damage
+
+from jaxup.data.sources import SPLITS
+from jaxup.data.store import META, Store
+from jaxup.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def stores(finished, made_once, tmp_path_factory):
+    """The finished run's store of text, and one of chats, which are not for writing into."""
+
+    def make(directory):
+        from test_chat import rows_of, write
+
+        from jaxup.data.chat import ChatConfig, open_chat
+
+        store = Store(str(next((finished[0].parent / "data").iterdir())))
+        tokenizer = store.load_tokenizer(store.complete_meta()["tokenizer"]["hash"])
+        open_chat(
+            ChatConfig(
+                files=write(directory / "a.jsonl", rows_of(40)), layout="", format="chatml", seq_len=128, val_files="",
+                val_fraction=0.2, on_bad="error", packing=True, store=str(directory / "chat"), seed=0,
+            ),
+            tokenizer=tokenizer, root="",
+        )  # fmt: skip
+        shutil.copytree(store.path, directory / "text")
+
+    made = made_once("stores", make)
+    return {kind: made / kind for kind in ("text", "chat")}
+
+
+def read_store(path):
+    """All of a store, as training and an export read it."""
+    from jaxup.data.packed import open_packed
+
+    store = Store(str(path))
+    meta = store.complete_meta()
+    if meta is None:
+        raise UserError("not complete")
+    for split in SPLITS:
+        rows = open_packed(store, split, meta) if "kind" in meta else store.open_rows(split, meta)
+        rows.batch(np.arange(len(rows)))
+    store.load_tokenizer(meta["tokenizer"]["hash"])
+
+
+def unnoticed(original, place, seeds, read, part="", **how):
+    """What was done to `part` of a copy of `original` in the trials in which `read` of it then had nothing to say."""
+    found = []
+    for seed in seeds:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(original, place)
+        done = damage(place / part, seed, skip=("lock",), **how)
+        if (said := refusal(read, place)) is None:
+            found.append(done)
+        assert "\n" not in (said or ""), (done, said)
+    return found
+
+
+def refusal(read, place):
+    """What a UserError says, None if there is none."""
+    try:
+        read(place)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+@pytest.mark.parametrize("seeds", [range(25), pytest.param(range(25, 325), marks=pytest.mark.slow)])
+def test_any_damage_of_a_store_is_noticed(stores, tmp_path, kind, seeds):
+    read_store(stores[kind])
+    assert unnoticed(stores[kind], tmp_path / "store", seeds, read_store) == []
+
+
+def test_of_a_large_store_names_sizes_and_beginnings_are_compared(stores, tmp_path, monkeypatch):
+    from jaxup.data import integrity
+
+    monkeypatch.setattr(integrity, "WHOLE", 0)
+    read_store(stores["text"])
+    kinds = ("truncate", "delete", "swap", "add")
+    for seed in range(12):
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        shutil.copytree(stores["text"], tmp_path / "store")
+        done = damage(tmp_path / "store", seed, kinds, skip=("lock",))
+        assert refusal(read_store, tmp_path / "store"), done
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"splits": None}, {"splits": {}}, {"splits": {"train": {"rows": 10**12, "tokens": 5}}}, {"seq_len": "32"},
+        {"seq_len": 0}, {"seq_len": -1}, {"seq_len": 10**9}, {"seq_len": 2**70}, {"dtype": "float99"}, {"dtype": 7},
+        {"tokenizer": "x"}, {"tokenizer": {"spec": "x", "hash": "y"}}, {"source": None}, {"files": []}, {"files": {}},
+        {"files": {"train/zarr.json": [1]}}, {"files": {"../../etc/passwd": [1, "", ""]}}, {"kind": []}, {"kind": "?"},
+        {"kind": "chat"}, *({"splits": {of: {"rows": n, "tokens": 5} for of in SPLITS}} for n in (0, 10**12, True)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_store_whose_meta_lies_is_one_line(stores, tmp_path, change):
+    shutil.copytree(stores["text"], tmp_path / "store")
+    store = Store(str(tmp_path / "store"))
+    meta = store.read_json(META)
+    store.write_json(META, meta | change)
+    with pytest.raises(UserError, match=r"\A[^\n]*store[^\n]*\Z"):
+        read_store(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "[" * 10**5, '{"format": 2}', '{"format": 1, "seq_len": 16}', "\xff"]
+)
+def test_a_meta_that_is_none_is_one_line(stores, tmp_path, text):
+    shutil.copytree(stores["text"], tmp_path / "store")
+    (tmp_path / "store" / META).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"\A[^\n]*{META} is (not what|damaged)[^\n]*\Z"):
+        read_store(tmp_path / "store")
+
+
+def test_a_token_beyond_the_vocabulary_is_no_token(stores):
+    store = Store(str(stores["text"]))
+    meta = store.complete_meta()
+    rows = store.open_rows("train", meta | {"tokenizer": meta["tokenizer"] | {"vocab_size": 40}})
+    with pytest.raises(UserError, match=r"/train: it is damaged: token \d+ is not below the vocabulary's 40"):
+        rows.batch(np.arange(len(rows)))
+
+
+def test_rows_of_the_token_zero_are_stored(tmp_path):
+    """An array's fill value too: what is not there is an error."""
+    store = Store(str(tmp_path / "store"))
+    array = store.create_array("train", width=5, dtype="uint16").resize(exclusive_max=[3, 5]).result()
+    array[:3].write(np.zeros((3, 5), np.uint16)).result()
+    meta = {"files": {"train/c/0/0": [30, "", ""]}}
+    opened = store.open_array("train", meta, rows=3, width=5, dtype="uint16")
+    assert not np.asarray(opened[:3].read().result()).any()
+
+
+# Checkpoints
+
+
+def test_any_damage_of_a_checkpoint_is_noticed(finished, tmp_path):
+    from jaxup.training.checkpoint import newest_sound
+
+    def read(directory):
+        step, faults = newest_sound(directory)
+        assert (step, [*faults]) in ((8, []), (6, [8]))
+        if faults:
+            raise UserError(faults[8])
+
+    directory = finished[0] / "checkpoints" / "target_2"
+    read(directory)
+    assert unnoticed(directory, tmp_path / "run", range(60), read, "8") == []
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """saved(*steps, keep=2): checkpoints of these steps, the step in all of their arrays, and what is there then."""
+    import jax.numpy as jnp
+
+    from jaxup.training.checkpoint import Checkpoints
+    from jaxup.training.step import TrainState
+
+    def save(*steps, **how):
+        with Checkpoints(tmp_path / "m", **{"keep": 2, **how}) as checkpoints:
+            begun = checkpoints.latest
+            if begun is not None:
+                abstract = TrainState({"a": jnp.zeros(7)}, (), jnp.int32(0), jnp.bool_(False))
+                assert checkpoints.restore(begun, abstract).params["a"].tolist() == [begun] * 7
+            for step in steps:
+                checkpoints.save(
+                    step, TrainState({"a": jnp.full(7, 1.0 * step)}, (), jnp.int32(step), jnp.bool_(False))
+                )
+        return begun, sorted(path.name for path in (tmp_path / "m").iterdir())
+
+    return save
+
+
+def test_a_damaged_step_is_set_aside_and_pushes_none_out(saved, tmp_path, capsys):
+    assert saved(2, 4, 6, 8, always=[2]) == (None, ["2", "6", "8"])
+    damage(tmp_path / "m" / "8" / "state" / "d", 0, ["flip"])
+    (tmp_path / "m" / "9").mkdir()
+    begun = saved(7, always=[2])
+    assert begun == (6, ["2", "6", "7", "8.damaged", "9.damaged"])
+    assert "m/8: state/d/" in (err := capsys.readouterr().err)
+    assert "is not what was written" in err
+    assert err.count("\n") == 2
+    assert saved(8, 10) == (7, ["10", "8", "8.damaged", "9.damaged"])
+    assert saved() == (10, ["10", "8", "8.damaged", "9.damaged"])
+
+
+def test_a_step_without_digests_is_taken_for_want_of_another(saved, tmp_path, capsys):
+    """It was saved by a process killed before its digests, or by an earlier version."""
+    saved(4, 6, 8)
+    for step in (6, 8):
+        (tmp_path / "m" / str(step) / "jaxup_digests.json").unlink()
+    assert saved() == (8, ["6", "8"])
+    assert "m/8: it has no digests" in capsys.readouterr().err
+    assert saved(9, 10, keep=3) == (8, ["10", "8", "9"])
+    (tmp_path / "m" / "10" / "jaxup_digests.json").unlink()
+    assert saved() == (9, ["10.damaged", "8", "9"])
+
+
+def test_where_nothing_is_sound_nothing_begins(saved, tmp_path):
+    saved(4, 6)
+    for step in (4, 6):
+        damage(tmp_path / "m" / str(step), 1, ["delete"])
+        (tmp_path / "m" / str(step) / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"\A[^\n]*no checkpoint here can be restored: of step 6, [^\n]*\Z"):
+        saved()
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["4", "6"]
