@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jaxup.data.chat_formats import ALIASES, SPELLINGS, Encoded, open_format, show
+from jaxup.data import rendering
+from jaxup.data.chat_formats import ALIASES, SPELLINGS, Encoded, open_format, prompt_ids, show
 from jaxup.data.chat_templates import TEMPLATES, Spelling, jinja
 from jaxup.data.layouts import Segment, Turn
 from jaxup.errors import UserError
@@ -475,6 +476,24 @@ ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
 def test_refused_templates(template, message):
     conversation = chat(None, ("U", "<think>hm</think>yes"), ("V", "no"))
     refused(message, own(template).encode, conversation)
+
+
+def test_a_template_has_limits_of_time_memory_and_text(monkeypatch):
+    monkeypatch.setattr(rendering, "SECONDS", 0.5)
+    monkeypatch.setattr(rendering, "MEMORY", 2**26)
+    rendering.renderer.stop()  # the next has these limits
+    for template in (
+        "{{ 'x' * 10**12 }}",
+        "{{ '%999999999d' % 1 }}",
+        "{{ messages | tojson(indent=999999999) }}",
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
+    ):
+        refused("the chat template takes more than 64 MiB for one conversation; choose", own(template).encode, CHAT)
+    long = tokenizer("bytes", "{{ 'x' * 2000000 }}")
+    refused("the chat template makes 2,000,000 characters of 47", prompt_ids, long, "hello")
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    refused("the chat template takes more than 0.5 s for one conversation; choose", own(loops).encode, CHAT)
+    rendering.renderer.stop()
 
 
 def test_a_template_that_changes_a_trained_users_text_is_refused():

@@ -14,18 +14,18 @@ special token becomes that token. Of both there is one warning.
 from __future__ import annotations
 
 import abc
-import contextlib
 import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jaxup.data.chat_templates import ALIASES, SPELLINGS
 from jaxup.data.layouts import Conversation, Segment, Segments, Turn
-from jaxup.errors import UserError, first_line, suggest
+from jaxup.data.rendering import render
+from jaxup.errors import UserError, suggest
 from jaxup.text import escaped
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ class Rendered(NamedTuple):
 
 
 _NAME_ONE = f"choose a format by name: {', '.join(SPELLINGS)}"
-_SENTINEL = "\ue000jaxup\ue001"  # stands for a turn's text, to see what a template puts around it
 
 
 def open_format(name: str | None, tokenizer: PreTrainedTokenizerBase) -> Format:
@@ -183,115 +182,28 @@ class NamedFormat(Format):
 
 
 class TemplateFormat(Format):
-    """The tokenizer's own chat template, which runs in transformers' sandbox.
-
-    What is trained comes from its `{% generation %}` marks if it has one for each assistant's turn, else from what a
-    turn adds to the text that asks for it: see `_by_prefix`.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        super().__init__(tokenizer)
-        self._asks: bool | None = None  # the template has a header that asks for a reply
+    """The tokenizer's own chat template, which runs under limits; `template_spans.py` says what is trained."""
 
     def _render_turns(self, turns: Conversation) -> Rendered:
         turns = tuple(turn.joined() for turn in turns)
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        replies = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-        text, marked = self._marked(messages)
-        spans = dict(zip(replies, marked))
-        # Marks in macros or around half of a turn lie about where they are.
-        if len(marked) != len(replies) or any(turns[i].text.strip() not in text[slice(*spans[i])] for i in replies):
-            spans = {i: self._by_prefix(messages, i, text) for i in replies if turns[i].trained}
-        for i, turn in enumerate(turns):
-            if turn.trained and turn.role != "assistant":
-                spans[i] = self._by_sentinel(messages, i, text)
-        return Rendered(text, tuple(spans[i] for i in sorted(spans) if turns[i].trained))
-
-    def _by_prefix(self, messages: list[dict[str, str]], i: int, whole: str) -> tuple[int, int]:
-        """What the reply `i` adds to the text that asks for it, without the blanks after its end of turn."""
-        turn = f"turn {i + 1}, the assistant's"
-        asked = self._render(messages[:i], asks=True)
-        told = self._render(messages[: i + 1])
-        if not told.startswith(asked) or not whole.startswith(told):
-            what = f"the chat template spells what is before the end of {turn}, in another way once the conversation"
-            raise UserError(f"{what} goes on: no telling what to train on", hint=_NAME_ONE)
-        if self._asks is None:
-            self._asks = asked != self._render(messages[:i])
-        start, said = len(asked), messages[i]["content"].strip()
-        if not self._asks:
-            # What is before the text is a header, unless it is blank.
-            model = self._render([*messages[:i], {"role": "assistant", "content": _SENTINEL}])
-            header = model[start:].partition(_SENTINEL)[0]
-            start += len(header) if header.strip() else 0
-        at = told.find(said, start)
-        if at < 0:
-            raise UserError(f"the chat template changes or leaves out text of {turn}", hint=_NAME_ONE)
-        end = len(told.rstrip())
-        # A template without an end of turn: the line end is all there is.
-        return start, end if end > at + len(said) else len(told)
-
-    def _by_sentinel(self, messages: list[dict[str, str]], i: int, whole: str) -> tuple[int, int]:
-        """The text of turn `i`: what the sentinel stands for when it takes its place."""
-        model = self._render([*messages[:i], messages[i] | {"content": _SENTINEL}, *messages[i + 1 :]])
-        before, _, after = model.partition(_SENTINEL)
-        end = len(whole) - len(after)
-        around = whole.startswith(before) and whole.endswith(after)
-        if not around or whole[len(before) : end].strip() != messages[i]["content"].strip():
-            what = f"the chat template changes text of turn {i + 1}: no telling what to train on"
-            raise UserError(what, hint=_NAME_ONE)
-        return len(before), end
-
-    def _marked(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and what is inside of `{% generation %}` marks as [start, end) of its characters.
-
-        The mask that transformers makes of these does not say which turn is which, and loses replies that begin with a
-        blank where the tokenizer trims its offsets.
-        """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        with self._errors():
-            template = self.tokenizer.get_chat_template()
-            if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
-                return self._render(messages), []
-            special: dict[str, Any] = self.tokenizer.special_tokens_map
-            rendered: Any = render_jinja_template(
-                conversations=[messages], chat_template=template, return_assistant_tokens_mask=True, **special
-            )
-        (text,), (marks,) = rendered
-        return text, marks
-
-    def _render(self, messages: list[dict[str, str]], *, asks: bool = False) -> str:
-        with self._errors():
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        if not self.tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template", hint=_NAME_ONE)
         try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # whatever jinja raises, or the template itself
-            reason = escaped(first_line(error))[:200]
-            raise UserError(f"the chat template refuses the conversation: {reason}", hint=_NAME_ONE) from None
+            text, spans = render(self.tokenizer, messages, [turn.trained for turn in turns])
+        except UserError as error:
+            raise UserError(error.what, hint=_NAME_ONE) from None
+        return Rendered(text, tuple(spans))
 
 
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, message: str | Sequence[dict[str, str]], system: str | None = None
 ) -> list[int]:
     """A user's message, or a chat's messages, as the tokenizer's template spells it, up to where the reply begins."""
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template")
     messages = [{"role": "user", "content": message}] if isinstance(message, str) else list(message)
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    try:
-        # The template spells BOS itself: nothing is added to its text when it is tokenized.
-        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return encoded["input_ids"]
-    except Exception as error:  # whatever jinja raises, or the template itself
-        raise UserError(f"the tokenizer's chat template: {escaped(first_line(error))[:200]}") from None
+    text, _ = render(tokenizer, messages)
+    # The template spells BOS itself: nothing is added to its text when it is tokenized.
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def end_ids(name: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
