@@ -14,6 +14,17 @@ GPT2 = [
     "--config.optimizer.warmup_steps=2", "--config.sample.tokens=8",
 ]  # fmt: skip
 
+HEAL = [
+    "--config=heal.py:smoke",
+    "--config.model.hidden_size=16", "--config.model.intermediate_size=24", "--config.model.num_heads=2",
+    "--config.model.num_kv_heads=1", "--config.model.num_layers=3", "--config.plan=upscale(base, 1:3, copies=1)",
+    "--config.pretrain.steps=4", "--config.pretrain.batch_size=8", "--config.pretrain.data.seq_len=32",
+    "--config.pretrain.data.tokenizer=bpe:300", "--config.pretrain.data.val_fraction=0.3",
+    "--config.pretrain.optimizer.warmup_steps=2", "--config.data.seq_len=64", "--config.data.val_fraction=0.2",
+    "--config.batch_size=8", "--config.eval.interval=4", "--config.eval.rows=8", "--config.eval.batch_size=8",
+    "--config.checkpoint.interval=3", "--config.log.interval=1", "--config.sample.tokens=4",
+]  # fmt: skip
+
 
 def arguments(corpus, workdir, *more):
     """Of `jaxup.train`: a reference of four layers, a target that inherits two, and its control."""
@@ -24,6 +35,16 @@ def write_corpus(directory):
     """A few kilobytes of this project's own text."""
     for file in sorted((Path(jaxup.__file__).parent / "training").glob("*.py")):
         (directory / file.with_suffix(".txt").name).write_text(file.read_text())
+
+
+def write_chats(path):
+    """Two hundred short conversations about sums."""
+    with open(path, "w") as file:
+        for a in range(20):
+            for b in range(10):
+                turns = [("user", f"{a} + {b}?"), ("assistant", f"{a + b}"), ("user", "sure?"), ("assistant", "yes")]
+                messages = [{"role": role, "content": text} for role, text in turns[: 2 + 2 * (b % 2)]]
+                file.write(json.dumps({"messages": messages}) + "\n")
 
 
 def metrics(workdir):

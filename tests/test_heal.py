@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
-from runs import losses, result, write_corpus
+from runs import HEAL, losses, result, write_chats, write_corpus
 from safetensors.numpy import load_file
 
 from jaxup import export, train
@@ -23,16 +23,6 @@ from jaxup.training.partition import digest
 
 generate = importlib.import_module("jaxup.generate")  # in the package the name is the function's
 
-TINY = [
-    "--config.model.hidden_size=16", "--config.model.intermediate_size=24", "--config.model.num_heads=2",
-    "--config.model.num_kv_heads=1", "--config.model.num_layers=3", "--config.plan=upscale(base, 1:3, copies=1)",
-    "--config.pretrain.steps=4", "--config.pretrain.batch_size=8", "--config.pretrain.data.seq_len=32",
-    "--config.pretrain.data.tokenizer=bpe:300", "--config.pretrain.data.val_fraction=0.3",
-    "--config.pretrain.optimizer.warmup_steps=2", "--config.data.seq_len=64", "--config.data.val_fraction=0.2",
-    "--config.batch_size=8", "--config.eval.interval=4", "--config.eval.rows=8", "--config.eval.batch_size=8",
-    "--config.checkpoint.interval=3", "--config.log.interval=1", "--config.sample.tokens=4",
-]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -40,18 +30,13 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heal")
     (folder / "corpus").mkdir()
     write_corpus(folder / "corpus")
-    with open(folder / "chats.jsonl", "w") as file:
-        for a in range(20):
-            for b in range(10):
-                turns = [("user", f"{a} + {b}?"), ("assistant", f"{a + b}"), ("user", "sure?"), ("assistant", "yes")]
-                messages = [{"role": role, "content": text} for role, text in turns[: 2 + 2 * (b % 2)]]
-                file.write(json.dumps({"messages": messages}) + "\n")
+    write_chats(folder / "chats.jsonl")
     return folder
 
 
 def run(runs, name, *more):
     data = [f"--config.data.files={runs / 'chats.jsonl'}", f"--config.pretrain.data.source={runs / 'corpus'}"]
-    train.main(["train", "--config=heal.py:smoke", *TINY, *data, f"--workdir={runs / name}", *more])
+    train.main(["train", *HEAL, *data, f"--workdir={runs / name}", *more])
     return runs / name
 
 

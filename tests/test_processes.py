@@ -10,8 +10,8 @@ import processes
 import pytest
 import safetensors.numpy
 from flax import traverse_util
-from runs import arguments, losses, metrics
-from test_heal import COPIES, TINY, runs  # noqa: F401
+from runs import HEAL, arguments, losses, metrics
+from test_heal import COPIES, runs  # noqa: F401
 
 from jaxup.hub.writer import save
 from jaxup.model.config import ModelConfig
@@ -54,7 +54,7 @@ def test_two_processes_train_what_one_does(finished, corpus, tmp_path):
 def test_two_processes_heal_what_one_does(runs, tmp_path):  # noqa: F811
     """Copies alone train; what is frozen is split over both processes, and so is its digest."""
     data = [f"--config.data.files={runs / 'chats.jsonl'}", f"--config.pretrain.data.source={runs / 'corpus'}"]
-    command = ("-m", "jaxup.train", "--config=heal.py:smoke", *TINY, *COPIES, *data)
+    command = ("-m", "jaxup.train", *HEAL, *COPIES, *data)
     command = (*command, "--config.steps=6", "--config.epochs=0")
     processes.run(*command, f"--workdir={tmp_path / 'one'}")
     processes.run_two(*command, f"--workdir={tmp_path / 'two'}", "--config.mesh.data=1", "--config.mesh.fsdp=4")
