@@ -143,7 +143,7 @@ def test_rows_of_the_token_zero_are_stored(tmp_path):
 
 
 def test_any_damage_of_a_checkpoint_is_noticed(finished, tmp_path):
-    from jaxup.training.checkpoint import newest_sound
+    from jaxup.training.sound import newest_sound
 
     def read(directory):
         step, faults = newest_sound(directory)
@@ -212,3 +212,39 @@ def test_where_nothing_is_sound_nothing_begins(saved, tmp_path):
     with pytest.raises(UserError, match=r"\A[^\n]*no checkpoint here can be restored: of step 6, [^\n]*\Z"):
         saved()
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["4", "6"]
+
+
+# jaxup verify
+
+
+def test_verify_names_every_damaged_file(finished, tmp_path, capsys):
+    from jaxup import verify
+
+    shutil.copytree(finished[0], tmp_path / "run")
+    store = next((finished[0].parent / "data").iterdir())
+    verify.main(["verify", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert said.count(": compared with jaxup_digests.json\n") == len([*tmp_path.glob("run/checkpoints/*/*/state")])
+    for line in (
+        "run: no digests of SUMMARY.md, config.json, inputs.json,",
+        "run/export: compared with",
+        f"{store}: comp",
+    ):
+        assert line in said
+    run, damaged = tmp_path / "run", {}
+    for part, seed in (("checkpoints/target_2/6", 0), ("checkpoints/reference/8", 1), ("export", 2)):
+        done = damage(run / part, seed, ["flip"], skip=("jaxup_manifest.json",))
+        damaged[f"{run}/{part}/{done.split(' of ')[-1].removesuffix(' flipped')}"] = done
+    (run / "export" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="3 of the files above are not what was written"):
+        verify.main(["verify", str(run)])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": is not what was written")[0] for line in said if "is not what" in line] == [*sorted(damaged)]
+    assert f"{run}/export/notes.txt: no digest" in said
+    shutil.copytree(store, tmp_path / "store")
+    damage(tmp_path / "store", 3, ["delete"])
+    with pytest.raises(UserError, match="1 of the files above is not what was written"):
+        verify.main(["verify", str(tmp_path / "store")])
+    for nothing in (tmp_path / "gone", finished[0] / "plots"):
+        with pytest.raises(UserError, match=r"no such directory|neither a run"):
+            verify.main(["verify", str(nothing)])

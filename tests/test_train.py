@@ -290,7 +290,7 @@ def test_documented_flags_exist():
     assert [key for key in keys if not any(has(config, key) for config in configs)] == []
 
 
-ENTRIES = ("", ".train", ".generate", ".export", ".plan", ".build", ".__main__", ".experiments.config")
+ENTRIES = ("", ".train", ".generate", ".export", ".plan", ".build", ".verify", ".__main__", ".experiments.config")
 
 
 @pytest.mark.parametrize("module", [f"jaxup{name}" for name in ENTRIES])

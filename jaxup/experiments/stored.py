@@ -21,10 +21,11 @@ from jaxup.model.decoder import Params, abstract
 from jaxup.model.spec import flatten, unflatten
 from jaxup.progress import say
 from jaxup.text import read_json
-from jaxup.training.checkpoint import check_sound, newest_sound, partial_load, restoring, steps_in
+from jaxup.training.checkpoint import partial_load, restoring
 from jaxup.training.lora import LoraConfig
 from jaxup.training.rundir import FORMAT
 from jaxup.training.selection import TrainConfig, select
+from jaxup.training.sound import check_sound, newest_sound, steps_in
 
 MADE = ("target", "healed")  # kinds of models that a run is for: the deepest is exported unless another is named
 

@@ -19,6 +19,7 @@ from jaxup.files.storage import Local
 from jaxup.text import named, parse_json, write_atomically
 
 NAME = "jaxup_manifest.json"
+ADDED = "is not one of the files that were written here"  # a fault where only programs write
 _LARGEST = 64 * 2**20  # bytes of a manifest, which has a line for each file
 _CHUNK = 2**20  # bytes
 _THREADS = 4
@@ -73,7 +74,7 @@ def faults(directory: Path, *, name: str = NAME) -> Iterator[tuple[str, str]]:
         return
     found = set(_below(directory)) - {name}
     for file in sorted(found ^ files.keys()):
-        yield file, "is missing" if file in files else "is not one of the files that were written here"
+        yield file, "is missing" if file in files else ADDED
     both = sorted(found & files.keys())
 
     def fault(file: str) -> str:

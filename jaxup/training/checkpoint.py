@@ -1,21 +1,10 @@
-"""Checkpoints of one model's training state, by Orbax (v1), each with the digests of its files.
-
-A step is `directory/STEP/`, which Orbax names so once all of it is written. Its digests (`jaxup_digests.json` in it)
-are written after that, in the background. A step whose files are those of its digests is sound, and the newest sound
-one is restored. Newer ones are set aside as `STEP.damaged`, where they neither are in the way of the next checkpoint
-of that step nor count among those that are kept.
-
-A step without digests was written by a process that was killed right then, or by an earlier version: nothing speaks
-against it and nothing for it. The newest of those is restored only where no step is sound, which is said; else at most
-an interval of training is lost by taking the one before.
-"""
+"""Checkpoints of one model's training state, by Orbax (v1), each with the digests of its files; see `sound.py`."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,11 +18,8 @@ from orbax.checkpoint import v1 as ocp
 from jaxup.errors import NoRoom, UserError, first_line, storage_error
 from jaxup.files import manifest
 from jaxup.model.decoder import Params
-from jaxup.progress import say
+from jaxup.training.sound import DIGESTS, set_aside
 from jaxup.training.step import TrainState
-
-DIGESTS = "jaxup_digests.json"
-_FINISHED = "_CHECKPOINT_METADATA"  # a file that every checkpoint of Orbax has
 
 
 class Checkpoints:
@@ -54,7 +40,7 @@ class Checkpoints:
         self._writes = jax.process_index() == 0
         if self._writes:
             with writing(self._directory):
-                _set_aside(self._directory)
+                set_aside(self._directory)
         if jax.process_count() > 1:  # the others see what is left
             multihost.sync_global_processes(f"sound checkpoints in {directory}")
         policies = ocp.training.preservation_policies
@@ -123,58 +109,6 @@ class Checkpoints:
     def _load(self, step: int, tree: dict[str, Any]) -> dict[str, Any]:
         with restoring(f"{self._directory}/{step}", self._advice):
             return self._checkpointer.load(step, tree)
-
-
-def steps_in(directory: Path) -> list[int]:
-    """Of all checkpoints there, the oldest first. What Orbax has not finished has another name."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
-
-
-def fault_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; "" if it is what was written, None if nothing tells: it has no digests."""
-    if (checkpoint / DIGESTS).exists():
-        return next((f"{file} {fault}" for file, fault in manifest.faults(checkpoint, name=DIGESTS)), "")
-    return None if (checkpoint / _FINISHED).exists() else "it is no finished checkpoint"
-
-
-def newest_sound(directory: Path) -> tuple[int | None, dict[int, str]]:
-    """The step to restore, and what is wrong with the newer ones; None if there are steps and none can be."""
-    faults: dict[int, str] = {}
-    untold = None
-    for step in reversed(steps_in(directory)):
-        fault = fault_of(directory / str(step))
-        if fault == "":
-            return step, faults
-        if fault is None:
-            untold, fault = untold or step, "it has no digests: killed while it was saved, or of an earlier version"
-        faults[step] = fault
-    if untold is None:
-        return None, faults
-    say(f"warning: {directory}/{untold}: {faults[untold]}; it is taken as it is, for want of one that has")
-    return untold, {step: fault for step, fault in faults.items() if step > untold}
-
-
-def check_sound(checkpoint: Path, advice: str) -> None:
-    """UserError for a checkpoint that is damaged; a warning for one of which nothing tells."""
-    fault = fault_of(checkpoint)
-    if fault:
-        raise UserError(f"this checkpoint is damaged: {fault}", at=str(checkpoint), hint=advice)
-    if fault is None:
-        say(f"warning: {checkpoint}: it has no digests that would tell whether it is what was written")
-
-
-def _set_aside(directory: Path) -> None:
-    """Leaves the newest step that can be restored as the newest that is there; UserError if none can be."""
-    step, faults = newest_sound(directory)
-    if step is None and faults:
-        newest, fault = next(iter(faults.items()))
-        hint = f"bring its files back from a copy, or remove {directory} to begin this model again"
-        raise UserError(f"no checkpoint here can be restored: of step {newest}, {fault}", at=str(directory), hint=hint)
-    for newer, fault in faults.items():
-        aside = directory / f"{newer}.damaged"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(directory / str(newer), aside)
-        say(f"warning: {directory}/{newer}: {fault}; set aside as {aside.name}, and step {step} is taken")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,79 @@
+"""Which checkpoints are what was written: each has the digests of its files.
+
+A step is `directory/STEP/`, which Orbax names so once all of it is written. Its digests (`jaxup_digests.json` in it)
+are written after that, in the background. A step whose files are those of its digests is sound, and the newest sound
+one is restored. Newer ones are set aside as `STEP.damaged`, where they neither are in the way of the next checkpoint
+of that step nor count among those that are kept.
+
+A step without digests was written by a process that was killed right then, or by an earlier version: nothing speaks
+against it and nothing for it. The newest of those is restored only where no step is sound, which is said; else at most
+an interval of training is lost by taking the one before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from jaxup.errors import UserError
+from jaxup.files import manifest
+from jaxup.progress import say
+
+DIGESTS = "jaxup_digests.json"
+_FINISHED = "_CHECKPOINT_METADATA"  # a file that every checkpoint of Orbax has
+
+
+def steps_in(directory: Path) -> list[int]:
+    """Of all checkpoints there, the oldest first. What Orbax has not finished has another name."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; "" if it is what was written, None if nothing tells: it has no digests."""
+    if (checkpoint / DIGESTS).exists():
+        return next((f"{file} {fault}" for file, fault in manifest.faults(checkpoint, name=DIGESTS)), "")
+    return None if (checkpoint / _FINISHED).exists() else "it is no finished checkpoint"
+
+
+def newest_sound(directory: Path) -> tuple[int | None, dict[int, str]]:
+    """The step to restore, and what is wrong with the newer ones; None if there are steps and none can be."""
+    faults: dict[int, str] = {}
+    untold = None
+    for step in reversed(steps_in(directory)):
+        fault = fault_of(directory / str(step))
+        if fault == "":
+            return step, faults
+        if fault is None:
+            untold, fault = (
+                untold or step,
+                "it has no digests: its save was not finished, or an earlier version made it",
+            )
+        faults[step] = fault
+    if untold is None:
+        return None, faults
+    say(f"warning: {directory}/{untold}: {faults[untold]}; it is taken as it is, for want of one that has")
+    return untold, {step: fault for step, fault in faults.items() if step > untold}
+
+
+def check_sound(checkpoint: Path, advice: str) -> None:
+    """UserError for a checkpoint that is damaged; a warning for one of which nothing tells."""
+    fault = fault_of(checkpoint)
+    if fault:
+        raise UserError(f"this checkpoint is damaged: {fault}", at=str(checkpoint), hint=advice)
+    if fault is None:
+        say(f"warning: {checkpoint}: it has no digests that would tell whether it is what was written")
+
+
+def set_aside(directory: Path) -> None:
+    """Leaves the newest step that can be restored as the newest that is there; UserError if none can be."""
+    step, faults = newest_sound(directory)
+    if step is None and faults:
+        newest, fault = next(iter(faults.items()))
+        hint = f"bring its files back from a copy, or remove {directory} to begin this model again"
+        raise UserError(f"no checkpoint here can be restored: of step {newest}, {fault}", at=str(directory), hint=hint)
+    for newer, fault in faults.items():
+        aside = directory / f"{newer}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(directory / str(newer), aside)
+        say(f"warning: {directory}/{newer}: {fault}; set aside as {aside.name}, and step {step} is taken")
