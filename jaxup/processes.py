@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from jaxup import progress
 from jaxup.errors import Stopped, UserError, first_line
-from jaxup.progress import say
+from jaxup.progress import Waiting, say
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ _LONG = 10  # times the time limit is what is no training step may take, such as
 
 _turns = itertools.count()  # of `told` and `gather`: all processes come to them in the same order
 _runs = itertools.count()
-_waits_for = ""  # what the main thread waits for in here: no progress is then expected of it
+_waits = False  # the main thread waits in here: no progress is then expected of it
 
 
 def _service() -> Any:
@@ -113,21 +113,12 @@ def gather(value: Any, what: str) -> list[Any]:
 @contextlib.contextmanager
 def _waiting() -> Iterator[Callable[[str], None]]:
     """A function that says every now and then for what this process waits."""
-    global _waits_for
-    began, say_after, before = time.monotonic(), 10.0, _waits_for
-
-    def remind(what: str) -> None:
-        global _waits_for
-        nonlocal say_after
-        _waits_for = what
-        if time.monotonic() - began >= say_after:
-            say(f"waiting for {what}, {say_after:.0f} s so far")
-            say_after *= 3
-
+    global _waits
+    before, _waits = _waits, True
     try:
-        yield remind
+        yield Waiting().on
     finally:
-        _waits_for = before
+        _waits = before
 
 
 class _End(NamedTuple):
@@ -336,7 +327,7 @@ class Processes:
         self._signalled = None
 
     def _talk(self) -> None:
-        faulthandler.dump_traceback_later(self._timeout * _LONG, exit=True)  # should this thread, too, come to a stand
+        faulthandler.dump_traceback_later(self._limit() + 5, exit=True)  # should this thread, too, come to a stand
         try:
             self._say_beat()
             now = dict(self._service.key_value_dir_get(f"{self._place}now"))
@@ -351,8 +342,7 @@ class Processes:
         ends = [(int(key.rpartition("/")[2]), _End(**json.loads(word))) for key, word in now.items() if "/end/" in key]
         for rank, end in ends:
             if end.stalled:
-                faulthandler.dump_traceback(file=2)
-                self._exit(LOST, end.line)
+                self._give_up(end)
             if rank != self._rank and not end.agreed and self._ending is None and not self._leaving:
                 self._ending = (time.monotonic() + _GRACE, end._replace(line=f"process {rank}: {end.line}"))
                 _thread.interrupt_main(signal.SIGTERM)
@@ -373,17 +363,19 @@ class Processes:
                 self._agreeing.notify_all()
 
     def _say_beat(self) -> None:
-        word = json.dumps([time.monotonic(), self._position, bool(_waits_for), self._overdue()])
+        word = json.dumps([time.monotonic(), self._position, _waits, self._overdue()])
         self._service.key_value_set(f"{self._place}beat/{self._rank}", word, True)
 
     def _overdue(self) -> bool:
         """Whether this process had to make progress by now: to end a step within the time limit, or within ten times
         as long what is none, or to report something done in it (`jaxup.progress`)."""
         seen = (progress.reports, self._position)
-        if seen != self._seen or _waits_for:
+        if seen != self._seen or _waits:
             self._seen, self._since = seen, time.monotonic()
-        limit = self._timeout * (1 if self.deferred and not self._long else _LONG)
-        return time.monotonic() - self._since > limit
+        return time.monotonic() - self._since > self._limit()
+
+    def _limit(self) -> float:
+        return self._timeout * (1 if self.deferred and not self._long else _LONG)
 
     def _listen(self) -> None:
         """Process 0 notes who is silent, and finds out who keeps the others waiting.
@@ -405,9 +397,12 @@ class Processes:
         working = {rank: position for rank, (_, position, waits, _) in said.items() if not waits}
         last = [rank for rank, position in working.items() if position == min(working.values())]
         if last and all(said[rank][3] or ages[rank] > self._timeout for rank in last):
-            who = _names(last) if len(last) < self._count else "none of the processes"
-            self._say_end(_End(LOST, f"{who} made progress within processes.timeout={self._timeout:g} s", stalled=True))
-            time.sleep(3)  # the others read it
+            who = _names(last) if len(last) < self._count else "all processes"
+            line = f"{who} made no progress for longer than processes.timeout={self._timeout:g} s"
+            end = _End(LOST, line, stalled=True)
+            self._say_end(end)
+            time.sleep(2)  # the others read it
+            self._give_up(end)
 
     def _say_end(self, end: _End) -> None:
         if self._service is not None:
@@ -422,6 +417,10 @@ class Processes:
         time.sleep(2)
         if self._answered < asked + 1:
             self._exit(LOST, "" if self._leaving or self._closed else _death(self._silent or [0]))
+
+    def _give_up(self, end: _End) -> None:
+        faulthandler.dump_traceback(file=2)
+        self._exit(end.code, end.line)
 
     def _exit(self, code: int, line: str = "") -> None:
         """Ends the process, whatever its main thread is in."""

@@ -18,6 +18,21 @@ def say(message: object) -> None:
     print(f"jaxup: {message}", file=sys.stderr, flush=True)
 
 
+class Waiting:
+    """Says for what this process waits: after `first` seconds, and then ever more rarely."""
+
+    def __init__(self, first: float = 10.0):
+        self._began, self._next = time.monotonic(), first
+
+    def on(self, what: str) -> None:
+        global reports
+        reports += 1
+        seconds = time.monotonic() - self._began
+        if seconds >= self._next:
+            say(f"waiting for {what}" + (f", {_clock(seconds)} so far" if seconds > 1 else ""))
+            self._next = max(10.0, 3 * seconds)
+
+
 class Progress:
     """`with Progress("train", total=100, unit="steps") as p: p.update(step, "loss 3.2")`.
 
