@@ -160,7 +160,8 @@ class Processes:
         self._asked: int | None = None  # the signal for which positions are frozen until all are known
         self._stop_at: int | None = None
         # Progress of this process, and what process 0 knows of the others.
-        self._long, self._seen, self._since = 0, (0, 0), time.monotonic()
+        self._stepping, self._long = False, 0
+        self._seen, self._since = (0, 0), time.monotonic()
         self._heard: dict[int, tuple[str, float]] = {}  # what each said last, and since when
         self._silent: list[int] = []
         self._answered = 0.0  # when the service last did
@@ -240,8 +241,25 @@ class Processes:
             return self._stop_at is not None and self._position >= self._stop_at
 
     @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around what sets `deferred` when there is something to save, and has saved it at the end."""
+        try:
+            yield
+        finally:
+            self.deferred = False
+
+    @contextlib.contextmanager
+    def steps(self) -> Iterator[None]:
+        """Around training steps: from the first on, which is compiled, each has to come within the time limit."""
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    @contextlib.contextmanager
     def long_work(self) -> Iterator[None]:
-        """Around what may take much longer than a training step: compiling, evaluating, saving."""
+        """Around what may take much longer than a training step does, in between: evaluating, saving."""
         self._long += 1
         try:
             yield
@@ -322,8 +340,8 @@ class Processes:
             end = _End(128 + self._signal, f"stopped by {signal.Signals(self._signal).name}")
             with contextlib.suppress(_errors()):
                 self._say_end(end)
-            # Of itself it has time: what it has begun to write it removes.
-            self._ending = (time.monotonic() + (2 * _GRACE if self._handled else 0), end)
+            if not self._handled:
+                self._ending = (time.monotonic(), end)
         self._signalled = None
 
     def _talk(self) -> None:
@@ -375,7 +393,7 @@ class Processes:
         return time.monotonic() - self._since > self._limit()
 
     def _limit(self) -> float:
-        return self._timeout * (1 if self.deferred and not self._long else _LONG)
+        return self._timeout * (1 if self._stepping and self.deferred and not self._long else _LONG)
 
     def _listen(self) -> None:
         """Process 0 notes who is silent, and finds out who keeps the others waiting.

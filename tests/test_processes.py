@@ -96,6 +96,63 @@ def test_a_signal_to_one_stops_both_at_a_step_from_which_one_goes_on(corpus, tmp
     assert len(steps) > step
 
 
+FAULT = """
+import hashlib, os, signal, sys, threading, time
+from jaxup.errors import UserError, entry_point
+from jaxup.train import main
+from jaxup.training import loop
+rank, place, fault = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1)
+check, train = loop._Meter.check, loop._train
+def provoke():
+    if os.environ["JAX_PROCESS_ID"] == rank:
+        exec(fault)
+def late(self, *args):
+    check(self, *args)
+    if place == "step" and self.checked == 5:
+        provoke()
+def before(*args):
+    if place == "loop":
+        provoke()
+    return train(*args)
+loop._Meter.check, loop._train = late, before
+entry_point(main)
+"""
+STALLED = "made no progress for longer than processes.timeout=5 s"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "place", "fault", "codes", "said"),
+    [
+        (1, "step", 'raise UserError("rows are damaged")', (2, 2), ("process 1: rows are damaged", "rows are damaged")),
+        (0, "step", 'raise KeyError("a bug")', (1, 1), ("KeyError: 'a bug'", "process 0: KeyError: 'a bug'")),
+        (1, "step", "os.kill(os.getpid(), signal.SIGKILL)", (5, -9), ("process 1 died, or cannot be reached", "")),
+        (0, "step", "os.kill(os.getpid(), signal.SIGKILL)", (-9, 5), ("", "process 0 died, or cannot be reached")),
+        (1, "step", "time.sleep(1000)", (5, 5), (f"process 1 {STALLED}",) * 2),
+        (0, "step", "time.sleep(1000)", (5, 5), (f"process 0 {STALLED}",) * 2),
+        # The main thread is in C, where no handler of Python's is called.
+        (1, "loop", "threading.Timer(1, os.kill, (os.getpid(), 15)).start(); hashlib.pbkdf2_hmac('md5', b'', b'', 2**31)",
+         (143, 143),
+         ("process 1: stopped by SIGTERM", "stopped by SIGTERM")),
+        (0, "loop", "os.kill(os.getpid(), signal.SIGTERM)", (143, 143),
+         ("stopped by SIGTERM", "process 0: stopped by SIGTERM")),
+        # Another process has time: nobody is waited for in a step.
+        (1, "loop", "time.sleep(20)", (0, 0), ("", "")),
+    ],
+)  # fmt: skip
+def test_what_ends_one_ends_both(rank, place, fault, codes, said, corpus, tmp_path):
+    command = arguments(corpus, tmp_path / "run", "--config.processes.timeout=5.0", "--config.inherit.control=0")
+    with processes.two_started("-c", FAULT, str(rank), place, fault, *command, devices=1) as both:
+        ends = [process.communicate(timeout=processes.LIMIT) for process in both]
+    assert tuple(process.returncode for process in both) == codes, ends
+    for text, (_, err) in zip(said, ends, strict=True):
+        assert text in err
+        assert "Check failure stack trace" not in err
+        if "died" in text:
+            assert err.splitlines()[-1].startswith(f"jaxup: {text}")
+        assert ("most recent call first" in err) == ("no progress" in text)
+
+
 LOAD = """
 import json, os, sys
 import jax, numpy as np

@@ -34,7 +34,7 @@ from jaxup.data.sources import SPLITS
 from jaxup.data.tokenizer import load_tokenizer, tokenizer_hash
 from jaxup.errors import UserError, storage_error
 from jaxup.files.lock import hold
-from jaxup.progress import Waiting
+from jaxup.progress import Waiting, say
 from jaxup.text import parse_json
 
 if TYPE_CHECKING:

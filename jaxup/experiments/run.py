@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,11 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str) -> None:
 
     What cannot work is a UserError before anything is written. Stopped: by a signal, with the state saved.
     """
+    if re.match("[a-z][a-z0-9+.-]+:/", str(workdir)):
+        hint = "mount the bucket, or choose a shared disk; data.store and the models it begins from may lie there"
+        raise UserError(f"--workdir={workdir}: a run directory must be a directory of this machine", hint=hint)
+    if config.processes.timeout <= 0:
+        raise UserError(f"processes.timeout must be positive, not {config.processes.timeout:g}")
     with Processes(config.processes.timeout) as processes:
         processes.join()
         import jax

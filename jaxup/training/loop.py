@@ -247,7 +247,12 @@ def train_model(
 
     began = time.monotonic()
     keep = run.settings.keep_checkpoints
-    with jax.set_mesh(run.mesh), Checkpoints(directory, keep=keep, always=milestones) as checkpoints:
+    # Once there is something to save a signal waits until it is on disk.
+    with (
+        run.processes.saving(),
+        jax.set_mesh(run.mesh),
+        Checkpoints(directory, keep=keep, always=milestones) as checkpoints,
+    ):
         program = _program(model, run.settings, steps, run.mesh, selection)
         trained = None
         if selection.partition is not None:
@@ -264,13 +269,12 @@ def train_model(
             state, frozen = program.init_state(params), program.frozen(params)
             del params
         before = check_digest(directory, frozen) if frozen else None
-        try:
-            state, val_loss = _train(run, name, model, steps, program, state, frozen, start, checkpoints, milestones)
-        finally:
-            run.processes.deferred = False
+        state, val_loss = _train(run, name, model, steps, program, state, frozen, start, checkpoints, milestones)
         if frozen and digest(frozen) != before:
             raise RuntimeError(f"{name}: parameters that do not train have changed: a fault of memory or device")
         sample = run.sample(model, program.join(state.params, *frozen))
+    if run.processes.should_stop():
+        raise run.processes.stopped(f"{name}: saved at step {steps} of {steps}; the same command resumes")
     result = Result(
         name=name, kind=kind, origin=origin, layers=model.num_layers, params=count_params(model), steps=steps,
         tokens=steps * run.settings.batch_size * run.data.seq_len, val_loss=val_loss,
@@ -321,7 +325,11 @@ def _train(
     def read_batch(step: int) -> dict[str, jax.Array]:
         return place_batch(batches(step, mine), s.batch_size, run.mesh)
 
-    with ThreadPoolExecutor(1) as reader, Progress(name, total=steps, unit="steps", start=start) as progress:
+    with (
+        run.processes.steps(),
+        ThreadPoolExecutor(1) as reader,
+        Progress(name, total=steps, unit="steps", start=start) as progress,
+    ):
         ahead = reader.submit(read_batch, step) if step < steps else None
         try:
             while True:
