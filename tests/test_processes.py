@@ -117,6 +117,7 @@ def before(*args):
 loop._Meter.check, loop._train = late, before
 entry_point(main)
 """
+IN_C = "threading.Timer(1, os.kill, (os.getpid(), 15)).start(); hashlib.pbkdf2_hmac('md5', b'', b'', 2**31)"
 STALLED = "made no progress for longer than processes.timeout=5 s"
 
 
@@ -131,9 +132,7 @@ STALLED = "made no progress for longer than processes.timeout=5 s"
         (1, "step", "time.sleep(1000)", (5, 5), (f"process 1 {STALLED}",) * 2),
         (0, "step", "time.sleep(1000)", (5, 5), (f"process 0 {STALLED}",) * 2),
         # The main thread is in C, where no handler of Python's is called.
-        (1, "loop", "threading.Timer(1, os.kill, (os.getpid(), 15)).start(); hashlib.pbkdf2_hmac('md5', b'', b'', 2**31)",
-         (143, 143),
-         ("process 1: stopped by SIGTERM", "stopped by SIGTERM")),
+        (1, "loop", IN_C, (143, 143), ("process 1: stopped by SIGTERM", "stopped by SIGTERM")),
         (0, "loop", "os.kill(os.getpid(), signal.SIGTERM)", (143, 143),
          ("stopped by SIGTERM", "process 0: stopped by SIGTERM")),
         # Another process has time: nobody is waited for in a step.
