@@ -7,8 +7,11 @@ Every `python -m jaxup.NAME` runs under `entry_point`, so exit codes mean the sa
 | 0 | done |
 | 2 | the user's mistake: one line on stderr, nothing written |
 | 3 | training stopped because a gradient or loss was not finite |
+| 5 | of several processes one died, or made no progress |
 | 6 | a disk is full: what was there stays, and with room again the same command goes on |
 | 130, 143 | Ctrl-C or SIGTERM; a training run has saved its state first |
+
+Of several processes all end with the code of the one that was first.
 """
 
 from __future__ import annotations
@@ -74,8 +77,9 @@ def within(*at: str) -> Iterator[None]:
         raise error.within(*at) from None
 
 
-class Stopped(Exception):
-    """A signal asked the program to leave, and it has saved what it had."""
+class Stopped(BaseException):
+    """A signal asked the program to leave, and it has saved what it had. Only `entry_point` catches it: like
+    KeyboardInterrupt it may come up anywhere, and is not an error of what was being done."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)

@@ -10,9 +10,27 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 
+reports = 0  # how often anything in this process was said to have got on: whoever counts them sees that it lives
+
+
 def say(message: object) -> None:
     """A line of the program's own on stderr, which is there at once."""
     print(f"jaxup: {message}", file=sys.stderr, flush=True)
+
+
+class Waiting:
+    """Says for what this process waits: after `first` seconds, and then ever more rarely."""
+
+    def __init__(self, first: float = 10.0):
+        self._began, self._next = time.monotonic(), first
+
+    def on(self, what: str) -> None:
+        global reports
+        reports += 1
+        seconds = time.monotonic() - self._began
+        if seconds >= self._next:
+            say(f"waiting for {what}" + (f", {_clock(seconds)} so far" if seconds > 1 else ""))
+            self._next = max(10.0, 3 * seconds)
 
 
 class Progress:
@@ -45,6 +63,8 @@ class Progress:
         return self
 
     def update(self, done: int, detail: str = "") -> None:
+        global reports
+        reports += 1
         self.done = done
         if self._bar:
             self._bar.update(self._task, completed=done, detail=detail)

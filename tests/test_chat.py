@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -368,9 +369,13 @@ def test_lost_scratch_files_are_made_again(tmp_path, config, opened, monkeypatch
     assert tree(opened(config, store=str(tmp_path / "broken")).store) == tree(straight.store)
 
 
-def test_a_second_preparation_is_refused(tmp_path, config, opened):
-    with store.Store(str(tmp_path / "store")).lock(), pytest.raises(UserError, match="is being prepared by process"):
-        opened(config, store=str(tmp_path / "store"))
+def test_a_second_preparation_waits_for_the_first(tmp_path, config, opened, capsys):
+    with ThreadPoolExecutor() as pool:
+        with store.Store(str(tmp_path / "store")).lock():
+            second = pool.submit(opened, config, store=str(tmp_path / "store"))
+            while "which prepares" not in capsys.readouterr().err:
+                assert not second.done()
+        second.result()
 
 
 def test_object_stores_take_the_same_path(config):

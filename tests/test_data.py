@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -219,12 +220,16 @@ def test_object_stores_take_the_same_path(config):
         open_data(dataclasses.replace(config, store="ftp://x/y"), root="")
 
 
-def test_a_second_preparation_is_refused(tmp_path, config):
+def test_a_second_preparation_waits_for_the_first(tmp_path, config, capsys):
     config = dataclasses.replace(config, store=str(tmp_path / "store"))
-    with store.Store(config.store).lock(), pytest.raises(UserError) as error:
-        open_data(config, root="")
-    assert f"is being prepared by process {os.getpid()}; wait" in str(error.value)
-    open_data(config, root="")
+    with ThreadPoolExecutor() as pool:
+        with store.Store(config.store).lock():
+            second = pool.submit(open_data, config, root="")
+            while (said := capsys.readouterr().err) == "":
+                assert not second.done()
+            assert f"waiting for process {os.getpid()} on " in said
+            assert said.endswith(f", which prepares {config.store}\n")
+        second.result()
     with store.Store(config.store).lock():  # a complete store needs no lock
         open_data(config, root="")
 

@@ -13,10 +13,13 @@ from flax import traverse_util
 from runs import HEAL, arguments, losses, metrics
 from test_heal import COPIES, runs  # noqa: F401
 
+from jaxup.errors import Stopped
 from jaxup.hub.writer import save
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract
 from jaxup.model.spec import flatten
+from jaxup.train import main
+from jaxup.training import loop
 
 
 def check_losses(one, two):
@@ -63,19 +66,90 @@ def test_two_processes_heal_what_one_does(runs, tmp_path):  # noqa: F811
     assert first.keys() == second.keys()
 
 
-@pytest.mark.slow
-def test_a_signal_to_one_stops_both_at_the_same_step(corpus, tmp_path):
-    more = ["--config.steps=100000", "--config.checkpoint.interval=100000", "--config.eval.interval=100000"]
+def test_a_signal_to_one_stops_both_at_a_step_from_which_one_goes_on(corpus, tmp_path, monkeypatch):
+    """The processes hold the same rows, each the half of every matrix: neither can save without the other."""
+    never = ("steps", "checkpoint.interval", "eval.interval")
+    more = [*(f"--config.{key}=100000" for key in never), "--config.model.num_layers=2", "--config.mesh.tensor=2"]
+    command = arguments(corpus, tmp_path / "run", *more)
     log = tmp_path / "run" / "metrics.jsonl"
-    with processes.two_started("-m", "jaxup.train", *arguments(corpus, tmp_path / "run", *more)) as both:
+    with processes.two_started("-m", "jaxup.train", *command, devices=1) as both:
         processes.wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 5, *both)
         both[1].send_signal(signal.SIGTERM)
         ends = [process.communicate(timeout=processes.LIMIT) for process in both]
     assert [process.returncode for process in both] == [143, 143], ends
-    steps = {re.search(r"saved at step (\d+)", err).group(1) for _, err in ends}
-    assert len(steps) == 1
-    assert (tmp_path / "run" / "checkpoints" / "reference" / steps.pop()).is_dir()
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 100000
+    (step,) = {int(re.search(r"saved at step (\d+)", err).group(1)) for _, err in ends}
+    assert (tmp_path / "run" / "checkpoints" / "reference" / str(step)).is_dir()
+
+    write = loop._Meter._write
+
+    def write_and_stop(self, at, **values):
+        write(self, at, **values)
+        if at == step + 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Meter, "_write", write_and_stop)
+    with pytest.raises(Stopped, match=r"reference: saved at step") as stopped:
+        main(["train", *command])
+    assert stopped.value.exit_code == 143
+    steps = [r["step"] for r in metrics(tmp_path / "run") if "loss" in r]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) > step
+
+
+FAULT = """
+import hashlib, os, signal, sys, threading, time
+from jaxup.errors import UserError, entry_point
+from jaxup.train import main
+from jaxup.training import loop
+rank, place, fault = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1)
+check, train = loop._Meter.check, loop._train
+def provoke():
+    if os.environ["JAX_PROCESS_ID"] == rank:
+        exec(fault)
+def late(self, *args):
+    check(self, *args)
+    if place == "step" and self.checked == 5:
+        provoke()
+def before(*args):
+    if place == "loop":
+        provoke()
+    return train(*args)
+loop._Meter.check, loop._train = late, before
+entry_point(main)
+"""
+IN_C = "threading.Timer(1, os.kill, (os.getpid(), 15)).start(); hashlib.pbkdf2_hmac('md5', b'', b'', 2**31)"
+STALLED = "made no progress for longer than processes.timeout=5 s"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "place", "fault", "codes", "said"),
+    [
+        (1, "step", 'raise UserError("rows are damaged")', (2, 2), ("process 1: rows are damaged", "rows are damaged")),
+        (0, "step", 'raise KeyError("a bug")', (1, 1), ("KeyError: 'a bug'", "process 0: KeyError: 'a bug'")),
+        (1, "step", "os.kill(os.getpid(), signal.SIGKILL)", (5, -9), ("process 1 died, or cannot be reached", "")),
+        (0, "step", "os.kill(os.getpid(), signal.SIGKILL)", (-9, 5), ("", "process 0 died, or cannot be reached")),
+        (1, "step", "time.sleep(1000)", (5, 5), (f"process 1 {STALLED}",) * 2),
+        (0, "step", "time.sleep(1000)", (5, 5), (f"process 0 {STALLED}",) * 2),
+        # The main thread is in C, where no handler of Python's is called.
+        (1, "loop", IN_C, (143, 143), ("process 1: stopped by SIGTERM", "stopped by SIGTERM")),
+        (0, "loop", "os.kill(os.getpid(), signal.SIGTERM)", (143, 143),
+         ("stopped by SIGTERM", "process 0: stopped by SIGTERM")),
+        # Another process has time: nobody is waited for in a step.
+        (1, "loop", "time.sleep(20)", (0, 0), ("", "")),
+    ],
+)  # fmt: skip
+def test_what_ends_one_ends_both(rank, place, fault, codes, said, corpus, tmp_path):
+    command = arguments(corpus, tmp_path / "run", "--config.processes.timeout=5.0", "--config.inherit.control=0")
+    with processes.two_started("-c", FAULT, str(rank), place, fault, *command, devices=1) as both:
+        ends = [process.communicate(timeout=processes.LIMIT) for process in both]
+    assert tuple(process.returncode for process in both) == codes, ends
+    for text, (_, err) in zip(said, ends, strict=True):
+        assert text in err
+        assert "Check failure stack trace" not in err
+        if "died" in text:
+            assert err.splitlines()[-1].startswith(f"jaxup: {text}")
+        assert ("most recent call first" in err) == ("no progress" in text)
 
 
 LOAD = """
@@ -86,6 +160,8 @@ jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], 2, int(os.envi
 from flax import nnx
 from jaxup import UserError, load
 from jaxup.model.spec import flatten
+from jaxup.train import main
+from jaxup.training import loop
 from jaxup.hub.reader import load_config
 from plain import load_params
 good, bad = sys.argv[1:]

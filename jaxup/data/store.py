@@ -5,7 +5,7 @@
     STORE/progress.json   the same and how far an unfinished store has come; gone when it is complete
     STORE/tokenizer/      the tokenizer, as `save_pretrained` writes it
     STORE/train/, STORE/validation/   zarr3 arrays [rows, seq_len + 1], uint16 or uint32
-    STORE/lock            held (flock) by the process that prepares a local store
+    STORE/lock            held by the process that prepares a local store
 
 That is a store of text; of one of chats (meta.json: `"kind": "chat"`) the arrays are described in `packed.py`. Row r
 of text holds the tokens [r*seq_len, r*seq_len + seq_len] of the stream, both ends included: rows overlap
@@ -20,6 +20,7 @@ import json
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ from jaxup.data.batches import positions
 from jaxup.data.sources import SPLITS
 from jaxup.data.tokenizer import load_tokenizer, tokenizer_hash
 from jaxup.errors import UserError, storage_error
-from jaxup.progress import say
+from jaxup.files.lock import hold
+from jaxup.progress import Waiting, say
 from jaxup.text import parse_json
 
 if TYPE_CHECKING:
@@ -197,7 +199,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes of this machine from preparing the same store. No lock on object stores.
+        """Waits while another process prepares the same store, and keeps others from it. No lock on object stores.
 
         UserError, and nothing is written, if what is there is neither a store nor one begun.
         """
@@ -207,29 +209,25 @@ class Store:
         if not self.local:
             yield
             return
-        import fcntl
+        waiting = Waiting(first=0.0)
 
-        with self.errors():
-            os.makedirs(self.path, exist_ok=True)
-            file = open(os.path.join(self.path, LOCK), "a+")  # noqa: SIM115 (closed below)
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                what = f"{self.path} is being prepared by process {holder}"
-                raise UserError(what, at="store", hint="wait until it is done") from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        def wait(holder: str) -> None:
+            waiting.on(f"{holder}, which prepares {self.path}")
+            time.sleep(0.2)
+
+        with contextlib.ExitStack() as stack:
+            while True:
+                with self.errors(), contextlib.suppress(FileNotFoundError):  # the other gave up, and removed it
+                    os.makedirs(self.path, exist_ok=True)
+                    stack.enter_context(hold(Path(self.path, LOCK), wait))
+                    break
             yield
 
     def is_empty(self) -> bool:
         """No file there but the lock."""
         if self.local:  # not by listing: this may be somebody's home directory
             files = (name for _, _, names in os.walk(self.path) for name in names)
-            return all(name == LOCK for name in files)
+            return all(name.partition(".")[0] == LOCK for name in files)
         with self.errors():
             return not self._files.list().result()
 

@@ -43,6 +43,7 @@ from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import flatten, unflatten
+from jaxup.processes import told
 from jaxup.recipes import line as recipe_line
 from jaxup.recipes.open import Recipe, open_recipe, parse_places
 from jaxup.text import parse_json, read_json, write_atomically
@@ -247,8 +248,8 @@ class Heal(Experiment):
         directory = run.directory / "checkpoints" / BEFORE
         advice = f"remove {directory} to have it built again"
         with jax.set_mesh(run.mesh), Checkpoints(directory, keep=1, advice=advice) as checkpoints:
-            if checkpoints.latest is not None:
-                dtypes = (read_json(directory / "model.json") or {}).get("dtypes")
+            if loop.newest(checkpoints) is not None:
+                dtypes = told(lambda: (read_json(directory / "model.json") or {}).get("dtypes"), "read model.json")
                 if dtypes is None:
                     raise UserError(f"gone or damaged; {advice}", at=f"{directory}/model.json")
                 wanted = flatten(abstract_params(self._model, run.mesh))

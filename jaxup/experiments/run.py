@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxup.errors import UserError
 from jaxup.experiments.config import section
+from jaxup.processes import Processes, gather, told
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -20,40 +23,43 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str) -> None:
 
     What cannot work is a UserError before anything is written. Stopped: by a signal, with the state saved.
     """
-    start_processes()
-    import jax
-    import yaml
-    from jax.experimental import multihost_utils
+    if re.match("[a-z][a-z0-9+.-]+:/", str(workdir)):
+        hint = "mount the bucket, or choose a shared disk; data.store and the models it begins from may lie there"
+        raise UserError(f"--workdir={workdir}: a run directory must be a directory of this machine", hint=hint)
+    if config.processes.timeout <= 0:
+        raise UserError(f"processes.timeout must be positive, not {config.processes.timeout:g}")
+    with Processes(config.processes.timeout) as processes:
+        processes.join()
+        import jax
+        import yaml
 
-    from jaxup.experiments import kind_of
-    from jaxup.experiments.common import read_settings
-    from jaxup.training import rundir
-    from jaxup.training.loop import Run
-    from jaxup.training.metrics import MetricsLog, check_trackers
-    from jaxup.training.sharding import MeshConfig, check_batch, make_mesh
-    from jaxup.training.signals import StopRequest
+        from jaxup.experiments import kind_of
+        from jaxup.experiments.common import read_settings
+        from jaxup.training import rundir
+        from jaxup.training.loop import Run
+        from jaxup.training.metrics import MetricsLog, check_trackers
+        from jaxup.training.sharding import MeshConfig, check_batch, make_mesh
 
-    with StopRequest() as stop:
         kind = kind_of(config)
         settings = read_settings(config)
-        rundir.check_directory(workdir, config.to_dict())
+        told(lambda: rundir.check_directory(workdir, config.to_dict()), "look at the run directory")
         mesh = make_mesh(section(MeshConfig, config.mesh))
         check_batch("batch_size", settings.batch_size, mesh, settings.step.accumulation)
         check_batch("eval.batch_size", settings.eval_batch_size, mesh)
         check_trackers(tuple(config.log.trackers))
         experiment = kind(config, settings, mesh)
-        # One process makes the tokens if they are not there; the others find them made.
-        for turn in range(2):
-            if (jax.process_index() > 0) == turn:
-                experiment.open_data(str(workdir.parent / "data"))
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices(f"data {turn}")
-
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from None
         writes = jax.process_index() == 0
+        # One process makes the tokens if they are not there; the others find them made.
+        told(lambda: experiment.open_data(str(workdir.parent / "data")), "make the data")
+        if not writes:
+            experiment.open_data(str(workdir.parent / "data"))
+        _check_same({"configuration": config.to_json(sort_keys=True), **experiment.inputs})
+
+        if writes:
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from None
         with rundir.writer_lock(workdir) if writes else contextlib.nullcontext():
             if writes:
                 rundir.begin(workdir, config.to_dict(), experiment.inputs)
@@ -65,20 +71,16 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str) -> None:
                 print(f"devices: {devices}; {experiment.data}; {steps}; run directory: {workdir}", flush=True)
             trackers = tuple(config.log.trackers) if writes else ()
             log = MetricsLog(workdir / "metrics.jsonl", trackers, name=title, config=config.to_dict())
-            run = Run(workdir, settings, mesh, experiment.data, log, stop, experiment.sample)
+            run = Run(workdir, settings, mesh, experiment.data, log, processes, experiment.sample)
             experiment.carry_out(run, title)
         if writes:
             print(f"finished: {workdir / 'SUMMARY.md'}", flush=True)
 
 
-def start_processes() -> None:
-    """Joins the other processes of a pod or cluster, if the environment speaks of any."""
-    import jax
-
-    if jax.distributed.is_initialized():
-        return
-    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        count, index = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=10)
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize(heartbeat_timeout_seconds=10)
+def _check_same(what: Mapping[str, str]) -> None:
+    """UserError if the processes do not agree on what they are about to train, and on."""
+    digests = {name: hashlib.blake2b(value.encode(), digest_size=8).hexdigest() for name, value in what.items()}
+    first, *others = gather(digests, "ready to train")
+    for rank, other in enumerate(others, 1):
+        if differing := [name for name in first if other.get(name) != first[name]]:
+            raise UserError(f"process {rank} has {' and '.join(f'another {n}' for n in differing)} than process 0")

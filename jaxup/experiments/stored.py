@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from jaxup.model.decoder import Params, abstract
 from jaxup.model.spec import flatten, unflatten
 from jaxup.progress import say
 from jaxup.text import read_json
-from jaxup.training.checkpoint import partial_load, restoring
+from jaxup.training.checkpoint import partial_load, quietly, restoring
 from jaxup.training.lora import LoraConfig
 from jaxup.training.rundir import FORMAT
 from jaxup.training.selection import TrainConfig, select
@@ -148,10 +147,9 @@ def _restore(run: Path, name: str, step: int, stored: Stored) -> Params:
 
 def _read(run: Path, name: str, step: int, wanted: Params) -> Params:
     """Params like `wanted` as numpy arrays: no device is needed, however many the run had. The run may be going on."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its internals
     path = run / "checkpoints" / name / str(step)
     arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
-    with partial_load(), restoring(str(path), "choose another --step"):
+    with quietly(), partial_load(), restoring(str(path), "choose another --step"):
         return ocp.load(path.resolve(), {"params": arrays})["params"]
 
 

@@ -8,13 +8,13 @@ so that the next writer can tell one in progress from what a killed process left
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from jaxup.errors import UserError
+from jaxup.files.lock import flock
 
 
 @contextlib.contextmanager
@@ -45,13 +45,13 @@ def _create(out: Path, force: bool, marks: tuple[str, ...]) -> tuple[Path, int]:
     parent = os.open(out.parent, os.O_RDONLY)
     try:
         # Between creating a staging directory and locking it, it looks like a killed writer's.
-        fcntl.flock(parent, fcntl.LOCK_EX)
+        flock(parent, wait=True)
         _clean_up(out)
         check_replaceable(out, force, marks)
         staging = out.parent / f".{out.name}.jaxup-new-{os.getpid()}"
         staging.mkdir()
         lock = os.open(staging, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock, wait=True)
         return staging, lock
     finally:
         os.close(parent)
@@ -62,9 +62,13 @@ def _clean_up(out: Path) -> None:
     for path in _siblings(out, "new"):
         lock = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not flock(lock):  # the file system has no locks: so much can be known of a process of this machine
+                os.kill(int(path.name.rpartition("-")[2]), 0)
+                raise BlockingIOError
         except BlockingIOError:
             raise UserError(f"{out}: process {path.name.rpartition('-')[2]} is writing it") from None
+        except ProcessLookupError:
+            pass
         finally:
             os.close(lock)
         shutil.rmtree(path)

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxup.depth.apply import scale_rows
@@ -36,6 +35,7 @@ from jaxup.hub.reader import Checkpoint, dtype_of, is_finite
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import init
 from jaxup.model.spec import STACK, flatten, spec
+from jaxup.processes import gather
 from jaxup.progress import Progress
 
 _READ_AHEAD = 64 * 2**20  # bytes
@@ -70,7 +70,7 @@ def transfer(
             done += _nbytes(move.info)
             bar.update(done // 10**6)
     if not alone:
-        finite = multihost_utils.process_allgather(finite).all(axis=0)
+        finite = np.all(gather(finite.tolist(), "done reading"), axis=0)
     for digest in digests:
         digest.result()
     if not finite.all():

@@ -6,6 +6,7 @@ Tensors are taken off the devices, cast and written one at a time.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import math
 import time
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxup.depth.materials import common
@@ -30,6 +30,7 @@ from jaxup.hub.reader import is_finite
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.spec import flatten, spec
+from jaxup.processes import told
 from jaxup.progress import Progress
 
 if TYPE_CHECKING:
@@ -196,38 +197,33 @@ def _write_shards(
         return {name: write_shard(directory / name, shard, arrays(shard)) for name, shard in shards.items()}
 
 
-_NEXT = "\1"  # what process 0 says before it gathers a tensor; in the end it says what went wrong, or nothing
-
-
 def _together(write: Callable[[Fetch], None], fetch: Fetch, tensors: list[Tensor]) -> None:
     """Process 0 writes; the others take part in each gather, until it says how the writing ended.
 
     A refusal or a full disk is process 0's alone to notice: without its word the others would wait for ever.
     """
+    what = "write the next tensor"
     if jax.process_index() != 0:
         left = iter(tensors)
-        while (word := _broadcast()) == _NEXT:
+        while told(lambda: True, what):
             fetch(next(left))
-        if word:
-            raise UserError(word)
         return
-    word = "process 0 was interrupted"
 
     def lead(tensor: Tensor) -> list[np.ndarray]:
-        _broadcast(_NEXT)
+        told(lambda: True, what)
         return fetch(tensor)
 
     try:
         write(lead)
-        word = ""
-    except Exception as error:
-        word = str(error) or repr(error)
+    except BaseException as error:
+        _tell(error, what)
         raise
-    finally:
-        _broadcast(word)
+    told(lambda: False, what)
 
 
-def _broadcast(word: str = "") -> str:
-    """What process 0 says."""
-    message = np.frombuffer(word.encode()[:1000].ljust(1000, b"\0"), np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(message)).tobytes().rstrip(b"\0").decode(errors="replace")
+def _tell(error: BaseException, what: str) -> None:
+    def fail() -> bool:
+        raise error
+
+    with contextlib.suppress(BaseException):
+        told(fail, what)

@@ -6,20 +6,23 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
 from jaxup.errors import NoRoom, UserError, first_line, storage_error
 from jaxup.files import manifest
 from jaxup.model.decoder import Params
+from jaxup.processes import told
 from jaxup.training.sound import DIGESTS, set_aside
 from jaxup.training.step import TrainState
+
+_STRAGGLERS = 30.0  # seconds for the reads that go on when one of them has failed
 
 
 class Checkpoints:
@@ -34,15 +37,12 @@ class Checkpoints:
         self, directory: os.PathLike | str, *, keep: int, always: Collection[int] = (),
         advice: str = "remove it to go on from the one before",
     ):  # fmt: skip
-        # Orbax reports its internals at INFO and its own deprecations at WARNING.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(quietly())
         self._directory, self._advice = Path(os.path.abspath(directory)), advice  # what to do about a damaged one
         self._writes = jax.process_index() == 0
-        if self._writes:
-            with writing(self._directory):
-                set_aside(self._directory)
-        if jax.process_count() > 1:  # the others see what is left
-            multihost.sync_global_processes(f"sound checkpoints in {directory}")
+        with writing(self._directory):
+            told(lambda: set_aside(self._directory), "look for sound checkpoints")  # the others see what is left
         policies = ocp.training.preservation_policies
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(sorted(always))])
         context = ocp.Context()
@@ -63,7 +63,8 @@ class Checkpoints:
                 self._wait()
             finally:
                 self._pool.shutdown()
-                self._checkpointer.close()  # waits for the write in flight
+                with self._open:
+                    self._checkpointer.close()  # waits for the write in flight
 
     @property
     def latest(self) -> int | None:
@@ -117,11 +118,23 @@ def writing(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        told = storage_error(error, str(directory))
+        refused = storage_error(error, str(directory))
         # TensorStore raises ValueError, for mistakes of ours too.
-        if isinstance(error, OSError) or isinstance(told, NoRoom):
-            raise told from None
+        if isinstance(error, OSError) or isinstance(refused, NoRoom):
+            raise refused from None
         raise
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Orbax reports its internals at INFO and its own deprecations at WARNING."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def partial_load() -> ocp.Context:
@@ -139,15 +152,28 @@ def restoring(checkpoint: str, advice: str) -> Iterator[None]:
     would be reported one by one, at length, by an event loop that is closed already.
     """
     asyncio, level, hook = logging.getLogger("asyncio"), logging.getLogger("asyncio").level, sys.unraisablehook
+
+    def quiet(args: Any) -> None:
+        if "Event loop is closed" not in str(args.exc_value):
+            hook(args)
+
+    def restore() -> None:
+        asyncio.setLevel(level)
+        if sys.unraisablehook is quiet:
+            sys.unraisablehook = hook
+
     asyncio.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda args: None if "Event loop is closed" in str(args.exc_value) else hook(args)
+    sys.unraisablehook = quiet
+    silence = threading.Timer(_STRAGGLERS, restore)
+    silence.daemon = True
     try:
         yield
-    except Exception as error:  # and the silence stays: there is no telling when the last of them comes
-        reason = first_line(error)
-        raise UserError(f"{checkpoint}: cannot restore this checkpoint: {reason[:300]}; {advice}") from None
-    asyncio.setLevel(level)
-    sys.unraisablehook = hook
+    except Exception as error:  # and it stays silent for a while: there is no telling when the last of them comes
+        silence.start()
+        raise UserError(f"{checkpoint}: cannot restore this checkpoint: {first_line(error)[:300]}; {advice}") from None
+    finally:
+        if not silence.is_alive():
+            restore()
 
 
 def _tree(state: TrainState) -> dict[str, Any]:

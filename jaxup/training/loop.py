@@ -24,11 +24,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxup.data.batches import Batches, Data
 from jaxup.depth.plan import DepthPlan
-from jaxup.errors import NonFinite, Stopped, UserError
+from jaxup.errors import NonFinite, UserError
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params, flops_per_token
+from jaxup.processes import Processes, told
 from jaxup.progress import Progress
 from jaxup.text import read_json, write_atomically
 from jaxup.training.checkpoint import Checkpoints
@@ -38,7 +39,6 @@ from jaxup.training.partition import Partition, digest
 from jaxup.training.rundir import write_json
 from jaxup.training.selection import EVERYTHING, Selection
 from jaxup.training.sharding import BATCH_AXES, local_rows, place_batch, state_shardings
-from jaxup.training.signals import StopRequest
 from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step
 
 
@@ -68,7 +68,7 @@ class Run:
     mesh: Mesh
     data: Data
     log: MetricsLog
-    stop: StopRequest
+    processes: Processes
     sample: Callable[[ModelConfig, Params], str]  # a short text by the model, for the summary
 
 
@@ -106,7 +106,7 @@ def load_trained(run: Run, result: Result, model: ModelConfig, selection: Select
     directory = run.directory / "checkpoints" / result.name
     shardings = selection.shardings(param_shardings(model, run.mesh), run.mesh)
     with Checkpoints(directory, keep=run.settings.keep_checkpoints) as checkpoints:
-        steps, latest = result.steps, checkpoints.latest
+        steps, latest = result.steps, newest(checkpoints)
         if latest != steps:
             there = "; there is none" if latest is None else f"; that of step {latest} is there"
             raise UserError(
@@ -116,15 +116,27 @@ def load_trained(run: Run, result: Result, model: ModelConfig, selection: Select
         return checkpoints.restore_params(steps, _laid_out(selection.trained(abstract(model)[1]), shardings))
 
 
+def newest(checkpoints: Checkpoints) -> int | None:
+    """The step of the newest one, in all processes that which process 0 finds."""
+    return told(lambda: checkpoints.latest, "look for checkpoints")
+
+
 def read_result(directory: Path) -> Result | None:
-    """That of the finished model whose checkpoints are in `directory`, or None."""
-    stored = read_json(directory / "result.json")
-    if stored is None:
-        return None
-    try:
-        return Result(**{key: value for key, value in stored.items() if key != "format"})
-    except TypeError:
-        raise UserError(f"{directory}/result.json: damaged, or of another version; delete it to finish again") from None
+    """That of the finished model whose checkpoints are in `directory`, or None: process 0 reads it for all."""
+
+    def read() -> dict[str, Any] | None:
+        stored = read_json(directory / "result.json")
+        if stored is None:
+            return None
+        try:
+            return dataclasses.asdict(Result(**{key: value for key, value in stored.items() if key != "format"}))
+        except TypeError:
+            raise UserError(
+                f"{directory}/result.json: damaged, or of another version; delete it to finish again"
+            ) from None
+
+    stored = told(read, "look for results")
+    return None if stored is None else Result(**stored)
 
 
 def write_result(directory: Path, result: Result) -> None:
@@ -185,7 +197,10 @@ def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, sel
 def evaluate(run: Run, model: ModelConfig, params: Params) -> float:
     """Mean cross-entropy in nats over the fixed validation rows."""
     with jax.set_mesh(run.mesh):
-        return _evaluate(run, _eval_step(model, run.settings, run.mesh, None), (params,))
+        try:
+            return _evaluate(run, _eval_step(model, run.settings, run.mesh, None), (params,))
+        except _StopNow:
+            raise run.processes.stopped("stopped while evaluating; the same command resumes") from None
 
 
 @functools.lru_cache(maxsize=4)
@@ -198,12 +213,13 @@ def _eval_step(model: ModelConfig, settings: Settings, mesh: Mesh, partition: Pa
 def _evaluate(run: Run, eval_step: Callable, params: tuple[Params, ...]) -> float:
     """`params`: what trains and what is frozen, if anything is."""
     size, sums, rows = run.settings.eval_batch_size, np.zeros(2), run.settings.eval_rows
-    for batch in run.data.validation_batches(batch_size=size, max_rows=rows, part=local_rows(size, run.mesh)):
-        placed = place_batch(batch, size, run.mesh)
-        # Added in float64 on the host: a large validation set is more than float32 can count.
-        sums += jax.device_get(eval_step(params[0], placed, *params[1:]))
-        if run.stop.signum is not None and jax.process_count() == 1:
-            raise _StopNow
+    with run.processes.long_work():
+        for batch in run.data.validation_batches(batch_size=size, max_rows=rows, part=local_rows(size, run.mesh)):
+            placed = place_batch(batch, size, run.mesh)
+            # Added in float64 on the host: a large validation set is more than float32 can count.
+            sums += jax.device_get(eval_step(params[0], placed, *params[1:]))
+            if run.processes.should_stop():
+                raise _StopNow
     return float(sums[0] / sums[1])
 
 
@@ -231,12 +247,17 @@ def train_model(
 
     began = time.monotonic()
     keep = run.settings.keep_checkpoints
-    with jax.set_mesh(run.mesh), Checkpoints(directory, keep=keep, always=milestones) as checkpoints:
+    # Once there is something to save a signal waits until it is on disk.
+    with (
+        run.processes.saving(),
+        jax.set_mesh(run.mesh),
+        Checkpoints(directory, keep=keep, always=milestones) as checkpoints,
+    ):
         program = _program(model, run.settings, steps, run.mesh, selection)
         trained = None
         if selection.partition is not None:
             trained = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
-        start = checkpoints.latest or 0
+        start = newest(checkpoints) or 0
         if start:
             print(f"{name}: resumes at step {start} of {steps} ({origin})", flush=True)
             frozen = () if trained is None else program.frozen(initialise())
@@ -248,16 +269,12 @@ def train_model(
             state, frozen = program.init_state(params), program.frozen(params)
             del params
         before = check_digest(directory, frozen) if frozen else None
-        if jax.process_index() == 0:
-            run.log.rewind(name, start)
-        run.stop.deferred = True
-        try:
-            state, val_loss = _train(run, name, model, steps, program, state, frozen, start, checkpoints, milestones)
-        finally:
-            run.stop.deferred = False
+        state, val_loss = _train(run, name, model, steps, program, state, frozen, start, checkpoints, milestones)
         if frozen and digest(frozen) != before:
             raise RuntimeError(f"{name}: parameters that do not train have changed: a fault of memory or device")
         sample = run.sample(model, program.join(state.params, *frozen))
+    if run.processes.should_stop():
+        raise run.processes.stopped(f"{name}: saved at step {steps} of {steps}; the same command resumes")
     result = Result(
         name=name, kind=kind, origin=origin, layers=model.num_layers, params=count_params(model), steps=steps,
         tokens=steps * run.settings.batch_size * run.data.seq_len, val_loss=val_loss,
@@ -279,7 +296,7 @@ def describe_model(
 def check_digest(directory: Path, params: Any) -> str:
     """The digest of params that stay the same, kept in `directory`; UserError if it was another before."""
     now, path = digest(params), directory / "digest.json"
-    then = read_json(path)
+    then = told(lambda: read_json(path), f"read {path}")
     if then is not None and then != {"digest": now}:
         raise UserError(
             f"{directory}: these parameters are not those the run began with; "
@@ -296,18 +313,23 @@ def _train(
 ) -> tuple[TrainState, float]:  # fmt: skip
     s = run.settings
     batches = run.data.batches(batch_size=s.batch_size, seed=s.seed)
-    losses = {r["step"]: r["val_loss"] for r in run.log.read() if r["model"] == name and "val_loss" in r}
+
+    def logged() -> list[tuple[int, float]]:
+        run.log.rewind(name, start)
+        return [(r["step"], r["val_loss"]) for r in run.log.read() if r["model"] == name and "val_loss" in r]
+
+    losses = dict(told(logged, "read what was logged"))  # what is evaluated again is a program that all run
     meter = _Meter(run, name, model, steps, part=bool(frozen))
     step, pending, mine = start, None, local_rows(s.batch_size, run.mesh)
 
     def read_batch(step: int) -> dict[str, jax.Array]:
-        batch = batches(step, mine)
-        if jax.process_count() > 1:
-            # One process's signal reaches all through the step itself, so all stop at the same one.
-            batch["stop"] = np.full(mine.stop - mine.start, run.stop.signum is not None)
-        return place_batch(batch, s.batch_size, run.mesh)
+        return place_batch(batches(step, mine), s.batch_size, run.mesh)
 
-    with ThreadPoolExecutor(1) as reader, Progress(name, total=steps, unit="steps", start=start) as progress:
+    with (
+        run.processes.steps(),
+        ThreadPoolExecutor(1) as reader,
+        Progress(name, total=steps, unit="steps", start=start) as progress,
+    ):
         ahead = reader.submit(read_batch, step) if step < steps else None
         try:
             while True:
@@ -319,7 +341,8 @@ def _train(
                     meter.restart()
                 if step and step != start and (step % s.checkpoint_interval == 0 or here):
                     meter.check(pending, batches)
-                    checkpoints.save(step, state)
+                    with run.processes.long_work():
+                        checkpoints.save(step, state)
                     meter.restart()
                 if step == steps:
                     return state, losses[step]
@@ -327,20 +350,20 @@ def _train(
                 with jax.transfer_guard("disallow"):
                     state, metrics = program.train_step(state, batch, *frozen)
                 step += 1
+                run.processes.deferred = True  # from here on there is something to save
                 ahead = reader.submit(read_batch, step) if step < steps else None
                 # Read one step late: the device already works on the next one.
                 meter.check(pending, batches)
                 pending = (step, metrics)
                 progress.update(step, meter.detail)
-                if meter.stop or (run.stop.signum is not None and jax.process_count() == 1):
+                if run.processes.should_stop():
                     meter.check(pending, batches)
                     raise _StopNow
         except _StopNow:
             # Whatever raised it has looked at the last step: the state is a finite one.
-            checkpoints.save(step, state)
-            raise Stopped(
-                f"{name}: saved at step {step} of {steps}; the same command resumes", run.stop.exit_code
-            ) from None
+            with run.processes.long_work():
+                checkpoints.save(step, state)
+            raise run.processes.stopped(f"{name}: saved at step {step} of {steps}; the same command resumes") from None
         except NonFinite:
             # The guarded step kept the state it was given, so this is the one before it.
             checkpoints.save(meter.checked - 1, state)
@@ -357,7 +380,6 @@ class _Meter:
         self._flops_per_token = None if part else flops_per_token(model, run.data.seq_len)
         self._peak = peak_flops()
         self.checked = 0  # the last step that was read
-        self.stop = False  # a process, this one or another, was asked to stop
         self.detail, self._validation = "", ""
         self.restart()
 
@@ -379,7 +401,6 @@ class _Meter:
         self._tokens += self._run.settings.batch_size * self._run.data.seq_len
         if step % self._run.settings.log_interval == 0 or step in (1, self._steps):
             self._log(step, metrics)
-        self.stop |= bool(metrics.get("stop", False))
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         seconds = max(time.monotonic() - self._since, 1e-9)

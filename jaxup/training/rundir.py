@@ -8,16 +8,13 @@ Its JSON files have a `format`; those from before there was one are of format 1.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxup.errors import UserError
+from jaxup.files.lock import hold
 from jaxup.text import read_json, write_atomically
 
 FORMAT = 2
@@ -31,16 +28,15 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def writer_lock(directory: Path) -> Iterator[None]:
     """Holds `directory/.lock`, until this process dies, however it dies; UserError naming another holder."""
-    with open(directory / ".lock", "a+", encoding="utf-8") as file:
+
+    def busy(holder: str) -> None:
+        raise UserError(f"{directory}: in use by {holder}; wait for it or choose another --workdir")
+
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(f"{directory}: in use by {holder}; wait for it or choose another --workdir") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
+            stack.enter_context(hold(directory / ".lock", busy))
+        except OSError as error:
+            raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
         yield
 
 
@@ -65,7 +61,7 @@ def check_directory(directory: Path, config: dict[str, Any]) -> None:
                 f"{directory}: holds a run of another configuration: {'; '.join(differences[:3])}{more}; "
                 "choose another --workdir, or give the same configuration to resume"
             )
-    elif directory.is_dir() and any(p.name != ".lock" for p in directory.iterdir()):
+    elif directory.is_dir() and any(not p.name.startswith(".lock") for p in directory.iterdir()):
         raise UserError(f"{directory}: not empty and not a run directory (no config.json); choose another --workdir")
 
 

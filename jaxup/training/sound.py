@@ -45,10 +45,8 @@ def newest_sound(directory: Path) -> tuple[int | None, dict[int, str]]:
         if fault == "":
             return step, faults
         if fault is None:
-            untold, fault = (
-                untold or step,
-                "it has no digests: its save was not finished, or an earlier version made it",
-            )
+            fault = "it has no digests: its save was not finished, or an earlier version made it"
+            untold = step if untold is None else untold
         faults[step] = fault
     if untold is None:
         return None, faults

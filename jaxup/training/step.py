@@ -20,7 +20,7 @@ from jaxup.model.spec import STACK, flatten
 from jaxup.training.loss import cross_entropy
 from jaxup.training.partition import Partition
 
-# tokens, targets, loss_weights; if packed, segment_ids and positions; with several processes, stop.
+# tokens, targets, loss_weights; if packed, segment_ids and positions.
 Batch = dict[str, jax.Array]
 
 
@@ -81,8 +81,6 @@ def make_train_step(
             "loss_tokens": tokens,
             "halted": halted,
         }
-        if "stop" in batch:
-            metrics["stop"] = jnp.any(batch["stop"])
         return TrainState(params, opt_state, step, halted), metrics
 
     return train_step

@@ -1,0 +1,131 @@
+"""Locks that end with the process that holds them, however it ends.
+
+The kernel lets `flock` go. Some file systems of networks and in user space have no flock (gcsfuse, Lustre as it is
+often mounted): there a file beside the lock, `NAME.held`, says who holds it. One left by a process of this machine
+that is gone is removed; of processes of other machines nothing can be known, and the message says what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jaxup.progress import say
+
+_NONE_HERE = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
+
+
+def flock(file: int, *, wait: bool = False) -> bool:
+    """Locks an open file or directory until it is closed; False where the file system has no locks.
+
+    BlockingIOError, unless it is to wait, if another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NONE_HERE:
+            return False
+        raise
+    return True
+
+
+@contextlib.contextmanager
+def hold(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock `path` in the block; OSError where it cannot be made.
+
+    As long as another process has it `busy` is called with who that is, again and again: it waits a little, or raises.
+    """
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
+            try:
+                has_locks = flock(file.fileno())
+            except BlockingIOError:
+                file.seek(0)
+                busy(file.read().strip() or "another process")
+                continue
+            if has_locks and not _is(file.fileno(), path):
+                continue  # whoever had it has removed the file
+            me = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            if has_locks:
+                file.truncate(0)
+                file.write(f"{me}\n")
+                file.flush()
+                yield
+                return
+        held = path.with_name(f"{path.name}.held")
+        say(f"{path.parent}: its file system has no locks: {held.name} there says that it is in use")
+        while (holder := _claim(held, me)) is not None:
+            busy(holder)
+        try:
+            yield
+        finally:
+            held.unlink(missing_ok=True)
+        return
+
+
+def _is(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _claim(held: Path, me: str) -> str | None:
+    """Makes the file, if it is not there or its process is gone; else says who has it."""
+    try:
+        with open(held, "x", encoding="utf-8") as file:
+            file.write(f"{me}\n{_machine()} {os.getpid()} {_began(os.getpid())}\n")
+        return None
+    except FileExistsError:
+        pass
+    try:
+        text = held.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return _claim(held, me)
+    holder, _, identity = text.strip().partition("\n")
+    machine, _, process = identity.partition(" ")
+    if machine != _machine():
+        return f"{holder or 'another process'} (if that is gone, delete {held})"
+    number, _, began = process.partition(" ")
+    if number.isdecimal() and _began(int(number)) == began:
+        return holder
+    # Moved before it is removed: another process may have come first, and made it anew.
+    aside = held.with_name(f"{held.name}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(held, aside)
+        if aside.read_text(encoding="utf-8", errors="replace") != text:
+            os.rename(aside, held)
+            return "another process"
+        aside.unlink()
+    return _claim(held, me)
+
+
+def _machine() -> str:
+    """This machine since it was started, and in it the container, whose numbers of processes are its own."""
+    parts = [socket.gethostname().replace(" ", "_")]
+    with contextlib.suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return "/".join(parts)
+
+
+def _began(process: int) -> str:
+    """When a process began, which tells it from a later one of its number; "" if there is none."""
+    try:
+        # Behind the name, in parentheses, which may hold anything, it is the 20th.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return ""
+    try:  # no Linux: that it is there must do
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "there"

@@ -1,0 +1,503 @@
+"""The processes of a run, one or many: how they join, decide, stop and leave together.
+
+They speak over the coordination service of `jax.distributed`, a store of small values that process 0 serves. None waits
+for another in a collective of devices: those have time limits that nobody can set, and do not say who is missing.
+
+What must be the same in all of them is decided by process 0 (`told`): two processes that look at the same file may see
+different things, and then run different programs. A thread of each, apart from the main one, says once a second how far
+its process is and looks at what the others say, so that nothing the main thread waits in can hide the end of another.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import ctypes
+import faulthandler
+import functools
+import itertools
+import json
+import os
+import select
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+from jaxup import progress
+from jaxup.errors import Stopped, UserError, first_line
+from jaxup.progress import Waiting, say
+
+T = TypeVar("T")
+
+LOST = 5  # the exit code for a process that died or makes no progress
+_HEARTBEAT = 10  # seconds without a sign of life after which the service takes a process for dead
+_SILENT = 5  # seconds without a word of its thread after which a process is suspected
+_GRACE = 5  # seconds that the main thread has to leave in order, once it is to
+_LONG = 10  # times the time limit is what is no training step may take, such as to compile, load and save
+
+_turns = itertools.count()  # of `told` and `gather`: all processes come to them in the same order
+_runs = itertools.count()
+_waits = False  # the main thread waits in here: no progress is then expected of it
+
+
+def _service() -> Any:
+    """The client of the coordination service, or None where there is one process only."""
+    from jax._src import distributed
+
+    state = distributed.global_state
+    return state.client if state.num_processes > 1 else None
+
+
+def told(make: Callable[[], T], what: str) -> T:
+    """What `make` gives process 0, in all processes: a value of JSON. `what` it does stands in messages: "read x".
+
+    All processes call this, in the same order. If it raises, all do: the others what they are told of it.
+    """
+    import jax
+
+    service = _service()
+    if service is None:
+        return make()
+    key = f"jaxup/told/{next(_turns)}"
+    if jax.process_index() == 0:
+        try:
+            word = json.dumps({"value": make()})
+        except BaseException as error:
+            word = json.dumps({"error": _line(error), "code": _code(error)})
+            raise
+        finally:
+            service.key_value_set(key, word)
+    else:
+        with _waiting() as remind:
+            while True:
+                try:  # by the second, so that a signal is handled meanwhile
+                    word = service.blocking_key_value_get(key, 1000)
+                    break
+                except jax.errors.JaxRuntimeError as error:
+                    if not str(error).startswith("DEADLINE_EXCEEDED"):
+                        raise
+                remind(f"process 0 to {what}")
+    answer = json.loads(word)
+    if "error" in answer:
+        raise UserError(answer["error"]) if answer["code"] == 2 else Stopped(answer["error"], answer["code"])
+    return answer["value"]
+
+
+def gather(value: Any, what: str) -> list[Any]:
+    """The value, of JSON, that each process has, in all processes; returns when all are `what`: "ready to train"."""
+    import jax
+
+    service = _service()
+    if service is None:
+        return [value]
+    place = f"jaxup/here/{next(_turns)}/"
+    service.key_value_set(f"{place}{jax.process_index()}", json.dumps(value))
+
+    def collect() -> list[Any]:
+        with _waiting() as remind:
+            while True:
+                found = {
+                    int(key.rpartition("/")[2]): json.loads(word) for key, word in service.key_value_dir_get(place)
+                }
+                if not (missing := sorted(set(range(jax.process_count())) - found.keys())):
+                    return [found[rank] for rank in sorted(found)]
+                remind(f"{_names(missing)} to be {what}")
+                time.sleep(0.05)
+
+    return told(collect, f"find all {what}")
+
+
+@contextlib.contextmanager
+def _waiting() -> Iterator[Callable[[str], None]]:
+    """A function that says every now and then for what this process waits."""
+    global _waits
+    before, _waits = _waits, True
+    try:
+        yield Waiting().on
+    finally:
+        _waits = before
+
+
+class _End(NamedTuple):
+    """What a process says when it leaves before the end of the run."""
+
+    code: int
+    line: str
+    agreed: bool = False  # all leave, at the same point
+    stalled: bool = False  # said of all: stacks are to be dumped
+
+
+class Processes:
+    """Context of a run: signals ask instead of ending the process, and what ends one process ends all.
+
+    `join` lets the other processes in, if the environment speaks of any. Where there are several the context is not
+    left with an exception: it is printed, and the process ends with its exit code.
+
+    SIGTERM or SIGINT raises Stopped in the main thread at once, unless `deferred`: then `should_stop` says True, in all
+    processes at the same call of it. A second SIGINT insists. Where the main thread does not come to it, in a compiler
+    for instance, the process ends after `_GRACE` seconds.
+
+    Args:
+      timeout: seconds without progress after which several processes give up; see `_overdue`.
+    """
+
+    def __init__(self, timeout: float):
+        self.signum: int | None = None
+        self.deferred = False  # there is something to save, and the main thread asks `should_stop` again and again
+        self._timeout, self._place = timeout, f"jaxup/run/{next(_runs)}/"
+        self._service: Any = None  # once several have joined
+        self._rank, self._count = 0, 1
+        self._closed, self._leaving = False, False
+        self._signalled: float | None = None  # when a signal came that the thread has not dealt with yet
+        self._handled = ""  # what the handler made of it: "raised" or "deferred"
+        self._ending: tuple[float, _End] | None = None  # the main thread has time until then
+        # The agreement on where to stop: positions are counted by calls of `should_stop`.
+        self._agreeing = threading.Condition()
+        self._position = 0
+        self._asked: int | None = None  # the signal for which positions are frozen until all are known
+        self._stop_at: int | None = None
+        # Progress of this process, and what process 0 knows of the others.
+        self._stepping, self._long = False, 0
+        self._seen, self._since = (0, 0), time.monotonic()
+        self._heard: dict[int, tuple[str, float]] = {}  # what each said last, and since when
+        self._silent: list[int] = []
+        self._answered = 0.0  # when the service last did
+
+    # ---- the main thread
+
+    def __enter__(self) -> Processes:
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        # Signals are seen through a pipe: their handlers wait until the main thread is back in Python.
+        self._pipe, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        self._previous_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="jaxup processes", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if self._service is not None:
+            try:
+                if error is None:
+                    gather(None, "done")
+                if isinstance(error, _errors()):
+                    self._await_cause()
+            except BaseException as later:  # a signal, or the end of another process, while waiting for it
+                error = later
+            if error is not None:
+                self._leave(error)
+        self._closed = True
+        os.write(self._wake, b"\0")
+        self._thread.join()
+        signal.set_wakeup_fd(self._previous_wake)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        os.close(self._pipe)
+        os.close(self._wake)
+
+    def join(self) -> None:
+        """Joins the other processes of a pod or cluster; UserError if they do not come, or the environment is wrong."""
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+        if not address and "," not in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+            return
+        # What the service has to say of the ends of others is said here, in a line.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        import jax
+
+        if not jax.distributed.is_initialized():
+            names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+            try:
+                numbers: list[Any] = [int(os.environ[name]) for name in names] if address else [None, None]
+            except (KeyError, ValueError):
+                given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+                raise UserError(f"JAX_COORDINATOR_ADDRESS is set, which takes two numbers more: {given}") from None
+            jax.config.update("jax_enable_preemption_service", False)  # it would take the signals
+            with _ends_by(self._lost):
+                try:
+                    jax.distributed.initialize(
+                        address, numbers[0], numbers[1], heartbeat_timeout_seconds=_HEARTBEAT,
+                        shutdown_timeout_seconds=30,
+                    )  # fmt: skip
+                except (jax.errors.JaxRuntimeError, ValueError) as error:
+                    raise UserError(f"the processes of this run did not find each other: {first_line(error)}") from None
+        if _service() is None:
+            return
+        self._rank, self._count = jax.process_index(), jax.process_count()
+        self._service = _service()
+        os.write(self._wake, b"\0")
+
+    def should_stop(self) -> bool:
+        """Whether a signal asked to leave here. Of several processes all call this, and all get the same answer."""
+        if self._service is None:
+            return self.signum is not None
+        with self._agreeing:
+            # Whoever goes on before all positions are known might pass the place where the others stop.
+            while self._asked is not None and self._stop_at is None:
+                self._agreeing.wait(1)
+            self._position += 1
+            return self._stop_at is not None and self._position >= self._stop_at
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around what sets `deferred` when there is something to save, and has saved it at the end."""
+        try:
+            yield
+        finally:
+            self.deferred = False
+
+    @contextlib.contextmanager
+    def steps(self) -> Iterator[None]:
+        """Around training steps: from the first on, which is compiled, each has to come within the time limit."""
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    @contextlib.contextmanager
+    def long_work(self) -> Iterator[None]:
+        """Around what may take much longer than a training step does, in between: evaluating, saving."""
+        self._long += 1
+        try:
+            yield
+        finally:
+            self._long -= 1
+            progress.reports += 1
+
+    def stopped(self, message: str) -> Stopped:
+        """What to raise when `should_stop` said so."""
+        return Stopped(message, 128 + (self.signum or self._asked or signal.SIGTERM))
+
+    def _handle(self, signum: int, frame: object) -> None:
+        if self._leaving:
+            return
+        if self._ending is not None and self.signum is None:
+            raise Stopped(self._ending[1].line, self._ending[1].code)
+        again, self.signum = self.signum is not None, signum
+        if not self.deferred or (again and signum == signal.SIGINT):
+            self._handled = "raised"
+            raise Stopped(f"stopped by {signal.Signals(signum).name}", 128 + signum)
+        self._handled = "deferred"
+        if not again:
+            say(f"{signal.Signals(signum).name}: saving, then leaving")
+
+    def _await_cause(self) -> None:
+        """A collective fails when another process has ended; which, and why, is known a little later."""
+        deadline = time.monotonic() + _SILENT + 3
+        while time.monotonic() < deadline:
+            if self._silent:
+                raise Stopped(_death(self._silent), LOST)
+            if self._ending is not None:
+                raise Stopped(self._ending[1].line, self._ending[1].code)
+            time.sleep(0.1)
+
+    def _leave(self, error: BaseException) -> None:
+        """Ends the process, telling the others: they need not wait for it."""
+        self._leaving, code, line = True, _code(error), _line(error)
+        if hasattr(error, "exit_code") or isinstance(error, KeyboardInterrupt):
+            say(line)
+        else:
+            traceback.print_exception(error)
+        agreed = self._stop_at is not None or code == 3
+        with contextlib.suppress(_errors()):
+            self._say_end(_End(code, line, agreed))
+            # The service ends with process 0, which is therefore the last to leave.
+            deadline = time.monotonic() + (60 if agreed else _GRACE)
+            while self._rank == 0 and time.monotonic() < deadline and len(self._ends()) < self._count:
+                time.sleep(0.05)
+        self._exit(code)
+
+    # ---- the thread
+
+    def _watch(self) -> None:
+        while not self._closed:
+            pending = self._signalled is not None or self._ending is not None or self._asked is not None
+            wait = (0.05 if pending else 1.0) if self._service is not None or pending else None
+            if select.select([self._pipe], [], [], wait)[0]:
+                came = [number for number in os.read(self._pipe, 64) if number in (signal.SIGTERM, signal.SIGINT)]
+                if came and self._ending is None:
+                    self._signalled, self._signal = time.monotonic(), came[-1]
+            if self._signalled is not None:
+                self._own_signal(time.monotonic() - self._signalled)
+            if self._service is not None:
+                self._talk()
+            if self._ending is not None and time.monotonic() > self._ending[0]:
+                self._exit(self._ending[1].code, "" if self._leaving else self._ending[1].line)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _own_signal(self, seconds: float) -> None:
+        """Makes known what the handler decided, or decides if the main thread does not come to it."""
+        if not self._handled and seconds < _GRACE:
+            return
+        if self._handled == "deferred" or (not self._handled and self.deferred):
+            if self._service is not None:
+                with contextlib.suppress(_errors()):
+                    self._service.key_value_set(f"{self._place}now/ask/{self._rank}", str(self._signal), True)
+        elif not self._leaving:
+            end = _End(128 + self._signal, f"stopped by {signal.Signals(self._signal).name}")
+            with contextlib.suppress(_errors()):
+                self._say_end(end)
+            if not self._handled:
+                self._ending = (time.monotonic(), end)
+        self._signalled = None
+
+    def _talk(self) -> None:
+        faulthandler.dump_traceback_later(self._limit() + 5, exit=True)  # should this thread, too, come to a stand
+        try:
+            self._say_beat()
+            now = dict(self._service.key_value_dir_get(f"{self._place}now"))
+            self._agree(next((int(word) for key, word in now.items() if "/ask/" in key), None))
+            if self._rank == 0:
+                self._listen()
+            else:
+                self._silent = json.loads(now.get(f"{self._place}now/silent", "[]"))
+        except _errors():
+            return  # process 0 is gone, and the service with it: `_lost` is called
+        self._answered = time.monotonic()
+        ends = [(int(key.rpartition("/")[2]), _End(**json.loads(word))) for key, word in now.items() if "/end/" in key]
+        for rank, end in ends:
+            if end.stalled:
+                self._give_up(end)
+            if rank != self._rank and not end.agreed and self._ending is None and not self._leaving:
+                self._ending = (time.monotonic() + _GRACE, end._replace(line=f"process {rank}: {end.line}"))
+                _thread.interrupt_main(signal.SIGTERM)
+
+    def _agree(self, asked: int | None) -> None:
+        """Once a process is asked to stop: where, which is beyond where any of them is."""
+        if asked is None or self._stop_at is not None:
+            return
+        with self._agreeing:
+            if self._asked is None and self.signum is None:
+                say(f"{signal.Signals(asked).name} to another process: saving, then leaving")
+            self._asked = asked
+        self._service.key_value_set(f"{self._place}at/{self._rank}", str(self._position), True)
+        known = self._service.key_value_dir_get(f"{self._place}at")
+        if len(known) == self._count:
+            with self._agreeing:
+                self._stop_at = 1 + max(int(word) for _, word in known)
+                self._agreeing.notify_all()
+
+    def _say_beat(self) -> None:
+        word = json.dumps([time.monotonic(), self._position, _waits, self._overdue()])
+        self._service.key_value_set(f"{self._place}beat/{self._rank}", word, True)
+
+    def _overdue(self) -> bool:
+        """Whether this process had to make progress by now: to end a step within the time limit, or within ten times
+        as long what is none, or to report something done in it (`jaxup.progress`)."""
+        seen = (progress.reports, self._position)
+        if seen != self._seen or _waits:
+            self._seen, self._since = seen, time.monotonic()
+        return time.monotonic() - self._since > self._limit()
+
+    def _limit(self) -> float:
+        return self._timeout * (1 if self._stepping and self.deferred and not self._long else _LONG)
+
+    def _listen(self) -> None:
+        """Process 0 notes who is silent, and finds out who keeps the others waiting.
+
+        Those behind all others do. If each of them is overdue there is no more to wait for.
+        """
+        now, beats = time.monotonic(), {rank: "" for rank in range(self._count)}
+        for key, word in self._service.key_value_dir_get(f"{self._place}beat"):
+            beats[int(key.rpartition("/")[2])] = word
+        for rank, word in beats.items():
+            if word != self._heard.get(rank, ("-", now))[0]:
+                self._heard[rank] = (word, now)
+        ages = {rank: now - since for rank, (_, since) in self._heard.items()}
+        silent = [rank for rank, age in ages.items() if age > _SILENT]
+        if silent != self._silent:
+            self._silent = silent
+            self._service.key_value_set(f"{self._place}now/silent", json.dumps(silent), True)
+        said = {rank: json.loads(word) for rank, word in beats.items() if word}
+        working = {rank: position for rank, (_, position, waits, _) in said.items() if not waits}
+        last = [rank for rank, position in working.items() if position == min(working.values())]
+        if last and all(said[rank][3] or ages[rank] > self._timeout for rank in last):
+            who = _names(last) if len(last) < self._count else "all processes"
+            line = f"{who} made no progress for longer than processes.timeout={self._timeout:g} s"
+            end = _End(LOST, line, stalled=True)
+            self._say_end(end)
+            time.sleep(2)  # the others read it
+            self._give_up(end)
+
+    def _say_end(self, end: _End) -> None:
+        if self._service is not None:
+            self._service.key_value_set(f"{self._place}now/end/{self._rank}", json.dumps(end._asdict()), True)
+
+    def _ends(self) -> list[Any]:
+        return self._service.key_value_dir_get(f"{self._place}now/end")
+
+    def _lost(self, *_: object) -> None:
+        """The service says that a process is dead, or does not answer; returns if it does: this is something else."""
+        asked = time.monotonic()
+        time.sleep(2)
+        if self._answered < asked + 1:
+            self._exit(LOST, "" if self._leaving or self._closed else _death(self._silent or [0]))
+
+    def _give_up(self, end: _End) -> None:
+        faulthandler.dump_traceback(file=2)
+        self._exit(end.code, end.line)
+
+    def _exit(self, code: int, line: str = "") -> None:
+        """Ends the process, whatever its main thread is in."""
+        if line:
+            os.write(2, f"jaxup: {line}\n".encode())
+        os._exit(code)
+
+
+def _names(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"process{'es' if len(ranks) > 1 else ''} {shown}"
+
+
+def _death(ranks: list[int]) -> str:
+    return f"{_names(ranks)} died, or cannot be reached any more; the same command resumes from the newest checkpoint"
+
+
+def _code(error: BaseException) -> int:
+    """The exit code that an exception calls for, as in `jaxup.errors.entry_point`."""
+    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+
+
+def _line(error: BaseException) -> str:
+    return str(error) if hasattr(error, "exit_code") else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _errors() -> type[Exception]:
+    import jax
+
+    return jax.errors.JaxRuntimeError
+
+
+@contextlib.contextmanager
+def _ends_by(lost: Callable[..., None]) -> Iterator[None]:
+    """Has `lost` called, instead of a C++ stack printed, when the service says that another process is dead.
+
+    jax.distributed.initialize has no argument for it, though its client has. And the client of jaxlib 0.10 cannot make
+    a Python object of what it calls that function with, so that C++ terminates: which calls it as well.
+    """
+    from jaxlib import _jax
+
+    global _terminate
+    handler = ctypes.CFUNCTYPE(None)
+    make = _jax.get_distributed_runtime_client
+
+    def terminate() -> None:
+        lost()
+        previous()
+
+    _terminate = handler(terminate)
+    with contextlib.suppress(OSError, AttributeError):  # another C++ library: then it is a stack
+        set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
+        set_terminate.restype = handler
+        previous = set_terminate(_terminate)
+    _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=lost)
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = make
+
+
+_terminate: Any = None  # C++ keeps no reference to it
