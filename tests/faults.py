@@ -89,7 +89,7 @@ class Started:
 
     @property
     def said(self) -> str:
-        return self.log.read_bytes()[self._from :].decode(errors="replace")
+        return self.log.read_bytes()[self._from :].decode(errors="replace") if self.log.exists() else ""
 
 
 class Job(NamedTuple):
@@ -116,10 +116,22 @@ def trained(folder: Path) -> dict[str, str]:
     return found
 
 
-class World:
-    """A place with a model, text and chats; what each job makes of them undisturbed, and how long it takes."""
+GENERATE = ["generate", "model", "--prompt", "def ", "--greedy", "--max-tokens", "8"]
 
-    def __init__(self, root: Path, only: tuple[str, ...] = ()):
+
+def written(folder: Path) -> dict[str, str]:
+    """What generate wrote: all but how long it took."""
+    lines = (folder / "log").read_text().splitlines()
+    return {"text": "\n".join(line for line in lines if not line.startswith("load:") and " tokens/s" not in line)}
+
+
+class World:
+    """A place with a model, text and chats; what each job makes of them undisturbed, and how long it takes.
+
+    With a finished run, that is taken, and nothing is trained: the jobs are those that read it.
+    """
+
+    def __init__(self, root: Path, run: Path | None = None):
         self.root, self._count = root, 0
         (root / "corpus").mkdir()
         runs.write_corpus(root / "corpus")
@@ -127,7 +139,7 @@ class World:
         for path in (root / "corpus").iterdir():
             (root / "large" / path.name).write_text(path.read_text() * 60)
         runs.write_chats(root / "chats.jsonl")
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(root / "compiled")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
         self.model = root / "train" / "run" / "export"
         train = runs.arguments(root / "corpus", "run", "--config.model.max_positions=64")
         heal = [
@@ -143,9 +155,13 @@ class World:
             "prepare": Job(["train", *tokens], trained),
             "build": Job(["build", f"interleave({self.model}, 1:2, copies=2)", "out"], lambda f: digests(f / "out")),
             "export": Job(["export", str(self.root / "train" / "run"), "out"], lambda f: digests(f / "out")),
+            "generate": Job([*GENERATE[:1], str(self.model), *GENERATE[2:]], written),
         }
-        self.jobs, self.made, self.seconds = {n: j for n, j in jobs.items() if not only or n in only}, {}, {}
-        for name, job in self.jobs.items():
+        if run is not None:
+            shutil.copytree(run, root / "train" / "run")
+            jobs = {name: jobs[name] for name in ("build", "export", "generate")}
+        self.jobs, self.made, self.seconds = jobs, {}, {}
+        for name, job in jobs.items():
             folder = root / name
             folder.mkdir()
             for twin in (folder, self.fresh()):  # the second finds its programs compiled, as the trials do
@@ -186,15 +202,16 @@ def leftovers(folder: Path) -> str:
 def finish(world: World, name: str, folder: Path) -> str:
     """Runs the job to its end, which must be that of its undisturbed twin."""
     command = Started(world.jobs[name].arguments, folder)
-    if code := command.end():
-        return f"WRONG: exit {code}: {command.said[-400:]}"
+    code = command.end()
+    if code and not (code == 2 and "exists already" in command.said):  # it was done when the signal came
+        return f"WRONG: {name}: exit {code}: {command.said[-400:]}"
     if differ := differing(world.made[name], world.jobs[name].made(folder)):
-        return f"WRONG: other bytes than undisturbed: {differ}"
-    return f"WRONG: left behind: {left}" if (left := leftovers(folder)) else ""
+        return f"WRONG: {name}: other bytes than undisturbed: {differ}"
+    return f"WRONG: {name}: left behind: {left}" if (left := leftovers(folder)) else ""
 
 
 def interrupt(world: World, rng: random.Random, signum: int) -> str:
-    name = rng.choice(list(world.jobs))
+    name = rng.choice([name for name in world.jobs if name != "generate"])
     folder, hits = world.fresh(), 0
     for _ in range(rng.randint(1, 3)):
         command = Started(world.jobs[name].arguments, folder)
@@ -237,18 +254,18 @@ def unfinished(world: World) -> Path:
 
 def spoil(world: World, rng: random.Random, kinds: tuple[str, ...]) -> str:
     """One file of a checkpoint, a token store or an exported model is damaged; then what reads it runs."""
-    what = rng.choice(["checkpoint", "store", "build", "generate", "verify"])
-    seed, train = rng.getrandbits(32), world.jobs["train"]
+    what = rng.choice([*(["checkpoint", "store"] if "train" in world.jobs else []), "build", "generate", "verify"])
+    seed = rng.getrandbits(32)
     if what in ("checkpoint", "store"):
         folder = unfinished(world)
         place = folder / "run" / "checkpoints" / "target_2"
         if what == "store":
             place = next(p for p in (folder / "data").iterdir() if p.is_dir())
         done = damage.damage(place, seed, kinds, skip=("lock", ".lock", "model.json"))
-        arguments = train.arguments
+        arguments = world.jobs["train"].arguments
 
         def harmless() -> bool:
-            return train.made(folder) == world.made["train"]
+            return trained(folder) == world.made["train"]
 
     else:
         folder = world.fresh()
@@ -256,19 +273,26 @@ def spoil(world: World, rng: random.Random, kinds: tuple[str, ...]) -> str:
         done = damage.damage(folder / "model", seed, kinds)
         arguments = {
             "build": ["build", f"interleave({folder / 'model'}, 1:2, copies=2)", "out"],
-            "generate": ["generate", "model", "--prompt", "def ", "--greedy", "--max-tokens", "8"],
+            "generate": GENERATE,
             "verify": ["verify", "model"],
         }[what]
-        names = ("README.md", "jaxup_manifest.json", "plan.yaml")  # they name the directory of the model
+        names = (
+            "README.md",
+            "jaxup_manifest.json",
+            "jaxup_plan.yaml",
+            "plan.png",
+        )  # they name the directory of the model
 
         def harmless() -> bool:
-            return what == "build" and digests(folder / "out", names) == digests(world.root / "build" / "out", names)
+            if what == "build":
+                return digests(folder / "out", names) == digests(world.root / "build" / "out", names)
+            return what == "generate" and written(folder) == world.made["generate"]
 
     command = Started(arguments, folder)
     code, said = command.end(), command.said
     if "Traceback" in said or code not in (0, 2):
         return f"WRONG: {what}: {done}: exit {code}: {said[-400:]}"
-    if code:
+    if code or (what == "verify" and "no digest" in said):
         return f"{what}: noticed"
     if not harmless():
         return f"WRONG: {what}: {done}: exit 0: {said[-400:]}"
@@ -287,7 +311,7 @@ def spoiled(world: World, rng: random.Random) -> str:
 
 def disk(world: World, rng: random.Random) -> str:
     """The disk is full at some byte: one line; with room again the same command ends as if nothing had been."""
-    name = rng.choice(list(world.jobs))
+    name = rng.choice([name for name in world.jobs if name != "generate"])
     folder = world.fresh()
     mount = ["mount", "-t", "tmpfs", "-o"]
     size = sum(p.stat().st_size for p in damage.files(world.root / name))
@@ -324,17 +348,14 @@ CONTENTS: dict[str, Callable[[Path], object]] = {
 
 def hostile(world: World, rng: random.Random) -> str:
     """A small file of a run, a store or a model is something else altogether."""
-    what = rng.choice(["resume", "export", "build", "generate"])
+    what = rng.choice([*(["resume", "export"] if "train" in world.jobs else []), "build", "generate"])
     if what in ("resume", "export"):
         folder, export = unfinished(world), ["export", "run", "out", "--model", "target_2"]
         arguments = world.jobs["train"].arguments if what == "resume" else export
     else:
         folder = world.fresh()
         shutil.copytree(world.model, folder / "model")
-        arguments = {
-            "build": ["build", "interleave(./model, 1:2, copies=2)", "out"],
-            "generate": ["generate", "model", "--prompt", "def ", "--greedy", "--max-tokens", "8"],
-        }[what]
+        arguments = {"build": ["build", "interleave(./model, 1:2, copies=2)", "out"], "generate": GENERATE}[what]
     small = [p for p in damage.files(folder, ("lock", ".lock")) if p.suffix in (".json", ".jsonl", ".yaml", ".jinja")]
     path, content = rng.choice(small), rng.choice(list(CONTENTS))
     CONTENTS[content](path)
