@@ -181,7 +181,8 @@ def test_what_a_killed_start_leaves_is_no_run_of_another(folder, command):
 
 
 def test_a_batch_that_is_not_finite_is_left_out(folder, command, monkeypatch):
-    """Interrupted by it, the run ends as one that knew of it from the beginning."""
+    """Interrupted by it, the run ends as one that knew of it from the beginning; so does what tells spikes."""
+    spikes = ["--config.step.spike_factor=1.02", "--config.step.spike_window=2"]
     read = Batches.__call__
 
     def broken(self, step, share=slice(None)):
@@ -191,17 +192,19 @@ def test_a_batch_that_is_not_finite_is_left_out(folder, command, monkeypatch):
 
     monkeypatch.setattr(Batches, "__call__", broken)
     with pytest.raises(NonFinite, match=r"target_1: step 4: loss nan .*rows \d+, .*--skip-step=4.*--rate-from=4:RATE"):
-        run(*command("nan"))
+        run(*command("nan", *spikes))
     with pytest.raises(UserError, match="--skip-step=2: 3 of 8 steps are done"):
         run(f"--resume={folder / 'nan'}", "--skip-step=2")
     more = ["--skip-step=4", "--rate-from=6:1e-4"]
     run(f"--resume={folder / 'nan'}", *more)
-    run(*command("known"), *more)
+    run(*command("known", *spikes), *more)
     assert losses(folder / "nan") == losses(folder / "known")
     assert export(folder / "nan") == export(folder / "known")
     rates = {r["step"]: r.get("learning_rate") for r in metrics(folder / "nan") if "loss" in r or "skipped" in r}
     assert [rates[n] for n in range(3, 9)] == pytest.approx([2e-3, None, 2e-3, 1e-4, 1e-4, 1e-4])
-    said = "step 4 left out, from step 6 on a rate with its peak at 0.0001"
+    spikes = [r["step"] for r in losses(folder / "nan") if "skipped" in r and "loss" in r]
+    assert spikes  # the window holds steps from before the interruption
+    said = f"step 4 left out, from step 6 on a rate with its peak at 0.0001, {len(spikes)} steps with a spike"
     assert said in (folder / "nan" / "SUMMARY.md").read_text()
 
 

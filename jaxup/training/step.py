@@ -58,7 +58,7 @@ class StepConfig:
 
     def spikes(self) -> Spikes | None:
         """Those of a state at its beginning."""
-        return Spikes(jnp.full(self.spike_window, -1.0), jnp.int32(0)) if self.spike_factor else None
+        return Spikes(jnp.full(self.spike_window, -1.0, jnp.float32), jnp.int32(0)) if self.spike_factor else None
 
 
 def make_train_step(
