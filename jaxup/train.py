@@ -1,8 +1,10 @@
 """Train models as an experiment file describes: `python -m jaxup.train --config=inherit_gpt2.py`.
 
-The same command again resumes the run in its directory, or does nothing if it is finished. Exit
-codes: 0 done, 2 a mistake in the command, configuration or data, 3 a non-finite gradient,
-130 or 143 stopped by Ctrl-C or SIGTERM, with the state saved.
+The same command again resumes the run in its directory, or does nothing if it is finished; so does `--resume=DIR`,
+which has the configuration. What does not decide the numbers may change (mesh, log, eval, checkpoint, sample; and
+steps or epochs may be more, if the rate is constant). Exit codes: 0 done, 2 a mistake in the command, configuration
+or data, 3 a loss, gradient or update that is not finite, 130 or 143 stopped by Ctrl-C or SIGTERM, with the state
+saved.
 """
 
 from __future__ import annotations
@@ -12,36 +14,57 @@ from pathlib import Path
 
 from jaxup.errors import Parser, UserError, entry_point, suggest
 from jaxup.experiments.config import load
+from jaxup.experiments.resuming import load_run
 from jaxup.experiments.run import run_experiment
+from jaxup.training.corrections import RATE, SKIP, parse
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     parser = Parser("train", __doc__)
-    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]",
-                        help="experiment file, looked for here and in configs/; variants after a colon")  # fmt: skip
+    begin = parser.add_mutually_exclusive_group(required=True)
+    begin.add_argument("--config", metavar="FILE[:VARIANT]",
+                       help="experiment file, looked for here and in configs/; variants after a colon")  # fmt: skip
+    begin.add_argument("--resume", metavar="DIR", help="go on with the run in this directory, as it was configured")
     parser.add_argument("--config.KEY", dest="_", metavar="VALUE",
                         help="override one value, for example --config.optimizer.learning_rate=3e-4")  # fmt: skip
     parser.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/FILE-VARIANT)")
+    parser.add_argument(
+        SKIP, action="append", default=[], metavar="N",
+        help="leave out the batch of step N of the model that is training; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        RATE, action="append", default=[], metavar="N:RATE",
+        help="from step N on its learning rate has its peak at RATE; the run keeps both",
+    )  # fmt: skip
     args, rest = parser.parse_known_args(argv[1:])
     overrides, rest = [], list(rest)
     while rest:
         flag, given, text = rest.pop(0).partition("=")
         if not flag.startswith("--config."):
-            raise UserError(f"unknown argument {flag!r}{suggest(flag, ['--config', '--workdir', '--help'])}")
+            raise UserError(
+                f"unknown argument {flag!r}{suggest(flag, ['--config', '--resume', '--workdir', SKIP, RATE, '--help'])}"
+            )
         if not given:
             if not rest:
                 raise UserError(f"{flag}: needs a value")
             text = rest.pop(0)
         overrides.append((flag.removeprefix("--config."), text))
+    if args.resume is not None and args.workdir:
+        raise UserError(f"--workdir={args.workdir}: --resume={args.resume} names the directory")
     return args, overrides
 
 
 def main(argv: list[str]) -> None:
     args, overrides = parse_args(argv)
-    config = load(args.config, overrides)
-    name, _, variant = args.config.partition(":")
-    title = "-".join(filter(None, [Path(name).stem, variant.replace(",", "-").replace("/", "-")]))
-    run_experiment(config, Path(args.workdir or Path("runs") / title).expanduser(), title)
+    if args.resume is not None:
+        workdir = Path(args.resume).expanduser()
+        config, title = load_run(workdir, overrides)
+    else:
+        config = load(args.config, overrides)
+        name, _, variant = args.config.partition(":")
+        title = "-".join(filter(None, [Path(name).stem, variant.replace(",", "-").replace("/", "-")]))
+        workdir = Path(args.workdir or Path("runs") / title).expanduser()
+    run_experiment(config, workdir, title, parse(args.skip_step, args.rate_from))
 
 
 if __name__ == "__main__":

@@ -42,11 +42,44 @@ def test_schedule_closed_form(kind, warmup):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"schedule": "cosin"}, "did you mean 'cosine'"), ({"warmup_steps": 11}, "does not fit a run of 10 steps")],
+    [
+        ({"schedule": "cosin"}, "optimizer.schedule: unknown 'cosin'; did you mean 'cosine'"),
+        ({"warmup_steps": 11}, "optimizer.warmup_steps=11: does not fit a run of 10 steps"),
+        ({"warmup_steps": -1}, "optimizer.warmup_steps=-1: must be a number and not negative"),
+        ({"learning_rate": float("nan")}, "optimizer.learning_rate=nan: must be a number and not negative"),
+        ({"end_learning_rate": -1e-3}, "optimizer.end_learning_rate=-0.001: must be a number and not negative"),
+        ({"clip_norm": -1.0}, "optimizer.clip_norm=-1.0: must be a number and not negative"),
+        ({"weight_decay": float("inf")}, "optimizer.weight_decay=inf: must be a number and not negative"),
+        ({"b1": 1.5}, "optimizer.b1=1.5: must be at least 0 and below 1"),
+        ({"b2": 1.0}, "optimizer.b2=1.0: must be at least 0 and below 1"),
+        ({"eps": 0.0}, "optimizer.eps=0.0: must be a positive number"),
+        ({"decay_fraction": 3.0}, "optimizer.decay_fraction=3.0: must be between 0 and 1"),
+        (
+            {"schedule": "wsd", "warmup_steps": 5, "decay_fraction": 0.8},
+            "optimizer.decay_fraction=0.8: the last 8 of 10 steps overlap with the 5 of warmup_steps",
+        ),
+    ],
 )
 def test_schedule_refusals(changes, message):
     with pytest.raises(UserError, match=message):
         rates(10, **changes)
+
+
+@pytest.mark.parametrize(("warmup", "fraction"), [(0, 1.0), (20, 0.8), (50, 0.5)])
+def test_wsd_that_fills_the_run_ends_where_it_is_to(warmup, fraction):
+    found = rates(100, schedule="wsd", warmup_steps=warmup, decay_fraction=fraction)
+    assert found[-1] == pytest.approx(1e-3, rel=1e-5)
+    assert found.max() == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine"])
+def test_another_peak_from_a_step_on(kind):
+    plain = rates(10, schedule=kind, warmup_steps=2)
+    schedule = learning_rate(
+        OptimizerConfig(**{**BASE, "schedule": kind, "warmup_steps": 2}), 10, [(4, 5e-3), (8, 0.0)]
+    )
+    expected = plain * np.array([1] * 3 + [0.5] * 4 + [0] * 3)
+    np.testing.assert_allclose([float(schedule(s)) for s in range(10)], expected, rtol=1e-6)
 
 
 def test_adamw_equals_torch(torch):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import abstract, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import flops_per_token
+from jaxup.training import step as training_step
 from jaxup.training.optimizer import OptimizerConfig, make_optimizer
 from jaxup.training.sharding import (
     BATCH_AXES,
@@ -26,7 +29,7 @@ from jaxup.training.sharding import (
     place_batch,
     state_shardings,
 )
-from jaxup.training.step import StepConfig, TrainState, gradient_norms, make_train_step
+from jaxup.training.step import StepConfig, TrainState, gradient_norms, make_train_step, skip_step
 
 MODEL = ModelConfig.gpt2(vocab_size=64, hidden_size=16, num_layers=3, num_heads=4, max_positions=16, bias=True)
 ROWS, SEQ = 16, 12
@@ -236,3 +239,68 @@ def test_flops_count_the_matrix_products():
     assert flops_per_token(MODEL, 12) == expected
     gated = dataclasses.replace(MODEL, gated_mlp=True)
     assert flops_per_token(gated, 12) == expected + 6 * 3 * 16 * 64
+
+
+# ---- steps that are left out
+
+
+def steps_of(gradients, config, monkeypatch):
+    """Two numbers trained on a loss whose gradient is what the batch says; (states, metrics) after each step."""
+    monkeypatch.setattr(
+        training_step,
+        "_make_loss",
+        lambda *_: lambda params, batch: (jnp.sum(params["w"] * batch["g"]), jnp.float32(1)),
+    )
+    optimizer = make_optimizer(dataclasses.replace(OPTIMIZER, schedule="linear", clip_norm=0.0), 20)
+    step = jax.jit(make_train_step(MODEL, Compute(), optimizer, config))
+    params = {"w": jnp.array([1.0, -2.0])}
+    states = [TrainState(params, optimizer.init(params), jnp.int32(0), jnp.bool_(False), config.spikes())]
+    metrics = []
+    for g in gradients:
+        state, found = step(states[-1], {"g": jnp.asarray(g, jnp.float32), "loss_weights": jnp.ones(1)})
+        states.append(state)
+        metrics.append(found)
+    return states, metrics
+
+
+def test_a_spike_is_a_norm_beyond_so_many_times_the_median(monkeypatch):
+    """Against the rule in NumPy, through spikes in a row, one before the window is full, and a change that stays."""
+    window, factor = 5, 3.0
+    rng = np.random.default_rng(0)
+    sizes = [1, 9, 1, 1, 1, 1, 10, 1, 10, 10, 1, 1, *[8] * 8]
+    gradients = np.array(sizes)[:, None] * rng.uniform(0.9, 1.1, (len(sizes), 2)).astype(np.float32)
+    config = StepConfig(accumulation=1, loss_chunk=1, z_loss=0.0, spike_factor=factor, spike_window=window)
+    states, metrics = steps_of(gradients, config, monkeypatch)
+    norms = np.linalg.norm(gradients, axis=1)
+    expected = [n >= window and norms[n] > factor * np.median(norms[n - window : n]) for n in range(len(norms))]
+    assert [bool(m["skipped"]) for m in metrics] == expected
+    assert [n for n, skipped in enumerate(expected) if skipped] == [6, 8, 9, 12]
+    assert states[-1].spikes.skipped == 4
+    taken = [n for n, skipped in enumerate(expected) if not skipped]
+    for n, (before, after) in enumerate(itertools.pairwise(states)):
+        assert after.step == after.opt_state[-1].count == n + 1  # the schedule goes on
+        assert (np.asarray(before.params["w"]) != after.params["w"]).all() == (n in taken)
+    assert states[-1].opt_state[1].count == len(taken)  # and Adam's does not
+    # Without the option the program has nothing of it, and the steps that are taken before a spike are the same bits.
+    plain, _ = steps_of(gradients, dataclasses.replace(config, spike_factor=0.0), monkeypatch)
+    assert plain[0].spikes is None
+    np.testing.assert_array_equal(plain[6].params["w"], states[6].params["w"])
+
+
+def test_a_step_left_out_moves_the_schedule_alone():
+    optimizer, _ = program(1)
+    state = fresh(optimizer)
+    after = skip_step(state)
+    assert (after.step, after.opt_state[-1].count, after.opt_state[1].count) == (1, 1, 0)
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state[1]), (after.params, after.opt_state[1]))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # which is what it is about
+def test_an_update_that_is_not_finite_is_not_made(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "OPTIMIZER", dataclasses.replace(OPTIMIZER, learning_rate=1e39))
+    config = StepConfig(accumulation=1, loss_chunk=1, z_loss=0.0)
+    states, metrics = steps_of(np.ones((2, 2)), config, monkeypatch)
+    assert np.isfinite(metrics[0]["loss"])
+    assert np.isfinite(metrics[0]["gradient_norm"])
+    assert metrics[0]["halted"]
+    jax.tree.map(np.testing.assert_array_equal, states[0][:3], states[2][:3])

@@ -106,6 +106,6 @@ def _train_rows(config: DataConfig, train: Rows, store: str) -> int:
     count = max(1, round(config.tokens / train.seq_len))
     if count > len(train):
         what = f"{store} holds {train.num_tokens:,} training tokens"
-        hint = "give more text, or data.tokens=0 for all there are"
+        hint = "give more text, or tokens=0 for all there are"
         raise UserError(what, at=f"tokens={config.tokens:,}", hint=hint)
     return count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +17,7 @@ from jaxup.data.batches import Data
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
-from jaxup.experiments import report
+from jaxup.experiments import report, resuming
 from jaxup.experiments.config import section
 from jaxup.hub.save import write_model
 from jaxup.model import sampling
@@ -25,7 +26,17 @@ from jaxup.model.decoder import Params, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params
 from jaxup.text import printable
-from jaxup.training.loop import Result, Run, Settings, evaluate, random_params, read_result, train_model, write_result
+from jaxup.training.loop import (
+    Result,
+    Run,
+    Settings,
+    check_digest,
+    evaluate,
+    random_params,
+    read_result,
+    train_model,
+    write_result,
+)
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.step import StepConfig
 
@@ -42,8 +53,10 @@ class Experiment(abc.ABC):
 
     sections: ClassVar[tuple[str, ...]]  # that its configurations must have, besides those that all have
     data: Data  # once opened, as all that follows; its str() is one line
+    _model: ModelConfig  # the largest that is trained or measured
     steps: int
-    inputs: dict[str, str]  # what must be the same when the run resumes, and is not in the configuration
+    # What must be the same when the run resumes, and is not in the configuration; of "steps" there may be more.
+    inputs: dict[str, str | int]
     sample: Callable[[ModelConfig, Params], str]  # a short text by a model
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
@@ -60,6 +73,14 @@ class Experiment(abc.ABC):
     @abc.abstractmethod
     def carry_out(self, run: Run, title: str) -> None:
         """Trains, and leaves export, plots and SUMMARY.md in the run's directory."""
+
+    def _check_steps(self) -> None:
+        """Of what trains: what can be said before the data says how many steps epochs are."""
+        steps, epochs = self._config.steps, self._config.epochs
+        if (steps > 0) == (epochs > 0) or min(steps, epochs) < 0:
+            raise UserError(f"steps={steps}, epochs={epochs}: one of them must be positive, the other 0")
+        if steps:
+            learning_rate(self._settings.optimizer, steps)
 
     def _check_positions(self, model: ModelConfig) -> None:
         seq_len = self._config.data.seq_len
@@ -81,6 +102,9 @@ class Experiment(abc.ABC):
     def _sampler(self, prompt: list[int], ends: tuple[int, ...] = ()) -> Callable[[ModelConfig, Params], str]:
         """The text of a model after the prompt, up to one of `ends`; pure, given the seed."""
         c, data = self._config, self.data
+        if not 0 < len(prompt) <= self._model.max_positions:
+            what = f"{len(prompt)} tokens, and the model takes from 1 to {self._model.max_positions}"
+            raise UserError(what, at="sample.prompt")
 
         def sample(model: ModelConfig, params: Params) -> str:
             count = min(c.sample.tokens, model.max_positions - len(prompt))
@@ -107,6 +131,16 @@ class Experiment(abc.ABC):
         losses = f"Losses are nats per {loss_of} over the same validation rows."
         first = f"{run.data}; seed {run.settings.seed}; {devices}. {losses}"
         print(report.write_summary(run.directory, title, results, str(plan), [first, *notes], plan_title=plan_title))
+        resuming.finish(run.directory, self._config, [r.name for r in results])
+
+
+def unchanged(run: Run, name: str, load: Callable[[], Params]) -> Params:
+    """A model from outside the run, each time the one that it was at first: files may change under a run."""
+    params, directory = load(), run.directory / "checkpoints" / name
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+    check_digest(directory, params)
+    return params
 
 
 def build(run: Run, plan: DepthPlan, model: ModelConfig, source: Callable[[], Params]) -> Params:
@@ -122,12 +156,13 @@ def build(run: Run, plan: DepthPlan, model: ModelConfig, source: Callable[[], Pa
 def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Callable[[], Params]) -> Result:
     """What a model that is there reaches, and a sample of it; kept, so that resuming does not load it again."""
     directory = run.directory / "checkpoints" / name
-    if stored := read_result(directory):
+    stored = read_result(directory)
+    if stored is not None and stored.origin == origin and stored.holds(run):
         return stored
     loaded = params()
     result = Result(
         name=name, kind=name, origin=origin, layers=model.num_layers, params=count_params(model), steps=0, tokens=0,
-        val_loss=evaluate(run, model, loaded), seconds=0.0, sample=run.sample(model, loaded),
+        val_loss=evaluate(run, model, loaded), seconds=0.0, sample=run.sample(model, loaded), val_rows=run.val_rows,
     )  # fmt: skip
     print(f"{name}: {origin}; validation loss {result.val_loss:.4f}", flush=True)
     write_result(directory, result)
@@ -143,24 +178,21 @@ def train_fresh(run: Run, name: str, model: ModelConfig, *, steps: int, kind: st
 
 
 _LEAST = {
-    "step.accumulation": 1, "step.loss_chunk": 1, "eval.rows": 0, "eval.interval": 1, "log.interval": 1,
-    "checkpoint.interval": 1, "checkpoint.keep": 1,
+    "step.accumulation": 1, "step.loss_chunk": 1, "step.z_loss": 0, "step.spike_factor": 0, "step.spike_window": 1,
+    "eval.rows": 0, "eval.interval": 1, "log.interval": 1, "checkpoint.interval": 1, "checkpoint.keep": 1,
+    "sample.tokens": 0, "sample.temperature": 0, "sample.top_k": 0,
 }  # fmt: skip
 
 
 def read_settings(config: ConfigDict) -> Settings:
-    optimizer = section(OptimizerConfig, config.optimizer)
-    if (config.steps > 0) == (config.epochs > 0) or min(config.steps, config.epochs) < 0:
-        raise UserError(f"steps={config.steps}, epochs={config.epochs}: one of them must be positive, the other 0")
     for key, least in _LEAST.items():
         value = functools.reduce(operator.getitem, key.split("."), config)
-        if value < least:
-            raise UserError(f"{key} must be at least {least}, not {value}", hint="" if least else "0 = all")
-    # Refuses an unknown schedule or a warmup that does not fit; how many steps epochs are, the data will say.
-    learning_rate(optimizer, config.steps or optimizer.warmup_steps)
+        if not least <= value < math.inf:  # nor NaN
+            raise UserError(f"{key} must be at least {least}, not {value}", hint="0 = all" * (key == "eval.rows"))
     return Settings(
-        seed=config.seed, batch_size=config.batch_size, optimizer=optimizer, step=section(StepConfig, config.step),
-        compute=section(Compute, config.compute), eval_interval=config.eval.interval, eval_rows=config.eval.rows,
+        seed=config.seed, batch_size=config.batch_size, optimizer=section(OptimizerConfig, config.optimizer),
+        step=section(StepConfig, config.step), compute=section(Compute, config.compute),
+        eval_interval=config.eval.interval, eval_rows=config.eval.rows,
         eval_batch_size=config.eval.batch_size, log_interval=config.log.interval,
         checkpoint_interval=config.checkpoint.interval, keep_checkpoints=config.checkpoint.keep,
     )  # fmt: skip

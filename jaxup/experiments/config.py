@@ -58,7 +58,7 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = (), *, shipped: bool 
         config = module.get_config(variant)
     config.lock()
     for key, text in overrides:
-        _override(config, key, text)
+        override(config, key, text)
     return config
 
 
@@ -101,7 +101,7 @@ def section(kind: type[T], values: Any, **more: Any) -> T:
     return kind(**given)
 
 
-def _override(config: ConfigDict, dotted: str, text: str) -> None:
+def override(config: ConfigDict, dotted: str, text: str) -> None:
     from ml_collections import ConfigDict
 
     node, *path = config, *dotted.split(".")

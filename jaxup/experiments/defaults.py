@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+_ORDER = "sums are made in another order, so that last digits may differ"
+# What may change under a run, for it does not decide the numbers: keys and whole sections, and what to say of it.
+MAY_CHANGE = {
+    "mesh": _ORDER, "step.accumulation": _ORDER, "compute.remat": _ORDER, "compute.unroll": _ORDER,
+    "log": "", "checkpoint": "", "sample": "for models that are not finished yet",
+    "processes": "", "eval": "", "eval.rows": "finished models are measured again",
+}  # fmt: skip
+# What decides how many steps there are. Under a constant schedule there may be more of them than there were.
+COUNTS = ("steps", "epochs", "reference.steps")
+
 
 def defaults(kind: str, *, small: bool) -> ConfigDict:
     """The configuration of an experiment of this kind, of which a file then says what is its own.
@@ -21,6 +31,8 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c.optimizer = optimizer()
     # Micro-batches that make up a batch, and positions whose logits are there at once.
     c.step = ConfigDict({"accumulation": 1, "loss_chunk": 128, "z_loss": 0.0})
+    # Steps are skipped whose gradient norm exceeds `spike_factor` times its median over so many steps; 0 = none.
+    c.step.update(spike_factor=0.0, spike_window=100)
 
     c.compute = ConfigDict()
     c.compute.dtype = "float32" if small else "bfloat16"  # of activations

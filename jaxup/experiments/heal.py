@@ -31,7 +31,7 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest, within
-from jaxup.experiments.common import Experiment, build, measured, new_model, train_fresh
+from jaxup.experiments.common import Experiment, build, measured, new_model, train_fresh, unchanged
 from jaxup.experiments.config import section
 from jaxup.families import with_family_biases
 from jaxup.files.shards import DTYPES as SAVED
@@ -53,6 +53,7 @@ from jaxup.training.loop import Result, Run, Settings, abstract_params, load_tra
 from jaxup.training.lora import LoraConfig
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.selection import Selection, TrainConfig, select
+from jaxup.training.sharding import check_batch
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -68,6 +69,7 @@ class Heal(Experiment):
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
         super().__init__(config, settings, mesh)
+        self._check_steps()
         self._train = section(TrainConfig, {**config.train, "rates": config.train.rates.to_dict()})
         self._lora = section(LoraConfig, {**config.lora, "alpha": config.lora.alpha or 2.0 * config.lora.rank})
         if self._lora.quantize and not self._lora.rank:
@@ -81,8 +83,9 @@ class Heal(Experiment):
         if self._recipe is None:
             self._plan = self._own_plan()
             self._models = {BASE: new_model(config.model)}
-            optimizer = section(OptimizerConfig, config.pretrain.optimizer)
-            learning_rate(optimizer, config.pretrain.steps)
+            with within("pretrain."):
+                optimizer = section(OptimizerConfig, config.pretrain.optimizer)
+                learning_rate(optimizer, config.pretrain.steps)
             self._pretrain = dataclasses.replace(settings, batch_size=config.pretrain.batch_size, optimizer=optimizer)
         else:
             self._plan = self._recipe.plan
@@ -145,8 +148,10 @@ class Heal(Experiment):
     def open_data(self, root: str) -> None:
         c, text = self._config, None
         if self._recipe is None:
+            check_batch("pretrain.batch_size", c.pretrain.batch_size, self._mesh, self._settings.step.accumulation)
             check_files(self._chat, root)  # before a vocabulary is trained
-            text = self._text = open_data(section(DataConfig, c.pretrain.data), root=root)
+            with within("pretrain."):
+                text = self._text = open_data(section(DataConfig, c.pretrain.data), root=root)
             tokenizer = text.tokenizer
             self._models = {BASE: new_model(c.model, text.vocab_size)}
         else:
@@ -166,7 +171,7 @@ class Heal(Experiment):
         self.sample = self._sampler(prompt, self._ends)
         self._vocabulary = self._vocabulary_files()
         stores = [os.path.basename(data.store) for data in (self.data, text) if data is not None]
-        self.inputs = {"plan": self._plan.to_yaml(), "data": " and ".join(stores)}
+        self.inputs = {"plan": self._plan.to_yaml(), "data": " and ".join(stores), "steps": self.steps}
 
     def report(self) -> str:
         length, positions = self.data.seq_len, self._model.max_positions
@@ -188,7 +193,7 @@ class Heal(Experiment):
         ends = (self._steps_of(epoch) for epoch in itertools.count(1))
         results, control = [], None
         if source is not None:
-            base, base_model = functools.partial(_unchanged, run, source), next(iter(self._models.values()))
+            base, base_model = functools.partial(unchanged, run, BASE, source), next(iter(self._models.values()))
             whole = identity(plan.rows[0].source, base_model.num_layers)
             if plan.rows != whole.rows:
                 results.append(measured(run, BASE, base_model, origin=self._origin, params=base))
@@ -214,7 +219,7 @@ class Heal(Experiment):
         with jax.set_mesh(run.mesh):
             params = jax.jit(selection.merge, out_shardings=param_shardings(model, run.mesh))(trained, before())
         if self._lora.rank:  # as exported: merged, and where blocks were quantised, not any more
-            merged = f"{HEALED}, its adapters merged into {BEFORE}"
+            merged = f"{HEALED} at step {healed.steps}, its adapters merged into {BEFORE}"
             results.append(measured(run, MERGED, model, origin=merged, params=lambda: params))
         results += [] if control is None else [control]
         bases = [] if self._recipe is None else [m.path for m in self._recipe.models.values()]
@@ -304,12 +309,3 @@ class Heal(Experiment):
         settings = {"bos_token_id": tokenizer.bos_token_id, **settings, "eos_token_id": list(ends)}
         files["generation_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
         return {"carried": files, "hf_extra": ids, "model_type": model_type}
-
-
-def _unchanged(run: Run, base: Callable[[], Params]) -> Params:
-    """The base, each time the one that it was at first: files may change under a run."""
-    params, directory = base(), run.directory / "checkpoints" / BASE
-    if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-    loop.check_digest(directory, params)
-    return params

@@ -25,7 +25,7 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
-from jaxup.experiments.common import Experiment, build, measured, new_model, train_fresh
+from jaxup.experiments.common import Experiment, build, measured, new_model, train_fresh, unchanged
 from jaxup.experiments.config import section
 from jaxup.hub.directory import tokenizer_directory
 from jaxup.hub.load import load
@@ -61,9 +61,11 @@ class Inherit(Experiment):
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
         super().__init__(config, settings, mesh)
         self._inherit, reference = section(InheritConfig, config.inherit), config.reference
+        self._check_steps()
         if reference.steps < 0:
             raise UserError(f"reference.steps must be at least 0, not {reference.steps}")
-        learning_rate(settings.optimizer, reference.steps or settings.optimizer.warmup_steps)
+        if reference.steps:
+            learning_rate(settings.optimizer, reference.steps)
         model = self._read_model()
         check(self._inherit, model)
         tokenizer = {"tokenizer_files": config.data.tokenizer}
@@ -77,7 +79,9 @@ class Inherit(Experiment):
         self.data = open_data(self._data_config, root=root)
         self._model = self._read_model(self.data.vocab_size)
         self._count_steps(self._model)
-        self.inputs = {"data": os.path.basename(self.data.store)}
+        self.inputs = {"data": os.path.basename(self.data.store), "steps": self.steps}
+        if not self._config.reference.path:
+            self.inputs["reference.steps"] = self._config.reference.steps or self.steps
         prompt = self.data.tokenizer(self._config.sample.prompt, add_special_tokens=False)["input_ids"]
         self.sample = self._sampler(prompt)
 
@@ -125,8 +129,8 @@ class Inherit(Experiment):
         c, model = self._config.reference, self._model
         if c.path:
             origin = c.path + (f" at {c.revision}" if c.revision else "")
-            found = measured(run, REFERENCE, model, origin=origin, params=self._load_reference)
-            return found, self._load_reference
+            load = functools.partial(unchanged, run, REFERENCE, self._load_reference)
+            return measured(run, REFERENCE, model, origin=origin, params=load), load
         whole = dataclasses.replace(run, data=self.data.whole()) if c.all_data else run
         found = train_fresh(whole, REFERENCE, model, steps=c.steps or self.steps)
         return found, functools.partial(load_trained, run, found, model)

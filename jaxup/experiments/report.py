@@ -31,7 +31,7 @@ def write_summary(
     for path in sorted((directory / "plots").glob("*.png"), reverse=True):  # validation_loss before loss_by_layers
         lines += ["", f"![{path.stem.replace('_', ' ')}](plots/{path.name})"]
     lines += ["", "How each model began:", ""]
-    lines += [f"- **{r.name}**: {r.origin}" for r in results]
+    lines += [f"- **{r.name}**: {r.origin}" + (f"; {r.corrected}" if r.corrected else "") for r in results]
     lines += ["", f"## {plan_title}", "", "```", plan.strip(), "```", "", "## Samples", ""]
     for r in results:
         fence = backticks(r.sample)
@@ -48,7 +48,10 @@ def plot_validation(directory: Path, title: str, results: Sequence[Result], reco
     low = high = reference.val_loss
     last = max([r.steps for r in results] + [1])
     for index, result in enumerate(results):
-        points = sorted((r["step"], r["val_loss"]) for r in records if r["model"] == result.name and "val_loss" in r)
+        # Where there are several losses of a step, the last one is that of the rows the result is of.
+        points = sorted(
+            {r["step"]: r["val_loss"] for r in records if r["model"] == result.name and "val_loss" in r}.items()
+        )
         if not points:
             continue
         label = f"{result.name} ({result.layers} layers): {result.val_loss:.3f}"

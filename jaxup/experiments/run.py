@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxup.errors import UserError
+from jaxup.experiments import resuming
 from jaxup.experiments.config import section
 from jaxup.processes import Processes, gather, told
+from jaxup.progress import say
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from jaxup.training.corrections import Corrections
 
-def run_experiment(config: ConfigDict, workdir: Path, title: str) -> None:
+
+def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: Corrections | None = None) -> None:
     """Carries the experiment out in `workdir`, or goes on with what was begun there.
+
+    `corrections` are for the model whose training goes on.
 
     What cannot work is a UserError before anything is written. Stopped: by a signal, with the state saved.
     """
@@ -42,7 +48,13 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str) -> None:
 
         kind = kind_of(config)
         settings = read_settings(config)
-        told(lambda: rundir.check_directory(workdir, config.to_dict()), "look at the run directory")
+        changed = told(lambda: resuming.check_config(workdir, config), "look at the run directory")
+        if done := told(lambda: resuming.finished(workdir, config), "look at the run directory"):
+            if corrections:
+                raise UserError(f"{corrections}: the run is finished", at=str(workdir))
+            if jax.process_index() == 0:
+                print("\n".join([*done, f"finished before: {workdir / 'SUMMARY.md'}"]), flush=True)
+            return
         mesh = make_mesh(section(MeshConfig, config.mesh))
         check_batch("batch_size", settings.batch_size, mesh, settings.step.accumulation)
         check_batch("eval.batch_size", settings.eval_batch_size, mesh)
@@ -62,7 +74,9 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str) -> None:
                 raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from None
         with rundir.writer_lock(workdir) if writes else contextlib.nullcontext():
             if writes:
-                rundir.begin(workdir, config.to_dict(), experiment.inputs)
+                resuming.begin(workdir, config, experiment.inputs, title)
+                for line in changed:
+                    print(f"changed under the run: {line}", flush=True)
                 resolved = json.loads(json.dumps(config.to_dict()))
                 print(yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None), flush=True)
                 print(experiment.report(), end="", flush=True)
@@ -71,15 +85,18 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str) -> None:
                 print(f"devices: {devices}; {experiment.data}; {steps}; run directory: {workdir}", flush=True)
             trackers = tuple(config.log.trackers) if writes else ()
             log = MetricsLog(workdir / "metrics.jsonl", trackers, name=title, config=config.to_dict())
-            run = Run(workdir, settings, mesh, experiment.data, log, processes, experiment.sample)
+            asked = [corrections] if corrections else []
+            run = Run(workdir, settings, mesh, experiment.data, log, processes, experiment.sample, asked)
             experiment.carry_out(run, title)
+            if asked:
+                say(f"{corrections}: no model was left to train")
         if writes:
             print(f"finished: {workdir / 'SUMMARY.md'}", flush=True)
 
 
-def _check_same(what: Mapping[str, str]) -> None:
+def _check_same(what: Mapping[str, str | int]) -> None:
     """UserError if the processes do not agree on what they are about to train, and on."""
-    digests = {name: hashlib.blake2b(value.encode(), digest_size=8).hexdigest() for name, value in what.items()}
+    digests = {name: hashlib.blake2b(str(value).encode(), digest_size=8).hexdigest() for name, value in what.items()}
     first, *others = gather(digests, "ready to train")
     for rank, other in enumerate(others, 1):
         if differing := [name for name in first if other.get(name) != first[name]]:

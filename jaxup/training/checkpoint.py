@@ -178,4 +178,5 @@ def restoring(checkpoint: str, advice: str) -> Iterator[None]:
 
 def _tree(state: TrainState) -> dict[str, Any]:
     # `halted` is not stored: a halted state is never saved.
-    return {"params": state.params, "opt_state": state.opt_state, "step": state.step}
+    tree = {"params": state.params, "opt_state": state.opt_state, "step": state.step}
+    return tree if state.spikes is None else tree | {"spikes": state.spikes}

@@ -33,13 +33,14 @@ from jaxup.processes import Processes, told
 from jaxup.progress import Progress
 from jaxup.text import read_json, write_atomically
 from jaxup.training.checkpoint import Checkpoints
+from jaxup.training.corrections import RATE, SKIP, Corrections, record
 from jaxup.training.metrics import MetricsLog, peak_flops
 from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxup.training.partition import Partition, digest
 from jaxup.training.rundir import write_json
 from jaxup.training.selection import EVERYTHING, Selection
 from jaxup.training.sharding import BATCH_AXES, local_rows, place_batch, state_shardings
-from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step
+from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step, skip_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,14 @@ class Run:
     log: MetricsLog
     processes: Processes
     sample: Callable[[ModelConfig, Params], str]  # a short text by the model, for the summary
+    # What is asked of the next model that trains, which takes it out.
+    asked: list[Corrections] = dataclasses.field(default_factory=list)
+
+    @property
+    def val_rows(self) -> int:
+        """How many rows it is evaluated on."""
+        count = len(self.data.validation)
+        return min(self.settings.eval_rows or count, count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +94,17 @@ class Result:
     seconds: float  # spent training in the process that finished it
     sample: str
     trained: int | None = None  # parameters that train; None = all. At the end every bit of the others is as it was
+    val_rows: int | None = None  # that val_loss is of; None: it was not written down
+    corrected: str = ""  # what was not as configured: steps that were skipped, another rate
+
+    def holds(self, run: Run) -> bool:
+        """Whether it was measured on the rows that the run measures on now."""
+        return self.val_rows in (None, run.val_rows)
 
 
 class _Program(NamedTuple):
     train_step: Callable
+    skip_step: Callable[[TrainState], TrainState]
     eval_step: Callable
     init_state: Callable[[Params], TrainState]
     frozen: Callable[[Params], tuple[Params, ...]]  # all params -> those that do not train, if there are any
@@ -108,12 +124,16 @@ def load_trained(run: Run, result: Result, model: ModelConfig, selection: Select
     with Checkpoints(directory, keep=run.settings.keep_checkpoints) as checkpoints:
         steps, latest = result.steps, newest(checkpoints)
         if latest != steps:
-            there = "; there is none" if latest is None else f"; that of step {latest} is there"
-            raise UserError(
-                f"{directory}: finished at step {steps}, and that checkpoint is gone{there}: "
-                "delete result.json beside it to train on from what there is"
-            )
+            raise _gone(directory, steps, latest)
         return checkpoints.restore_params(steps, _laid_out(selection.trained(abstract(model)[1]), shardings))
+
+
+def _gone(directory: Path, steps: int, latest: int | None) -> UserError:
+    there = "; there is none" if latest is None else f"; that of step {latest} is there"
+    return UserError(
+        f"{directory}: finished at step {steps}, and that checkpoint is gone{there}: "
+        "delete result.json beside it to train on from what there is"
+    )
 
 
 def newest(checkpoints: Checkpoints) -> int | None:
@@ -159,9 +179,12 @@ def _laid_out(tree: Any, shardings: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=4)  # a target and its control are one program, compiled once
-def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, selection: Selection) -> _Program:
+def _program(
+    model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, selection: Selection,
+    peaks: tuple[tuple[int, float], ...],
+) -> _Program:  # fmt: skip
     partition = selection.partition
-    optimizer = make_optimizer(settings.optimizer, steps, selection.rates)
+    optimizer = make_optimizer(settings.optimizer, steps, selection.rates, peaks=peaks)
     compute = dataclasses.replace(settings.compute, batch_axes=BATCH_AXES)
     replicated = NamedSharding(mesh, PartitionSpec())
     whole = param_shardings(model, mesh)
@@ -171,7 +194,8 @@ def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, sel
 
     def init_state(params: Params) -> TrainState:
         trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), split(params)[0])
-        return TrainState(trained, optimizer.init(trained), jnp.int32(0), jnp.bool_(False))
+        state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jnp.bool_(False))
+        return state._replace(spikes=settings.step.spikes())
 
     params, *frozen = (whole,) if partition is None else partition.shardings(mesh)
     abstract_state = jax.eval_shape(init_state, abstract(model)[1])
@@ -183,6 +207,7 @@ def _program(model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, sel
             donate_argnums=0,
             out_shardings=(shardings, replicated),
         ),
+        skip_step=jax.jit(skip_step, donate_argnums=0, out_shardings=shardings),
         eval_step=_eval_step(model, settings, mesh, partition),
         init_state=jax.jit(init_state, out_shardings=shardings),
         frozen=jax.jit(lambda params: split(params)[1:], out_shardings=tuple(frozen)),
@@ -212,14 +237,17 @@ def _eval_step(model: ModelConfig, settings: Settings, mesh: Mesh, partition: Pa
 
 def _evaluate(run: Run, eval_step: Callable, params: tuple[Params, ...]) -> float:
     """`params`: what trains and what is frozen, if anything is."""
-    size, sums, rows = run.settings.eval_batch_size, np.zeros(2), run.settings.eval_rows
+    size, sums, rows, ahead = run.settings.eval_batch_size, np.zeros(2), run.settings.eval_rows, np.zeros(2)
     with run.processes.long_work():
         for batch in run.data.validation_batches(batch_size=size, max_rows=rows, part=local_rows(size, run.mesh)):
             placed = place_batch(batch, size, run.mesh)
-            # Added in float64 on the host: a large validation set is more than float32 can count.
-            sums += jax.device_get(eval_step(params[0], placed, *params[1:]))
+            # Added in float64 on the host: a large validation set is more than float32 can count. One batch late: the
+            # device already works on the next one.
+            ahead, before = eval_step(params[0], placed, *params[1:]), ahead
+            sums += jax.device_get(before)
             if run.processes.should_stop():
                 raise _StopNow
+        sums += jax.device_get(ahead)
     return float(sums[0] / sums[1])
 
 
@@ -241,7 +269,8 @@ def train_model(
     directory, kind = run.directory / "checkpoints" / name, kind or name
     if jax.process_index() == 0:
         describe_model(directory, run, kind, model, plan, **(about or {}))
-    if stored := read_result(directory):
+    stored = read_result(directory)
+    if stored is not None and stored.steps >= steps and stored.holds(run):
         print(f"{name}: finished before, validation loss {stored.val_loss:.4f}", flush=True)
         return stored
 
@@ -253,11 +282,19 @@ def train_model(
         jax.set_mesh(run.mesh),
         Checkpoints(directory, keep=keep, always=milestones) as checkpoints,
     ):
-        program = _program(model, run.settings, steps, run.mesh, selection)
+        latest = newest(checkpoints)
+        start = latest or 0
+        if stored is not None and start < stored.steps:
+            raise _gone(directory, stored.steps, latest)
+        if start > steps:
+            raise UserError(
+                f"{directory}: step {start} is done, and {steps} are asked for", hint="give at least as many"
+            )
+        corrections = record(directory, run.asked.pop() if run.asked else Corrections(), done=start, steps=steps)
+        program = _program(model, run.settings, steps, run.mesh, selection, corrections.rates)
         trained = None
         if selection.partition is not None:
             trained = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
-        start = newest(checkpoints) or 0
         if start:
             print(f"{name}: resumes at step {start} of {steps} ({origin})", flush=True)
             frozen = () if trained is None else program.frozen(initialise())
@@ -269,7 +306,9 @@ def train_model(
             state, frozen = program.init_state(params), program.frozen(params)
             del params
         before = check_digest(directory, frozen) if frozen else None
-        state, val_loss = _train(run, name, model, steps, program, state, frozen, start, checkpoints, milestones)
+        state, val_loss = _train(
+            run, name, model, steps, program, state, frozen, start, checkpoints, milestones, corrections
+        )
         if frozen and digest(frozen) != before:
             raise RuntimeError(f"{name}: parameters that do not train have changed: a fault of memory or device")
         sample = run.sample(model, program.join(state.params, *frozen))
@@ -278,10 +317,16 @@ def train_model(
     result = Result(
         name=name, kind=kind, origin=origin, layers=model.num_layers, params=count_params(model), steps=steps,
         tokens=steps * run.settings.batch_size * run.data.seq_len, val_loss=val_loss,
-        seconds=round(time.monotonic() - began, 1), sample=sample, trained=trained,
+        seconds=round(time.monotonic() - began, 1), sample=sample, trained=trained, val_rows=run.val_rows,
+        corrected=", ".join(filter(None, [str(corrections), _skipped(state)])),
     )  # fmt: skip
     write_result(directory, result)
     return result
+
+
+def _skipped(state: TrainState) -> str:
+    count = 0 if state.spikes is None else int(state.spikes.skipped)
+    return f"{count} step{'s' * (count > 1)} with a spike of the gradient skipped" if count else ""
 
 
 def describe_model(
@@ -310,16 +355,20 @@ def check_digest(directory: Path, params: Any) -> str:
 def _train(
     run: Run, name: str, model: ModelConfig, steps: int, program: _Program, state: TrainState,
     frozen: tuple[Params, ...], start: int, checkpoints: Checkpoints, milestones: frozenset[int],
+    corrections: Corrections,
 ) -> tuple[TrainState, float]:  # fmt: skip
     s = run.settings
     batches = run.data.batches(batch_size=s.batch_size, seed=s.seed)
 
     def logged() -> list[tuple[int, float]]:
         run.log.rewind(name, start)
-        return [(r["step"], r["val_loss"]) for r in run.log.read() if r["model"] == name and "val_loss" in r]
+        return [
+            (r["step"], r["val_loss"]) for r in run.log.read()
+            if r["model"] == name and "val_loss" in r and r.get("val_rows", run.val_rows) == run.val_rows
+        ]  # fmt: skip
 
     losses = dict(told(logged, "read what was logged"))  # what is evaluated again is a program that all run
-    meter = _Meter(run, name, model, steps, part=bool(frozen))
+    meter = _Meter(run, name, model, steps, corrections.rates, part=bool(frozen))
     step, pending, mine = start, None, local_rows(s.batch_size, run.mesh)
 
     def read_batch(step: int) -> dict[str, jax.Array]:
@@ -347,8 +396,11 @@ def _train(
                 if step == steps:
                     return state, losses[step]
                 batch = (ahead or reader.submit(read_batch, step)).result()
-                with jax.transfer_guard("disallow"):
-                    state, metrics = program.train_step(state, batch, *frozen)
+                if step + 1 in corrections.skip:
+                    state, metrics = program.skip_step(state), None
+                else:
+                    with jax.transfer_guard("disallow"):
+                        state, metrics = program.train_step(state, batch, *frozen)
                 step += 1
                 run.processes.deferred = True  # from here on there is something to save
                 ahead = reader.submit(read_batch, step) if step < steps else None
@@ -365,17 +417,20 @@ def _train(
                 checkpoints.save(step, state)
             raise run.processes.stopped(f"{name}: saved at step {step} of {steps}; the same command resumes") from None
         except NonFinite:
-            # The guarded step kept the state it was given, so this is the one before it.
-            checkpoints.save(meter.checked - 1, state)
+            # The guarded step kept the state it was given, so this is the one before it. What it began from is there.
+            if meter.checked - 1 > start:
+                checkpoints.save(meter.checked - 1, state)
             raise
 
 
 class _Meter:
     """Reads a step's metrics, logs them, and measures speed between evaluations and saves."""
 
-    def __init__(self, run: Run, name: str, model: ModelConfig, steps: int, *, part: bool):
+    def __init__(
+        self, run: Run, name: str, model: ModelConfig, steps: int, peaks: tuple[tuple[int, float], ...], *, part: bool
+    ):  # fmt: skip
         self._run, self._name, self._steps = run, name, steps
-        self._schedule = learning_rate(run.settings.optimizer, steps)
+        self._schedule = learning_rate(run.settings.optimizer, steps, peaks)
         # Where only a part trains, no formula says how much of the backward pass is left.
         self._flops_per_token = None if part else flops_per_token(model, run.data.seq_len)
         self._peak = peak_flops()
@@ -386,23 +441,37 @@ class _Meter:
     def restart(self) -> None:
         self._since, self._tokens = time.monotonic(), 0
 
-    def check(self, pending: tuple[int, dict[str, jax.Array]] | None, batches: Batches) -> None:
+    def check(self, pending: tuple[int, dict[str, jax.Array] | None] | None, batches: Batches) -> None:
         """Waits for that step and takes note of it; raises if it was not finite."""
         if pending is None or pending[0] <= self.checked:
             return
         step, metrics = pending[0], jax.device_get(pending[1])
         self.checked = step
+        if metrics is None:
+            self._write(step, skipped=True)
+            return
         if metrics["halted"]:
-            rows = ", ".join(map(str, batches.rows_of(step - 1)[:8]))
-            raise NonFinite(
-                f"{self._name}: step {step}: loss {metrics['loss']} and gradient norm {metrics['gradient_norm']} are "
-                f"not finite; the update was not made and step {step - 1} is saved (rows {rows}, ...)"
-            )
+            raise NonFinite(self._refusal(step, metrics, batches.rows_of(step - 1)))
         self._tokens += self._run.settings.batch_size * self._run.data.seq_len
-        if step % self._run.settings.log_interval == 0 or step in (1, self._steps):
-            self._log(step, metrics)
+        skipped = bool(metrics.get("skipped", False))
+        if step % self._run.settings.log_interval == 0 or step in (1, self._steps) or skipped:
+            self._log(step, metrics, **({"skipped": True} if skipped else {}))
 
-    def _log(self, step: int, metrics: dict[str, Any]) -> None:
+    def _refusal(self, step: int, metrics: dict[str, Any], rows: np.ndarray) -> str:
+        loss, norm = metrics["loss"], metrics["gradient_norm"]
+        what = f"loss {loss} and gradient norm {norm} are not finite"
+        if np.isfinite(loss) and np.isfinite(norm):
+            rate = float(self._schedule(step - 1))
+            what = f"the update is not finite (loss {loss}, gradient norm {norm}, learning rate {rate:g})"
+        shown = ", ".join(map(str, rows[:8])) + ", ..." * (len(rows) > 8)
+        saved = f" and step {step - 1} is saved" if step > 1 else ""
+        return (
+            f"{self._name}: step {step}: {what}; the update was not made{saved} "
+            f"(rows {shown}); to go on, resume with {SKIP}={step}, which leaves this batch out, or with "
+            f"{RATE}={step}:RATE, another learning rate from there on"
+        )
+
+    def _log(self, step: int, metrics: dict[str, Any], **more: Any) -> None:
         seconds = max(time.monotonic() - self._since, 1e-9)
         rate = self._tokens / seconds
         flops = None if self._flops_per_token is None else rate * self._flops_per_token / jax.device_count()
@@ -418,11 +487,12 @@ class _Meter:
             loss_tokens=int(metrics["loss_tokens"]),
             tflops_per_device=None if flops is None else float(f"{flops / 1e12:.4g}"),
             mfu=None if flops is None or self._peak is None else float(f"{flops / self._peak:.4g}"),
+            **more,
         )
 
     def log_validation(self, step: int, loss: float) -> None:
         self._validation = f" val {loss:.3f}"
-        self._write(step, val_loss=loss)
+        self._write(step, val_loss=loss, val_rows=self._run.val_rows)
 
     def _write(self, step: int, **values: Any) -> None:
         if jax.process_index() == 0:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,13 @@ def _tensorboard(directory: Path, name: str, config: dict) -> Tracker:
 def _wandb(directory: Path, name: str, config: dict) -> Tracker:
     import wandb
 
-    run = wandb.init(project="jaxup", name=name, dir=directory, config=config, id=name, resume="allow")
+    # One run there for each directory here, whatever the names: its id is made once, and kept.
+    kept = directory / "wandb_id"
+    if not kept.exists():
+        write_atomically(kept, uuid.uuid4().hex)
+    run = wandb.init(
+        project="jaxup", name=name, dir=directory, config=config, id=kept.read_text(encoding="utf-8"), resume="allow"
+    )
 
     def track(values: dict[str, float], step: int) -> None:
         # Each model of a run has steps of its own, so the step is a value, not W&B's counter.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxup.errors import UserError, suggest
@@ -25,20 +29,39 @@ class OptimizerConfig:
     weight_decay: float  # decoupled (Loshchilov & Hutter 2019), on kernels only
     clip_norm: float  # global gradient norm; 0 = no clipping
 
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"unknown {self.schedule!r}{suggest(self.schedule, SCHEDULES)}", at="optimizer.schedule")
+        for key, (meant, holds) in _RANGES.items():
+            if not holds(value := getattr(self, key)):
+                raise UserError(f"must be {meant}", at=f"optimizer.{key}={value}")
+
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
+# No comparison holds of NaN.
+_NOT_NEGATIVE = "a number and not negative", lambda value: 0 <= value < math.inf
+_BELOW_ONE = "at least 0 and below 1", lambda value: 0 <= value < 1
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "learning_rate": _NOT_NEGATIVE, "end_learning_rate": _NOT_NEGATIVE, "warmup_steps": _NOT_NEGATIVE,
+    "decay_fraction": ("between 0 and 1", lambda value: 0 <= value <= 1), "b1": _BELOW_ONE, "b2": _BELOW_ONE,
+    "eps": ("a positive number", lambda value: 0 < value < math.inf), "weight_decay": _NOT_NEGATIVE,
+    "clip_norm": _NOT_NEGATIVE,
+}  # fmt: skip
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """step (0-based) -> learning rate, for a run of `steps` updates."""
+
+def learning_rate(config: OptimizerConfig, steps: int, peaks: Iterable[tuple[int, float]] = ()) -> Callable[[Any], Any]:
+    """step (0-based) -> learning rate, for a run of `steps` updates: an optax.Schedule.
+
+    `peaks`: (step, rate), from which step on (counted from 1, in order) the schedule has its peak at which rate.
+    """
     c, peak, end = config, config.learning_rate, config.end_learning_rate
-    if c.schedule not in SCHEDULES:
-        raise UserError(f"optimizer.schedule: unknown {c.schedule!r}{suggest(c.schedule, SCHEDULES)}")
-    for key, rate in (("learning_rate", peak), ("end_learning_rate", end)):
-        if not 0 <= rate < float("inf"):
-            raise UserError(f"optimizer.{key}={rate}: must be a number and not negative")
-    if not 0 <= c.warmup_steps <= steps:
-        raise UserError(f"optimizer.warmup_steps={c.warmup_steps} does not fit a run of {steps} steps")
+    if c.warmup_steps > steps:
+        raise UserError(f"does not fit a run of {steps} steps", at=f"optimizer.warmup_steps={c.warmup_steps}")
+    decay = round(c.decay_fraction * steps)
+    if c.schedule == "wsd" and c.warmup_steps + decay > steps:
+        what = f"the last {decay} of {steps} steps overlap with the {c.warmup_steps} of warmup_steps"
+        raise UserError(what, at=f"optimizer.decay_fraction={c.decay_fraction}")
     # Intervals between the first step at the peak and the last step.
     remaining = max(1, steps - 1 - c.warmup_steps)
     match c.schedule:
@@ -49,15 +72,26 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         case "cosine":
             main = optax.cosine_decay_schedule(peak, remaining, alpha=end / peak if peak else 0.0)
         case "wsd":
-            decay = max(1, round(c.decay_fraction * steps))
-            main = optax.linear_schedule(peak, end, decay, transition_begin=max(0, remaining - decay))
-    if not c.warmup_steps:
-        return main
-    warmup = optax.linear_schedule(peak / c.warmup_steps, peak, max(1, c.warmup_steps - 1))
-    return optax.join_schedules([warmup, main], [c.warmup_steps])
+            decay = min(max(1, decay), remaining)  # between so many steps there is one interval less
+            main = optax.linear_schedule(peak, end, decay, transition_begin=remaining - decay)
+    if c.warmup_steps:
+        warmup = optax.linear_schedule(peak / c.warmup_steps, peak, max(1, c.warmup_steps - 1))
+        main = optax.join_schedules([warmup, main], [c.warmup_steps])
+    schedule = main
+    for step, rate in peaks:
+        if not peak:
+            raise UserError("a rate of 0 has no peak to change", at="optimizer.learning_rate")
+        schedule = _changed(schedule, main, step - 1, rate / peak)
+    return schedule
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, rates: Params | None = None) -> optax.GradientTransformation:
+def _changed(before: optax.Schedule, schedule: optax.Schedule, count: int, factor: float) -> optax.Schedule:
+    return lambda now: jnp.where(now < count, before(now), factor * schedule(now))
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, rates: Params | None = None, *, peaks: Iterable[tuple[int, float]] = ()
+) -> optax.GradientTransformation:
     """clip -> Adam -> decoupled decay of kernels -> learning rate; state in the params' dtype.
 
     `rates`, a tree of arrays that broadcast to the params, multiplies the learning rate of each, and so
@@ -69,7 +103,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, rates: Params | None = N
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.identity() if rates is None else optax.stateless(scale),
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
+        optax.scale_by_learning_rate(learning_rate(config, steps, peaks)),
     )
 
 

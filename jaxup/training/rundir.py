@@ -40,48 +40,38 @@ def writer_lock(directory: Path) -> Iterator[None]:
         yield
 
 
-def check_directory(directory: Path, config: dict[str, Any]) -> None:
-    """Refuses a directory that holds a run of another configuration, or something else altogether."""
+def read_config(directory: Path) -> dict[str, Any] | None:
+    """The configuration of the run in `directory`, or None if one can begin there; else a UserError."""
     for path in (directory, *directory.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file, not a directory for runs")
     stored = read_json(directory / "config.json")
-    if stored is not None:
-        if "model_type" in stored:
-            raise UserError(f"{directory}: holds a model, not a run; choose another --workdir")
-        if (format := stored.pop("format", 1)) != FORMAT:
-            when = "an earlier" if format < FORMAT else "a later"
+    if stored is None:
+        # A start that was killed leaves a lock and what it had not finished writing.
+        if directory.is_dir() and any(
+            not p.name.startswith(".lock") and not _unfinished(p) for p in directory.iterdir()
+        ):
             raise UserError(
-                f"{directory}: made by {when} version of jaxup (format {format}, here {FORMAT}), which this one cannot "
-                "resume; choose another --workdir (`jaxup export` still writes its models)"
+                f"{directory}: not empty and not a run directory (no config.json); choose another --workdir"
             )
-        if differences := list(_differences(stored, json.loads(json.dumps(config)))):
-            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-            raise UserError(
-                f"{directory}: holds a run of another configuration: {'; '.join(differences[:3])}{more}; "
-                "choose another --workdir, or give the same configuration to resume"
-            )
-    elif directory.is_dir() and any(not p.name.startswith(".lock") for p in directory.iterdir()):
-        raise UserError(f"{directory}: not empty and not a run directory (no config.json); choose another --workdir")
-
-
-def begin(directory: Path, config: dict[str, Any], inputs: dict[str, str]) -> None:
-    """Writes config.json, and `inputs`, which identify what it only names; refuses to go on with others."""
-    check_directory(directory, config)
-    stored = read_json(directory / "inputs.json")
-    if stored is not None and (differing := [key for key in inputs if stored.get(key) != inputs[key]]):
+        return None
+    if "model_type" in stored:
+        raise UserError(f"{directory}: holds a model, not a run; choose another --workdir")
+    if (format := stored.pop("format", 1)) != FORMAT:
+        when = "an earlier" if format < FORMAT else "a later"
         raise UserError(
-            f"{directory}: this run was begun with {' and '.join(f'another {key}' for key in differing)}: "
-            "put back what it was, or choose another --workdir"
+            f"{directory}: made by {when} version of jaxup (format {format}, here {FORMAT}), which this one cannot "
+            "resume; choose another --workdir (`jaxup export` still writes its models)"
         )
-    write_json(directory / "config.json", config)
-    write_json(directory / "inputs.json", inputs)
+    return stored
 
 
-def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
-    for key in sorted(old.keys() | new.keys()):
-        name, a, b = f"{prefix}{key}", old.get(key, "(absent)"), new.get(key, "(absent)")
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{name}.")
-        elif a != b:
-            yield f"{name} was {a!r}, now {b!r}"
+def clean(directory: Path) -> None:
+    """Removes what killed writers of small files have left; for the one who holds the lock."""
+    for path in (*directory.glob(".*.tmp"), *directory.glob("checkpoints/*/.*.tmp")):
+        path.unlink()
+
+
+def _unfinished(path: Path) -> bool:
+    """Whether `write_atomically` was killed before it gave the file its name."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
 from jaxup.model.spec import STACK, flatten
@@ -24,13 +25,21 @@ from jaxup.training.partition import Partition
 Batch = dict[str, jax.Array]
 
 
+class Spikes(NamedTuple):
+    """What tells a spike of the gradient from its usual size."""
+
+    norms_W: jax.Array  # float32: gradient norms of the last W steps, each in the place step % W; -1 = none yet
+    skipped: jax.Array  # int32: steps skipped so far
+
+
 class TrainState(NamedTuple):
     params: Params  # float32 master weights of what trains
     opt_state: optax.OptState
-    step: jax.Array  # int32: updates done
-    # A step whose loss or gradient is not finite changes nothing, and neither does any after it,
+    step: jax.Array  # int32: updates done or skipped
+    # A step whose loss, gradient or update is not finite changes nothing, and neither does any after it,
     # so that the host, which looks at metrics one step late, still finds the state before it.
     halted: jax.Array  # bool
+    spikes: Spikes | None = None  # if steps with a spike are skipped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,18 @@ class StepConfig:
     accumulation: int  # micro-batches a step; the gradient does not depend on it
     loss_chunk: int  # positions whose logits exist at once
     z_loss: float
+    # A step is skipped whose gradient norm exceeds `spike_factor` times the median of the last `spike_window` steps,
+    # the skipped ones among them: what lasts becomes the usual. 0 = none; nor is one before the window is full.
+    spike_factor: float = 0.0
+    spike_window: int = 1
+
+    def __post_init__(self):
+        if 0 < self.spike_factor <= 1:
+            raise UserError("must be above 1, or 0 to skip none", at=f"step.spike_factor={self.spike_factor}")
+
+    def spikes(self) -> Spikes | None:
+        """Those of a state at its beginning."""
+        return Spikes(jnp.full(self.spike_window, -1.0, jnp.float32), jnp.int32(0)) if self.spike_factor else None
 
 
 def make_train_step(
@@ -69,10 +90,20 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
 
         norm, layer_norms_L = gradient_norms(grads, partition)
-        halted = state.halted | ~jnp.isfinite(norm) | ~jnp.isfinite(loss)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updated = (optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-        params, opt_state, step = jax.tree.map(lambda new, old: jnp.where(halted, old, new), updated, state[:3])
+        new = state._replace(
+            params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1
+        )
+        if state.spikes is not None:
+            norms_W, skipped = state.spikes
+            spike = jnp.all(norms_W >= 0) & (norm > config.spike_factor * jnp.median(norms_W))
+            new = _where(spike, skip_step(state), new)
+            norms_W = norms_W.at[state.step % config.spike_window].set(norm)
+            new = new._replace(spikes=Spikes(norms_W, skipped + spike))
+        # An update may be infinite where loss and gradient are not, by the learning rate.
+        finite = [norm, loss, *jax.tree.leaves(new.params)]
+        halted = state.halted | ~jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in finite]))
+        new = _where(halted, state, new)._replace(halted=halted)
         metrics = {
             "loss": plain * scale,
             "loss_with_z": loss * scale,
@@ -81,9 +112,24 @@ def make_train_step(
             "loss_tokens": tokens,
             "halted": halted,
         }
-        return TrainState(params, opt_state, step, halted), metrics
+        if state.spikes is not None:
+            metrics["skipped"] = spike & ~halted
+        return new, metrics
 
     return train_step
+
+
+def _where(condition: jax.Array, then: TrainState, otherwise: TrainState) -> TrainState:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), then, otherwise)
+
+
+def skip_step(state: TrainState) -> TrainState:
+    """The state after a step that is left out: the schedule goes on, and nothing else changes."""
+    schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
+    opt_state = jax.tree.map(
+        lambda node: node._replace(count=node.count + 1) if schedule(node) else node, state.opt_state, is_leaf=schedule
+    )
+    return state._replace(opt_state=opt_state, step=state.step + 1)
 
 
 def make_eval_step(

@@ -1,0 +1,171 @@
+"""A run's second start: what of its configuration may have changed, whether anything is left to do, `--resume`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import operator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxup.errors import UserError
+from jaxup.experiments.config import override
+from jaxup.text import read_json
+from jaxup.training import rundir
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+_ABSENT = "(absent)"
+
+
+def load_run(directory: Path, overrides: Iterable[tuple[str, str]] = ()) -> tuple[ConfigDict, str]:
+    """The configuration of the run in `directory`, with `overrides`, and its title; UserError if there is no run."""
+    from ml_collections import ConfigDict
+
+    from jaxup.experiments.defaults import defaults
+
+    stored = rundir.read_config(directory)
+    if stored is None:
+        raise UserError("no run there (no config.json)", at=f"--resume={directory}", hint="begin one with --config")
+    config = ConfigDict(_complete(_tuples(stored), defaults(stored.get("experiment", ""), small=True).to_dict()))
+    config.lock()
+    for key, text in overrides:
+        override(config, key, text)
+    title = (read_json(directory / "inputs.json") or {}).get("title")
+    return config, title or directory.resolve().name
+
+
+def check_config(directory: Path, config: ConfigDict) -> list[str]:
+    """What of the configuration has changed since the run in `directory` began, a line each.
+
+    UserError if that decides the numbers, or the directory holds something else.
+    """
+    from jaxup.experiments.defaults import COUNTS, MAY_CHANGE
+
+    stored = rundir.read_config(directory)
+    if stored is None:
+        return []
+    now = json.loads(json.dumps(config.to_dict()))
+    said, refused = [], []
+    for key, old, new in _differences(stored, now):
+        change = f"{key} was {old!r}, now {new!r}"
+        free = next((name for name in (key, key.rpartition(".")[0]) if name in MAY_CHANGE), None)
+        if free:
+            said.append(f"{change}{f': {MAY_CHANGE[free]}' if MAY_CHANGE[free] else ''}")
+        elif old == _ABSENT and any(new == default for default in _defaults(config, key)):
+            continue  # the key is newer than the run
+        elif key not in COUNTS:
+            refused.append(change)
+        elif config.optimizer.schedule != "constant":
+            refused.append(f"{change} (which goes with optimizer.schedule=constant)")
+        else:  # how many steps that are the data will say
+            said.append(change)
+    if refused:
+        more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+        raise UserError(
+            f"{directory}: holds a run of another configuration: {'; '.join(refused[:3])}{more}; "
+            f"choose another --workdir, or give the same configuration to resume (--resume={directory} has it)"
+        )
+    return said
+
+
+def begin(directory: Path, config: ConfigDict, inputs: dict[str, str | int], title: str) -> None:
+    """Writes config.json, and `inputs`, which identify what it only names; refuses to go on with others.
+
+    Of "steps" there may be more than there were, under a constant schedule; see `check_config`.
+    """
+    check_config(directory, config)  # again, by the one who holds the lock
+    stored = read_json(directory / "inputs.json")
+    if stored is not None:
+        numbers = {key: (stored[key], now) for key, now in inputs.items() if isinstance(now, int) and key in stored}
+        for key, (then, now) in numbers.items():
+            if now < then or (now > then and (key != "steps" or config.optimizer.schedule != "constant")):
+                hint = "there may be more, and not fewer" if key == "steps" else f"--config.{key}={then} keeps it"
+                raise UserError(f"{key} was {then}, now {now}", at=str(directory), hint=hint)
+        texts = [key for key, now in inputs.items() if isinstance(now, str)]
+        if differing := [key for key in texts if stored.get(key) != inputs[key]]:
+            raise UserError(
+                f"{directory}: this run was begun with {' and '.join(f'another {key}' for key in differing)}: "
+                "put back what it was, or choose another --workdir"
+            )
+    rundir.clean(directory)
+    rundir.write_json(directory / "config.json", config.to_dict())
+    rundir.write_json(directory / "inputs.json", inputs | {"title": title})
+
+
+def finish(directory: Path, config: ConfigDict, models: list[str]) -> None:
+    """Marks the run as finished, with these models: what is written last."""
+    rundir.write_json(directory / "finished.json", {"asked": _asks(config), "models": models})
+
+
+def finished(directory: Path, config: ConfigDict) -> list[str]:
+    """A line for each model of a run that has all that `config` asks for; none if anything is left to do."""
+    from jaxup.training.loop import read_result
+
+    mark, now = read_json(directory / "finished.json"), read_json(directory / "config.json")
+    if mark is None or mark["asked"] != _asks(config) or _asks(config) != _asks(now):
+        return []
+    wanted, said = [directory / "SUMMARY.md", directory / "export"], []
+    for name in mark["models"]:
+        model = directory / "checkpoints" / name
+        if (result := read_result(model)) is None:
+            return []
+        wanted += [model / str(result.steps)] * (result.steps > 0)
+        said.append(f"{name}: finished before, validation loss {result.val_loss:.4f}")
+    return said if all(path.exists() for path in wanted) else []
+
+
+def _asks(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
+    """What of that which may change under a run asks for more work."""
+    from jaxup.experiments.defaults import COUNTS
+
+    return {key: _get(config, key) for key in (*COUNTS, "eval.rows")}
+
+
+def _get(config: Any, key: str) -> Any:
+    try:
+        return functools.reduce(operator.getitem, key.split("."), config)
+    except KeyError:
+        return None
+
+
+def _defaults(config: ConfigDict, key: str) -> Iterator[Any]:
+    """What a key is where nothing is said of it, in JSON."""
+    from jaxup.experiments.defaults import defaults
+    from jaxup.model.config import ModelConfig
+
+    if key.startswith("model."):
+        family = inspect.signature(getattr(ModelConfig, config.model.family, ModelConfig)).parameters
+        yield getattr(family.get(key.removeprefix("model.")), "default", _ABSENT)
+    for small in (False, True):
+        yield json.loads(json.dumps(_get(defaults(config.experiment, small=small).to_dict(), key)))
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted(old.keys() | new.keys()):
+        name, a, b = f"{prefix}{key}", old.get(key, _ABSENT), new.get(key, _ABSENT)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{name}.")
+        elif isinstance(b, dict) and a == _ABSENT:
+            yield from _differences({}, b, f"{name}.")
+        elif a != b:
+            yield name, a, b
+
+
+def _complete(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """With what `defaults` have and `values` have not: keys that are newer than the run."""
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(values.get(key), dict):
+            values[key] = _complete(values[key], default)
+        values.setdefault(key, default)
+    return values
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists for them."""
+    if isinstance(value, dict):
+        return {key: _tuples(one) for key, one in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,244 @@
+"""Runs that go on: with another configuration, beyond what stopped them, for longer; and those with nothing to do."""
+
+import json
+import re
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+from runs import arguments, losses, metrics, result
+
+from jaxup import train
+from jaxup.data.batches import Batches
+from jaxup.errors import NonFinite, UserError
+from jaxup.experiments import inherit
+from jaxup.training.corrections import Corrections, parse, record
+from jaxup.training.metrics import MetricsLog
+
+
+def run(*args):
+    train.main(["train", *map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def folder(finished, tmp_path_factory):
+    """A folder for runs of a target of one layer, from a model that lies in it."""
+    folder = tmp_path_factory.mktemp("resuming")
+    shutil.copytree(finished[0] / "export", folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(folder, corpus):
+    """command(name, *more): one target at a constant rate, and nothing else that trains."""
+    given = [
+        f"--config.reference.path={folder / 'model'}", "--config.data.tokenizer=", "--config.inherit.layers=1",
+        "--config.optimizer.schedule=constant", "--config.inherit.control=0", "--config.eval.interval=8",
+        "--config.sample.tokens=0",
+    ]  # fmt: skip
+    return lambda name, *more: arguments(corpus, folder / name, *given, *more)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, command):
+    run(*command("whole"))
+    return folder / "whole"
+
+
+def files(directory):
+    return {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in directory.rglob("*")}
+
+
+def export(directory):
+    return (directory / "export" / "model.safetensors").read_bytes()
+
+
+# ---- nothing to do
+
+
+def test_a_finished_run_repeated_touches_nothing(whole, command, monkeypatch, capsys):
+    monkeypatch.setattr(inherit, "load", lambda *_, **__: pytest.fail("the reference is loaded again"))
+    before = files(whole)
+    other_mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.log.interval=5"]
+    for again in (command("whole"), [f"--resume={whole}"], [f"--resume={whole}", *other_mesh]):
+        run(*again)
+        assert re.search(
+            r"^target_1: finished before, .*\nfinished before: .*SUMMARY.md$", capsys.readouterr().out, re.M
+        )
+    assert files(whole) == before
+    with pytest.raises(UserError, match=r"step 3 left out: the run is finished"):
+        run(f"--resume={whole}", "--skip-step=3")
+
+
+def test_what_is_missing_of_a_finished_run_is_made_again(whole, folder):
+    shutil.copytree(whole, folder / "copy")
+    shutil.rmtree(folder / "copy" / "export")
+    run(f"--resume={folder / 'copy'}")
+    assert export(folder / "copy") == export(whole)
+
+
+# ---- another configuration
+
+
+def test_a_run_can_be_made_longer(whole, folder, command, capsys):
+    """It ends as if there had been so many steps at once, but for the last digits, which the mesh decides."""
+    run(*command("long", "--config.steps=12"))
+    shutil.copytree(whole, folder / "longer")
+    capsys.readouterr()
+    run(
+        f"--resume={folder / 'longer'}", "--config.steps=12", "--config.mesh.data=2", "--config.mesh.fsdp=4",
+        "--config.checkpoint.keep=1", "--config.eval.rows=16", "--config.log.interval=2",
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    for line in (
+        "steps was 8, now 12",
+        "mesh.fsdp was 1, now 4: sums are made in another order",
+        "eval.rows was 8, now 16",
+    ):
+        assert f"changed under the run: {line}" in out
+    assert "target_1: resumes at step 8 of 12" in out
+    got, want = ({r["step"]: r["loss"] for r in losses(folder / name) if "loss" in r} for name in ("longer", "long"))
+    assert list(got) == [*range(1, 9), 10, 12]
+    assert [got[n] for n in range(1, 9)] == [want[n] for n in range(1, 9)]
+    # float32 sums in another order, carried through four updates.
+    assert [got[n] for n in (10, 12)] == pytest.approx([want[n] for n in (10, 12)], rel=1e-5)
+    # Both models were measured on the same rows in the end, whatever those of before were.
+    assert [result(folder / "longer", name)["val_rows"] for name in ("reference", "target_1")] == [16, 16]
+    with pytest.raises(UserError, match="steps was 12, now 8; there may be more"):
+        run(f"--resume={folder / 'longer'}", "--config.steps=8")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--config.optimizer.b1=0.8"], "optimizer.b1 was 0.9, now 0.8"),
+        (["--config.compute.dtype=bfloat16"], "compute.dtype was 'float32', now 'bfloat16'"),
+        (["--config.optimizer.schedule=linear", "--config.steps=9"], "optimizer.schedule was 'constant', now 'linear'"),
+        (["--config.steps=7"], "steps was 8, now 7; there may be more"),
+        (["--config.optimizer.lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["--workdir=elsewhere"], "--workdir=elsewhere: --resume="),
+        (["--skip-step=x"], "--skip-step=x: the number of a step is at least 1"),
+        (["--rate-from=3"], "--rate-from=3: expected N:RATE"),
+        (["--rate-from=3:-1"], "--rate-from=3:-1: the rate must be a number and not negative"),
+    ],
+)
+def test_what_decides_the_numbers_may_not_change(whole, more, message):
+    before = files(whole)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        run(f"--resume={whole}", *more)
+    assert "\n" not in str(error.value)
+    assert {p.name for p, now in files(whole).items() if before.get(p) != now} <= {".lock"}
+
+
+def test_a_key_that_is_newer_than_the_run_has_its_default(whole, folder, command):
+    shutil.copytree(whole, folder / "older")
+    path = folder / "older" / "config.json"
+    config = json.loads(path.read_text())
+    del config["step"]["spike_factor"], config["sample"], config["model"]["depth_scaled_attention"]
+    path.write_text(json.dumps(config))
+    run(*command("older"))
+    run(f"--resume={folder / 'older'}")
+    with pytest.raises(UserError, match=r"step.spike_factor was '\(absent\)', now 3.0"):
+        run(f"--resume={folder / 'older'}", "--config.step.spike_factor=3")
+
+
+@pytest.mark.parametrize(("there", "message"), [(None, "no run there"), ("model", "holds a model, not a run")])
+def test_there_must_be_a_run_to_resume(folder, there, message):
+    with pytest.raises(UserError, match=message):
+        run(f"--resume={folder / (there or 'nowhere')}")
+
+
+def test_a_reference_that_was_replaced_is_refused(whole, folder, command):
+    """As if killed after the reference was measured; then its weights change."""
+    shutil.copytree(whole, folder / "replaced")
+    shutil.rmtree(folder / "replaced" / "checkpoints" / "target_1")
+    path, aside = folder / "model" / "model.safetensors", folder / "aside"
+    path.rename(aside)
+    data = bytearray(aside.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    data[begin:] = (np.frombuffer(data[begin:], np.float32) * np.float32(1.7)).tobytes()
+    path.write_bytes(data)
+    manifest = (folder / "model" / "jaxup_manifest.json").rename(folder / "manifest")
+    try:
+        with pytest.raises(UserError, match="not those the run began with"):
+            run(f"--resume={folder / 'replaced'}")
+    finally:
+        aside.rename(path)
+        manifest.rename(folder / "model" / "jaxup_manifest.json")
+
+
+def test_what_a_killed_start_leaves_is_no_run_of_another(folder, command):
+    (folder / "killed").mkdir()
+    for name in (".lock", ".config.json.tmp"):
+        (folder / "killed" / name).write_text("{")
+    run(*command("killed", "--config.steps=1", "--config.optimizer.warmup_steps=0"))
+    assert not list((folder / "killed").rglob(".*.tmp"))
+
+
+# ---- steps that are not finite
+
+
+def test_a_batch_that_is_not_finite_is_left_out(folder, command, monkeypatch):
+    """Interrupted by it, the run ends as one that knew of it from the beginning; so does what tells spikes."""
+    spikes = ["--config.step.spike_factor=1.02", "--config.step.spike_window=2"]
+    read = Batches.__call__
+
+    def broken(self, step, share=slice(None)):
+        batch = read(self, step, share)
+        batch["loss_weights"][0, 0] *= np.nan if step == 3 else 1
+        return batch
+
+    monkeypatch.setattr(Batches, "__call__", broken)
+    with pytest.raises(NonFinite, match=r"target_1: step 4: loss nan .*rows \d+, .*--skip-step=4.*--rate-from=4:RATE"):
+        run(*command("nan", *spikes))
+    with pytest.raises(UserError, match="--skip-step=2: 3 of 8 steps are done"):
+        run(f"--resume={folder / 'nan'}", "--skip-step=2")
+    more = ["--skip-step=4", "--rate-from=6:1e-4"]
+    run(f"--resume={folder / 'nan'}", *more)
+    run(*command("known", *spikes), *more)
+    assert losses(folder / "nan") == losses(folder / "known")
+    assert export(folder / "nan") == export(folder / "known")
+    rates = {r["step"]: r.get("learning_rate") for r in metrics(folder / "nan") if "loss" in r or "skipped" in r}
+    assert [rates[n] for n in range(3, 9)] == pytest.approx([2e-3, None, 2e-3, 1e-4, 1e-4, 1e-4])
+    spikes = [r["step"] for r in losses(folder / "nan") if "skipped" in r and "loss" in r]
+    assert spikes  # the window holds steps from before the interruption
+    said = f"step 4 left out, from step 6 on a rate with its peak at 0.0001, {len(spikes)} steps with a spike"
+    assert said in (folder / "nan" / "SUMMARY.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # of a rate that float32 has not
+def test_an_update_that_is_not_finite_is_not_made(folder, command):
+    more = [
+        "--config.optimizer.learning_rate=1e39",
+        "--config.optimizer.warmup_steps=0",
+        "--config.checkpoint.interval=1",
+    ]
+    with pytest.raises(NonFinite, match=r"step 1: the update is not finite .*, learning rate 1e\+39\); .* not made \("):
+        run(*command("infinite", *more))
+    assert not [p for p in (folder / "infinite" / "checkpoints" / "target_1").iterdir() if p.name.isdecimal()]
+
+
+def test_corrections_are_kept(tmp_path):
+    first = record(tmp_path, parse(["4", "2"], ["6:1e-3"]), done=1, steps=9)
+    assert first == Corrections((2, 4), ((6, 1e-3),))
+    assert record(tmp_path, Corrections(), done=9, steps=9) == first
+    assert record(tmp_path, parse(["4"], ["6:1e-3"]), done=7, steps=9) == first  # the same again
+    assert record(tmp_path, parse([], ["6:1e-5", "8:1"]), done=5, steps=9).rates == ((6, 1e-5), (8, 1.0))
+    with pytest.raises(UserError, match="--rate-from=6: 7 of 9 steps are done"):
+        record(tmp_path, parse([], ["6:2"]), done=7, steps=9)
+    with pytest.raises(UserError, match="--skip-step=10: of 9 steps"):
+        record(tmp_path, parse(["10"], []), done=7, steps=9)
+
+
+def test_each_directory_has_a_run_of_its_own_in_wandb(tmp_path, monkeypatch):
+    ids = []
+    wandb = types.SimpleNamespace(init=lambda **how: ids.append((how["name"], how["id"])))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for name in ("a", "b", "a"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        MetricsLog(tmp_path / name / "metrics.jsonl", ("wandb",), name="heal-quick")
+    assert ids[0] == ids[2]
+    assert ids[0][1] != ids[1][1]
+    assert {name for name, _ in ids} == {"heal-quick"}
