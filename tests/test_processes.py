@@ -1,9 +1,11 @@
 """Several processes on one machine: the same global batch, the same losses, one stop for all."""
 
 import json
+import logging
 import re
 import shutil
 import signal
+import sys
 
 import numpy as np
 import processes
@@ -13,13 +15,13 @@ from flax import traverse_util
 from runs import HEAL, arguments, losses, metrics
 from test_heal import COPIES, runs  # noqa: F401
 
-from jaxup.errors import Stopped
+from jaxup.errors import Stopped, UserError
 from jaxup.hub.writer import save
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract
 from jaxup.model.spec import flatten
 from jaxup.train import main
-from jaxup.training import loop
+from jaxup.training import checkpoint, loop
 
 
 def check_losses(one, two):
@@ -96,11 +98,32 @@ def test_a_signal_to_one_stops_both_at_a_step_from_which_one_goes_on(corpus, tmp
     assert len(steps) > step
 
 
+def test_a_signal_is_no_fault_of_what_is_restored():
+    with pytest.raises(Stopped), checkpoint.restoring("run/checkpoints/healed/9", "remove it"):
+        raise Stopped("stopped by SIGTERM", 143)
+
+
+def test_what_is_silenced_for_orbax_is_not_for_good(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_STRAGGLERS", 0.01)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    state = lambda: [*(logger.level for logger in loggers), sys.unraisablehook]  # noqa: E731
+    before = state()
+    with checkpoint.Checkpoints(tmp_path / "run", keep=1):
+        assert state()[0] == logging.ERROR
+    with checkpoint.restoring("run", "remove it"):
+        assert state() != before
+    assert state() == before
+    refused = pytest.raises(UserError, match="cannot restore this checkpoint: no such array; remove it")
+    with refused, checkpoint.restoring("run", "remove it"):
+        raise ValueError("no such array")
+    processes.wait_until(lambda: state() == before)
+
+
 FAULT = """
 import hashlib, os, signal, sys, threading, time
 from jaxup.errors import UserError, entry_point
 from jaxup.train import main
-from jaxup.training import loop
+from jaxup.training import checkpoint, loop
 rank, place, fault = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1)
 check, train = loop._Meter.check, loop._train
 def provoke():
@@ -161,7 +184,7 @@ from flax import nnx
 from jaxup import UserError, load
 from jaxup.model.spec import flatten
 from jaxup.train import main
-from jaxup.training import loop
+from jaxup.training import checkpoint, loop
 from jaxup.hub.reader import load_config
 from plain import load_params
 good, bad = sys.argv[1:]
