@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
-from jaxup.progress import say
+from jaxup.progress import printable, say
 
 
 class UserError(Exception):
@@ -45,7 +45,8 @@ class UserError(Exception):
         self.what, self.hint = what, hint
         self.at = (at,) if isinstance(at, str) else tuple(at)
         places = "".join(place if place.endswith(".") else f"{place}: " for place in self.at)
-        super().__init__(f"{places}{what}" + (f"; {hint}" if hint else ""))
+        # One line, whatever names and messages of others are in it.
+        super().__init__(printable(f"{places}{what}" + (f"; {hint}" if hint else ""), keep=""))
 
     def within(self, *at: str) -> UserError:
         """The same error inside of wider places: `raise error.within("config.json") from None`."""
@@ -124,7 +125,7 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
 
 def entry_point(main: Callable[[list[str]], int | None]) -> None:
     """Runs `main(sys.argv)` and exits the process with the code that its outcome calls for."""
-    warnings.formatwarning = lambda message, *_: f"jaxup: warning: {message}\n"  # no file and line of ours
+    warnings.formatwarning = lambda message, *_: f"jaxup: warning: {printable(message)}\n"  # no file and line of ours
     try:
         code = main(sys.argv) or 0
     except (UserError, NonFinite, Stopped) as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxup.errors import UserError, first_line
+from jaxup.files.storage import check_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -65,13 +66,20 @@ def load_tokenizer(spec: str, *, name: str = "") -> PreTrainedTokenizerBase:
 def _from_pretrained(spec: str, name: str, **options: bool) -> PreTrainedTokenizerBase:
     try:
         return auto_tokenizer(spec, **options)
+    except UserError as error:
+        raise error.within("tokenizer") from None
     except Exception as error:  # OSError, ValueError, KeyError, tokenizers' bare Exception, ...
         reason = first_line(error).replace(spec, name)
         raise UserError(f"cannot load {name}: {reason}", at="tokenizer") from None
 
 
 def auto_tokenizer(spec: str, **options: bool) -> PreTrainedTokenizerBase:
-    """What transformers' AutoTokenizer makes of a directory or hub id, with its errors; no code of it is run."""
+    """What transformers' AutoTokenizer makes of a directory or hub id, with its errors; no code of it is run.
+
+    UserError for a directory that would have it read other files than its own.
+    """
+    if os.path.isdir(spec):
+        check_texts(spec)
     with _torch_later():
         from transformers import AutoTokenizer
 

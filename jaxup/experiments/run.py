@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from jaxup.errors import UserError
 from jaxup.experiments.config import section
 from jaxup.processes import Processes, gather, told
+from jaxup.progress import tell
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -68,13 +69,13 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str) -> None:
                 print(experiment.report(), end="", flush=True)
                 devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}"
                 steps = f"{experiment.steps:,} steps"
-                print(f"devices: {devices}; {experiment.data}; {steps}; run directory: {workdir}", flush=True)
+                tell(f"devices: {devices}; {experiment.data}; {steps}; run directory: {workdir}")
             trackers = tuple(config.log.trackers) if writes else ()
             log = MetricsLog(workdir / "metrics.jsonl", trackers, name=title, config=config.to_dict())
             run = Run(workdir, settings, mesh, experiment.data, log, processes, experiment.sample)
             experiment.carry_out(run, title)
         if writes:
-            print(f"finished: {workdir / 'SUMMARY.md'}", flush=True)
+            tell(f"finished: {workdir / 'SUMMARY.md'}")
 
 
 def _check_same(what: Mapping[str, str]) -> None:

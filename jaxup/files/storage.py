@@ -20,6 +20,12 @@ from jaxup.errors import UserError, first_line, suggest
 SCHEMES = ("gs", "s3", "https", "http", "file")
 HUB_ID = re.compile(r"(?!.*\.\.)[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SMALL = 4 * 2**20  # bytes; a config, or the index of 30,000 tensors
+LARGEST_TEXT = 100 * 2**20  # bytes; a tokenizer.json
+# Whatever class of tokenizer the directory names.
+_TEXTS = re.compile(
+    r"(config|generation_config|special_tokens_map|added_tokens|tekken|(tokenizer|vocab|chat_template|\w*processor).*)"
+    r"\.json|(vocab|merges).*\.txt|.*\.(jinja|model|tiktoken)"
+)
 
 
 @runtime_checkable
@@ -114,9 +120,12 @@ class Local:
         return buffer
 
     def whole(self, file: str, limit: int = _SMALL) -> bytes:
+        self.check_size(file, limit)
+        return self.read(file, 0, self.path(file).stat().st_size).tobytes()
+
+    def check_size(self, file: str, limit: int) -> None:
         if self.reaches(file, limit + 1):
             raise UserError(f"{self.name}: {file} is larger than {limit} bytes")
-        return self.read(file, 0, self.path(file).stat().st_size).tobytes()
 
     def path(self, file: str) -> Path:
         """Where the file is, if it is a regular file that lies here, or in the blobs of a hub cache."""
@@ -135,6 +144,16 @@ class Local:
         if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
             raise UserError(f"{self.name}: {file} is not a regular file")
         return path
+
+
+def check_texts(directory: str | os.PathLike) -> None:
+    """UserError if a file that transformers may open for a tokenizer is none, lies elsewhere, or is far too large."""
+    storage = Local(directory)
+    for folder in ("", "additional_chat_templates"):
+        for name in sorted(os.listdir(storage.root / folder) if (storage.root / folder).is_dir() else ()):
+            file = os.path.join(folder, name)
+            if _TEXTS.fullmatch(name) and (storage.root / file).exists():  # a link to nothing is as good as absent
+                storage.check_size(file, LARGEST_TEXT)
 
 
 class _Hub(Local):

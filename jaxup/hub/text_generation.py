@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxup.errors import UserError
+from jaxup.files.storage import Local
+from jaxup.text import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,17 +122,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
 def stop_ids(directory: Path | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that end a text: of generation_config.json, else config.json, else the tokenizer."""
-    for file in () if directory is None else (directory / "generation_config.json", directory / "config.json"):
-        if not file.is_file():
+    storage = None if directory is None else Local(directory)
+    for file in ("generation_config.json", "config.json"):
+        if storage is None or not storage.exists(file):
             continue
-        try:
-            ids = json.loads(file.read_bytes()).get("eos_token_id")
-        except (ValueError, AttributeError):
-            raise UserError(f"{file}: not a JSON object") from None
+        ids = parse_json(storage.whole(file), f"{storage.name}: {file}").get("eos_token_id")
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
             if not all(type(i) is int for i in ids):
-                raise UserError(f"{file}: eos_token_id={ids} is not a token id or a list of them")
+                raise UserError(f"{storage.name}: {file}: eos_token_id={ids} is not a token id or a list of them")
             return tuple(ids)
     return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 

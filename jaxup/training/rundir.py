@@ -45,7 +45,7 @@ def check_directory(directory: Path, config: dict[str, Any]) -> None:
     for path in (directory, *directory.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file, not a directory for runs")
-    stored = read_json(directory / "config.json")
+    stored = read_json(directory / "config.json", {"format": int | None}, "put it back, or choose another --workdir")
     if stored is not None:
         if "model_type" in stored:
             raise UserError(f"{directory}: holds a model, not a run; choose another --workdir")
@@ -68,7 +68,8 @@ def check_directory(directory: Path, config: dict[str, Any]) -> None:
 def begin(directory: Path, config: dict[str, Any], inputs: dict[str, str]) -> None:
     """Writes config.json, and `inputs`, which identify what it only names; refuses to go on with others."""
     check_directory(directory, config)
-    stored = read_json(directory / "inputs.json")
+    hint = "delete it if data and models are those that the run began with"
+    stored = read_json(directory / "inputs.json", dict.fromkeys(inputs, str | None), hint)
     if stored is not None and (differing := [key for key in inputs if stored.get(key) != inputs[key]]):
         raise UserError(
             f"{directory}: this run was begun with {' and '.join(f'another {key}' for key in differing)}: "
