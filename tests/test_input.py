@@ -2,13 +2,17 @@
 
 import json
 import os
+import socket
+import time
 
+import huggingface_hub
 import pytest
 
-from jaxup.errors import UserError
+from jaxup.data.tokenizer import encoder, load_tokenizer, train_bpe
+from jaxup.errors import UserError, entry_point
 from jaxup.experiments.stored import read_stored
 from jaxup.files import manifest, storage
-from jaxup.hub.text_generation import stop_ids
+from jaxup.hub import text_generation
 from jaxup.model.config import ModelConfig
 from jaxup.text import read_json
 from jaxup.training.loop import Result, read_result
@@ -141,7 +145,7 @@ def test_pipes_and_endless_files_beside_a_model_are_not_opened(tmp_path):
         with open(tmp_path / name, "wb") as file:
             file.truncate(3 * 2**30)
     refused("jaxup_manifest.json is larger than", manifest.check_manifest, tmp_path, ["config.json"])
-    refused("generation_config.json is larger than", stop_ids, tmp_path, None)
+    refused("generation_config.json is larger than", text_generation.stop_ids, tmp_path, None)
 
 
 # ---- the terminal
@@ -151,3 +155,113 @@ def test_errors_have_no_control_characters():
     error = UserError(f"what {CONTROLS}", at=[f"at {CONTROLS}"], hint=f"hint\n{CONTROLS}")
     for text in (str(error), str(error.within(CONTROLS))):
         assert text.isprintable()
+
+
+# ---- tokenizers, and the Hub
+
+
+@pytest.fixture
+def tokenizer_files(tmp_path):
+    """change(state) -> the directory of a tokenizer whose tokenizer.json is what `change` made of it."""
+    train_bpe(["some text and more"], 270).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+
+    def made(change):
+        state = json.loads(file.read_text())
+        change(state)
+        file.write_text(json.dumps(state))
+        return str(tmp_path)
+
+    return made
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+    "normalizers",
+    [
+        [replace({"String": "a"}, "a" * 1000)],
+        [replace({"String": "a"}, "aa")] * 40,
+        [replace({"Regex": "."}, "ab")] * 40,
+        [{"type": "Sequence", "normalizers": [replace({"String": ""}, "x" * 200)]}, {"type": "Lowercase"}],
+    ],
+)
+def test_a_tokenizer_that_multiplies_text_is_refused(tokenizer_files, normalizers):
+    harmless = [{"type": "Prepend", "prepend": "_"}, replace({"String": " "}, "_"), replace({"String": "…"}, "...")]
+    load_tokenizer(
+        tokenizer_files(lambda state: state.update(normalizer={"type": "Sequence", "normalizers": harmless}))
+    )
+    hostile = lambda state: state.update(normalizer={"type": "Sequence", "normalizers": normalizers})  # noqa: E731
+    refused("multiplies text", load_tokenizer, tokenizer_files(hostile))
+
+
+def test_a_tokenizer_that_fails_when_it_is_used_is_one_line(tokenizer_files, capfd):
+    special = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "no", "type_id": 0}}], "pair": []}
+    change = lambda state: state.update(post_processor={**special, "special_tokens": {}})  # noqa: E731
+    directory = tokenizer_files(change)
+
+    def use():
+        text_generation.encode(load_tokenizer(directory), "some text")
+
+    refused("(the tokenizer fails|cannot load)", use)
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    directory = tokenizer_files(lambda state: state.update(post_processor=None, pre_tokenizer=split))
+    tokenizer = load_tokenizer(directory)
+    refused("the tokenizer fails", text_generation.encode, tokenizer, "a" * 40 + " x!")
+    refused("the tokenizer fails", encoder(tokenizer), ["a" * 40 + " x!"])
+
+
+def test_a_mistyped_directory_asks_no_network(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    (tmp_path / "base-model").mkdir()
+    (tmp_path / "org" / "llama-3b").mkdir(parents=True)
+    refused("base-modle: no such file or directory; did you mean 'base-model'", storage.open_storage, "base-modle")
+    refused("did you mean 'llama-3b'.*the Hub's is org/lama-3b@main", storage.open_storage, "org/lama-3b")
+    refused("nothing: no such directory; a model on the Hub is ORG/NAME", storage.open_storage, "nothing")
+    refused("tokenizer: nothing: no such directory; a model on", load_tokenizer, "nothing")
+
+
+def test_a_hub_or_server_that_does_not_answer_is_one_line(monkeypatch):
+    monkeypatch.setattr(storage, "SECONDS", 0.2)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: time.sleep(5))
+    refused("org/name: no such directory, and the Hub does not answer within", storage.open_storage, "org/name")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        monkeypatch.setattr(storage, "SECONDS", 20)
+        refused("config.json cannot be read: .* retry attempts", url_of(port).exists, "config.json")
+        silent.listen()
+        monkeypatch.setattr(storage, "SECONDS", 0.2)
+        refused("config.json cannot be read: no answer within 0.2 s", url_of(port).exists, "config.json")
+
+
+def url_of(port):
+    return storage.open_storage(f"http://127.0.0.1:{port}/model")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(28, "No space left on device", "some/file"), 6, "some/file: No space left on device"),
+        (OSError(36, "File name too long", "a" * 300), 1, "aaa"),
+        (MemoryError("7 TiB"), 1, "there is not enough memory: 7 TiB"),
+        (RecursionError("too deep"), 1, "a file is nested too deeply, or damaged: too deep"),
+        (UserError(f"name {CONTROLS}"), 2, "name"),
+    ],
+)
+def test_what_no_check_foresaw_is_one_line(error, code, said, capsys):
+    def main(_):
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        entry_point(main)
+    assert end.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"jaxup: {said}")
+    assert line.isprintable()

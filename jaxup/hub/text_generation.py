@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxup.errors import UserError
-from jaxup.files.storage import Local
 from jaxup.text import parse_json
 
 if TYPE_CHECKING:
@@ -116,12 +115,16 @@ def check_options(options: Mapping[str, Any], spelt: Callable[[str], str] = "gen
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """The tokens that a text is gone on from."""
     from jaxup.data.chat_formats import prompt_ids
+    from jaxup.data.tokenizer import tokenizing
 
-    return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt_ids(tokenizer, prompt)
+    with tokenizing():
+        return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt_ids(tokenizer, prompt)
 
 
 def stop_ids(directory: Path | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that end a text: of generation_config.json, else config.json, else the tokenizer."""
+    from jaxup.files.storage import Local
+
     storage = None if directory is None else Local(directory)
     for file in ("generation_config.json", "config.json"):
         if storage is None or not storage.exists(file):
@@ -160,4 +163,7 @@ class Detokenizer:
         return self._decode(self._ids)[len(self._decode(self._ids[: self._known])) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        from jaxup.data.tokenizer import tokenizing
+
+        with tokenizing():
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
