@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxup.errors import Parser, Stopped, entry_point
 from jaxup.plan import recipe_arguments
+from jaxup.progress import tell
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -43,15 +44,15 @@ def main(argv: list[str]) -> None:
         warnings.warn(note, stacklevel=1)
     work = prepare(recipe, max_shard_size=args.max_shard_size, allow_pickle=args.allow_pickle)
     check_place(work, out, force=args.force)
-    print(recipe.plan.describe())
+    tell(recipe.plan.describe())
     if args.dry_run:
-        print(f"\n{work.describe(out, args.sparse)}", flush=True)
+        tell(f"\n{work.describe(out, args.sparse)}")
         check_space(out.absolute().parent, out, work.needed(args.sparse))
         return
     built = carry_out(work, out, sparse=args.sparse, force=args.force, verify=args.verify, progress=True)
-    print(f"\nwrote {out}: {built}", flush=True)
+    tell(f"\nwrote {out}: {built}")
     if args.verify:
-        print(built.report, flush=True)
+        tell(built.report)
 
 
 def _stop(signum: int, frame: Any) -> None:

@@ -5,6 +5,7 @@ Every `python -m jaxup.NAME` runs under `entry_point`, so exit codes mean the sa
 | code | meaning |
 |---|---|
 | 0 | done |
+| 1 | the machine or a library failed: a disk, memory, a file that no check foresaw; or a mistake of ours, a traceback |
 | 2 | the user's mistake: one line on stderr, nothing written |
 | 3 | training stopped because a gradient or loss was not finite |
 | 5 | of several processes one died, or made no progress |
@@ -26,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
-from jaxup.progress import say
+from jaxup.progress import printable, say
 
 
 class UserError(Exception):
@@ -45,7 +46,8 @@ class UserError(Exception):
         self.what, self.hint = what, hint
         self.at = (at,) if isinstance(at, str) else tuple(at)
         places = "".join(place if place.endswith(".") else f"{place}: " for place in self.at)
-        super().__init__(f"{places}{what}" + (f"; {hint}" if hint else ""))
+        # One line, whatever names and messages of others are in it.
+        super().__init__(printable(f"{places}{what}" + (f"; {hint}" if hint else ""), keep=""))
 
     def within(self, *at: str) -> UserError:
         """The same error inside of wider places: `raise error.within("config.json") from None`."""
@@ -105,6 +107,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether it is a failed assertion in a library written in Rust, such as tokenizers: no Exception of Python."""
+    return type(error).__module__ == "pyo3_runtime"
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says in its first line, or its kind if it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -124,7 +131,7 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
 
 def entry_point(main: Callable[[list[str]], int | None]) -> None:
     """Runs `main(sys.argv)` and exits the process with the code that its outcome calls for."""
-    warnings.formatwarning = lambda message, *_: f"jaxup: warning: {message}\n"  # no file and line of ours
+    warnings.formatwarning = lambda message, *_: f"jaxup: warning: {printable(message)}\n"  # no file and line of ours
     try:
         code = main(sys.argv) or 0
     except (UserError, NonFinite, Stopped) as error:
@@ -136,4 +143,16 @@ def entry_point(main: Callable[[list[str]], int | None]) -> None:
     except BrokenPipeError:  # `... | head` closed our stdout; it is not an error worth a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        told = storage_error(error, *([str(error.filename)] if error.filename else []))
+        say(told)
+        code = told.exit_code if isinstance(told, NoRoom) else 1
+    except MemoryError as error:
+        say(f"there is not enough memory: {first_line(error)}")
+        code = 1
+    except BaseException as error:
+        if not isinstance(error, RecursionError) and not is_panic(error):
+            raise
+        say(f"a file is nested too deeply, or damaged: {first_line(error)}")
+        code = 1
     sys.exit(code)

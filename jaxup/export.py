@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from jaxup.errors import Parser, UserError, entry_point
+from jaxup.progress import tell
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it need not fit into an accelerator
             model = load(where, revision=args.revision, allow_pickle=args.allow_pickle, strict=True, progress=True)
         save(model, out, **how)
-    print(f"wrote {out}", flush=True)
+    tell(f"wrote {out}")
 
 
 def _check_apart(source: Path, out: Path) -> None:

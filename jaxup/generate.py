@@ -7,6 +7,7 @@ of which the exported model is taken. One prompt is written as it comes, several
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
     from jaxup.hub.directory import tokenizer_directory
     from jaxup.hub.load import load
     from jaxup.hub.reader import load_config
-    from jaxup.progress import Progress
+    from jaxup.progress import Progress, printable
 
     path = Path(args.model).expanduser()
     if (path / "checkpoints").is_dir():
@@ -93,11 +94,13 @@ def main(argv: list[str]) -> None:
     model = load(args.model, progress=True, **how)
 
     began = time.monotonic()
+    # Elsewhere than on a terminal the text is to the letter what the model writes.
+    shown = functools.partial(printable, keep="\n\t") if sys.stdout.isatty() else str
     writing = Writing(model, tokenizer, prompts, eos_ids=ends, **{name: getattr(args, name) for name in OPTIONS})
     written = ["" if args.chat else text for text in texts]
     single = len(texts) == 1
     if single:
-        print(written[0], end="", flush=True)
+        print(shown(written[0]), end="", flush=True)
     interrupted = False
     with Progress("generate", total=args.max_tokens, unit="tokens of each prompt", shown=not single) as progress:
         try:
@@ -106,17 +109,17 @@ def main(argv: list[str]) -> None:
                     first = time.monotonic()
                 written = [text + piece for text, piece in zip(written, pieces, strict=True)]
                 if single:
-                    print(pieces[0], end="", flush=True)
+                    print(shown(pieces[0]), end="", flush=True)
                 progress.update(len(writing.counts))
         except KeyboardInterrupt:
             interrupted = True
     last = time.monotonic()
     if single:
-        print(writing.rest()[0], flush=True)
+        print(shown(writing.rest()[0]), flush=True)
     else:
         for number, (prompt, text, rest) in enumerate(zip(texts, written, writing.rest(), strict=True), 1):
             heading = f"[{number}] {prompt}\n" if args.chat else f"[{number}] "
-            print(f"{heading}{text}{rest}\n", flush=True)
+            print(shown(f"{heading}{text}{rest}\n"), flush=True)
     if counts := writing.counts:
         rate = f", {sum(counts[1:]) / (last - first):.1f} tokens/s" if len(counts) > 1 and last > first else ""
         print(f"{sum(counts)} tokens, {first - began:.1f} s to the first{rate}", file=sys.stderr)

@@ -12,6 +12,7 @@ import os
 import sys
 
 from jaxup.errors import Parser, UserError, entry_point
+from jaxup.progress import say
 
 
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     printed = next((kind for kind, file in wanted.items() if file == "-"), None)
     if printed:
         for note in recipe.notes:
-            print(f"jaxup: note: {note}", file=sys.stderr)
+            say(f"note: {note}")
     else:
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
         for line in report(recipe, color=color):
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
         sys.stdout.flush()
     check(recipe)  # printed first, all of it: this names only the first of what keeps the models apart
     if (args.to_mergekit or args.to_plan) and recipe.beyond_plan:
-        print(f"jaxup: note: {recipe.beyond_plan}", file=sys.stderr)
+        say(f"note: {recipe.beyond_plan}")
     # All of them are made before the first is written.
     contents = {kind: written(recipe, kind) for kind, file in wanted.items() if file is not None}
     if printed:

@@ -13,9 +13,22 @@ if TYPE_CHECKING:
 reports = 0  # how often anything in this process was said to have got on: whoever counts them sees that it lives
 
 
+def printable(text: object, keep: str = "\n") -> str:
+    """As text, with a blank for what could move the cursor of a terminal, or turn the direction of what follows.
+
+    Names, messages and texts of files, models and libraries go through this on their way to a terminal.
+    """
+    return "".join(c if c.isprintable() or c in keep else " " for c in str(text))
+
+
 def say(message: object) -> None:
     """A line of the program's own on stderr, which is there at once."""
-    print(f"jaxup: {message}", file=sys.stderr, flush=True)
+    print(f"jaxup: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def tell(message: object = "") -> None:
+    """A line of what the program is for, on stdout, which is there at once."""
+    print(printable(message), flush=True)
 
 
 class Waiting:
@@ -43,7 +56,7 @@ class Progress:
     def __init__(
         self, label: str, *, total: int | None, unit: str, start: int = 0, interval: float = 10.0, shown: bool = True
     ):
-        self.label, self.total, self.unit, self.interval, self.shown = label, total, unit, interval, shown
+        self.label, self.total, self.unit, self.interval, self.shown = printable(label), total, unit, interval, shown
         self.done = self.first = start
         self._bar: Bar | None = None
 
@@ -65,7 +78,7 @@ class Progress:
     def update(self, done: int, detail: str = "") -> None:
         global reports
         reports += 1
-        self.done = done
+        self.done, detail = done, printable(detail)
         if self._bar:
             self._bar.update(self._task, completed=done, detail=detail)
         elif self.shown and time.monotonic() - self._printed >= self.interval:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import reprlib
+import stat
+import types
+import typing
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jaxup.errors import UserError
 
-
-def printable(text: str) -> str:
-    """With a blank for what could move the cursor of a terminal; line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+_LARGEST = 64 * 2**20  # bytes of a JSON file of ours
 
 
 def named(name: str) -> str:
@@ -37,8 +41,11 @@ def size(nbytes: int) -> str:
     return f"{nbytes / 1000**power:,.2f} {('KB', 'MB', 'GB', 'TB')[power - 1]}" if power else f"{nbytes} bytes"
 
 
-def parse_json(text: bytes, shown: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys; UserError (starting with `shown`) for anything else."""
+def parse_json(text: bytes, shown: str, *, constants: bool = False) -> dict[str, Any]:
+    """A JSON object without duplicate keys; UserError (starting with `shown`) for anything else.
+
+    `constants`: NaN and infinity may be in it, which Python writes though JSON has no such numbers.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -52,24 +59,76 @@ def parse_json(text: bytes, shown: str) -> dict[str, Any]:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=None if constants else refuse)
     except RecursionError:
         raise UserError(f"{shown}: nested too deeply") from None
     except ValueError as error:  # malformed JSON, malformed UTF-8 or a number of thousands of digits
         raise UserError(f"{shown}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{shown}: must be a JSON object, not {type(value).__name__}")
+        raise UserError(f"{shown}: not a JSON object but {type(value).__name__}")
     return value
 
 
-def read_json(path: Path) -> Any:
-    """The parsed file of this project's own, or None if there is none; UserError if it is damaged."""
+def read_json(path: Path, kinds: Mapping[str, Any], hint: str) -> dict[str, Any] | None:
+    """A JSON object that this project wrote, or None if there is no such file.
+
+    Args:
+      kinds: the types of the keys that are read; more keys may be there.
+      hint: what to do with a damaged one.
+
+    Raises:
+      UserError: it is damaged: no JSON object, or a key is not there or of another type.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+            raise UserError("not a regular file", at=str(path), hint=hint)
+        if path.stat().st_size > _LARGEST:
+            raise UserError(f"damaged: larger than {_LARGEST} bytes", at=str(path), hint=hint)
+        value = parse_json(path.read_bytes(), "damaged", constants=True)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", at=str(path)) from None
+    except UserError as error:
+        raise UserError(error.what, at=str(path), hint=hint) from None
+    if wrong := misfit(value, kinds):
+        raise UserError(f"damaged: {wrong}", at=str(path), hint=hint)
+    return value
+
+
+def misfit(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
+    """What keeps the values of a JSON object from being of these types, in words; "" if nothing does."""
+    for name, kind in kinds.items():
+        if name not in values and not _fits(None, kind):
+            return f"{name} is missing"
+        if not _fits(values.get(name), kind):
+            return f"{name} must be {getattr(kind, '__name__', kind)}, not {reprlib.repr(values[name])}"
+    return ""
+
+
+def kinds_of(cls: Any, values: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The types of the fields of a dataclass, for `misfit`; of those with a default if they are among `values`."""
+    hints, missing = typing.get_type_hints(cls), dataclasses.MISSING
+    fields = ((field, field.default is field.default_factory is missing) for field in dataclasses.fields(cls))
+    return {field.name: hints[field.name] for field, needed in fields if needed or field.name in values}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of a type such as `dict[str, int | None]`; a dataclass is an object of its fields."""
+    origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in of
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in of)
+    if origin is tuple or origin is list:
+        return isinstance(value, (list, tuple)) and all(_fits(each, of[0]) for each in value)
+    if origin is not None:
+        return isinstance(value, dict) and all(_fits(each, of[1]) for each in value.values())
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, dict) and not misfit(value, kinds_of(kind, value))
+    return type(value) is kind or (kind is float and type(value) is int) or (value is None and kind is type(None))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

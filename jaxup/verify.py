@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 from jaxup.errors import Parser, UserError, entry_point
+from jaxup.progress import tell
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
     for place in args.places:
         for line, is_fault in verified(place):
             damaged += is_fault
-            print(line, flush=True)
+            tell(line)
     if damaged:
         raise UserError(f"{damaged} of the files above {'is' if damaged == 1 else 'are'} not what was written")
 

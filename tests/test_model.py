@@ -14,6 +14,7 @@ from scipy.special import logsumexp
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import ZEROED, DepthPlan, Row
 from jaxup.depth.result import result_config
+from jaxup.errors import UserError
 from jaxup.model.attention import attention
 from jaxup.model.config import Compute, LayerKind, ModelConfig, RopeScaling, depth_scaled
 from jaxup.model.decoder import KVCache, abstract, init
@@ -67,6 +68,37 @@ def test_cached_decoding_equals_the_full_forward(config):
         pieces.append(logits)
     assert int(cache.length) == SEQ
     np.testing.assert_allclose(jnp.stack(pieces, axis=1), full[:, 6:], atol=1e-5)
+
+
+def test_what_the_cache_or_the_positions_cannot_hold_is_refused_and_not_clamped():
+    config = dataclasses.replace(GPT2, max_positions=8)
+    model, order = nnx.merge(abstract(config)[0], noisy(config)), jnp.array([0, 1, 0])
+    tokens = jnp.asarray(tokens_for(config))[:, :9]
+    with pytest.raises(UserError, match="9 tokens, and the model has learned 8 positions"):
+        model(tokens)
+    beyond = model(tokens, positions_BS=jnp.arange(9, dtype=jnp.int32)[None])
+    assert jnp.isnan(beyond[:, 8]).all()
+    cache = KVCache.empty(config, 2, 16, jnp.float32)
+    with pytest.raises(UserError, match="9 tokens, and the model has learned 8 positions"):
+        model.decode(tokens, cache)
+    with pytest.raises(UserError, match="the cache is for 2 runs of a layer, not 3"):
+        model.decode(tokens[:, :4], cache, order=order)
+    model.decode(tokens[:, :4], cache, order=jnp.array([1, -1, 0]))
+    _, full = model.decode(tokens[:, :4], KVCache.empty(config, 2, 4, jnp.float32))
+    with pytest.raises(UserError, match="the cache holds 4 tokens, and 4 are in it: no room for 1 more"):
+        model.decode(tokens[:, 4:5], full)
+    assert jnp.isnan(jax.jit(model.decode)(tokens[:, 4:5], full)[0]).all()
+
+
+@pytest.mark.parametrize(("head_dim", "chosen"), [(64, "cudnn"), (128, "cudnn"), (100, "blocked"), (256, "blocked")])
+def test_heads_that_flash_attention_does_not_take_are_left_to_another(head_dim, chosen, monkeypatch):
+    """OpenLLaMA-3B has heads of 100."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    taken = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **__: taken.append("cudnn") or q)
+    q = jnp.zeros((1, 4, 2, head_dim), jnp.bfloat16)
+    attention(q, q, q)
+    assert taken == ["cudnn"] * (chosen == "cudnn")
 
 
 @configs

@@ -35,9 +35,10 @@ from jaxup.hub.card import model_card
 from jaxup.hub.directory import CARD, MARKS, PLAN, carried_files
 from jaxup.hub.reader import Checkpoint, check_tied, open_checkpoint, stored_dtypes
 from jaxup.model.spec import STACK, flatten
+from jaxup.progress import printable
 from jaxup.recipes.open import Recipe, open_recipe
 from jaxup.recipes.outcome import Outcome, outcome
-from jaxup.text import printable, size
+from jaxup.text import size
 
 PICTURE = "plan.png"
 

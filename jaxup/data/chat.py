@@ -27,7 +27,7 @@ from jaxup.data.sources import SPLITS, safe_name
 from jaxup.data.store import META, Store, default_path, open_unchecked
 from jaxup.data.tokenizer import tokenizer_hash
 from jaxup.errors import UserError, suggest, within
-from jaxup.progress import say
+from jaxup.progress import printable, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ class ChatData(Data):
                 f" {of['too_long']:,} longer than a row, {of['untrained']:,} with nothing to train on"
             )
         lines.append(f"  an example; {'green' if color else 'between ⟦ ⟧'}: what is trained on")
-        return "\n".join([*lines, self.example(color)])
+        return "\n".join([*map(printable, lines), self.example(color)])
 
 
 def open_chat(config: ChatConfig, *, tokenizer: PreTrainedTokenizerBase, root: str) -> ChatData:

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxup.data.layouts import COLUMNS, LAYOUTS
-from jaxup.data.sources import file_hash, hidden, is_dataset_name, load_dataset, of_split_train, parquet_batches
+from jaxup.data.sources import (
+    file_hash,
+    hidden,
+    import_datasets,
+    is_dataset_name,
+    load_dataset,
+    of_split_train,
+    parquet_batches,
+    reach_dataset,
+)  # fmt: skip
 from jaxup.errors import UserError, first_line, nearest, within
 
 MIB = 2**20
@@ -51,6 +60,8 @@ def find_files(spec: str) -> list[File]:
         return [_hub_dataset(spec)]
     if path.is_file():
         return [_file(path, path.name)]
+    if not path.is_dir():  # opening a pipe would wait for ever
+        raise UserError(f"{spec}: neither a file nor a directory")
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return [_dataset(spec, path.resolve().name, load_dataset(spec, "load_from_disk", str(path)))]
     paths = [p for p in path.rglob("*") if p.suffix in _READERS and not hidden(p, path)]
@@ -198,6 +209,7 @@ def _hub_dataset(spec: str) -> File:
     name, _, config = spec.partition(":")
     if not is_dataset_name(spec):
         raise UserError(f"no such file or directory: {spec or repr(spec)}")
+    reach_dataset(name, import_datasets(spec))
     with within(f"no such file or directory: {spec}, and on the Hugging Face hub"):
         return _dataset(spec, spec, load_dataset(spec, "load_dataset", name, config or None, split="train"))
 

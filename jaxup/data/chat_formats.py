@@ -25,6 +25,7 @@ import numpy as np
 from jaxup.data.chat_templates import ALIASES, SPELLINGS
 from jaxup.data.layouts import Conversation, Segment, Segments, Turn
 from jaxup.data.rendering import render
+from jaxup.data.tokenizer import tokenizing
 from jaxup.errors import UserError, suggest
 from jaxup.text import escaped
 
@@ -93,7 +94,8 @@ class Format(abc.ABC):
         return self._render_turns(conversation)
 
     def tokenize(self, rendered: Sequence[Rendered]) -> list[Encoded]:
-        encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+        with tokenizing():
+            encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
         result = []
         for (text, spans), encoding in zip(rendered, encodings):
             is_trained = np.zeros(len(text) + 1, bool)
@@ -203,7 +205,8 @@ def prompt_ids(
         messages.insert(0, {"role": "system", "content": system})
     text, _ = render(tokenizer, messages)
     # The template spells BOS itself: nothing is added to its text when it is tokenized.
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    with tokenizing():
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def end_ids(name: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

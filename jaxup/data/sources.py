@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxup.errors import UserError, first_line, suggest, within
+from jaxup.files.storage import SECONDS, ask_hub, check_hub_id
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -93,6 +94,8 @@ def open_source(spec: str, *, val_fraction: float, seed: int) -> Source:
             return _file_source(spec, spec, library(), val_fraction, whole=True)
         if not spec or not path.exists():
             return _hub_source(spec, val_fraction, seed)
+        if not path.is_dir() and not path.is_file():  # opening a pipe would wait for ever
+            raise UserError("neither a file nor a directory", at=spec)
         if path.is_file():
             return _file_source(spec, path.stem, [(path.name, path)], val_fraction)
         if (path / "train.bin").exists() and (path / "val.bin").exists():
@@ -181,7 +184,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"not a line of JSON ({error})", at=f"{path}:{number}") from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 raise UserError('no string under the key "text"', at=f"{path}:{number}")
@@ -247,6 +250,10 @@ def _dataset_source(spec: str, name: str, data: Any, val_fraction: float, seed: 
 def load_dataset(spec: str, how: str, *args: Any, **options: Any) -> Any:
     """What the function `how` of datasets gives."""
     datasets = import_datasets(spec)
+    if how == "load_from_disk":
+        for path in Path(*args).rglob("*"):
+            if not path.is_dir() and not path.is_file():  # opening a pipe would wait for ever
+                raise UserError(f"{path} is not a regular file", at=spec)
     try:
         return getattr(datasets, how)(*args, **options)
     except Exception as error:  # whatever a damaged directory, a network or the hub makes the libraries raise
@@ -259,6 +266,7 @@ def _hub_source(spec: str, val_fraction: float, seed: int) -> Source:
         raise UserError(missing)
     name, _, config = spec.partition(":")
     datasets = import_datasets(spec)
+    reach_dataset(name, datasets)
     try:
         data = datasets.load_dataset(name, config or None)
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError):
@@ -287,6 +295,21 @@ def is_dataset_name(spec: str) -> bool:
     """Whether `spec`, which is nothing on this machine, may be a dataset's on the Hub and not a mistyped path."""
     like_path = re.match(r"[./~\\]|\w+://", spec) or spec.endswith("/") or Path(spec).suffix in PATH_SUFFIXES
     return not like_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.partition(":")[0]) is not None
+
+
+def reach_dataset(name: str, datasets: Any) -> None:
+    """UserError for a dataset of the Hub that is rather a mistyped path, or if the Hub does not answer."""
+    if (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
+        return
+    check_hub_id(name, "dataset")
+    import huggingface_hub
+
+    try:
+        ask_hub(functools.partial(huggingface_hub.dataset_info, name))
+    except TimeoutError:
+        raise UserError(f"no such file or directory, and the Hub does not answer within {SECONDS} s", at=name) from None
+    except Exception:  # it answers: what it says of the dataset is said where it is loaded
+        pass
 
 
 def import_datasets(spec: str) -> Any:

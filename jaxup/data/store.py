@@ -34,6 +34,7 @@ from jaxup.data.sources import SPLITS
 from jaxup.data.tokenizer import load_tokenizer, tokenizer_hash
 from jaxup.errors import UserError, storage_error
 from jaxup.files.lock import hold
+from jaxup.files.storage import SECONDS
 from jaxup.progress import Waiting, say
 from jaxup.text import parse_json
 
@@ -69,7 +70,7 @@ class Store:
         if self.local and os.path.exists(path := f"{self.path}/{key}") and not _is_file(path, _LARGEST_JSON):
             raise UserError(f"{path} is not a regular file, or too large", at="store", hint=_ANOTHER)
         with self.errors():
-            result = self._files.read(key).result()
+            result = self._files.read(key).result(SECONDS)
         if result.state == "missing":
             return None
         try:

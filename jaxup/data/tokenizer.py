@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -14,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxup.errors import UserError, first_line
+from jaxup.errors import UserError, first_line, is_panic, within
+from jaxup.files.storage import SECONDS, ask_hub, check_hub_id, check_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -25,6 +27,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 # What a directory with a tokenizer has at least one of.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 
+_MOST_GROWTH = 100  # of text by a normaliser
 END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARACTERS = 2**20  # texts are tokenised in batches of about so much,
 BATCH_TEXTS = 1024  # and no more than so many of them
@@ -56,26 +59,80 @@ def load_tokenizer(spec: str, *, name: str = "") -> PreTrainedTokenizerBase:
         return _from_pretrained(str(path), name)
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec):
         raise UserError(f"no such directory: {name}", at="tokenizer")
-    try:
+    with within("tokenizer", spec):
+        check_hub_id(spec)
+    with contextlib.suppress(UserError):
         return _from_pretrained(spec, name, local_files_only=True)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        ask_hub(functools.partial(hf_hub_download, spec, "tokenizer_config.json"))
+    except TimeoutError:
+        raise UserError(
+            f"no such directory, and the Hub does not answer within {SECONDS} s", at=("tokenizer", spec)
+        ) from None
+    except Exception:  # it answers: what it says of the tokenizer is said below
+        pass
+    return _from_pretrained(spec, name)
+
+
+@contextlib.contextmanager
+def tokenizing() -> Iterator[None]:
+    """What a tokenizer's file makes it fail with, as a mistake of the user's: a panic of Rust is no Exception."""
+    try:
+        yield
     except UserError:
-        return _from_pretrained(spec, name)
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise UserError(f"the tokenizer fails: {first_line(error)[:200]}") from None
 
 
 def _from_pretrained(spec: str, name: str, **options: bool) -> PreTrainedTokenizerBase:
     try:
         return auto_tokenizer(spec, **options)
-    except Exception as error:  # OSError, ValueError, KeyError, tokenizers' bare Exception, ...
+    except UserError as error:
+        raise error.within("tokenizer") from None
+    except BaseException as error:  # OSError, ValueError, KeyError, tokenizers' bare Exception, ...
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         reason = first_line(error).replace(spec, name)
         raise UserError(f"cannot load {name}: {reason}", at="tokenizer") from None
 
 
 def auto_tokenizer(spec: str, **options: bool) -> PreTrainedTokenizerBase:
-    """What transformers' AutoTokenizer makes of a directory or hub id, with its errors; no code of it is run."""
+    """What transformers' AutoTokenizer makes of a directory or hub id, with its errors; no code of it is run.
+
+    UserError for a directory that would have it read other files than its own.
+    """
+    if os.path.isdir(spec):
+        check_texts(spec)
     with _torch_later():
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False, **options)
+    if not len(tokenizer):
+        raise UserError("the tokenizer has no tokens", at=spec)
+    if (normalizer := getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)) is not None:
+        _check_growth([json.loads(normalizer.__getstate__())], spec)
+    return tokenizer
+
+
+def _check_growth(normalizers: list[dict[str, Any]], spec: str) -> None:
+    """UserError for a normaliser that makes far more text than it is given: a tokenizer has no limit of memory."""
+    steps: list[tuple[str | None, str]] = []  # what is replaced, None = every character at worst; by what
+    while normalizers:
+        step, *normalizers = normalizers
+        normalizers = [*step.get("normalizers", ()), *normalizers]
+        if "content" in step:
+            steps.append((step["pattern"].get("String"), step["content"]))
+    for begun in {pattern or "a" for pattern, _ in steps}:
+        text = begun
+        for pattern, content in steps:
+            text = text * max(1, len(content)) if pattern is None else text.replace(pattern, content)
+            if len(text) > _MOST_GROWTH * len(begun):
+                raise UserError("the tokenizer's normalizer multiplies text", at=spec)
 
 
 @contextlib.contextmanager
@@ -167,11 +224,13 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[li
     """Documents -> ids, without special tokens; text that spells a special token stays ordinary text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return lambda texts: tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return tokenizing()(
+            lambda texts: tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        )
     from tokenizers import Tokenizer
 
     plain = Tokenizer.from_str(backend.to_str())
     plain.no_truncation()
     plain.no_padding()
     plain.encode_special_tokens = True
-    return lambda texts: [e.ids for e in plain.encode_batch_fast(texts, add_special_tokens=False)]
+    return tokenizing()(lambda texts: [e.ids for e in plain.encode_batch_fast(texts, add_special_tokens=False)])

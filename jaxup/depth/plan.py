@@ -20,7 +20,6 @@ PARTS = ("attention", "mlp", "norms")  # of a block
 ENDS = ("embed_tokens", "embed_positions", "norm", "lm_head")  # what is not a block
 ALL_PARTS = PARTS + ENDS
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_LAYERS = 10_000  # of a result, ten times the deepest trained: a slip of the keyboard must not fill the memory
 
 # Every parameter that a block of some family has, and every one that is not of a block.
 BLOCK_PATHS = tuple(path.removeprefix(STACK) for path in PART_OF if path.startswith(STACK))

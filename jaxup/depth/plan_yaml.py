@@ -27,8 +27,9 @@ import yaml
 
 from jaxup.depth import marked_yaml
 from jaxup.depth.marked_yaml import List, Map, Place, is_int, mapping, number, sequence, shown
-from jaxup.depth.plan import DTYPES, ENDS, MAX_LAYERS, PARTS, DepthPlan, Row, Scales, runs
+from jaxup.depth.plan import DTYPES, ENDS, PARTS, DepthPlan, Row, Scales, runs
 from jaxup.errors import UserError, suggest
+from jaxup.model.config import MAX_LAYERS
 
 HEADER = "# A depth plan. Ranges of layers are half open: [0, 6] is layers 0 to 5.\n"
 REQUIRED = ("sources", "rows", *ENDS)

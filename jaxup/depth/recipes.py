@@ -15,8 +15,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
 from jaxup.depth.compose import all_sources
-from jaxup.depth.plan import ALL_PARTS, ENDS, MAX_LAYERS, PARTS, ZEROED, DepthPlan, Row
+from jaxup.depth.plan import ALL_PARTS, ENDS, PARTS, ZEROED, DepthPlan, Row
 from jaxup.errors import UserError, suggest, within
+from jaxup.model.config import MAX_LAYERS
 
 Layers = range | Sequence[int | range]  # several layers
 

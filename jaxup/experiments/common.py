@@ -25,7 +25,7 @@ from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params
-from jaxup.text import printable
+from jaxup.progress import printable
 from jaxup.training.loop import (
     Result,
     Run,

@@ -44,6 +44,7 @@ from jaxup.model.decoder import Params
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import flatten, unflatten
 from jaxup.processes import told
+from jaxup.progress import tell
 from jaxup.recipes import line as recipe_line
 from jaxup.recipes.open import Recipe, open_recipe, parse_places
 from jaxup.text import parse_json, read_json, write_atomically
@@ -130,7 +131,7 @@ class Heal(Experiment):
         if len({model.revision for model in recipe.models.values()}) > 1:
             raise UserError("its models are at several revisions", at="plan", hint="give local directories")
         for note in recipe.notes:
-            print(f"plan: {note}", flush=True)
+            tell(f"plan: {note}")
         return recipe
 
     @property
@@ -254,8 +255,9 @@ class Heal(Experiment):
         advice = f"remove {directory} to have it built again"
         with jax.set_mesh(run.mesh), Checkpoints(directory, keep=1, advice=advice) as checkpoints:
             if loop.newest(checkpoints) is not None:
-                dtypes = told(lambda: (read_json(directory / "model.json") or {}).get("dtypes"), "read model.json")
-                if dtypes is None:
+                kinds = {"dtypes": loop.Dtypes | None}
+                about = told(lambda: read_json(directory / "model.json", kinds, advice), "read model.json") or {}
+                if (dtypes := about.get("dtypes")) is None:
                     raise UserError(f"gone or damaged; {advice}", at=f"{directory}/model.json")
                 wanted = flatten(abstract_params(self._model, run.mesh))
                 return checkpoints.restore_params(

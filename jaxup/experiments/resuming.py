@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 _ABSENT = "(absent)"
+_INPUTS = "delete it if data and models are those that the run began with"
 
 
 def load_run(directory: Path, overrides: Iterable[tuple[str, str]] = ()) -> tuple[ConfigDict, str]:
@@ -34,7 +35,7 @@ def load_run(directory: Path, overrides: Iterable[tuple[str, str]] = ()) -> tupl
     config.lock()
     for key, text in overrides:
         override(config, key, text)
-    title = (read_json(directory / "inputs.json") or {}).get("title")
+    title = (read_json(directory / "inputs.json", {"title": str | None}, _INPUTS) or {}).get("title")
     return config, title or directory.resolve().name
 
 
@@ -78,7 +79,7 @@ def begin(directory: Path, config: ConfigDict, inputs: dict[str, str | int], tit
     Of "steps" there may be more than there were, under a constant schedule; see `check_config`.
     """
     check_config(directory, config)  # again, by the one who holds the lock
-    stored = read_json(directory / "inputs.json")
+    stored = read_json(directory / "inputs.json", {key: type(now) | None for key, now in inputs.items()}, _INPUTS)
     if stored is not None:
         numbers = {key: (stored[key], now) for key, now in inputs.items() if isinstance(now, int) and key in stored}
         for key, (then, now) in numbers.items():
@@ -105,8 +106,9 @@ def finished(directory: Path, config: ConfigDict) -> list[str]:
     """A line for each model of a run that has all that `config` asks for; none if anything is left to do."""
     from jaxup.training.loop import read_result
 
-    mark, now = read_json(directory / "finished.json"), read_json(directory / "config.json")
-    if mark is None or mark["asked"] != _asks(config) or _asks(config) != _asks(now):
+    mark = read_json(directory / "finished.json", {"asked": dict[str, Any], "models": list[str]}, "delete it")
+    now = rundir.read_config(directory)
+    if mark is None or now is None or mark["asked"] != _asks(config) or _asks(config) != _asks(now):
         return []
     wanted, said = [directory / "SUMMARY.md", directory / "export"], []
     for name in mark["models"]:

@@ -14,7 +14,7 @@ from jaxup.errors import UserError
 from jaxup.experiments import resuming
 from jaxup.experiments.config import section
 from jaxup.processes import Processes, gather, told
-from jaxup.progress import say
+from jaxup.progress import say, tell
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -82,7 +82,7 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: C
                 print(experiment.report(), end="", flush=True)
                 devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}"
                 steps = f"{experiment.steps:,} steps"
-                print(f"devices: {devices}; {experiment.data}; {steps}; run directory: {workdir}", flush=True)
+                tell(f"devices: {devices}; {experiment.data}; {steps}; run directory: {workdir}")
             trackers = tuple(config.log.trackers) if writes else ()
             log = MetricsLog(workdir / "metrics.jsonl", trackers, name=title, config=config.to_dict())
             asked = [corrections] if corrections else []
@@ -91,7 +91,7 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: C
             if asked:
                 say(f"{corrections}: no model was left to train")
         if writes:
-            print(f"finished: {workdir / 'SUMMARY.md'}", flush=True)
+            tell(f"finished: {workdir / 'SUMMARY.md'}")
 
 
 def _check_same(what: Mapping[str, str | int]) -> None:

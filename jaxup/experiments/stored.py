@@ -19,8 +19,9 @@ from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
 from jaxup.model.spec import flatten, unflatten
 from jaxup.progress import say
-from jaxup.text import read_json
+from jaxup.text import misfit, read_json
 from jaxup.training.checkpoint import partial_load, quietly, restoring
+from jaxup.training.loop import ABOUT
 from jaxup.training.lora import LoraConfig
 from jaxup.training.rundir import FORMAT
 from jaxup.training.selection import TrainConfig, select
@@ -48,8 +49,8 @@ def is_run(source: Path) -> bool:
         raise UserError(f"{source}: neither a run directory nor a model: it has no config.json")
     if not source.exists() and re.match(r"[/.~]", str(source)):
         raise UserError(f"{source}: no such run or model directory")
-    config = read_json(source / "config.json") if source.is_dir() else None
-    if isinstance(config, dict) and "model_type" not in config:
+    config = read_json(source / "config.json", {}, "put it back") if source.is_dir() else None
+    if config is not None and "model_type" not in config:
         raise UserError(f"{source}: this run has no checkpoints yet")
     return False
 
@@ -87,21 +88,31 @@ def export(
 
 def read_stored(run: Path, name: str) -> Stored:
     path = run / "checkpoints" / name / "model.json"
-    about = read_json(path)
+    again = "the command that made the run writes it when it is given again"
+    about = read_json(path, ABOUT, f"delete it: {again}")
     if about is None:
-        raise UserError("is not there; the command that made the run writes it when it is given again", at=str(path))
+        raise UserError(f"is not there; {again}", at=str(path))
     try:
-        if about.get("format", 1) > FORMAT:
-            raise UserError(f"format {about['format']}, and {FORMAT} is the newest that it knows")
-        # Of format 1 the name says it: target_3, control_2x, healed.
-        kind = about.get("kind", name.partition("_")[0])
-        plan = DepthPlan.from_yaml(about["plan"]) if about["plan"] else None
+        if (format := about.get("format") or 1) > FORMAT:
+            raise UserError(f"format {format}, and {FORMAT} is the newest that it knows")
+        if "before" in about and (wrong := misfit(about, _HEALED) or _misplaced(name, about["before"])):
+            raise UserError(wrong)
         return Stored(
-            kind, ModelConfig.from_dict(about["model"]), str(about["store"]), plan, about.get("dtypes") or {},
+            about.get("kind") or name.partition("_")[0],  # of format 1 the name says it: target_3, control_2x, healed
+            ModelConfig.from_dict(about["model"]), about["store"],
+            None if about["plan"] is None else DepthPlan.from_yaml(about["plan"]), about.get("dtypes") or {},
             about if "before" in about else None,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"not what this version of jaxup writes: {error}", at=str(path)) from None
+
+
+# What model.json says of a model that healing left some of unchanged.
+_HEALED = {"before": str, "train": TrainConfig, "lora": LoraConfig, "seed": int}
+
+
+def _misplaced(name: str, before: str) -> str:
+    return "" if before == Path(before).name != name else f"before={before[:80]!r} is no other model of the run"
 
 
 def _checkpoints(run: Path) -> dict[str, list[int]]:
@@ -141,7 +152,7 @@ def _restore(run: Path, name: str, step: int, stored: Stored) -> Params:
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it need not fit into an accelerator
         trained = _read(run, name, step, selection.trained(abstract(stored.model)[1]))
         check_sound(run / "checkpoints" / before / "0", "the command that made the run builds it again")
-        params = selection.merge(trained, _restore(run, before, 0, read_stored(run, before)))
+        params = selection.merge(trained, _restore(run, before, 0, read_stored(run, before)._replace(healed=None)))
         return jax.tree.map(np.asarray, params)
 
 
@@ -155,9 +166,10 @@ def _read(run: Path, name: str, step: int, wanted: Params) -> Params:
 
 def _vocabulary(run: Path, store: str) -> dict[str, Any]:
     """What `writer.save` needs of the finished run's export, which moves with it; else of the store that it reads."""
-    if (config := read_json(run / "export" / "config.json")) is not None:
+    exported = run / "export"
+    if (config := read_json(exported / "config.json", {"model_type": str}, f"remove {exported}")) is not None:
         ids = {key: config[key] for key in TOKEN_IDS if key in config}
-        return {"carried": carried_files(run / "export"), "hf_extra": ids, "model_type": config["model_type"]}
+        return {"carried": carried_files(exported), "hf_extra": ids, "model_type": config["model_type"]}
     if "://" not in store and not Path(store).is_dir():
         raise UserError(f"{run}: its tokenizer is gone with its token store {store}")
     opened = Store(store)

@@ -66,8 +66,11 @@ def _run(directory: Path, stores: dict[Path, None]) -> Lines:
     names = sorted(path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
     yield f"{directory}: no digests of {', '.join(names)}", False
     for path in sorted((directory / "checkpoints").glob("*/model.json")):
-        about = read_json(path)
-        store = str(about.get("store", "")) if isinstance(about, dict) else ""
+        try:
+            store = (read_json(path, {"store": str}, "delete it") or {}).get("store", "")
+        except UserError as error:
+            yield f"{error}", True
+            continue
         if "://" in store:
             yield f"{path}: its token store is {store}, which is verified by itself", False
         elif store and Path(store).is_dir():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxup.errors import UserError
-from jaxup.model.config import ModelConfig
+from jaxup.model.config import MAX_LAYERS, ModelConfig
 
 
 class Key(NamedTuple):
@@ -37,7 +37,7 @@ class Rule(NamedTuple):
 
 
 # Far above any model, and low enough that a hostile file cannot make shapes or frequencies overflow.
-_MAX_SIZE, _MAX_LAYERS, _MAX_NUMBER = 2**24, 10_000, 1e30
+_MAX_SIZE, _MAX_NUMBER = 2**24, 1e30
 
 
 def parsed(name: str, value: Any, parse: Callable[[Any], Any]) -> Any:
@@ -53,7 +53,7 @@ def size(value: Any, smallest: int = 1, largest: int = _MAX_SIZE) -> int:
     return value
 
 
-layers = functools.partial(size, largest=_MAX_LAYERS)
+layers = functools.partial(size, largest=MAX_LAYERS)
 count = functools.partial(size, smallest=0)
 
 

@@ -6,20 +6,42 @@ A model directory is untrusted input: names of files come from its index.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 import re
 import stat
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from jaxup.errors import UserError, first_line, suggest
+from jaxup.errors import UserError, first_line, nearest, suggest, within
 
+# A server that is down or slow: after so many tries and seconds it is an error. What is read afterwards has as many
+# seconds, and one more for each MiB.
+SECONDS = 20
+RETRIES = {
+    f"{kind}_request_retries": {"max_retries": 2, "initial_delay": "200ms", "max_delay": "1s"}
+    for kind in ("http", "gcs", "s3")
+}
 SCHEMES = ("gs", "s3", "https", "http", "file")
 HUB_ID = re.compile(r"(?!.*\.\.)[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# Models of the Hub from before it had organisations.
+_NAMELESS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 _SMALL = 4 * 2**20  # bytes; a config, or the index of 30,000 tensors
+LARGEST_TEXT = 100 * 2**20  # bytes; a tokenizer.json
+# Whatever class of tokenizer the directory names.
+_TEXTS = re.compile(
+    r"(config|generation_config|special_tokens_map|added_tokens|tekken|(tokenizer|vocab|chat_template|\w*processor).*)"
+    r"\.json|(vocab|merges).*\.txt|.*\.(jinja|model|tiktoken)"
+)
+
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -63,7 +85,45 @@ def open_storage(path_or_id: str | os.PathLike, *, revision: str | None = None) 
     repo, own = split_revision(text)
     if not HUB_ID.fullmatch(repo):
         raise UserError("no such directory", at=str(path))
+    if (own or revision) is None:
+        with within(text):
+            check_hub_id(repo)
     return _Hub(repo, own or revision)
+
+
+def check_hub_id(repo: str, kind: str = "model") -> None:
+    """UserError for what is rather a mistyped path than the Hub's name of a model or dataset: no network is asked."""
+    from huggingface_hub import constants
+
+    folder, _, name = repo.rpartition("/")
+    cached = (Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}").is_dir()
+    if cached or repo in _NAMELESS:
+        return
+    if near := nearest(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else ()):
+        hub = f" (the Hub's is {repo}@main)" if kind == "model" and folder else ""
+        raise UserError("no such file or directory", hint=near.removeprefix("; ") + hub)
+    if kind == "model" and not folder:
+        raise UserError("no such directory", hint="a model on the Hub is ORG/NAME")
+
+
+def ask_hub(call: Callable[[], T]) -> T:
+    """What a first look at the Hub gives; TimeoutError if it takes too long. What it logs of its tries is not shown."""
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        threading.Thread(target=ask, daemon=True).start()  # left to itself if it takes longer
+        return answer.result(SECONDS)
+    finally:
+        log.setLevel(level)
 
 
 def is_place(text: str) -> bool:
@@ -114,9 +174,12 @@ class Local:
         return buffer
 
     def whole(self, file: str, limit: int = _SMALL) -> bytes:
+        self.check_size(file, limit)
+        return self.read(file, 0, self.path(file).stat().st_size).tobytes()
+
+    def check_size(self, file: str, limit: int) -> None:
         if self.reaches(file, limit + 1):
             raise UserError(f"{self.name}: {file} is larger than {limit} bytes")
-        return self.read(file, 0, self.path(file).stat().st_size).tobytes()
 
     def path(self, file: str) -> Path:
         """Where the file is, if it is a regular file that lies here, or in the blobs of a hub cache."""
@@ -135,6 +198,16 @@ class Local:
         if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
             raise UserError(f"{self.name}: {file} is not a regular file")
         return path
+
+
+def check_texts(directory: str | os.PathLike) -> None:
+    """UserError if a file that transformers may open for a tokenizer is none, lies elsewhere, or is far too large."""
+    storage = Local(directory)
+    for folder in ("", "additional_chat_templates"):
+        for name in sorted(os.listdir(storage.root / folder) if (storage.root / folder).is_dir() else ()):
+            file = os.path.join(folder, name)
+            if _TEXTS.fullmatch(name) and (storage.root / file).exists():  # a link to nothing is as good as absent
+                storage.check_size(file, LARGEST_TEXT)
 
 
 class _Hub(Local):
@@ -162,7 +235,10 @@ class _Hub(Local):
         from huggingface_hub import constants, errors, hf_hub_download
 
         try:
-            return Path(hf_hub_download(self._repo, file, revision=self._revision))
+            download = functools.partial(hf_hub_download, self._repo, file, revision=self._revision)
+            return Path(ask_hub(download) if file == "config.json" else download())
+        except TimeoutError:
+            reason = f"no such directory, and the Hub does not answer within {SECONDS} s"
         except errors.GatedRepoError:
             reason = "it is gated: accept its terms on its page and set HF_TOKEN"
         except errors.RepositoryNotFoundError:
@@ -188,19 +264,19 @@ class _Remote:
 
         self.name = url.rstrip("/")
         try:
-            self._files = ts.KvStore.open(self.name + "/").result()
-        except ValueError as error:
+            self._files = ts.KvStore.open(self.name + "/", context=ts.Context(RETRIES)).result(SECONDS)
+        except (ValueError, TimeoutError) as error:
             raise UserError(first_line(error)[:300], at=url) from None
 
     def exists(self, file: str) -> bool:
-        return self._read(file, slice(0, 0)) is not None
+        return self._read(file, slice(0, 0), 0) is not None
 
     def reaches(self, file: str, size: int) -> bool:
         # No driver tells a size: a byte that is not there is out of range.
-        return size == 0 or self._read(file, slice(size - 1, size)) is not None
+        return size == 0 or self._read(file, slice(size - 1, size), 1) is not None
 
     def read(self, file: str, start: int, stop: int) -> np.ndarray:
-        value = self._read(file, slice(start, stop)) if stop > start else b""
+        value = self._read(file, slice(start, stop), stop - start) if stop > start else b""
         if value is None or len(value) != stop - start:
             raise UserError(f"{self.name}: {file} is missing, or ends before byte {stop}")
         return np.frombuffer(value, np.uint8)
@@ -208,15 +284,18 @@ class _Remote:
     def whole(self, file: str, limit: int = _SMALL) -> bytes:
         if self.reaches(file, limit + 1):
             raise UserError(f"{self.name}: {file} is larger than {limit} bytes")
-        value = self._read(file, None)
+        value = self._read(file, None, limit)
         if value is None:
             raise UserError(f"{self.name}: {file} is missing")
         return value
 
-    def _read(self, file: str, byte_range: slice | None) -> bytes | None:
-        """None if the file is missing or does not reach so far."""
+    def _read(self, file: str, byte_range: slice | None, most: int) -> bytes | None:
+        """None if the file is missing or does not reach so far. No more than `most` bytes are to come."""
+        seconds = SECONDS + (most >> 20)
         try:
-            result = self._files.read(file, byte_range=byte_range).result()
+            result = self._files.read(file, byte_range=byte_range).result(seconds)
+        except TimeoutError:
+            raise UserError(f"{self.name}: {file} cannot be read: no answer within {seconds} s") from None
         except ValueError as error:
             if str(error).startswith("OUT_OF_RANGE"):
                 return None

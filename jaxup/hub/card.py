@@ -10,7 +10,8 @@ import yaml
 from jaxup.depth.plan import DepthPlan
 from jaxup.model.config import ModelConfig
 from jaxup.model.spec import count_params
-from jaxup.text import backticks, printable
+from jaxup.progress import printable
+from jaxup.text import backticks
 
 
 def model_card(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxup.files import manifest
 from jaxup.files.shards import INDEX, SINGLE
-from jaxup.files.storage import Local, open_storage
+from jaxup.files.storage import LARGEST_TEXT, Local, open_storage
 
 CARD, PLAN = "README.md", "jaxup_plan.yaml"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
@@ -21,13 +21,12 @@ CARRIED = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_LARGEST_CARRIED = 100 * 2**20  # bytes
 
 
 def carried_files(path_or_id: str | os.PathLike, revision: str | None = None) -> dict[str, bytes]:
     """Tokenizer, chat template and generation config of a model directory, by file name; text only, never run."""
     storage = open_storage(path_or_id, revision=revision)
-    files = {file: storage.whole(file, _LARGEST_CARRIED) for file in CARRIED if storage.exists(file)}
+    files = {file: storage.whole(file, LARGEST_TEXT) for file in CARRIED if storage.exists(file)}
     if isinstance(storage, Local):
         manifest.check_manifest(storage.root, CARRIED, added=True)
     return files
@@ -46,7 +45,7 @@ def tokenizer_directory(path_or_id: str | os.PathLike, *, revision: str | None =
     _temporary.append(directory)
     for file in ("config.json", *CARRIED):
         if storage.exists(file):
-            Path(directory.name, file).write_bytes(storage.whole(file, _LARGEST_CARRIED))
+            Path(directory.name, file).write_bytes(storage.whole(file, LARGEST_TEXT))
     return Path(directory.name)
 
 

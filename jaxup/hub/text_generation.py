@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxup.errors import UserError
+from jaxup.text import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,23 +115,25 @@ def check_options(options: Mapping[str, Any], spelt: Callable[[str], str] = "gen
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """The tokens that a text is gone on from."""
     from jaxup.data.chat_formats import prompt_ids
+    from jaxup.data.tokenizer import tokenizing
 
-    return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt_ids(tokenizer, prompt)
+    with tokenizing():
+        return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt_ids(tokenizer, prompt)
 
 
 def stop_ids(directory: Path | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that end a text: of generation_config.json, else config.json, else the tokenizer."""
-    for file in () if directory is None else (directory / "generation_config.json", directory / "config.json"):
-        if not file.is_file():
+    from jaxup.files.storage import Local
+
+    storage = None if directory is None else Local(directory)
+    for file in ("generation_config.json", "config.json"):
+        if storage is None or not storage.exists(file):
             continue
-        try:
-            ids = json.loads(file.read_bytes()).get("eos_token_id")
-        except (ValueError, AttributeError):
-            raise UserError(f"{file}: not a JSON object") from None
+        ids = parse_json(storage.whole(file), f"{storage.name}: {file}").get("eos_token_id")
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
             if not all(type(i) is int for i in ids):
-                raise UserError(f"{file}: eos_token_id={ids} is not a token id or a list of them")
+                raise UserError(f"{storage.name}: {file}: eos_token_id={ids} is not a token id or a list of them")
             return tuple(ids)
     return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
@@ -161,4 +163,7 @@ class Detokenizer:
         return self._decode(self._ids)[len(self._decode(self._ids[: self._known])) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        from jaxup.data.tokenizer import tokenizing
+
+        with tokenizing():
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

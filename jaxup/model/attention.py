@@ -39,7 +39,7 @@ def attention(
     S, T = q_BSNH.shape[1], k_BTKH.shape[1]
     self_attention = isinstance(q_start, int) and q_start == 0 and S == T and first is None
     if implementation == "auto":
-        implementation = _choose(q_BSNH.dtype, self_attention, S, segment_ids is not None)
+        implementation = _choose(q_BSNH.dtype, self_attention, S, q_BSNH.shape[-1], segment_ids is not None)
     if implementation == "cudnn" and self_attention and segment_ids is None:
         return jax.nn.dot_product_attention(
             q_BSNH, k_BTKH, v_BTKH, scale=1.0, is_causal=True, implementation="cudnn",
@@ -58,8 +58,9 @@ def attention(
     return jnp.concatenate(blocks, axis=1)
 
 
-def _choose(dtype: jnp.dtype, self_attention: bool, seq_len: int, segmented: bool) -> str:
-    if jax.default_backend() == "gpu" and dtype != jnp.float32 and self_attention and not segmented:
+def _choose(dtype: jnp.dtype, self_attention: bool, seq_len: int, head_dim: int, segmented: bool) -> str:
+    fits = head_dim % 8 == 0 and head_dim <= 128  # every GPU's flash attention; some take heads up to 256
+    if jax.default_backend() == "gpu" and dtype != jnp.float32 and self_attention and not segmented and fits:
         return "cudnn"
     # Blocks are unrolled: a bound on the size of the program.
     return "blocked" if self_attention and seq_len <= 16 * _BLOCK else "xla"

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxup.errors import UserError
+from jaxup.text import kinds_of, misfit
+
+MAX_LAYERS = 10_000  # ten times the deepest trained: a slip of the keyboard must not fill the memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,8 @@ class ModelConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"model: {field} must be a positive integer, not {value!r}")
+        if self.num_layers > MAX_LAYERS:
+            raise UserError(f"model: num_layers={self.num_layers} is more than {MAX_LAYERS}")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"model: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if (self.positions == "rope") != (self.rope_theta is not None):
@@ -152,16 +157,20 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """What `dataclasses.asdict` gave, also if JSON has kept it; a wrong key is a TypeError."""
+        """What `dataclasses.asdict` gave, also if JSON has kept it; UserError for values that no config has."""
         fields = dict(fields)
+        if "kinds" not in fields and "layer_types" in fields:  # as it was before there were kinds
+            window, types = fields.pop("sliding_window", None), fields.pop("layer_types") or ["sliding_attention"]
+            kinds = tuple(LayerKind(window=None if kind == "full_attention" else window) for kind in types)
+            if fields.pop("depth_scaled_attention", False):
+                kinds = depth_scaled(min(fields["num_layers"], MAX_LAYERS))
+            fields["kinds"] = [dataclasses.asdict(kind) for kind in kinds]
+        known = kinds_of(cls, fields)
+        if wrong := misfit(fields, known) or ", ".join(f"unknown {name!r}" for name in sorted(fields.keys() - known)):
+            raise UserError(f"model: {wrong}")
         if fields["rope_scaling"] is not None:
             given = {name: value for name, value in fields["rope_scaling"].items() if value is not None}
             fields["rope_scaling"] = RopeScaling(**given)
-        if "kinds" not in fields:  # as it was before there were kinds
-            window, types = fields.pop("sliding_window"), fields.pop("layer_types") or ["sliding_attention"]
-            kinds = tuple(LayerKind(window=None if kind == "full_attention" else window) for kind in types)
-            scaled = fields.pop("depth_scaled_attention")
-            return cls(**fields, kinds=depth_scaled(fields["num_layers"]) if scaled else kinds)
         return cls(**{**fields, "kinds": tuple(LayerKind(**kind) for kind in fields["kinds"])})
 
     @classmethod

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.layers import Block, Linear, Norm, param
 from jaxup.model.spec import Param, flatten, spec, unflatten
@@ -96,6 +98,7 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "batch seq hidden"]:
         """What the head is applied to: the final norm's output. A `stack` takes the place of the blocks."""
         if positions_BS is None:
+            self._check_positions(tokens_BS.shape[1])
             positions_BS = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
         x_BSD = self.embed(tokens_BS, positions_BS)
         return self.norm(self.run(x_BSD, positions_BS, segment_ids_BS=segment_ids_BS, order=order, stack=stack)[0])
@@ -110,14 +113,33 @@ class Decoder(nnx.Module):
         """Logits after the last of the next `seq` tokens, and the cache with these tokens added.
 
         Rows of several lengths are padded on the left, so that they end together; `first_B` is how
-        many slots of each are padding.
+        many slots of each are padding. Tokens for which the cache has no room are an error; under `jit`, where how
+        full it is is not known, their logits are NaN.
         """
+        layers, _, room = cache.k_LBTKH.shape[:3]
+        runs = self.config.num_layers if order is None else jnp.shape(order)[0]
+        if order is not None and not isinstance(order, jax.core.Tracer):
+            runs = int((np.asarray(order) >= 0).sum())  # -1 needs no place
+        if runs > layers:
+            raise UserError(f"the cache is for {layers} runs of a layer, not {runs}", hint="KVCache.empty(layers=...)")
+        length, new = cache.length, tokens_BS.shape[1]
+        filled = 0 if isinstance(length, jax.core.Tracer) else int(length)
+        if filled + new > room:
+            raise UserError(f"the cache holds {room} tokens, and {filled} are in it: no room for {new} more")
+        if first_B is None:
+            self._check_positions(filled + new)
         positions_BS = cache.length + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
         if first_B is not None:
             positions_BS = jnp.maximum(positions_BS - first_B[:, None], 0)
         x_BSD = self.embed(tokens_BS, positions_BS)
         x_BSD, (k, v) = self.run(x_BSD, positions_BS, cache=cache, first_B=first_B, order=order)
+        if isinstance(length, jax.core.Tracer):
+            x_BSD = jnp.where(length + new <= room, x_BSD, jnp.nan)
         return self.logits(self.norm(x_BSD)[:, -1]), KVCache(k, v, cache.length + tokens_BS.shape[1])
+
+    def _check_positions(self, count: int) -> None:
+        if self.embed_positions is not None and count > self.config.max_positions:
+            raise UserError(f"{count} tokens, and the model has learned {self.config.max_positions} positions")
 
     # ---- what these consist of
 
@@ -131,7 +153,9 @@ class Decoder(nnx.Module):
         if self.config.embed_scale != 1:
             x_BSD = x_BSD * jnp.asarray(self.config.embed_scale, dtype)
         if self.embed_positions is not None:
-            x_BSD = x_BSD + self.embed_positions[...][positions_BS].astype(dtype)
+            # A position that was not learned makes NaN, where indexing alone would take the last.
+            learned_BSD = self.embed_positions[...].at[positions_BS].get(mode="fill", fill_value=jnp.nan)
+            x_BSD = x_BSD + learned_BSD.astype(dtype)
         if self.compute.batch_axes:
             # The table is split over the same mesh axes as the batch: unless told otherwise, XLA may
             # leave the activations split along the hidden axis.

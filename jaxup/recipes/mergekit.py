@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from jaxup.depth import marked_yaml
 from jaxup.depth.marked_yaml import List, Map, Place, is_int, mapping, sequence, shown
-from jaxup.depth.plan import MAX_LAYERS, DepthPlan, Row, Scales
+from jaxup.depth.plan import DepthPlan, Row, Scales
 from jaxup.errors import suggest, within
+from jaxup.model.config import MAX_LAYERS
 from jaxup.recipes.mergekit_dump import dump
 from jaxup.recipes.mergekit_keys import LAYERS, Keys
 from jaxup.recipes.mergekit_scale import Scale, Scaling, spelled

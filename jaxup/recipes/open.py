@@ -254,7 +254,8 @@ class _Models:
                 raise
             given = ", ".join(map(repr, self.places.keys() - self.asked))
             given = given and f" (what is given is for {given})"
-            raise UserError(f"{name} is not at hand: {error.what}{given}", hint=self.hint) from None
+            meant = error.hint and f" ({error.hint})"
+            raise UserError(f"{name} is not at hand: {error.what}{meant}{given}", hint=self.hint) from None
         return Model(path, revision, hf, config)
 
 

@@ -11,6 +11,7 @@ from jaxup.depth.result import disagreements
 from jaxup.errors import UserError
 from jaxup.families import family_of_hf
 from jaxup.model.spec import count_params
+from jaxup.progress import printable
 from jaxup.recipes.open import Recipe
 from jaxup.recipes.outcome import Outcome, outcome
 from jaxup.text import named, size
@@ -24,17 +25,16 @@ _DULL = frozenset(("transformers_version", "architectures", "use_cache", "name_o
 def report(recipe: Recipe, *, color: bool = False) -> Iterator[str]:
     """The lines that describe a recipe; those on what the models disagree about come last."""
     before = " + ".join(str(count) for _, count in recipe.plan.sources)
-    yield f"{recipe.name}: {before} -> {recipe.plan.num_layers} layers"
+    yield printable(f"{recipe.name}: {before} -> {recipe.plan.num_layers} layers")
     if recipe.notes:
         yield ""
-        yield from (f"note: {note}" for note in recipe.notes)
+        yield from (printable(f"note: {note}") for note in recipe.notes)
     yield ""
     yield describe(recipe.plan, color=color)
     yield ""
     yield from _sizes(recipe)
     yield ""
-    yield from _origins(recipe)
-    yield from _disagreements(recipe)
+    yield from map(printable, (*_origins(recipe), *_disagreements(recipe)))
 
 
 def check(recipe: Recipe) -> Outcome:

@@ -55,13 +55,13 @@ def _step(flag: str, text: str) -> int:
 
 def read(directory: Path) -> Corrections:
     """Those of the model whose checkpoints are in `directory`."""
-    stored = read_json(directory / NAME)
+    hint = "bring it back from a copy: it says which steps were left out"
+    stored = read_json(directory / NAME, {"skip": list[int], "rates": list[list[float]]}, hint)
     if stored is None:
         return Corrections()
-    try:
-        return Corrections(tuple(map(int, stored["skip"])), tuple((int(n), float(rate)) for n, rate in stored["rates"]))
-    except (KeyError, TypeError, ValueError):
-        raise UserError("damaged: it says which steps were left out", at=str(directory / NAME)) from None
+    if any(len(pair) != 2 for pair in stored["rates"]):
+        raise UserError("damaged: rates are pairs of a step and a rate", at=str(directory / NAME), hint=hint)
+    return Corrections(tuple(stored["skip"]), tuple((int(step), rate) for step, rate in stored["rates"]))
 
 
 def record(directory: Path, asked: Corrections, *, done: int, steps: int) -> Corrections:

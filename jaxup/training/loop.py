@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params, flops_per_token
 from jaxup.processes import Processes, told
 from jaxup.progress import Progress
-from jaxup.text import read_json, write_atomically
+from jaxup.text import kinds_of, read_json, write_atomically
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.corrections import RATE, SKIP, Corrections, record
 from jaxup.training.metrics import MetricsLog, peak_flops
@@ -143,20 +143,9 @@ def newest(checkpoints: Checkpoints) -> int | None:
 
 def read_result(directory: Path) -> Result | None:
     """That of the finished model whose checkpoints are in `directory`, or None: process 0 reads it for all."""
-
-    def read() -> dict[str, Any] | None:
-        stored = read_json(directory / "result.json")
-        if stored is None:
-            return None
-        try:
-            return dataclasses.asdict(Result(**{key: value for key, value in stored.items() if key != "format"}))
-        except TypeError:
-            raise UserError(
-                f"{directory}/result.json: damaged, or of another version; delete it to finish again"
-            ) from None
-
+    read = lambda: read_json(directory / "result.json", kinds_of(Result), "delete it to finish again")  # noqa: E731
     stored = told(read, "look for results")
-    return None if stored is None else Result(**stored)
+    return None if stored is None else Result(**{key: stored[key] for key in kinds_of(Result, stored)})
 
 
 def write_result(directory: Path, result: Result) -> None:
@@ -329,6 +318,15 @@ def _skipped(state: TrainState) -> str:
     return f"{count} step{'s' * (count > 1)} with a spike of the gradient skipped" if count else ""
 
 
+Dtypes = dict[str, Literal["float32", "bfloat16", "float16"]]  # of parameters, by path
+
+# What model.json holds besides what it says of a model that healing left some of unchanged.
+ABOUT = {
+    "format": int | None, "kind": str | None, "model": dict[str, Any], "store": str, "plan": str | None,
+    "dtypes": Dtypes | None,
+}  # fmt: skip
+
+
 def describe_model(
     directory: Path, run: Run, kind: str, model: ModelConfig, plan: DepthPlan | None, **more: Any
 ) -> None:
@@ -341,8 +339,9 @@ def describe_model(
 def check_digest(directory: Path, params: Any) -> str:
     """The digest of params that stay the same, kept in `directory`; UserError if it was another before."""
     now, path = digest(params), directory / "digest.json"
-    then = told(lambda: read_json(path), f"read {path}")
-    if then is not None and then != {"digest": now}:
+    hint = "delete it if these parameters are those the run began with"
+    then = told(lambda: read_json(path, {"digest": str | None}, hint), f"read {path}")
+    if then is not None and then.get("digest") != now:
         raise UserError(
             f"{directory}: these parameters are not those the run began with; "
             "put the model that it began with back, or choose another --workdir"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 
 from jaxup.errors import UserError, suggest
-from jaxup.text import write_atomically
+from jaxup.text import misfit, parse_json, write_atomically
 
 # Dense bf16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -43,12 +42,18 @@ class MetricsLog:
         self._trackers = [_TRACKERS[t](path.parent, name, config or {}) for t in trackers]
 
     def read(self) -> list[dict[str, Any]]:
+        # What follows the last line end is torn: it was written when the run was killed.
+        *lines, _ = self._path.read_bytes().split(b"\n") if self._path.is_file() else [b""]
         records = []
-        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):  # the torn last line of a killed run
-                record = json.loads(line)
-                if isinstance(record, dict) and {"model", "step"} <= record.keys():
-                    records.append(record)
+        for number, line in enumerate(lines, 1):
+            try:
+                record = parse_json(line, "damaged", constants=True)
+                if wrong := misfit(record, {"model": str, "step": int}):
+                    raise UserError(f"damaged: {wrong}")
+            except UserError as error:
+                hint = "delete the line to go on: the curve has no point there then"
+                raise UserError(error.what, at=f"{self._path}:{number}", hint=hint) from None
+            records.append(record)
         return records
 
     def rewind(self, model: str, step: int) -> None:

@@ -45,7 +45,7 @@ def read_config(directory: Path) -> dict[str, Any] | None:
     for path in (directory, *directory.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file, not a directory for runs")
-    stored = read_json(directory / "config.json")
+    stored = read_json(directory / "config.json", {"format": int | None}, "put it back, or choose another --workdir")
     if stored is None:
         # A start that was killed leaves a lock and what it had not finished writing.
         if directory.is_dir() and any(
