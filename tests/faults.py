@@ -141,7 +141,7 @@ class World:
         runs.write_chats(root / "chats.jsonl")
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
         self.model = root / "train" / "run" / "export"
-        train = runs.arguments(root / "corpus", "run", "--config.model.max_positions=64")
+        train = runs.arguments(root / "corpus", "run", "--config.model.max_positions=128")
         heal = [
             *runs.HEAL, "--config.pretrain.steps=0", f"--config.base.path={self.model}", "--config.steps=6",
             "--config.epochs=0", "--config.plan=upscale(base, 1:2, copies=1)", "--config.data.format=chatml",
