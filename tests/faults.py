@@ -146,7 +146,7 @@ class World:
             *runs.HEAL, "--config.pretrain.steps=0", f"--config.base.path={self.model}", "--config.steps=6",
             "--config.epochs=0", "--config.plan=upscale(base, 1:2, copies=1)", "--config.data.format=chatml",
             f"--config.data.files={root / 'chats.jsonl'}", "--config.step.accumulation=2",
-            "--config.heal.control=False", "--workdir=run",
+            "--config.data.seq_len=128", "--config.heal.control=False", "--workdir=run",
         ]  # fmt: skip
         tokens = [*runs.arguments(root / "large", "run"), "--config.steps=2", "--config.inherit.control=0"]
         jobs = {
