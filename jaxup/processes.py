@@ -18,11 +18,13 @@ import functools
 import itertools
 import json
 import os
+import re
 import select
 import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -150,6 +152,7 @@ class Processes:
         self._timeout, self._place = timeout, f"jaxup/run/{next(_runs)}/"
         self._service: Any = None  # once several have joined
         self._rank, self._count = 0, 1
+        self._several, self._joining = False, False  # which the environment says; `_service` is there once it is so
         self._closed, self._leaving = False, False
         self._signalled: float | None = None  # when a signal came that the thread has not dealt with yet
         self._handled = ""  # what the handler made of it: "raised" or "deferred"
@@ -179,11 +182,11 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if self._service is not None:
+        if self._several:
             try:
                 if error is None:
                     gather(None, "done")
-                if isinstance(error, _errors()):
+                if re.match("[A-Z_]{5,}: ", str(error)):  # the name of a status of XLA
                     self._await_cause()
             except BaseException as later:  # a signal, or the end of another process, while waiting for it
                 error = later
@@ -203,6 +206,8 @@ class Processes:
         address = os.environ.get("JAX_COORDINATOR_ADDRESS")
         if not address and "," not in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
             return
+        # A signal waits until this is done, for a while: whom this process has not joined it cannot tell of it.
+        self._joining = self._several = True
         # What the service has to say of the ends of others is said here, in a line.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         import jax
@@ -221,13 +226,18 @@ class Processes:
                         address, numbers[0], numbers[1], heartbeat_timeout_seconds=_HEARTBEAT,
                         shutdown_timeout_seconds=30,
                     )  # fmt: skip
-                except (jax.errors.JaxRuntimeError, ValueError) as error:
-                    raise UserError(f"the processes of this run did not find each other: {first_line(error)}") from None
-        if _service() is None:
-            return
-        self._rank, self._count = jax.process_index(), jax.process_count()
-        self._service = _service()
-        os.write(self._wake, b"\0")
+                except (RuntimeError, ValueError):
+                    place = f" at {address}" if address else ""
+                    hint = "start them all within 5 minutes, each with an id of its own below their number"
+                    raise UserError(f"the processes of this run did not find each other{place}", hint=hint) from None
+        self._several = _service() is not None
+        if self._several:
+            self._rank, self._count = jax.process_index(), jax.process_count()
+            self._service = _service()
+            os.write(self._wake, b"\0")
+        self._joining = False
+        if self.signum is not None:
+            raise Stopped(f"stopped by {signal.Signals(self.signum).name}", 128 + self.signum)
 
     def should_stop(self) -> bool:
         """Whether a signal asked to leave here. Of several processes all call this, and all get the same answer."""
@@ -277,6 +287,10 @@ class Processes:
         if self._ending is not None and self.signum is None:
             raise Stopped(self._ending[1].line, self._ending[1].code)
         again, self.signum = self.signum is not None, signum
+        if self._joining:
+            return
+        # What it interrupts may leave coroutines of Orbax behind.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited")
         if not self.deferred or (again and signum == signal.SIGINT):
             self._handled = "raised"
             raise Stopped(f"stopped by {signal.Signals(signum).name}", 128 + signum)
@@ -286,7 +300,7 @@ class Processes:
 
     def _await_cause(self) -> None:
         """A collective fails when another process has ended; which, and why, is known a little later."""
-        deadline = time.monotonic() + _SILENT + 3
+        deadline = time.monotonic() + _SILENT + 2
         while time.monotonic() < deadline:
             if self._silent:
                 raise Stopped(_death(self._silent), LOST)
@@ -296,7 +310,7 @@ class Processes:
 
     def _leave(self, error: BaseException) -> None:
         """Ends the process, telling the others: they need not wait for it."""
-        self._leaving, code, line = True, _code(error), _line(error)
+        self._leaving, self._joining, code, line = True, False, _code(error), _line(error)
         if hasattr(error, "exit_code") or isinstance(error, KeyboardInterrupt):
             say(line)
         else:
@@ -305,8 +319,10 @@ class Processes:
         with contextlib.suppress(_errors()):
             self._say_end(_End(code, line, agreed))
             # The service ends with process 0, which is therefore the last to leave.
-            deadline = time.monotonic() + (60 if agreed else _GRACE)
-            while self._rank == 0 and time.monotonic() < deadline and len(self._ends()) < self._count:
+            deadline = time.monotonic() + (60 if agreed else _GRACE + 3)
+            while self._service is not None and self._rank == 0 and time.monotonic() < deadline:
+                if len(self._service.key_value_dir_get(f"{self._place}now/end")) == self._count:
+                    break
                 time.sleep(0.05)
         self._exit(code)
 
@@ -325,12 +341,15 @@ class Processes:
             if self._service is not None:
                 self._talk()
             if self._ending is not None and time.monotonic() > self._ending[0]:
+                if self._service is not None:
+                    with contextlib.suppress(_errors()):
+                        self._say_end(self._ending[1])
                 self._exit(self._ending[1].code, "" if self._leaving else self._ending[1].line)
         faulthandler.cancel_dump_traceback_later()
 
     def _own_signal(self, seconds: float) -> None:
         """Makes known what the handler decided, or decides if the main thread does not come to it."""
-        if not self._handled and seconds < _GRACE:
+        if not self._handled and seconds < (2 * _GRACE if self._joining else _GRACE):
             return
         if self._handled == "deferred" or (not self._handled and self.deferred):
             if self._service is not None:
@@ -338,8 +357,9 @@ class Processes:
                     self._service.key_value_set(f"{self._place}now/ask/{self._rank}", str(self._signal), True)
         elif not self._leaving:
             end = _End(128 + self._signal, f"stopped by {signal.Signals(self._signal).name}")
-            with contextlib.suppress(_errors()):
-                self._say_end(end)
+            if self._service is not None:
+                with contextlib.suppress(_errors()):
+                    self._say_end(end)
             if not self._handled:
                 self._ending = (time.monotonic(), end)
         self._signalled = None
@@ -423,18 +443,19 @@ class Processes:
             self._give_up(end)
 
     def _say_end(self, end: _End) -> None:
-        if self._service is not None:
+        if self._service is not None:  # has joined
             self._service.key_value_set(f"{self._place}now/end/{self._rank}", json.dumps(end._asdict()), True)
-
-    def _ends(self) -> list[Any]:
-        return self._service.key_value_dir_get(f"{self._place}now/end")
 
     def _lost(self, *_: object) -> None:
         """The service says that a process is dead, or does not answer; returns if it does: this is something else."""
+        if self._ending is not None and not self._leaving:
+            self._exit(self._ending[1].code, self._ending[1].line)
         asked = time.monotonic()
         time.sleep(2)
+        if self._closed:
+            self._exit(0)
         if self._answered < asked + 1:
-            self._exit(LOST, "" if self._leaving or self._closed else _death(self._silent or [0]))
+            self._exit(LOST, "" if self._leaving else _death(self._silent or [0]))
 
     def _give_up(self, end: _End) -> None:
         faulthandler.dump_traceback(file=2)
