@@ -1,11 +1,7 @@
-"""The processes of a run, one or many: how they join, decide, stop and leave together.
+"""A run of one process or of many: how they join, stop and leave together.
 
-They speak over the coordination service of `jax.distributed`, a store of small values that process 0 serves. None waits
-for another in a collective of devices: those have time limits that nobody can set, and do not say who is missing.
-
-What must be the same in all of them is decided by process 0 (`told`): two processes that look at the same file may see
-different things, and then run different programs. A thread of each, apart from the main one, says once a second how far
-its process is and looks at what the others say, so that nothing the main thread waits in can hide the end of another.
+A thread of each, apart from the main one, says once a second how far its process is and looks at what the others say,
+so that nothing the main thread waits in can hide the end of another. See `jaxup.together` for what they speak over.
 """
 
 from __future__ import annotations
@@ -26,13 +22,12 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from jaxup import progress
-from jaxup.errors import Stopped, UserError, first_line
-from jaxup.progress import Waiting, say
-
-T = TypeVar("T")
+from jaxup import progress, together
+from jaxup.errors import Stopped, UserError
+from jaxup.progress import say
+from jaxup.together import exit_code, gather, identity, line_of, lives, names, service
 
 LOST = 5  # the exit code for a process that died or makes no progress
 _HEARTBEAT = 10  # seconds without a sign of life after which the service takes a process for dead
@@ -40,87 +35,7 @@ _SILENT = 5  # seconds without a word of its thread after which a process is sus
 _GRACE = 5  # seconds that the main thread has to leave in order, once it is to
 _LONG = 10  # times the time limit is what is no training step may take, such as to compile, load and save
 
-_turns = itertools.count()  # of `told` and `gather`: all processes come to them in the same order
 _runs = itertools.count()
-_waits = False  # the main thread waits in here: no progress is then expected of it
-
-
-def _service() -> Any:
-    """The client of the coordination service, or None where there is one process only."""
-    from jax._src import distributed
-
-    state = distributed.global_state
-    return state.client if state.num_processes > 1 else None
-
-
-def told(make: Callable[[], T], what: str) -> T:
-    """What `make` gives process 0, in all processes: a value of JSON. `what` it does stands in messages: "read x".
-
-    All processes call this, in the same order. If it raises, all do: the others what they are told of it.
-    """
-    import jax
-
-    service = _service()
-    if service is None:
-        return make()
-    key = f"jaxup/told/{next(_turns)}"
-    if jax.process_index() == 0:
-        try:
-            word = json.dumps({"value": make()})
-        except BaseException as error:
-            word = json.dumps({"error": _line(error), "code": _code(error)})
-            raise
-        finally:
-            service.key_value_set(key, word)
-    else:
-        with _waiting() as remind:
-            while True:
-                try:  # by the second, so that a signal is handled meanwhile
-                    word = service.blocking_key_value_get(key, 1000)
-                    break
-                except jax.errors.JaxRuntimeError as error:
-                    if not str(error).startswith("DEADLINE_EXCEEDED"):
-                        raise
-                remind(f"process 0 to {what}")
-    answer = json.loads(word)
-    if "error" in answer:
-        raise UserError(answer["error"]) if answer["code"] == 2 else Stopped(answer["error"], answer["code"])
-    return answer["value"]
-
-
-def gather(value: Any, what: str) -> list[Any]:
-    """The value, of JSON, that each process has, in all processes; returns when all are `what`: "ready to train"."""
-    import jax
-
-    service = _service()
-    if service is None:
-        return [value]
-    place = f"jaxup/here/{next(_turns)}/"
-    service.key_value_set(f"{place}{jax.process_index()}", json.dumps(value))
-
-    def collect() -> list[Any]:
-        with _waiting() as remind:
-            while True:
-                found = {
-                    int(key.rpartition("/")[2]): json.loads(word) for key, word in service.key_value_dir_get(place)
-                }
-                if not (missing := sorted(set(range(jax.process_count())) - found.keys())):
-                    return [found[rank] for rank in sorted(found)]
-                remind(f"{_names(missing)} to be {what}")
-                time.sleep(0.05)
-
-    return told(collect, f"find all {what}")
-
-
-@contextlib.contextmanager
-def _waiting() -> Iterator[Callable[[str], None]]:
-    """A function that says every now and then for what this process waits."""
-    global _waits
-    before, _waits = _waits, True
-    try:
-        yield Waiting().on
-    finally:
-        _waits = before
 
 
 class _End(NamedTuple):
@@ -166,7 +81,7 @@ class Processes:
         self._stepping, self._long = False, 0
         self._seen, self._since = (0, 0), time.monotonic()
         self._heard: dict[int, tuple[str, float]] = {}  # what each said last, and since when
-        self._silent: list[int] = []
+        self._silent: dict[int, str] = {}  # ranks of which nothing was heard for a while, and their identities
         self._answered = 0.0  # when the service last did
 
     # ---- the main thread
@@ -230,10 +145,10 @@ class Processes:
                     place = f" at {address}" if address else ""
                     hint = "start them all within 5 minutes, each with an id of its own below their number"
                     raise UserError(f"the processes of this run did not find each other{place}", hint=hint) from None
-        self._several = _service() is not None
+        self._several = service() is not None
         if self._several:
             self._rank, self._count = jax.process_index(), jax.process_count()
-            self._service = _service()
+            self._service = service()
             os.write(self._wake, b"\0")
         self._joining = False
         if self.signum is not None:
@@ -303,14 +218,14 @@ class Processes:
         deadline = time.monotonic() + _SILENT + 2
         while time.monotonic() < deadline:
             if self._silent:
-                raise Stopped(_death(self._silent), LOST)
+                raise Stopped(self._fate().line, LOST)
             if self._ending is not None:
                 raise Stopped(self._ending[1].line, self._ending[1].code)
             time.sleep(0.1)
 
     def _leave(self, error: BaseException) -> None:
         """Ends the process, telling the others: they need not wait for it."""
-        self._leaving, self._joining, code, line = True, False, _code(error), _line(error)
+        self._leaving, self._joining, code, line = True, False, exit_code(error), line_of(error)
         if hasattr(error, "exit_code") or isinstance(error, KeyboardInterrupt):
             say(line)
         else:
@@ -373,7 +288,8 @@ class Processes:
             if self._rank == 0:
                 self._listen()
             else:
-                self._silent = json.loads(now.get(f"{self._place}now/silent", "[]"))
+                silent = json.loads(now.get(f"{self._place}now/silent", "{}"))
+                self._silent = {int(rank): who for rank, who in silent.items()}
         except _errors():
             return  # process 0 is gone, and the service with it: `_lost` is called
         self._answered = time.monotonic()
@@ -401,14 +317,14 @@ class Processes:
                 self._agreeing.notify_all()
 
     def _say_beat(self) -> None:
-        word = json.dumps([time.monotonic(), self._position, _waits, self._overdue()])
+        word = json.dumps([time.monotonic(), self._position, together.waits, self._overdue(), identity()])
         self._service.key_value_set(f"{self._place}beat/{self._rank}", word, True)
 
     def _overdue(self) -> bool:
         """Whether this process had to make progress by now: to end a step within the time limit, or within ten times
         as long what is none, or to report something done in it (`jaxup.progress`)."""
         seen = (progress.reports, self._position)
-        if seen != self._seen or _waits:
+        if seen != self._seen or together.waits:
             self._seen, self._since = seen, time.monotonic()
         return time.monotonic() - self._since > self._limit()
 
@@ -427,15 +343,15 @@ class Processes:
             if word != self._heard.get(rank, ("-", now))[0]:
                 self._heard[rank] = (word, now)
         ages = {rank: now - since for rank, (_, since) in self._heard.items()}
-        silent = [rank for rank, age in ages.items() if age > _SILENT]
+        said = {rank: json.loads(word) for rank, word in beats.items() if word}
+        silent = {rank: said[rank][4] if rank in said else "" for rank, age in ages.items() if age > _SILENT}
         if silent != self._silent:
             self._silent = silent
             self._service.key_value_set(f"{self._place}now/silent", json.dumps(silent), True)
-        said = {rank: json.loads(word) for rank, word in beats.items() if word}
-        working = {rank: position for rank, (_, position, waits, _) in said.items() if not waits}
+        working = {rank: position for rank, (_, position, waits, *_) in said.items() if not waits}
         last = [rank for rank, position in working.items() if position == min(working.values())]
         if last and all(said[rank][3] or ages[rank] > self._timeout for rank in last):
-            who = _names(last) if len(last) < self._count else "all processes"
+            who = names(last) if len(last) < self._count else "all processes"
             line = f"{who} made no progress for longer than processes.timeout={self._timeout:g} s"
             end = _End(LOST, line, stalled=True)
             self._say_end(end)
@@ -455,7 +371,17 @@ class Processes:
         if self._closed:
             self._exit(0)
         if self._answered < asked + 1:
-            self._exit(LOST, "" if self._leaving else _death(self._silent or [0]))
+            end = self._fate()
+            if end.stalled and not self._leaving:
+                self._give_up(end)
+            self._exit(LOST, "" if self._leaving else end.line)
+
+    def _fate(self) -> _End:
+        """Of those that are silent, or of process 0 and with it the service."""
+        if stopped := [rank for rank, who in self._silent.items() if lives(who)]:
+            return _End(LOST, f"{names(stopped)} still there, and not running: stopped by a signal?", stalled=True)
+        line = f"{names(list(self._silent) or [0])} died, or cannot be reached any more"
+        return _End(LOST, f"{line}; the same command resumes from the newest checkpoint")
 
     def _give_up(self, end: _End) -> None:
         faulthandler.dump_traceback(file=2)
@@ -466,24 +392,6 @@ class Processes:
         if line:
             os.write(2, f"jaxup: {line}\n".encode())
         os._exit(code)
-
-
-def _names(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"process{'es' if len(ranks) > 1 else ''} {shown}"
-
-
-def _death(ranks: list[int]) -> str:
-    return f"{_names(ranks)} died, or cannot be reached any more; the same command resumes from the newest checkpoint"
-
-
-def _code(error: BaseException) -> int:
-    """The exit code that an exception calls for, as in `jaxup.errors.entry_point`."""
-    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-
-
-def _line(error: BaseException) -> str:
-    return str(error) if hasattr(error, "exit_code") else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _errors() -> type[Exception]:
