@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from jaxup import together
 from jaxup.errors import UserError
 from jaxup.files import lock
 from jaxup.files.staging import staged_directory
@@ -75,7 +76,7 @@ def test_what_a_process_left_that_is_gone(tmp_path, locks):
     with lock.hold(tmp_path / "lock", refuse):
         assert held.exists()
     if not locks:
-        held.write_text(text.replace(lock._machine(), "another/machine"))
+        held.write_text(text.replace(together._machine(), "another/machine"))
         advice = r" \(if that is gone, delete .*lock\.held\)"
         with pytest.raises(UserError, match=r"process \d+" + advice), lock.hold(tmp_path / "lock", refuse):
             pass

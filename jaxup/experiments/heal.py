@@ -43,11 +43,11 @@ from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import flatten, unflatten
-from jaxup.processes import told
 from jaxup.progress import tell
 from jaxup.recipes import line as recipe_line
 from jaxup.recipes.open import Recipe, open_recipe, parse_places
 from jaxup.text import parse_json, read_json, write_atomically
+from jaxup.together import told
 from jaxup.training import loop
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.loop import Result, Run, Settings, abstract_params, load_trained, train_model

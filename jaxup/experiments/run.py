@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from jaxup.errors import UserError
 from jaxup.experiments import resuming
 from jaxup.experiments.config import section
-from jaxup.processes import Processes, gather, told
 from jaxup.progress import say, tell
+from jaxup.together import gather, told
+from jaxup.training.processes import Processes
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxup.progress import say
+from jaxup.together import identity, lives
 
 _NONE_HERE = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
@@ -80,7 +81,7 @@ def _claim(held: Path, me: str) -> str | None:
     """Makes the file, if it is not there or its process is gone; else says who has it."""
     try:
         with open(held, "x", encoding="utf-8") as file:
-            file.write(f"{me}\n{_machine()} {os.getpid()} {_began(os.getpid())}\n")
+            file.write(f"{me}\n{identity()}\n")
         return None
     except FileExistsError:
         pass
@@ -88,12 +89,10 @@ def _claim(held: Path, me: str) -> str | None:
         text = held.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return _claim(held, me)
-    holder, _, identity = text.strip().partition("\n")
-    machine, _, process = identity.partition(" ")
-    if machine != _machine():
+    holder, _, who = text.strip().partition("\n")
+    if (there := lives(who)) is None:
         return f"{holder or 'another process'} (if that is gone, delete {held})"
-    number, _, began = process.partition(" ")
-    if number.isdecimal() and _began(int(number)) == began:
+    if there:
         return holder
     # Moved before it is removed: another process may have come first, and made it anew.
     aside = held.with_name(f"{held.name}.{os.getpid()}")
@@ -104,28 +103,3 @@ def _claim(held: Path, me: str) -> str | None:
             return "another process"
         aside.unlink()
     return _claim(held, me)
-
-
-def _machine() -> str:
-    """This machine since it was started, and in it the container, whose numbers of processes are its own."""
-    parts = [socket.gethostname().replace(" ", "_")]
-    with contextlib.suppress(OSError):
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return "/".join(parts)
-
-
-def _began(process: int) -> str:
-    """When a process began, which tells it from a later one of its number; "" if there is none."""
-    try:
-        # Behind the name, in parentheses, which may hold anything, it is the 20th.
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    except FileNotFoundError:
-        if Path("/proc/self").exists():
-            return ""
-    try:  # no Linux: that it is there must do
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass
-    return "there"

@@ -35,8 +35,8 @@ from jaxup.hub.reader import Checkpoint, dtype_of, is_finite
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import init
 from jaxup.model.spec import STACK, flatten, spec
-from jaxup.processes import gather
 from jaxup.progress import Progress
+from jaxup.together import gather
 
 _READ_AHEAD = 64 * 2**20  # bytes
 

@@ -30,8 +30,8 @@ from jaxup.hub.reader import is_finite
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.spec import flatten, spec
-from jaxup.processes import told
 from jaxup.progress import Progress
+from jaxup.together import told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

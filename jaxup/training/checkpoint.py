@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxup.errors import NoRoom, UserError, first_line, storage_error
 from jaxup.files import manifest
 from jaxup.model.decoder import Params
-from jaxup.processes import told
+from jaxup.together import told
 from jaxup.training.sound import DIGESTS, set_aside
 from jaxup.training.step import TrainState
 

@@ -29,14 +29,15 @@ from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params, flops_per_token
-from jaxup.processes import Processes, told
 from jaxup.progress import Progress
 from jaxup.text import kinds_of, read_json, write_atomically
+from jaxup.together import told
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.corrections import RATE, SKIP, Corrections, record
 from jaxup.training.metrics import MetricsLog, peak_flops
 from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxup.training.partition import Partition, digest
+from jaxup.training.processes import Processes
 from jaxup.training.rundir import write_json
 from jaxup.training.selection import EVERYTHING, Selection
 from jaxup.training.sharding import BATCH_AXES, local_rows, place_batch, state_shardings
@@ -279,7 +280,9 @@ def train_model(
             raise UserError(
                 f"{directory}: step {start} is done, and {steps} are asked for", hint="give at least as many"
             )
-        corrections = record(directory, run.asked.pop() if run.asked else Corrections(), done=start, steps=steps)
+        asked = run.asked.pop() if run.asked else Corrections()
+        kept = told(lambda: dataclasses.asdict(record(directory, asked, done=start, steps=steps)), "read corrections")
+        corrections = Corrections(tuple(kept["skip"]), tuple((step, rate) for step, rate in kept["rates"]))
         program = _program(model, run.settings, steps, run.mesh, selection, corrections.rates)
         trained = None
         if selection.partition is not None:

@@ -1,11 +1,7 @@
-"""The processes of a run, one or many: how they join, decide, stop and leave together.
+"""A run of one process or of many: how they join, stop and leave together.
 
-They speak over the coordination service of `jax.distributed`, a store of small values that process 0 serves. None waits
-for another in a collective of devices: those have time limits that nobody can set, and do not say who is missing.
-
-What must be the same in all of them is decided by process 0 (`told`): two processes that look at the same file may see
-different things, and then run different programs. A thread of each, apart from the main one, says once a second how far
-its process is and looks at what the others say, so that nothing the main thread waits in can hide the end of another.
+A thread of each, apart from the main one, says once a second how far its process is and looks at what the others say,
+so that nothing the main thread waits in can hide the end of another. See `jaxup.together` for what they speak over.
 """
 
 from __future__ import annotations
@@ -18,19 +14,20 @@ import functools
 import itertools
 import json
 import os
+import re
 import select
 import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from jaxup import progress
-from jaxup.errors import Stopped, UserError, first_line
-from jaxup.progress import Waiting, say
-
-T = TypeVar("T")
+from jaxup import progress, together
+from jaxup.errors import Stopped, UserError
+from jaxup.progress import say
+from jaxup.together import exit_code, gather, identity, line_of, lives, names, service
 
 LOST = 5  # the exit code for a process that died or makes no progress
 _HEARTBEAT = 10  # seconds without a sign of life after which the service takes a process for dead
@@ -38,87 +35,7 @@ _SILENT = 5  # seconds without a word of its thread after which a process is sus
 _GRACE = 5  # seconds that the main thread has to leave in order, once it is to
 _LONG = 10  # times the time limit is what is no training step may take, such as to compile, load and save
 
-_turns = itertools.count()  # of `told` and `gather`: all processes come to them in the same order
 _runs = itertools.count()
-_waits = False  # the main thread waits in here: no progress is then expected of it
-
-
-def _service() -> Any:
-    """The client of the coordination service, or None where there is one process only."""
-    from jax._src import distributed
-
-    state = distributed.global_state
-    return state.client if state.num_processes > 1 else None
-
-
-def told(make: Callable[[], T], what: str) -> T:
-    """What `make` gives process 0, in all processes: a value of JSON. `what` it does stands in messages: "read x".
-
-    All processes call this, in the same order. If it raises, all do: the others what they are told of it.
-    """
-    import jax
-
-    service = _service()
-    if service is None:
-        return make()
-    key = f"jaxup/told/{next(_turns)}"
-    if jax.process_index() == 0:
-        try:
-            word = json.dumps({"value": make()})
-        except BaseException as error:
-            word = json.dumps({"error": _line(error), "code": _code(error)})
-            raise
-        finally:
-            service.key_value_set(key, word)
-    else:
-        with _waiting() as remind:
-            while True:
-                try:  # by the second, so that a signal is handled meanwhile
-                    word = service.blocking_key_value_get(key, 1000)
-                    break
-                except jax.errors.JaxRuntimeError as error:
-                    if not str(error).startswith("DEADLINE_EXCEEDED"):
-                        raise
-                remind(f"process 0 to {what}")
-    answer = json.loads(word)
-    if "error" in answer:
-        raise UserError(answer["error"]) if answer["code"] == 2 else Stopped(answer["error"], answer["code"])
-    return answer["value"]
-
-
-def gather(value: Any, what: str) -> list[Any]:
-    """The value, of JSON, that each process has, in all processes; returns when all are `what`: "ready to train"."""
-    import jax
-
-    service = _service()
-    if service is None:
-        return [value]
-    place = f"jaxup/here/{next(_turns)}/"
-    service.key_value_set(f"{place}{jax.process_index()}", json.dumps(value))
-
-    def collect() -> list[Any]:
-        with _waiting() as remind:
-            while True:
-                found = {
-                    int(key.rpartition("/")[2]): json.loads(word) for key, word in service.key_value_dir_get(place)
-                }
-                if not (missing := sorted(set(range(jax.process_count())) - found.keys())):
-                    return [found[rank] for rank in sorted(found)]
-                remind(f"{_names(missing)} to be {what}")
-                time.sleep(0.05)
-
-    return told(collect, f"find all {what}")
-
-
-@contextlib.contextmanager
-def _waiting() -> Iterator[Callable[[str], None]]:
-    """A function that says every now and then for what this process waits."""
-    global _waits
-    before, _waits = _waits, True
-    try:
-        yield Waiting().on
-    finally:
-        _waits = before
 
 
 class _End(NamedTuple):
@@ -150,6 +67,7 @@ class Processes:
         self._timeout, self._place = timeout, f"jaxup/run/{next(_runs)}/"
         self._service: Any = None  # once several have joined
         self._rank, self._count = 0, 1
+        self._several, self._joining = False, False  # which the environment says; `_service` is there once it is so
         self._closed, self._leaving = False, False
         self._signalled: float | None = None  # when a signal came that the thread has not dealt with yet
         self._handled = ""  # what the handler made of it: "raised" or "deferred"
@@ -163,7 +81,7 @@ class Processes:
         self._stepping, self._long = False, 0
         self._seen, self._since = (0, 0), time.monotonic()
         self._heard: dict[int, tuple[str, float]] = {}  # what each said last, and since when
-        self._silent: list[int] = []
+        self._silent: dict[int, str] = {}  # ranks of which nothing was heard for a while, and their identities
         self._answered = 0.0  # when the service last did
 
     # ---- the main thread
@@ -179,11 +97,11 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if self._service is not None:
+        if self._several:
             try:
                 if error is None:
                     gather(None, "done")
-                if isinstance(error, _errors()):
+                if re.match("[A-Z_]{5,}: ", str(error)):  # the name of a status of XLA
                     self._await_cause()
             except BaseException as later:  # a signal, or the end of another process, while waiting for it
                 error = later
@@ -203,6 +121,8 @@ class Processes:
         address = os.environ.get("JAX_COORDINATOR_ADDRESS")
         if not address and "," not in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
             return
+        # A signal waits until this is done, for a while: whom this process has not joined it cannot tell of it.
+        self._joining = self._several = True
         # What the service has to say of the ends of others is said here, in a line.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         import jax
@@ -221,13 +141,18 @@ class Processes:
                         address, numbers[0], numbers[1], heartbeat_timeout_seconds=_HEARTBEAT,
                         shutdown_timeout_seconds=30,
                     )  # fmt: skip
-                except (jax.errors.JaxRuntimeError, ValueError) as error:
-                    raise UserError(f"the processes of this run did not find each other: {first_line(error)}") from None
-        if _service() is None:
-            return
-        self._rank, self._count = jax.process_index(), jax.process_count()
-        self._service = _service()
-        os.write(self._wake, b"\0")
+                except (RuntimeError, ValueError):
+                    place = f" at {address}" if address else ""
+                    hint = "start them all within 5 minutes, each with an id of its own below their number"
+                    raise UserError(f"the processes of this run did not find each other{place}", hint=hint) from None
+        self._several = service() is not None
+        if self._several:
+            self._rank, self._count = jax.process_index(), jax.process_count()
+            self._service = service()
+            os.write(self._wake, b"\0")
+        self._joining = False
+        if self.signum is not None:
+            raise Stopped(f"stopped by {signal.Signals(self.signum).name}", 128 + self.signum)
 
     def should_stop(self) -> bool:
         """Whether a signal asked to leave here. Of several processes all call this, and all get the same answer."""
@@ -277,6 +202,10 @@ class Processes:
         if self._ending is not None and self.signum is None:
             raise Stopped(self._ending[1].line, self._ending[1].code)
         again, self.signum = self.signum is not None, signum
+        if self._joining:
+            return
+        # What it interrupts may leave coroutines of Orbax behind.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited")
         if not self.deferred or (again and signum == signal.SIGINT):
             self._handled = "raised"
             raise Stopped(f"stopped by {signal.Signals(signum).name}", 128 + signum)
@@ -286,17 +215,17 @@ class Processes:
 
     def _await_cause(self) -> None:
         """A collective fails when another process has ended; which, and why, is known a little later."""
-        deadline = time.monotonic() + _SILENT + 3
+        deadline = time.monotonic() + _SILENT + 2
         while time.monotonic() < deadline:
             if self._silent:
-                raise Stopped(_death(self._silent), LOST)
+                raise Stopped(self._fate().line, LOST)
             if self._ending is not None:
                 raise Stopped(self._ending[1].line, self._ending[1].code)
             time.sleep(0.1)
 
     def _leave(self, error: BaseException) -> None:
         """Ends the process, telling the others: they need not wait for it."""
-        self._leaving, code, line = True, _code(error), _line(error)
+        self._leaving, self._joining, code, line = True, False, exit_code(error), line_of(error)
         if hasattr(error, "exit_code") or isinstance(error, KeyboardInterrupt):
             say(line)
         else:
@@ -305,8 +234,10 @@ class Processes:
         with contextlib.suppress(_errors()):
             self._say_end(_End(code, line, agreed))
             # The service ends with process 0, which is therefore the last to leave.
-            deadline = time.monotonic() + (60 if agreed else _GRACE)
-            while self._rank == 0 and time.monotonic() < deadline and len(self._ends()) < self._count:
+            deadline = time.monotonic() + (60 if agreed else _GRACE + 3)
+            while self._service is not None and self._rank == 0 and time.monotonic() < deadline:
+                if len(self._service.key_value_dir_get(f"{self._place}now/end")) == self._count:
+                    break
                 time.sleep(0.05)
         self._exit(code)
 
@@ -325,12 +256,15 @@ class Processes:
             if self._service is not None:
                 self._talk()
             if self._ending is not None and time.monotonic() > self._ending[0]:
+                if self._service is not None:
+                    with contextlib.suppress(_errors()):
+                        self._say_end(self._ending[1])
                 self._exit(self._ending[1].code, "" if self._leaving else self._ending[1].line)
         faulthandler.cancel_dump_traceback_later()
 
     def _own_signal(self, seconds: float) -> None:
         """Makes known what the handler decided, or decides if the main thread does not come to it."""
-        if not self._handled and seconds < _GRACE:
+        if not self._handled and seconds < (2 * _GRACE if self._joining else _GRACE):
             return
         if self._handled == "deferred" or (not self._handled and self.deferred):
             if self._service is not None:
@@ -338,8 +272,9 @@ class Processes:
                     self._service.key_value_set(f"{self._place}now/ask/{self._rank}", str(self._signal), True)
         elif not self._leaving:
             end = _End(128 + self._signal, f"stopped by {signal.Signals(self._signal).name}")
-            with contextlib.suppress(_errors()):
-                self._say_end(end)
+            if self._service is not None:
+                with contextlib.suppress(_errors()):
+                    self._say_end(end)
             if not self._handled:
                 self._ending = (time.monotonic(), end)
         self._signalled = None
@@ -353,7 +288,8 @@ class Processes:
             if self._rank == 0:
                 self._listen()
             else:
-                self._silent = json.loads(now.get(f"{self._place}now/silent", "[]"))
+                silent = json.loads(now.get(f"{self._place}now/silent", "{}"))
+                self._silent = {int(rank): who for rank, who in silent.items()}
         except _errors():
             return  # process 0 is gone, and the service with it: `_lost` is called
         self._answered = time.monotonic()
@@ -381,14 +317,14 @@ class Processes:
                 self._agreeing.notify_all()
 
     def _say_beat(self) -> None:
-        word = json.dumps([time.monotonic(), self._position, _waits, self._overdue()])
+        word = json.dumps([time.monotonic(), self._position, together.waits, self._overdue(), identity()])
         self._service.key_value_set(f"{self._place}beat/{self._rank}", word, True)
 
     def _overdue(self) -> bool:
         """Whether this process had to make progress by now: to end a step within the time limit, or within ten times
         as long what is none, or to report something done in it (`jaxup.progress`)."""
         seen = (progress.reports, self._position)
-        if seen != self._seen or _waits:
+        if seen != self._seen or together.waits:
             self._seen, self._since = seen, time.monotonic()
         return time.monotonic() - self._since > self._limit()
 
@@ -407,15 +343,15 @@ class Processes:
             if word != self._heard.get(rank, ("-", now))[0]:
                 self._heard[rank] = (word, now)
         ages = {rank: now - since for rank, (_, since) in self._heard.items()}
-        silent = [rank for rank, age in ages.items() if age > _SILENT]
+        said = {rank: json.loads(word) for rank, word in beats.items() if word}
+        silent = {rank: said[rank][4] if rank in said else "" for rank, age in ages.items() if age > _SILENT}
         if silent != self._silent:
             self._silent = silent
             self._service.key_value_set(f"{self._place}now/silent", json.dumps(silent), True)
-        said = {rank: json.loads(word) for rank, word in beats.items() if word}
-        working = {rank: position for rank, (_, position, waits, _) in said.items() if not waits}
+        working = {rank: position for rank, (_, position, waits, *_) in said.items() if not waits}
         last = [rank for rank, position in working.items() if position == min(working.values())]
         if last and all(said[rank][3] or ages[rank] > self._timeout for rank in last):
-            who = _names(last) if len(last) < self._count else "all processes"
+            who = names(last) if len(last) < self._count else "all processes"
             line = f"{who} made no progress for longer than processes.timeout={self._timeout:g} s"
             end = _End(LOST, line, stalled=True)
             self._say_end(end)
@@ -423,18 +359,29 @@ class Processes:
             self._give_up(end)
 
     def _say_end(self, end: _End) -> None:
-        if self._service is not None:
+        if self._service is not None:  # has joined
             self._service.key_value_set(f"{self._place}now/end/{self._rank}", json.dumps(end._asdict()), True)
-
-    def _ends(self) -> list[Any]:
-        return self._service.key_value_dir_get(f"{self._place}now/end")
 
     def _lost(self, *_: object) -> None:
         """The service says that a process is dead, or does not answer; returns if it does: this is something else."""
+        if self._ending is not None and not self._leaving:
+            self._exit(self._ending[1].code, self._ending[1].line)
         asked = time.monotonic()
         time.sleep(2)
+        if self._closed:
+            self._exit(0)
         if self._answered < asked + 1:
-            self._exit(LOST, "" if self._leaving or self._closed else _death(self._silent or [0]))
+            end = self._fate()
+            if end.stalled and not self._leaving:
+                self._give_up(end)
+            self._exit(LOST, "" if self._leaving else end.line)
+
+    def _fate(self) -> _End:
+        """Of those that are silent, or of process 0 and with it the service."""
+        if stopped := [rank for rank, who in self._silent.items() if lives(who)]:
+            return _End(LOST, f"{names(stopped)} still there, and not running: stopped by a signal?", stalled=True)
+        line = f"{names(list(self._silent) or [0])} died, or cannot be reached any more"
+        return _End(LOST, f"{line}; the same command resumes from the newest checkpoint")
 
     def _give_up(self, end: _End) -> None:
         faulthandler.dump_traceback(file=2)
@@ -445,24 +392,6 @@ class Processes:
         if line:
             os.write(2, f"jaxup: {line}\n".encode())
         os._exit(code)
-
-
-def _names(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"process{'es' if len(ranks) > 1 else ''} {shown}"
-
-
-def _death(ranks: list[int]) -> str:
-    return f"{_names(ranks)} died, or cannot be reached any more; the same command resumes from the newest checkpoint"
-
-
-def _code(error: BaseException) -> int:
-    """The exit code that an exception calls for, as in `jaxup.errors.entry_point`."""
-    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-
-
-def _line(error: BaseException) -> str:
-    return str(error) if hasattr(error, "exit_code") else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _errors() -> type[Exception]:
