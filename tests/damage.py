@@ -16,7 +16,7 @@ def files(directory, skip=()):
 def damage(directory, seed, kinds=KINDS, skip=()):
     """Damages one file below `directory` and returns what was done, in words. Every second one is drawn by its size.
 
-    A kind of damage that would change nothing, such as the truncation of an empty file, becomes a file too many.
+    Where a kind of damage would change nothing, such as the truncation of an empty file, the file is deleted.
     """
     rng, found = random.Random(seed), files(directory, skip)
     weights = [path.stat().st_size for path in found] if rng.random() < 0.5 else [1] * len(found)
@@ -38,7 +38,7 @@ def damage(directory, seed, kinds=KINDS, skip=()):
     if kind == "swap" and twins:
         shutil.copyfile(twin := rng.choice(twins), path)
         return f"{name} replaced by {twin.relative_to(directory)}"
-    if kind == "delete":
+    if kind != "add":
         os.remove(path)
         return f"{name} deleted"
     path = rng.choice([p for p in found if p.parent != Path(directory)] or found)  # where it is most among others

@@ -296,7 +296,7 @@ def spoil(world: World, rng: random.Random, kinds: tuple[str, ...]) -> str:
         return f"{what}: noticed"
     if not harmless():
         return f"WRONG: {what}: {done}: exit 0: {said[-400:]}"
-    return f"{what}: " + ("noticed, the one before taken" if "set aside" in said else "harmless")
+    return f"{what}: " + ("noticed, the one before taken" if " is taken" in said else "harmless")
 
 
 def flip(world: World, rng: random.Random) -> str:

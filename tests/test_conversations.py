@@ -7,12 +7,13 @@ import random
 import tracemalloc
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxup.data import chat_files
+from jaxup.data import chat_files, sources
 from jaxup.data.conversations import open_conversations
 from jaxup.data.layouts import LAYOUTS, BadRow, Segment, Turn, fitting, parse
 from jaxup.errors import UserError
@@ -538,7 +539,7 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
             read(conversations)
         assert str(error.value) == f"{path}: No such file or directory"
 
-    def denied(path):
+    def denied(path, **_):
         raise PermissionError(13, "Permission denied", str(path))
 
     jsonl(tmp_path / "a.jsonl", [asked(1)])
@@ -631,6 +632,15 @@ def test_the_fingerprint_is_of_all_that_decides_the_conversations(tmp_path):
     assert opened(a, seed=0).fingerprint == opened(a, "messages", seed=9).fingerprint == prints[0]
     jsonl(tmp_path / "a.jsonl", rows[::-1])
     assert opened(a).fingerprint not in prints
+
+
+def test_the_fingerprint_is_of_every_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "WHOLE_HASH_BYTES", 10)
+    path = Path(jsonl(tmp_path / "a.jsonl", [asked(i) for i in range(9000)]))
+    before, content = opened(str(path)).fingerprint, path.read_bytes()
+    at = content.index(b"4500") + 2
+    path.write_bytes(content[:at] + b"9" + content[at + 1 :])
+    assert opened(str(path)).fingerprint != before
 
 
 # Memory

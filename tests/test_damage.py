@@ -1,13 +1,18 @@
 """What was written is damaged afterwards: every command that reads it says which file it is, and uses none of it."""
 
+import dataclasses
+import json
 import shutil
 
 import numpy as np
 import pytest
-from damage import damage
+from damage import KINDS, damage
 
+from jaxup.building.work import build
 from jaxup.data.sources import SPLITS
 from jaxup.data.store import META, Store
+from jaxup.depth import picture
+from jaxup.depth.recipes import identity
 from jaxup.errors import UserError
 
 
@@ -55,7 +60,7 @@ def unnoticed(original, place, seeds, read, part="", **how):
     for seed in seeds:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(original, place)
-        done = damage(place / part, seed, skip=("lock",), **how)
+        done = damage(place / part, seed, **{"skip": ("lock",), **how})
         if (said := refusal(read, place)) is None:
             found.append(done)
         assert "\n" not in (said or ""), (done, said)
@@ -201,7 +206,7 @@ def test_a_step_without_digests_is_taken_for_want_of_another(saved, tmp_path, ca
     assert "m/8: it has no digests" in capsys.readouterr().err
     assert saved(9, 10, keep=3) == (8, ["10", "8", "9"])
     (tmp_path / "m" / "10" / "jaxup_digests.json").unlink()
-    assert saved() == (9, ["10.damaged", "8", "9"])
+    assert saved() == (9, ["8", "9"])
 
 
 def test_where_nothing_is_sound_nothing_begins(saved, tmp_path):
@@ -225,11 +230,7 @@ def test_verify_names_every_damaged_file(finished, tmp_path, capsys):
     verify.main(["verify", str(tmp_path / "run")])
     said = capsys.readouterr().out
     assert said.count(": compared with jaxup_digests.json\n") == len([*tmp_path.glob("run/checkpoints/*/*/state")])
-    for line in (
-        "run: no digests of SUMMARY.md, config.json, inputs.json,",
-        "run/export: compared with",
-        f"{store}: comp",
-    ):
+    for line in ("run: no digests of SUMMARY.md, config.json,", "run/export: compared with", f"{store}: comp"):
         assert line in said
     run, damaged = tmp_path / "run", {}
     for part, seed in (("checkpoints/target_2/6", 0), ("checkpoints/reference/8", 1), ("export", 2)):
@@ -248,3 +249,80 @@ def test_verify_names_every_damaged_file(finished, tmp_path, capsys):
     for nothing in (tmp_path / "gone", finished[0] / "plots"):
         with pytest.raises(UserError, match=r"no such directory|neither a run"):
             verify.main(["verify", str(nothing)])
+
+
+# Models
+
+
+@pytest.fixture
+def exported(finished, tmp_path):
+    """A model directory that `export` has written, and one as earlier versions wrote them: with a digest a file."""
+    from jaxup.files.manifest import write_manifest
+
+    for name in ("parts", "whole"):
+        shutil.copytree(finished[0] / "export", tmp_path / name)
+    write_manifest(tmp_path / "whole")
+    return tmp_path
+
+
+def the_same(directory, **how):
+    """The plan that takes all of a model as it is."""
+    layers = json.loads((directory / "config.json").read_text())["n_layer"]
+    return dataclasses.replace(identity(str(directory), layers), **how)
+
+
+@pytest.mark.parametrize("digests", ["parts", "whole"])
+@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 220), marks=pytest.mark.slow)])
+def test_a_build_takes_nothing_damaged(exported, digests, seeds, monkeypatch):
+    monkeypatch.setattr(picture, "png", lambda *_: b"")
+
+    plan = the_same(exported / digests)
+
+    def read(directory):
+        build(plan, exported / "out", models={name: str(directory) for name, _ in plan.sources})
+
+    read(exported / digests)
+    shutil.rmtree(exported / "out")
+    how = {"kinds": KINDS[:-1], "skip": ("README.md", "jaxup_plan.yaml", "jaxup_manifest.json")}
+    assert unnoticed(exported / digests, exported / "damaged", seeds, read, **how) == []
+    assert not (exported / "out").exists()
+
+
+def test_tensors_that_are_cast_scaled_or_gathered_are_compared_too(exported, monkeypatch):
+    from jaxup.files import shards
+    from jaxup.hub.reader import open_checkpoint
+
+    monkeypatch.setattr(shards, "PIECE", 1000)  # of two bytes a number, where the file has four
+    directory = exported / "parts"
+    (tensor,) = (info for tensor, info in open_checkpoint(directory).tensors if tensor.paths == ("embed_tokens",))
+    content = bytearray((directory / "model.safetensors").read_bytes())
+    content[tensor.offset + 2000] ^= 1
+    (directory / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model.safetensors is not the file that was written here"):
+        build(the_same(directory, dtype="bfloat16"), exported / "out")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tokenizer_template_and_generation_config_are_compared(exported, seed):
+    from jaxup.hub.directory import CARRIED, carried_files, tokenizer_directory
+
+    directory = exported / "parts"
+    skip = {path.name for path in directory.iterdir()} - set(CARRIED)
+    done = damage(directory, seed, KINDS[:-1], skip)
+    for read in (carried_files, tokenizer_directory):
+        assert "is not the file that was written here" in refusal(read, directory), done
+
+
+def test_infinity_in_what_is_copied_is_said(exported, tmp_path):
+    from jaxup.hub.reader import open_checkpoint
+
+    directory = exported / "parts"
+    (directory / "jaxup_manifest.json").unlink()
+    tensors = open_checkpoint(directory).tensors
+    content = bytearray((directory / "model.safetensors").read_bytes())
+    for number, value in ((1, b"\0\0\x80\x7f"), (3, b"\1\0\x80\xff")):  # infinity; a NaN below zero
+        offset = tensors[number][1].offset + 4
+        content[offset : offset + 4] = value
+    (directory / "model.safetensors").write_bytes(content)
+    with pytest.warns(UserWarning, match=r" and 1 more: NaN or infinity in what is inherited"):
+        build(the_same(directory), tmp_path / "out")

@@ -100,14 +100,21 @@ def test_directory_of_mixed_files(tmp_path):
     assert opened(tmp_path).fingerprint != before == source.fingerprint
 
 
-def test_fingerprint_of_a_big_file_sees_its_size_head_and_tail(tmp_path, monkeypatch):
+def test_fingerprint_of_a_big_file_sees_blocks_of_it_and_when_it_was_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "WHOLE_HASH_BYTES", 10)
-    monkeypatch.setattr(sources, "MIB", 4)
-    path, seen = tmp_path / "a.txt", set()
-    for content in ("aaaa-middle-zzzz", "baaa-middle-zzzz", "aaaa-middle-zzzy", "aaaa-middle--zzzz"):
-        path.write_text(content)
+    monkeypatch.setattr(sources, "HASHED_BYTES", 8)
+    path, seen, content = tmp_path / "a.txt", set(), bytearray(b"a" * 10000)
+    for changed in (slice(0), slice(0, 1), slice(9999, None), slice(5000, 5160), slice(6666, 6826)):
+        content[changed] = b"b" * len(content[changed])  # the blocks begin 158 or 159 bytes apart
+        path.write_bytes(content)
+        os.utime(path, ns=(1, 1))
         seen.add(opened(path).fingerprint)
-    assert len(seen) == 4
+    path.write_bytes(bytes(content) + b"a")
+    os.utime(path, ns=(1, 1))
+    seen.add(opened(path).fingerprint)
+    os.utime(path, ns=(1, 2))  # of what lies between the blocks nothing else tells
+    seen.add(opened(path).fingerprint)
+    assert len(seen) == 7
 
 
 def test_datasets_saved_to_disk(tmp_path):

@@ -81,7 +81,7 @@ def _file(path: Path, name: str) -> File:
     if not size:
         raise UserError(f"{path}: no rows: the file is empty")
     rows = functools.partial(_READERS[path.suffix], path)
-    return File(path=str(path), name=name, size=size, hash=file_hash(path), rows=rows)
+    return File(path=str(path), name=name, size=size, hash=file_hash(path, whole=True), rows=rows)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:

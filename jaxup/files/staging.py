@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxup.errors import UserError
+from jaxup.errors import NoRoom, UserError, storage_error
 from jaxup.files.lock import flock
 
 
@@ -35,7 +35,7 @@ def staged_directory(out: str | Path, *, force: bool, marks: tuple[str, ...]) ->
         _sync(staging)
         _publish(staging, out, force, marks)
     except OSError as error:
-        raise UserError(f"{out}: not written: {error.strerror or error}") from error
+        raise storage_error(error, str(out), "not written") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
@@ -85,10 +85,10 @@ def _siblings(out: Path, kind: str) -> list[Path]:
 
 
 def check_space(directory: Path, out: str | Path, needed: int) -> None:
-    """UserError unless `needed` bytes, for what will be `out`, are free where `directory` is."""
+    """NoRoom unless `needed` bytes, for what will be `out`, are free where `directory` is."""
     free = shutil.disk_usage(directory).free
     if needed > free:
-        raise UserError(f"{out}: needs {needed / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free there")
+        raise NoRoom(f"{out}: needs {needed / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free there")
 
 
 def check_replaceable(out: Path, force: bool, marks: tuple[str, ...]) -> None:

@@ -90,7 +90,7 @@ class Checkpoints:
         def describe() -> None:
             if written is not None:
                 written.result()
-            manifest.write_manifest(self._directory / str(step), name=DIGESTS)
+            manifest.write_manifest(self._directory / str(step), name=DIGESTS, kind="sums")
 
         if self._writes:
             self._hashing.append(self._pool.submit(describe))

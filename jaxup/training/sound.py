@@ -2,12 +2,12 @@
 
 A step is `directory/STEP/`, which Orbax names so once all of it is written. Its digests (`jaxup_digests.json` in it)
 are written after that, in the background. A step whose files are those of its digests is sound, and the newest sound
-one is restored. Newer ones are set aside as `STEP.damaged`, where they neither are in the way of the next checkpoint
-of that step nor count among those that are kept.
+one is restored. Newer ones that are damaged are set aside as `STEP.damaged`, where they neither are in the way of the
+next checkpoint of that step nor count among those that are kept.
 
 A step without digests was written by a process that was killed right then, or by an earlier version: nothing speaks
-against it and nothing for it. The newest of those is restored only where no step is sound, which is said; else at most
-an interval of training is lost by taking the one before.
+against it and nothing for it. The newest of those is restored only where no step is sound, which is said. Else it is a
+save that was not finished, and removed: training from the sound step before makes the same one again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jaxup.files import manifest
 from jaxup.progress import say
 
 DIGESTS = "jaxup_digests.json"
+UNTOLD = "it has no digests: its save was not finished, or an earlier version made it"
 _FINISHED = "_CHECKPOINT_METADATA"  # a file that every checkpoint of Orbax has
 
 
@@ -45,7 +46,7 @@ def newest_sound(directory: Path) -> tuple[int | None, dict[int, str]]:
         if fault == "":
             return step, faults
         if fault is None:
-            fault = "it has no digests: its save was not finished, or an earlier version made it"
+            fault = UNTOLD
             untold = step if untold is None else untold
         faults[step] = fault
     if untold is None:
@@ -71,7 +72,11 @@ def set_aside(directory: Path) -> None:
         hint = f"bring its files back from a copy, or remove {directory} to begin this model again"
         raise UserError(f"no checkpoint here can be restored: of step {newest}, {fault}", at=str(directory), hint=hint)
     for newer, fault in faults.items():
-        aside = directory / f"{newer}.damaged"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(directory / str(newer), aside)
-        say(f"warning: {directory}/{newer}: {fault}; set aside as {aside.name}, and step {step} is taken")
+        path, aside = directory / str(newer), directory / f"{newer}.damaged"
+        if fault == UNTOLD:
+            shutil.rmtree(path)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+        what = "removed" if fault == UNTOLD else f"set aside as {aside.name}"
+        say(f"warning: {path}: {fault}; {what}, and step {step} is taken")
