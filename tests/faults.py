@@ -325,7 +325,7 @@ def disk(world: World, rng: random.Random) -> str:
         subprocess.run([*mount, f"remount,size={4 * size}", "tmpfs", folder], check=True)
         return finish(world, name, folder) or f"{name}: " + ("one line, went on" if code else "fitted")
     finally:
-        subprocess.run(["umount", folder], check=False)
+        subprocess.run(["umount", "--lazy", folder], check=False)
 
 
 FULL = errors.NoRoom.exit_code
@@ -391,7 +391,8 @@ def two(world: World, rng: random.Random) -> str:
         took = time.monotonic() - began
         codes = [p.poll() for p in both]
         if hit:
-            os.killpg(both[rank].pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(both[rank].pid, signal.SIGKILL)
         said = both[1 - rank].communicate()[1]
     if hit and any(code == 0 for code in codes) and 0 != codes[0] == codes[1]:
         return f"WRONG: {what} of {rank}: exit codes {codes}: {said[-400:]}"
