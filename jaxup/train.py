@@ -3,8 +3,8 @@
 The same command again resumes the run in its directory, or does nothing if it is finished; so does `--resume=DIR`,
 which has the configuration. What does not decide the numbers may change (mesh, log, eval, checkpoint, sample; and
 steps or epochs may be more, if the rate is constant). Exit codes: 0 done, 2 a mistake in the command, configuration
-or data, 3 a loss, gradient or update that is not finite, 130 or 143 stopped by Ctrl-C or SIGTERM, with the state
-saved.
+or data, 3 a loss, gradient or update that is not finite, 5 another of several processes died or made no progress,
+6 a disk is full, 130 or 143 stopped by Ctrl-C or SIGTERM, with the state saved.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxup import progress, together
-from jaxup.errors import Stopped, UserError
+from jaxup.errors import NonFinite, Stopped, UserError
 from jaxup.progress import say
 from jaxup.together import exit_code, gather, identity, line_of, lives, names, service
 
@@ -230,7 +230,7 @@ class Processes:
             say(line)
         else:
             traceback.print_exception(error)
-        agreed = self._stop_at is not None or code == 3
+        agreed = isinstance(error, NonFinite) or (isinstance(error, Stopped) and self._stop_at is not None)
         with contextlib.suppress(_errors()):
             self._say_end(_End(code, line, agreed))
             # The service ends with process 0, which is therefore the last to leave.
@@ -280,7 +280,8 @@ class Processes:
         self._signalled = None
 
     def _talk(self) -> None:
-        faulthandler.dump_traceback_later(self._limit() + 5, exit=True)  # should this thread, too, come to a stand
+        # Should this thread, too, come to a stand.
+        faulthandler.dump_traceback_later(self._limit() + 5, exit=True, file=2)
         try:
             self._say_beat()
             now = dict(self._service.key_value_dir_get(f"{self._place}now"))
