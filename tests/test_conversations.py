@@ -599,6 +599,11 @@ def test_files_are_interleaved_in_proportion(tmp_path):
             assert abs(taken - share * weight * rows) <= 2, (end, name, taken)
 
 
+def test_a_weight_that_nobody_waits_for_is_refused(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [asked(1)])
+    assert refused(f"{path}*1e9") == f"{path}: its weight 1000000000.0 is more than 1000 passes over the file"
+
+
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
 def test_a_weight_is_above_0(tmp_path, weight):
     path = jsonl(tmp_path / "a.jsonl", [asked(1)])

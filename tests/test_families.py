@@ -1,8 +1,11 @@
 """config.json in both directions: transformers' defaults, real models, every refusal."""
 
 import dataclasses
+import importlib
+import inspect
 import json
 import logging
+import re
 import tracemalloc
 
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxup.errors import UserError
-from jaxup.families import FAMILIES, config_from_hf, config_to_hf, with_family_biases
+from jaxup.families import FAMILIES, config_from_hf, config_to_hf, edited_hf, kept_keys, with_family_biases
 from jaxup.families.windows import LAYER_TYPES
 from jaxup.model.config import LayerKind, ModelConfig, RopeScaling, depth_scaled
 from jaxup.model.spec import count_params
@@ -398,7 +401,11 @@ ROPE = {"rope_type": "yarn", "factor": 4.0}
         ("gpt2", {"tie_word_embeddings": None}, "tie_word_embeddings"),
         ("gpt2", {"rope_theta": 1.0}, "rope_theta"),
         ("gpt2", {"layer_types": ["full_attention"] * 12}, "layer_types"),
-        ("gpt2", {"utterly new": 1}, "utterly new"),
+        ("gpt2", {"n_Layer": 7}, "'n_Layer' & did you mean 'n_layer'"),
+        ("gpt2", {"hidden_size": 7}, "hidden_size"),
+        ("llama", {"per_layer_config": {}}, "per_layer_config"),
+        ("llama", {"rms_norm_epsilon": 1e-5}, "did you mean 'rms_norm_eps'"),
+        ("llama", {"rope_thetas": 1e6}, "did you mean 'rope_theta'"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling & llama3 & low_freq_factor"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling & linear & factor"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling & dynamic & yarn"),
@@ -465,6 +472,48 @@ def test_configs_that_cannot_be_represented_are_refused(model_type, change, word
     assert len(message) < 500
     for word in words.split(" & "):
         assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kept"),
+    [
+        ("gpt2", {"output_past": True, "utterly new": 1}),
+        (
+            "llama",
+            {"max_sequence_length": 2048, "unsloth_version": "2026.1", "unsloth_fixed": True, "pad_token": "</s>"},
+        ),
+        ("qwen2", {"freq": [1, 2], "_private": {}}),
+    ],
+)
+def test_keys_that_nothing_reads_are_kept(model_type, kept):
+    base = {"model_type": model_type, **kept}
+    config = config_from_hf(base)
+    assert config == config_from_hf({"model_type": model_type})
+    assert kept_keys(base) == [name for name in kept if not name.startswith("_")]
+    shallow = config.with_layers([0, 1])
+    assert kept.items() <= edited_hf(base, shallow, dtype="float32")[0].items()
+
+
+def test_what_transformers_reads_of_a_config_is_known():
+    """Of any key that changes a function transformers' code has the name: declared, or read by some way of its own."""
+    from transformers import CONFIG_MAPPING, cache_utils, configuration_utils, masking_utils, modeling_rope_utils
+
+    def reads(source):
+        names = r"\bconfig\.([a-z]\w*)", r"config,\s*[\"'](\w+)", r"(?:pop|get|setdefault)\(\s*[\"'](\w+)"
+        return {name for pattern in names for name in re.findall(pattern, source)}
+
+    shared = set(dir(configuration_utils.PreTrainedConfig))
+    for module in (cache_utils, configuration_utils, masking_utils, modeling_rope_utils):
+        shared |= reads(inspect.getsource(module))
+    for name in FAMILIES:
+        cls = CONFIG_MAPPING[name]
+        declared = {*(field.name for field in dataclasses.fields(cls)), *cls.attribute_map, *cls.attribute_map.values()}
+        modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        read = declared | shared | reads(inspect.getsource(modeling)) | reads(inspect.getsource(inspect.getmodule(cls)))
+        for key in sorted(key for key in read if not key.startswith("_")):
+            if key != "model_type" and key in kept_keys({"model_type": name, key: None}):
+                with pytest.raises(UserError, match="unknown key"):
+                    pytest.fail(f"{key} is kept: {config_from_hf({'model_type': name, key: None})}")
 
 
 def test_hostile_sizes_are_refused_at_once():

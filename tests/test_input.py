@@ -14,6 +14,7 @@ from jaxup.experiments.stored import read_stored
 from jaxup.files import manifest, storage
 from jaxup.hub import text_generation
 from jaxup.model.config import ModelConfig
+from jaxup.recipes.open import open_recipe
 from jaxup.text import read_json
 from jaxup.training.loop import Result, read_result
 from jaxup.training.metrics import MetricsLog
@@ -225,6 +226,11 @@ def test_a_mistyped_directory_asks_no_network(tmp_path, monkeypatch):
     refused("did you mean 'llama-3b'.*the Hub's is org/lama-3b@main", storage.open_storage, "org/lama-3b")
     refused("nothing: no such directory; a model on the Hub is ORG/NAME", storage.open_storage, "nothing")
     refused("tokenizer: nothing: no such directory; a model on", load_tokenizer, "nothing")
+
+
+@pytest.mark.parametrize("name", ["(" * 4000, "a" * 4000, "a/" * 3000, "identity(" + "a" * 4000 + ")"])
+def test_names_longer_than_the_system_allows_are_one_line(name):
+    refused("(File name too long|no such|syntax|expected|ends|not at hand)", open_recipe, name)
 
 
 def test_a_hub_or_server_that_does_not_answer_is_one_line(monkeypatch):

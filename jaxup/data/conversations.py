@@ -28,6 +28,7 @@ from jaxup.data.layouts import LAYOUTS, BadRow, Conversation, Segments, fitting,
 from jaxup.data.sources import draw, os_errors
 from jaxup.errors import UserError, suggest
 
+MOST_PASSES = 1000  # over a file: all of them are tokenised
 FIRST_ROWS = 16  # the layout is detected from
 
 
@@ -128,6 +129,8 @@ def open_conversations(
         for spec, weight in split_spec(files) if isinstance(files, str) else files:
             if not 0 < weight < math.inf:
                 raise UserError(f"{spec}: its weight {weight} is not a number above 0")
+            if weight > MOST_PASSES:
+                raise UserError(f"{spec}: its weight {weight} is more than {MOST_PASSES} passes over the file")
             found = (dataclasses.replace(file, layout=layout or _detect(file)) for file in find_files(spec))
             mixed.append((tuple(found), float(weight)))
     if not mixed:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxup.errors import UserError, nearest, suggest
+from jaxup.errors import UserError, suggest
 from jaxup.families.family import Family
 from jaxup.families.gemma import GEMMA
 from jaxup.families.gpt2 import GPT2
@@ -17,6 +17,7 @@ from jaxup.families.keys import parsed, short
 from jaxup.families.llama import LLAMA
 from jaxup.families.mistral import MISTRAL
 from jaxup.families.qwen import QWEN2, QWEN3
+from jaxup.families.unread import READ, misspelt, unread
 from jaxup.families.windows import layer_types
 from jaxup.model.config import ModelConfig
 from jaxup.model.spec import count_params
@@ -33,7 +34,8 @@ _IGNORED = frozenset(
     use_bfloat16 tf_legacy_loss chunk_size_feed_forward is_decoder tie_encoder_decoder cross_attention_hidden_size
     finetuning_task task_specific_params problem_type id2label label2id num_labels
     attn_pdrop embd_pdrop resid_pdrop attention_dropout hidden_dropout summary_type summary_use_proj
-    summary_activation summary_proj_to_labels summary_first_dropout summary_hidden_size
+    summary_activation summary_proj_to_labels summary_first_dropout summary_last_dropout summary_hidden_size
+    classifier_dropout
     n_ctx n_special predict_special_tokens reorder_and_upcast_attn pretraining_tp gradient_checkpointing
     attn_implementation max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
@@ -60,16 +62,16 @@ def family_of_hf(hf: Mapping[str, Any]) -> Family:
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig that computes what transformers computes for this config.json.
 
-    Absent keys take transformers' defaults. UserError names the key that no ModelConfig can
-    represent, or that is unknown; keys starting with "_" are transformers' private notes.
+    Absent keys take transformers' defaults. UserError names the key that no ModelConfig can represent, that is
+    unknown and read by transformers, or that is nearly one that decides something. `kept_keys` are passed over.
     """
     family = family_of_hf(hf)
-    known = {key.name for key in family.keys} | {name for rule in family.rules for name in rule.names}
-    known |= set(family.fixed) | _IGNORED
+    for name in kept_keys(hf):
+        meant = misspelt(name, family.decisive)
+        if meant or name in READ or any(name in other.decisive for other in FAMILIES.values()):
+            hint = f"did you mean {meant!r}?" if meant else ""
+            raise UserError(f"unknown key {short(name)} of a {family.model_type} model", hint=hint)
     for name, value in hf.items():
-        if name not in known and not name.startswith("_"):
-            what = f"unknown key {short(name)} of a {family.model_type} model"
-            raise UserError(what + nearest(name[:100], sorted(known)))
         # `==` alone would let 0 pass for False.
         accepted = family.fixed.get(name)
         if accepted is not None and not any(value == a and type(value) is type(a) for a in accepted):
@@ -83,6 +85,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if (total := count_params(config)) > _MAX_PARAMS:
         raise UserError(f"the sizes make a model of {total:.1e} parameters, more than {_MAX_PARAMS:.1e}")
     return config
+
+
+def kept_keys(hf: Mapping[str, Any]) -> list[str]:
+    """Of a config.json that can be represented, the keys that nothing reads; UserError as `family_of_hf`."""
+    return unread(hf, family_of_hf(hf).decisive | _IGNORED)
 
 
 def config_to_hf(

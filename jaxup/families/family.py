@@ -8,6 +8,7 @@ tensor that neither mentions is an error, never ignored.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -40,6 +41,11 @@ class Family:
     kernels: Layout = "linear"  # of the blocks
     ignored_tensors: tuple[str, ...]  # constant buffers that old versions saved
     optional_prefix: str = ""  # may be absent from the names of a file
+
+    @functools.cached_property
+    def decisive(self) -> frozenset[str]:
+        """The keys that decide something, or would."""
+        return frozenset(self.fixed).union((key.name for key in self.keys), *(rule.names for rule in self.rules))
 
     def tensor_name(self, path: str) -> str:
         """In the files, of a parameter, with {layer}; several may share a tensor, one after the other."""

@@ -76,7 +76,7 @@ def open_storage(path_or_id: str | os.PathLike, *, revision: str | None = None) 
             raise UserError("a revision goes with a hub id, not with a URL", at=text)
         return _Remote(text)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         if revision is not None:
             raise UserError("a revision goes with a hub id, and this is a directory", at=text)
         return Local(path)

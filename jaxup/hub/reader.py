@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from jaxup.errors import UserError, within
-from jaxup.families import Family, config_from_hf, family_of_hf
+from jaxup.families import Family, config_from_hf, family_of_hf, kept_keys
+from jaxup.families.keys import short
 from jaxup.families.layouts import Tensor, expected_tensors
 from jaxup.files import pickles
 from jaxup.files.header import TensorInfo, read_header
@@ -115,7 +117,11 @@ def check_tied(checkpoint: Checkpoint, embedding: np.ndarray, rows: slice) -> No
 def _config(storage: Storage) -> tuple[dict[str, Any], Family, ModelConfig]:
     hf = _json(storage, "config.json")
     with within(storage.name, "config.json"):
-        return hf, family_of_hf(hf), config_from_hf(hf)
+        family, config = family_of_hf(hf), config_from_hf(hf)
+    if kept := kept_keys(hf):
+        what = f"{', '.join(map(short, kept[:8]))}{' and more' if len(kept) > 8 else ''}"
+        warnings.warn(f"{storage.name}: config.json: nothing reads {what}; kept as it is", stacklevel=2)
+    return hf, family, config
 
 
 def _match(

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
@@ -113,17 +112,15 @@ class Decoder(nnx.Module):
         """Logits after the last of the next `seq` tokens, and the cache with these tokens added.
 
         Rows of several lengths are padded on the left, so that they end together; `first_B` is how
-        many slots of each are padding. Tokens for which the cache has no room are an error; under `jit`, where how
-        full it is is not known, their logits are NaN.
+        many slots of each are padding. Tokens and runs for which the cache has no room are an error; their
+        logits are NaN under `jit`, where it is not known how full the cache is.
         """
         layers, _, room = cache.k_LBTKH.shape[:3]
-        runs = self.config.num_layers if order is None else jnp.shape(order)[0]
-        if order is not None and not isinstance(order, jax.core.Tracer):
-            runs = int((np.asarray(order) >= 0).sum())  # -1 needs no place
-        if runs > layers:
+        runs = self.config.num_layers if order is None else (jnp.asarray(order) >= 0).sum()  # -1 needs no place
+        new, fits = tokens_BS.shape[1], (runs <= layers) & (cache.length + tokens_BS.shape[1] <= room)
+        filled = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
+        if not isinstance(runs, jax.core.Tracer) and runs > layers:
             raise UserError(f"the cache is for {layers} runs of a layer, not {runs}", hint="KVCache.empty(layers=...)")
-        length, new = cache.length, tokens_BS.shape[1]
-        filled = 0 if isinstance(length, jax.core.Tracer) else int(length)
         if filled + new > room:
             raise UserError(f"the cache holds {room} tokens, and {filled} are in it: no room for {new} more")
         if first_B is None:
@@ -133,8 +130,8 @@ class Decoder(nnx.Module):
             positions_BS = jnp.maximum(positions_BS - first_B[:, None], 0)
         x_BSD = self.embed(tokens_BS, positions_BS)
         x_BSD, (k, v) = self.run(x_BSD, positions_BS, cache=cache, first_B=first_B, order=order)
-        if isinstance(length, jax.core.Tracer):
-            x_BSD = jnp.where(length + new <= room, x_BSD, jnp.nan)
+        if isinstance(fits, jax.core.Tracer):
+            x_BSD = jnp.where(fits, x_BSD, jnp.nan)
         return self.logits(self.norm(x_BSD)[:, -1]), KVCache(k, v, cache.length + tokens_BS.shape[1])
 
     def _check_positions(self, count: int) -> None:

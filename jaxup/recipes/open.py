@@ -183,9 +183,9 @@ def _read_text(name: str) -> str:
     path = Path(name).expanduser()
     if not name:
         raise UserError("the recipe is empty; in one line one is like 'upscale(MODEL, 19:41, copies=2)'")
-    if path.is_dir():
-        raise UserError(f"a directory, not a recipe; did you mean {_identity(name)}?", at=name)
     try:
+        if path.is_dir():
+            raise UserError(f"a directory, not a recipe; did you mean {_identity(name)}?", at=name)
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError("not a regular file", at=name)
@@ -197,7 +197,9 @@ def _read_text(name: str) -> str:
         hint = nearest(path.name, others) or "; in one line a recipe is like 'upscale(MODEL, 19:41, copies=2)'"
         raise UserError(f"no such file{hint}", at=name) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}", at=name) from None
+        raise UserError(
+            f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}", at=name[:200]
+        ) from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
