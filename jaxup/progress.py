@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -22,8 +23,9 @@ def printable(text: object, keep: str = "\n") -> str:
 
 
 def say(message: object) -> None:
-    """A line of the program's own on stderr, which is there at once."""
-    print(f"jaxup: {printable(message)}", file=sys.stderr, flush=True)
+    """A line of the program's own on stderr, which is there at once; none where stderr is a file on a full disk."""
+    with contextlib.suppress(OSError):
+        print(f"jaxup: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def tell(message: object = "") -> None:

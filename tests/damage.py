@@ -1,7 +1,9 @@
 """Damage as disks, interrupted copies and people do it: one file of a directory, chosen and changed by a seed."""
 
+import contextlib
 import os
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -45,3 +47,14 @@ def damage(directory, seed, kinds=KINDS, skip=()):
     added = path.with_name(f"{path.name}.{seed}")
     added.write_bytes(content)
     return f"{added.relative_to(directory)} added"
+
+
+@contextlib.contextmanager
+def full_at(size):
+    """No file of this process can grow beyond `size` bytes: what a full disk is to what writes them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -4,16 +4,17 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
-from damage import KINDS, damage
+from damage import KINDS, damage, full_at
 
 from jaxup.building.work import build
 from jaxup.data.sources import SPLITS
 from jaxup.data.store import META, Store
 from jaxup.depth import picture
 from jaxup.depth.recipes import identity
-from jaxup.errors import UserError
+from jaxup.errors import NoRoom, UserError
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +217,26 @@ def test_where_nothing_is_sound_nothing_begins(saved, tmp_path):
         (tmp_path / "m" / str(step) / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"\A[^\n]*no checkpoint here can be restored: of step 6, [^\n]*\Z"):
         saved()
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["4", "6"]
+
+
+def test_a_full_disk_leaves_the_steps_that_are_there(tmp_path):
+    from jaxup.training.checkpoint import Checkpoints
+    from jaxup.training.step import TrainState
+
+    values = np.random.default_rng(0).standard_normal(2**18, np.float32)
+    state = TrainState({"a": jax.numpy.asarray(values)}, (), jax.numpy.int32(0), jax.numpy.bool_(False))
+
+    def save(step):
+        with Checkpoints(tmp_path / "m", keep=2) as checkpoints:
+            newest = checkpoints.latest
+            checkpoints.save(step, state)
+        return newest
+
+    assert save(2) is None
+    with full_at(2**16), pytest.raises(NoRoom, match=r"\A[^\n]*/m: File too large; with room again[^\n]*\Z"):
+        save(4)
+    assert (save(4), save(6)) == (2, 4)
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["4", "6"]
 
 

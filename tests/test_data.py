@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
+from damage import full_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sources import ODD, opened, texts, tokenizer_dir, write_jsonl  # noqa: F401
@@ -21,7 +22,7 @@ from jaxup.data.documents import DataConfig, open_data
 from jaxup.data.prepare import Position
 from jaxup.data.store import Rows
 from jaxup.data.tokenizer import load_tokenizer, train_bpe
-from jaxup.errors import UserError
+from jaxup.errors import NoRoom, UserError
 
 
 def read_meta(data):
@@ -161,6 +162,17 @@ def test_resuming_gives_the_same_bytes(tmp_path, config, monkeypatch, spec, coun
     store.Store(broken.store).write_json("progress.json", record)
     resumed = open_data(broken, root="")
     assert tree(straight.store) == tree(resumed.store)
+
+
+@pytest.mark.parametrize("size", [0, 500, 2**13, 2**15])
+def test_a_full_disk_is_one_line_and_with_room_the_same_tokens_are_made(tmp_path, config, monkeypatch, size):
+    monkeypatch.setattr(tokenizer_module, "BATCH_TEXTS", 3)
+    straight = open_data(dataclasses.replace(config, store=str(tmp_path / "straight")), root="")
+    assert max(map(len, tree(straight.store).values())) > size
+    broken = dataclasses.replace(config, store=str(tmp_path / "broken"))
+    with full_at(size), pytest.raises(NoRoom, match=r"\A[^\n]*store: [^\n]*File too large; with room again[^\n]*\Z"):
+        open_data(broken, root="")
+    assert tree(open_data(broken, root="").store) == tree(straight.store)
 
 
 def test_a_store_of_other_tokens_is_refused(tmp_path, config):

@@ -31,7 +31,7 @@ import tensorstore as ts
 from jaxup.data import integrity
 from jaxup.data.batches import positions
 from jaxup.data.sources import SPLITS
-from jaxup.data.tokenizer import load_tokenizer, tokenizer_hash
+from jaxup.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
 from jaxup.errors import UserError, storage_error
 from jaxup.files.lock import hold
 from jaxup.files.storage import SECONDS
@@ -131,7 +131,7 @@ class Store:
 
     def save_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         with tempfile.TemporaryDirectory() as directory:
-            tokenizer.save_pretrained(directory)
+            save_tokenizer(tokenizer, directory, "store", directory)
             with self.errors():
                 for path in sorted(Path(directory).iterdir()):
                     if path.is_file():

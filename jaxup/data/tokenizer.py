@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxup.errors import UserError, first_line, is_panic, within
+from jaxup.errors import UserError, first_line, is_panic, storage_error, within
 from jaxup.files.storage import SECONDS, ask_hub, check_hub_id, check_texts
 
 if TYPE_CHECKING:
@@ -163,6 +163,14 @@ class _Later(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         self.leave()
         return getattr(importlib.import_module(self.__name__), name)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike, *shown: str) -> None:
+    """Its files, into `directory`; what a full disk raises is a UserError whose place is `shown`."""
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # tokenizers raise a bare one, with the system's words
+        raise storage_error(error, *shown) from None
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

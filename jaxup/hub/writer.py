@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxup.data.tokenizer import save_tokenizer
 from jaxup.depth.materials import common
 from jaxup.errors import UserError, suggest
 from jaxup.families import config_to_hf, with_family_biases
@@ -100,7 +101,7 @@ def save(
         with staged_directory(out, force=force, marks=MARKS) as directory:
             check_space(directory, out, sum(stored.nbytes for stored in tensors) + sum(map(len, texts.values())))
             if tokenizer is not None:
-                tokenizer.save_pretrained(directory)
+                save_tokenizer(tokenizer, directory, str(out), "not written")
             for name, content in texts.items():
                 if (directory / name).exists():
                     raise UserError(f"extra file {name!r} is one that the tokenizer writes")
