@@ -1,7 +1,11 @@
 """Experiment files: found, read with variants, locked, overridden; every mistake is one line."""
 
+import ast
+import dataclasses
+import functools
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -182,6 +186,161 @@ def test_every_shipped_healing_builds_its_settings(spec, tmp_path):
         spec, model.num_layers
     )
     trace(model, settings, job._select(model, job._plan), config)
+
+
+# ---- options that nothing reads
+
+ROOT = Path(find("heal.py")).parent.parent
+SMOKE = {"inherit_gpt2.py": GPT2, "inherit_llama.py": LLAMA, "heal.py": HEAL, "heal_tunguska.py": TUNGUSKA}
+
+
+def flat(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def changed(value):
+    """Another one of its type; one that will not do is refused by what reads it."""
+    match value:
+        case bool():
+            return not value
+        case str():
+            return f"{value}x"
+        case tuple():
+            return (*value, "x")
+    return value + type(value)(1)
+
+
+def chain(node):
+    """The names of `a.b.c`, without the first."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.insert(0, node.attr)
+        node = node.value
+    return ".".join(names)
+
+
+def read_by_experiments():
+    """Keys that code of experiments names, and sections that it makes a dataclass of, which refuses unknown keys."""
+    keys, sections = set(), set()
+    for path in (ROOT / "jaxup" / "experiments").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                names = chain(node).split(".")
+                keys |= {".".join(names[i:]) for i in range(len(names))}
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "section":
+                names = chain(node.args[1]).split(".")
+                sections |= {".".join(names[i:]) for i in range(len(names))}
+    return keys, sections
+
+
+def effect(config):
+    """What an experiment makes of its configuration before it looks at data."""
+    from jaxup.experiments import kind_of
+    from jaxup.experiments.common import new_model, read_settings
+
+    settings = read_settings(config)
+    made = vars(kind_of(config)(config, settings, None))
+    return settings, new_model(config.model), {k: v for k, v in made.items() if k not in ("_config", "_settings")}
+
+
+@pytest.mark.parametrize("file", ["inherit_gpt2.py", "heal.py", *(pytest.param(f"{n}.py", marks=pytest.mark.slow)
+                                  for n in ("inherit_llama", "heal_tunguska"))])  # fmt: skip
+def test_every_key_is_read(file):
+    """Changed, it makes another experiment or is refused; or code of experiments names it."""
+    keys, sections = read_by_experiments()
+    base = effect(load(f"{file}:smoke"))
+    flattened = dict(flat(load(f"{file}:smoke").to_dict()))
+    assert {key for variant in SMOKE[file] for key, _ in flat(load(f"{file}:{variant}").to_dict())} == flattened.keys()
+    unread = []
+    for key, value in flattened.items():
+        config, (*path, name) = load(f"{file}:smoke"), key.split(".")
+        functools.reduce(getattr, path, config)[name] = changed(value)
+        try:
+            if effect(config) != base:
+                continue
+        except (UserError, ImportError):
+            continue
+        section = ".".join(path)
+        if not (section in sections or key in keys or (section in keys and name in keys)):
+            unread.append(key)
+    assert unread == []
+
+
+def test_every_setting_is_used():
+    """Of what sections become: each field is read somewhere."""
+    from jaxup.data.documents import DataConfig
+    from jaxup.data.prepare_chat import ChatConfig
+    from jaxup.experiments.inherit import InheritConfig
+    from jaxup.model.config import Compute
+    from jaxup.training.loop import Settings
+    from jaxup.training.lora import LoraConfig
+    from jaxup.training.optimizer import OptimizerConfig
+    from jaxup.training.selection import TrainConfig
+    from jaxup.training.sharding import MeshConfig
+    from jaxup.training.step import StepConfig
+
+    used = {
+        node.attr for path in (ROOT / "jaxup").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }  # fmt: skip
+    kinds = (DataConfig, ChatConfig, InheritConfig, Compute, LoraConfig, Settings, OptimizerConfig, TrainConfig,
+             MeshConfig, StepConfig)  # fmt: skip
+    assert [field.name for kind in kinds for field in dataclasses.fields(kind) if field.name not in used] == []
+
+
+PROGRAMS = [  # (a key of the step, its value, what else has to be so for it to count)
+    ("optimizer.learning_rate", 3e-3, {}), ("optimizer.end_learning_rate", 3e-5, {}),
+    ("optimizer.schedule", "linear", {}), ("optimizer.warmup_steps", 3, {}),
+    ("optimizer.decay_fraction", 0.5, {"optimizer.schedule": "wsd"}), ("optimizer.b1", 0.8, {}),
+    ("optimizer.b2", 0.9, {}), ("optimizer.eps", 1e-6, {}), ("optimizer.weight_decay", 0.2, {}),
+    ("optimizer.clip_norm", 2.0, {}), ("step.accumulation", 2, {}), ("step.loss_chunk", 4, {}),
+    ("step.z_loss", 0.1, {}), ("step.spike_factor", 2.0, {}), ("step.spike_window", 5, {"step.spike_factor": 2.0}),
+    ("compute.dtype", "bfloat16", {}), ("compute.attention", "xla", {}), ("compute.remat", "full", {}),
+    ("compute.unroll", 1, {}),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_key_of_the_step_makes_another_program():
+    import jax
+
+    from jaxup.experiments.common import read_settings
+    from jaxup.model.config import ModelConfig
+    from jaxup.model.decoder import abstract
+    from jaxup.training.optimizer import make_optimizer
+    from jaxup.training.step import TrainState, make_train_step
+
+    model = ModelConfig.llama(
+        num_layers=2, hidden_size=4, intermediate_size=4, num_heads=1, num_kv_heads=1, max_positions=8, vocab_size=8
+    )
+    batch = {k: jax.ShapeDtypeStruct((2, 8), d) for k, d in
+             (("tokens", "int32"), ("targets", "int32"), ("loss_weights", "float32"))}  # fmt: skip
+
+    @functools.cache
+    def program(*changes):
+        config = load("inherit_gpt2.py:smoke")
+        for key, value in changes:
+            section, name = key.split(".")
+            config[section][name] = value
+        settings = read_settings(config)
+        optimizer = make_optimizer(settings.optimizer, 20)
+        params = abstract(model)[1]
+        state = TrainState(
+            params, jax.eval_shape(optimizer.init, params), *(jax.ShapeDtypeStruct((), d) for d in ("int32", "bool")),
+            jax.eval_shape(settings.step.spikes),
+        )  # fmt: skip
+        return str(jax.make_jaxpr(make_train_step(model, settings.compute, optimizer, settings.step))(state, batch))
+
+    sections = load("inherit_gpt2.py:smoke")
+    named = {f"{section}.{key}" for section in ("optimizer", "step", "compute") for key in sections[section]}
+    assert {key for key, _, _ in PROGRAMS} == named
+    for key, value, context in PROGRAMS:
+        others = tuple(context.items())
+        assert program(*others, (key, value)) != program(*others), key
 
 
 def trace(model, settings, selection, config):

