@@ -49,7 +49,7 @@ class File:
     path: str  # as messages name it
     name: str  # what its rows are chosen by: the same wherever the data lies
     size: int  # bytes of a file, rows of a dataset
-    hash: str
+    hash: Callable[[], str]  # of all of it
     rows: Callable[[], Iterator[Row]]
     layout: str = ""  # one of LAYOUTS once it is known
 
@@ -81,7 +81,7 @@ def _file(path: Path, name: str) -> File:
     if not size:
         raise UserError(f"{path}: no rows: the file is empty")
     rows = functools.partial(_READERS[path.suffix], path)
-    return File(path=str(path), name=name, size=size, hash=file_hash(path, whole=True), rows=rows)
+    return File(path=str(path), name=name, size=size, hash=functools.partial(file_hash, path, whole=True), rows=rows)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -195,7 +195,7 @@ def _dataset(spec: str, name: str, data: Any) -> File:
     if not len(data):
         raise UserError(f"{spec}: no rows")
     rows = functools.partial(_read_dataset, spec, data.select_columns(_columns(spec, data.column_names)))
-    return File(path=spec, name=name, size=len(data), hash=data._fingerprint, rows=rows)
+    return File(path=spec, name=name, size=len(data), hash=lambda: data._fingerprint, rows=rows)
 
 
 def _read_dataset(spec: str, dataset: Any) -> Iterator[Row]:

@@ -12,6 +12,7 @@ reading nor the other files. Files are interleaved in proportion to their length
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import heapq
 import json
@@ -39,7 +40,15 @@ class Conversations:
     mixed: tuple[tuple[tuple[File, ...], float], ...]  # the files of one entry follow each other
     seed: int
     on_bad: str  # "error" | "skip"
-    fingerprint: str  # hex; other conversations have another one
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex; other conversations have another one. Every byte of the files is read for it."""
+        # The seed decides nothing unless a part of some file is left out.
+        drawn_by = self.seed if any(weight % 1 for _, weight in self.mixed) else None
+        with os_errors():
+            content = [[weight, [(f.name, f.hash(), f.layout) for f in files]] for files, weight in self.mixed]
+        return hashlib.blake2b(json.dumps([drawn_by, content]).encode(), digest_size=16).hexdigest()
 
     @property
     def layouts(self) -> dict[str, str]:
@@ -135,11 +144,7 @@ def open_conversations(
             mixed.append((tuple(found), float(weight)))
     if not mixed:
         raise UserError("no chat data named")
-    # The seed decides nothing unless a part of some file is left out.
-    drawn_by = seed if any(weight % 1 for _, weight in mixed) else None
-    content = [[weight, [(file.name, file.hash, file.layout) for file in files]] for files, weight in mixed]
-    digest = hashlib.blake2b(json.dumps([drawn_by, content]).encode(), digest_size=16)
-    return Conversations(mixed=tuple(mixed), seed=seed, on_bad=on_bad, fingerprint=digest.hexdigest())
+    return Conversations(mixed=tuple(mixed), seed=seed, on_bad=on_bad)
 
 
 def split_spec(spec: str) -> list[tuple[str, float]]:
