@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import tracemalloc
 import warnings
 from collections import Counter
@@ -544,7 +545,8 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
 
     jsonl(tmp_path / "a.jsonl", [asked(1)])
     monkeypatch.setattr(chat_files, "file_hash", denied)
-    assert refused(path) == f"{path}: Permission denied"
+    with pytest.raises(UserError, match=f"^{re.escape(path)}: Permission denied$"):
+        _ = opened(path).fingerprint
 
 
 # Weights and order
