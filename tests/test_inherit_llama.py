@@ -84,6 +84,7 @@ def test_targets_see_little_data_and_the_reference_all(swept):
     assert set(np.unique(np.stack([r for _, r in rows[:4]]))) - set(np.unique(models[0]))
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_ends_with_the_same_numbers(runs, swept, monkeypatch):
     write = loop._Meter._write
 

@@ -36,6 +36,7 @@ def check_losses(one, two):
             assert a[key] == pytest.approx(b[key], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_finish_what_one_began(finished, corpus, tmp_path):
     """As if it had stopped at the target's newest checkpoint but one: they go on there, and train the control anew."""
     shutil.copytree(finished[0].parent, tmp_path / "runs")

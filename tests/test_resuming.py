@@ -82,6 +82,7 @@ def test_what_is_missing_of_a_finished_run_is_made_again(whole, folder):
 # ---- another configuration
 
 
+@pytest.mark.slow
 def test_a_run_can_be_made_longer(whole, folder, command, capsys):
     """It ends as if there had been so many steps at once, but for the last digits, which the mesh decides."""
     run(*command("long", "--config.steps=12"))

@@ -15,7 +15,7 @@ from damage import damage
 from runs import arguments, losses, metrics
 
 import jaxup
-from jaxup import __main__, build, export, plan, train
+from jaxup import __main__, build, export, plan, train, verify
 from jaxup.errors import NonFinite, UserError
 from jaxup.recipes import line as recipe_line
 
@@ -271,9 +271,9 @@ def test_documented_commands_parse(command):
     words = shlex.split(command[command.index("-m jaxup.") :])
     if words[1] == "jaxup.train":
         args, overrides = train.parse_args(words[1:])
-        load(args.config, overrides)
+        load(args.config or "inherit_gpt2.py", overrides)  # with --resume it is that of a run
     else:
-        modules = {"jaxup.generate": generate, "jaxup.export": export, "jaxup.plan": plan, "jaxup.build": build}
+        modules = {f"jaxup.{m.__name__.rpartition('.')[2]}": m for m in (generate, export, plan, build, verify)}
         args = modules[words[1]].parse_args(words[1:])
         if "(" in getattr(args, "recipe", ""):
             assert recipe_line.parse(args.recipe).plan(num_layers=12)
