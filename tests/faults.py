@@ -381,7 +381,8 @@ def two(world: World, rng: random.Random) -> str:
         hit = both[0].poll() is both[1].poll() is None
         if hit:
             both[rank].send_signal(signum)
-        began, allowed = time.monotonic(), 120 if what == "stall" else 60
+        # Before they have joined nobody can tell a process that died from one that is late: jax waits for 300 s.
+        began, allowed = time.monotonic(), 330
         watched = both[1 - rank :][:1] if what == "stall" else both
         for process in watched:
             try:

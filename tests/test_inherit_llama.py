@@ -86,7 +86,7 @@ def test_targets_see_little_data_and_the_reference_all(swept):
 
 @pytest.mark.slow
 def test_interrupted_and_resumed_ends_with_the_same_numbers(runs, swept, monkeypatch):
-    write = loop._Meter._write
+    write = loop.Meter._write
 
     def write_and_stop(self, step, **values):
         write(self, step, **values)
@@ -94,7 +94,7 @@ def test_interrupted_and_resumed_ends_with_the_same_numbers(runs, swept, monkeyp
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Meter, "_write", write_and_stop)
+        patch.setattr(loop.Meter, "_write", write_and_stop)
         with pytest.raises(Stopped, match=r"target_2: saved at step [56] of 8"):
             run(runs, "resumed", SWEEP)
     run(runs, "resumed", SWEEP)

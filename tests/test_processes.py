@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from jaxup.model.spec import flatten
 from jaxup.together import told
 from jaxup.train import main
 from jaxup.training import checkpoint, loop
+from jaxup.training.processes import Processes
 
 
 def check_losses(one, two):
@@ -86,14 +88,14 @@ def test_a_signal_to_one_stops_both_at_a_step_from_which_one_goes_on(corpus, tmp
     (step,) = {int(re.search(r"saved at step (\d+)", err).group(1)) for _, err in ends}
     assert (tmp_path / "run" / "checkpoints" / "reference" / str(step)).is_dir()
 
-    write = loop._Meter._write
+    write = loop.Meter._write
 
     def write_and_stop(self, at, **values):
         write(self, at, **values)
         if at == step + 2:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(loop._Meter, "_write", write_and_stop)
+    monkeypatch.setattr(loop.Meter, "_write", write_and_stop)
     with pytest.raises(Stopped, match=r"reference: saved at step") as stopped:
         main(["train", *command])
     assert stopped.value.exit_code == 143
@@ -148,7 +150,7 @@ from jaxup.errors import UserError, entry_point
 from jaxup.train import main
 from jaxup.training import checkpoint, loop
 rank, place, fault = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1)
-check, train = loop._Meter.check, loop._train
+check, train = loop.Meter.check, loop._train
 def provoke():
     if os.environ["JAX_PROCESS_ID"] == rank:
         exec(fault)
@@ -160,7 +162,7 @@ def before(*args):
     if place == "loop":
         provoke()
     return train(*args)
-loop._Meter.check, loop._train = late, before
+loop.Meter.check, loop._train = late, before
 entry_point(main)
 """
 IN_C = "threading.Timer(1, os.kill, (os.getpid(), 15)).start(); hashlib.pbkdf2_hmac('md5', b'', b'', 2**31 - 1)"
@@ -258,3 +260,20 @@ def test_each_of_two_processes_reads_its_share(tmp_path):
         # What it keeps and a twentieth: headers, config, and the vectors, which all read.
         assert result["read"] <= 1.05 * result["kept"], result
         assert "model.layers.1.mlp.up_proj.weight" in result["refused"]
+
+
+def test_a_signal_in_a_destructor_is_not_lost():
+    class Old:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            list(range(1000))  # the handler runs in here, and what it raises goes no further than this method
+
+    def work():
+        old = Old()
+        del old
+        for _ in range(10**7):
+            pass
+        raise AssertionError("nothing stopped it")
+
+    with Processes(60.0), pytest.raises(Stopped, match="stopped by SIGTERM"):
+        work()

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxup.data.batches import Batches, Data
+from jaxup.data.batches import Data
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import NonFinite, UserError
 from jaxup.model.config import Compute, ModelConfig
@@ -33,8 +33,9 @@ from jaxup.progress import Progress
 from jaxup.text import kinds_of, read_json, write_atomically
 from jaxup.together import told
 from jaxup.training.checkpoint import Checkpoints
-from jaxup.training.corrections import RATE, SKIP, Corrections, record
-from jaxup.training.metrics import MetricsLog, peak_flops
+from jaxup.training.corrections import Corrections, record
+from jaxup.training.meter import Meter
+from jaxup.training.metrics import MetricsLog
 from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxup.training.partition import Partition, digest
 from jaxup.training.processes import Processes
@@ -370,7 +371,12 @@ def _train(
         ]  # fmt: skip
 
     losses = dict(told(logged, "read what was logged"))  # what is evaluated again is a program that all run
-    meter = _Meter(run, name, model, steps, corrections.rates, part=bool(frozen))
+    meter = Meter(
+        run.log, name, steps=steps, interval=s.log_interval, batch_tokens=s.batch_size * run.data.seq_len,
+        val_rows=run.val_rows, schedule=learning_rate(s.optimizer, steps, corrections.rates),
+        # Where only a part trains, no formula says how much of the backward pass is left.
+        flops_per_token=None if frozen else flops_per_token(model, run.data.seq_len),
+    )  # fmt: skip
     step, pending, mine = start, None, local_rows(s.batch_size, run.mesh)
 
     def read_batch(step: int) -> dict[str, jax.Array]:
@@ -423,79 +429,3 @@ def _train(
             if meter.checked - 1 > start:
                 checkpoints.save(meter.checked - 1, state)
             raise
-
-
-class _Meter:
-    """Reads a step's metrics, logs them, and measures speed between evaluations and saves."""
-
-    def __init__(
-        self, run: Run, name: str, model: ModelConfig, steps: int, peaks: tuple[tuple[int, float], ...], *, part: bool
-    ):  # fmt: skip
-        self._run, self._name, self._steps = run, name, steps
-        self._schedule = learning_rate(run.settings.optimizer, steps, peaks)
-        # Where only a part trains, no formula says how much of the backward pass is left.
-        self._flops_per_token = None if part else flops_per_token(model, run.data.seq_len)
-        self._peak = peak_flops()
-        self.checked = 0  # the last step that was read
-        self.detail, self._validation = "", ""
-        self.restart()
-
-    def restart(self) -> None:
-        self._since, self._tokens = time.monotonic(), 0
-
-    def check(self, pending: tuple[int, dict[str, jax.Array] | None] | None, batches: Batches) -> None:
-        """Waits for that step and takes note of it; raises if it was not finite."""
-        if pending is None or pending[0] <= self.checked:
-            return
-        step, metrics = pending[0], jax.device_get(pending[1])
-        self.checked = step
-        if metrics is None:
-            self._write(step, skipped=True)
-            return
-        if metrics["halted"]:
-            raise NonFinite(self._refusal(step, metrics, batches.rows_of(step - 1)))
-        self._tokens += self._run.settings.batch_size * self._run.data.seq_len
-        skipped = bool(metrics.get("skipped", False))
-        if step % self._run.settings.log_interval == 0 or step in (1, self._steps) or skipped:
-            self._log(step, metrics, **({"skipped": True} if skipped else {}))
-
-    def _refusal(self, step: int, metrics: dict[str, Any], rows: np.ndarray) -> str:
-        loss, norm = metrics["loss"], metrics["gradient_norm"]
-        what = f"loss {loss} and gradient norm {norm} are not finite"
-        if np.isfinite(loss) and np.isfinite(norm):
-            rate = float(self._schedule(step - 1))
-            what = f"the update is not finite (loss {loss}, gradient norm {norm}, learning rate {rate:g})"
-        shown = ", ".join(map(str, rows[:8])) + ", ..." * (len(rows) > 8)
-        saved = f" and step {step - 1} is saved" if step > 1 else ""
-        return (
-            f"{self._name}: step {step}: {what}; the update was not made{saved} "
-            f"(rows {shown}); to go on, resume with {SKIP}={step}, which leaves this batch out, or with "
-            f"{RATE}={step}:RATE, another learning rate from there on"
-        )
-
-    def _log(self, step: int, metrics: dict[str, Any], **more: Any) -> None:
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        rate = self._tokens / seconds
-        flops = None if self._flops_per_token is None else rate * self._flops_per_token / jax.device_count()
-        self.detail = f"loss {metrics['loss']:.3f}{self._validation} {rate:,.0f} tokens/s"
-        self.restart()
-        self._write(
-            step,
-            loss=float(metrics["loss"]),
-            gradient_norm=float(metrics["gradient_norm"]),
-            gradient_norm_layers=[float(f"{n:.5g}") for n in metrics["gradient_norm_layers"]],
-            learning_rate=float(self._schedule(step - 1)),
-            tokens_per_second=round(rate, 1),
-            loss_tokens=int(metrics["loss_tokens"]),
-            tflops_per_device=None if flops is None else float(f"{flops / 1e12:.4g}"),
-            mfu=None if flops is None or self._peak is None else float(f"{flops / self._peak:.4g}"),
-            **more,
-        )
-
-    def log_validation(self, step: int, loss: float) -> None:
-        self._validation = f" val {loss:.3f}"
-        self._write(step, val_loss=loss, val_rows=self._run.val_rows)
-
-    def _write(self, step: int, **values: Any) -> None:
-        if jax.process_index() == 0:
-            self._run.log.write(self._name, step, **values)

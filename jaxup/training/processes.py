@@ -17,6 +17,7 @@ import os
 import re
 import select
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -70,6 +71,7 @@ class Processes:
         self._several, self._joining = False, False  # which the environment says; `_service` is there once it is so
         self._closed, self._leaving = False, False
         self._signalled: float | None = None  # when a signal came that the thread has not dealt with yet
+        self._again = False  # what the handler raised was swallowed
         self._handled = ""  # what the handler made of it: "raised" or "deferred"
         self._ending: tuple[float, _End] | None = None  # the main thread has time until then
         # The agreement on where to stop: positions are counted by calls of `should_stop`.
@@ -88,6 +90,7 @@ class Processes:
 
     def __enter__(self) -> Processes:
         self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
         # Signals are seen through a pipe: their handlers wait until the main thread is back in Python.
         self._pipe, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
@@ -111,6 +114,7 @@ class Processes:
         os.write(self._wake, b"\0")
         self._thread.join()
         signal.set_wakeup_fd(self._previous_wake)
+        sys.unraisablehook = self._previous_hook
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         os.close(self._pipe)
@@ -196,6 +200,14 @@ class Processes:
         """What to raise when `should_stop` said so."""
         return Stopped(message, 128 + (self.signum or self._asked or signal.SIGTERM))
 
+    def _swallowed(self, args: Any) -> None:
+        """What is raised in a destructor or a callback of the garbage collector goes no further: once more, then."""
+        if isinstance(args.exc_value, Stopped):
+            self._again = True
+            os.write(self._wake, b"\0")
+        else:
+            self._previous_hook(args)
+
     def _handle(self, signum: int, frame: object) -> None:
         if self._leaving:
             return
@@ -251,6 +263,10 @@ class Processes:
                 came = [number for number in os.read(self._pipe, 64) if number in (signal.SIGTERM, signal.SIGINT)]
                 if came and self._ending is None:
                     self._signalled, self._signal = time.monotonic(), came[-1]
+            if self._again:
+                time.sleep(0.05)  # the main thread is out of there by then, or else comes here again
+                self._again = False
+                _thread.interrupt_main(signal.SIGTERM if self.signum is None else signal.Signals(self.signum))
             if self._signalled is not None:
                 self._own_signal(time.monotonic() - self._signalled)
             if self._service is not None:
