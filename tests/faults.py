@@ -199,11 +199,14 @@ def leftovers(folder: Path) -> str:
 # A trial returns what became of it: a word for what is right ("resumed", "noticed"), or "WRONG: ..." in words.
 
 
+DONE = "exists already"  # what build and export say if they were done when the signal came
+
+
 def finish(world: World, name: str, folder: Path) -> str:
     """Runs the job to its end, which must be that of its undisturbed twin."""
     command = Started(world.jobs[name].arguments, folder)
     code = command.end()
-    if code and not (code == 2 and "exists already" in command.said):  # it was done when the signal came
+    if code and not (code == 2 and DONE in command.said):
         return f"WRONG: {name}: exit {code}: {command.said[-400:]}"
     if differ := differing(world.made[name], world.jobs[name].made(folder)):
         return f"WRONG: {name}: other bytes than undisturbed: {differ}"
@@ -222,6 +225,8 @@ def interrupt(world: World, rng: random.Random, signum: int) -> str:
             os.kill(command.process.pid, signum)
         began, code = time.monotonic(), command.end()
         took = time.monotonic() - began
+        if code == 2 and DONE in command.said:
+            break
         # Until the handler of signals is there, and after it is gone, a signal ends a process that has nothing to save.
         if code not in (0, -signum, 128 + signum) or "Traceback" in command.said:
             return f"WRONG: {name}: exit {code} after {took:.0f} s: {command.said[-400:]}"

@@ -23,7 +23,7 @@ def verified(place: str) -> Lines:
         return
     root = Path(place).expanduser()
     if not root.is_dir():
-        raise UserError("no such directory", at=place)
+        raise UserError("not a directory" if Path(place).exists() else "no such directory", at=place)
     found, todo, stores = False, [root], dict[Path, None]()
     while todo:
         directory = todo.pop(0)
