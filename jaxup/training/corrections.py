@@ -73,9 +73,11 @@ def record(directory: Path, asked: Corrections, *, done: int, steps: int) -> Cor
     new = [(SKIP, step) for step in asked.skip if step not in kept.skip]
     new += [(RATE, step) for step, rate in asked.rates if (step, rate) not in kept.rates]
     for flag, step in new:
-        if not done < step <= steps:
-            what = f"{done} of {steps} steps are done, and it is one of them" if step <= done else f"of {steps} steps"
-            raise UserError(f"{what}; give a later one" if step <= done else what, at=f"{flag}={step}")
+        if step <= done:
+            what = f"{done} of {steps} steps are done, and it is one of them"
+            raise UserError(what, at=f"{flag}={step}", hint="give a later one")
+        if step > steps:
+            raise UserError(f"of {steps} steps", at=f"{flag}={step}")
     rates = dict(kept.rates) | dict(asked.rates)
     found = Corrections(tuple(sorted({*kept.skip, *asked.skip})), tuple(sorted(rates.items())))
     import jax  # the command's flags need none of it
