@@ -1,5 +1,6 @@
 """Several processes on one machine: the same global batch, the same losses, one stop for all."""
 
+import errno
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from runs import HEAL, arguments, losses, metrics
 from test_heal import COPIES, runs  # noqa: F401
 
 from jaxup import together
-from jaxup.errors import Stopped, UserError
+from jaxup.errors import NoRoom, Stopped, UserError
 from jaxup.hub.writer import save
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract
@@ -127,19 +128,35 @@ def test_a_signal_is_no_fault_of_what_is_restored():
 
 
 def test_what_is_silenced_for_orbax_is_not_for_good(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_STRAGGLERS", 0.01)
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    state = lambda: [*(logger.level for logger in loggers), sys.unraisablehook]  # noqa: E731
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    monkeypatch.setattr(checkpoint, "_stragglers", mine := checkpoint._Stragglers())
+    monkeypatch.setattr(checkpoint, "_STRAGGLERS", 1.0)
+    absl, asyncio = (logging.getLogger(name) for name in ("absl", "asyncio"))
+    state = lambda: (absl.level, mine in asyncio.filters, sys.unraisablehook)  # noqa: E731
     before = state()
+
+    def late():
+        """As TensorStore's threads say that something ended after the loop in which it was waited for."""
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("Event loop is closed")))
+
     with checkpoint.Checkpoints(tmp_path / "run", keep=1):
-        assert state()[0] == logging.CRITICAL
-    with checkpoint.restoring("run", "remove it"):
-        assert state() != before
+        assert state()[:2] == (logging.CRITICAL, True)
+        late()
     assert state() == before
+    for error in (OSError(errno.ENOSPC, "No space left on device"), Stopped("stopped by SIGTERM", 143)):
+        run = checkpoint.Checkpoints(tmp_path / "run", keep=1)
+        with pytest.raises((NoRoom, Stopped)), run, checkpoint.writing(tmp_path):
+            raise error
+        assert state()[:2] == (before[0], True)
+        late()
     refused = pytest.raises(UserError, match="cannot restore this checkpoint: no such array; remove it")
-    with refused, checkpoint.restoring("run", "remove it"):
+    with refused, checkpoint.quietly(), checkpoint.restoring("run", "remove it"):
         raise ValueError("no such array")
     processes.wait_until(lambda: state() == before)
+    assert heard == []
+    late()
+    assert len(heard) == 1
 
 
 FAULT = """

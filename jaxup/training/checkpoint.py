@@ -22,7 +22,7 @@ from jaxup.together import told
 from jaxup.training.sound import DIGESTS, set_aside
 from jaxup.training.step import TrainState
 
-_STRAGGLERS = 30.0  # seconds for the reads that go on when one of them has failed
+_STRAGGLERS = 30.0  # seconds for the reads and writes that go on when one of them has failed
 
 
 class Checkpoints:
@@ -37,34 +37,32 @@ class Checkpoints:
         self, directory: os.PathLike | str, *, keep: int, always: Collection[int] = (),
         advice: str = "remove it to go on from the one before",
     ):  # fmt: skip
-        self._open = contextlib.ExitStack()
-        self._open.enter_context(quietly())
         self._directory, self._advice = Path(os.path.abspath(directory)), advice  # what to do about a damaged one
         self._writes = jax.process_index() == 0
-        with writing(self._directory):
-            told(lambda: set_aside(self._directory), "look for sound checkpoints")  # the others see what is left
         policies = ocp.training.preservation_policies
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(sorted(always))])
         context = ocp.Context()
         # Copies of an array on several devices are written in slices, one by each. Cutting a small one takes longer.
         context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory, preservation_policy=kept, cleanup_tmp_directories=True, context=context
-        )
-        self._pool = ThreadPoolExecutor(1)
         self._hashing: list[Future[None]] = []
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(quietly())
+            with writing(self._directory):
+                told(lambda: set_aside(self._directory), "look for sound checkpoints")  # the others see what is left
+            self._checkpointer = ocp.training.Checkpointer(
+                self._directory, preservation_policy=kept, cleanup_tmp_directories=True, context=context
+            )
+            opened.callback(self._checkpointer.close)  # waits for the write in flight
+            self._pool = opened.enter_context(ThreadPoolExecutor(1))
+            opened.callback(self._wait)
+            self._open = opened.pop_all()
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         with writing(self._directory):
-            try:
-                self._wait()
-            finally:
-                self._pool.shutdown()
-                with self._open:
-                    self._checkpointer.close()  # waits for the write in flight
+            self._open.__exit__(*error)
 
     @property
     def latest(self) -> int | None:
@@ -125,15 +123,58 @@ def writing(directory: Path) -> Iterator[None]:
         raise
 
 
+class _Stragglers(logging.Filter):
+    """When one array cannot be read or written Orbax leaves the others to go on, and their ends would be reported one
+    by one, at length, by an event loop that is closed already. Hushed, nobody hears of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hushed, self._lock = 0, threading.Lock()
+
+    def hush(self) -> None:
+        with self._lock:
+            self._hushed += 1
+            logging.getLogger("asyncio").addFilter(self)
+            if sys.unraisablehook != self._unraisable:
+                self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+
+    def unhush(self) -> None:
+        with self._lock:
+            self._hushed -= 1
+            if not self._hushed:
+                logging.getLogger("asyncio").removeFilter(self)
+                if sys.unraisablehook == self._unraisable:
+                    sys.unraisablehook = self._hook
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return False
+
+    def _unraisable(self, args: Any) -> None:
+        if "Event loop is closed" not in str(args.exc_value):
+            self._hook(args)
+
+
+_stragglers = _Stragglers()
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Orbax reports its internals at INFO, its own deprecations at WARNING, and at ERROR, with a stack from each of
-    its threads, what it raises in the end."""
+    its threads, what it raises in the end. After an error there is silence for a while: there is no telling when the
+    last of the stragglers comes."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
+    _stragglers.hush()
     try:
         yield
+    except BaseException:
+        later = threading.Timer(_STRAGGLERS, _stragglers.unhush)
+        later.daemon = True
+        later.start()
+        raise
+    else:
+        _stragglers.unhush()
     finally:
         logger.setLevel(level)
 
@@ -147,34 +188,11 @@ def partial_load() -> ocp.Context:
 
 @contextlib.contextmanager
 def restoring(checkpoint: str, advice: str) -> Iterator[None]:
-    """Turns whatever Orbax raises (there are many kinds) on a damaged or foreign checkpoint into a UserError.
-
-    When one array cannot be read Orbax leaves the reads of the others running, and their failures
-    would be reported one by one, at length, by an event loop that is closed already.
-    """
-    asyncio, level, hook = logging.getLogger("asyncio"), logging.getLogger("asyncio").level, sys.unraisablehook
-
-    def quiet(args: Any) -> None:
-        if "Event loop is closed" not in str(args.exc_value):
-            hook(args)
-
-    def restore() -> None:
-        asyncio.setLevel(level)
-        if sys.unraisablehook is quiet:
-            sys.unraisablehook = hook
-
-    asyncio.setLevel(logging.CRITICAL)
-    sys.unraisablehook = quiet
-    silence = threading.Timer(_STRAGGLERS, restore)
-    silence.daemon = True
+    """Turns whatever Orbax raises (there are many kinds) on a damaged or foreign checkpoint into a UserError."""
     try:
         yield
-    except Exception as error:  # and it stays silent for a while: there is no telling when the last of them comes
-        silence.start()
+    except Exception as error:
         raise UserError(f"{checkpoint}: cannot restore this checkpoint: {first_line(error)[:300]}; {advice}") from None
-    finally:
-        if not silence.is_alive():
-            restore()
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
