@@ -43,7 +43,7 @@ import pytest
 hypothesis.settings.register_profile("gate", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
 
-jaxtyping.install_import_hook("jaxup", "beartype.beartype")
+jaxtyping.install_import_hook("jaxup", "typed.check")
 
 import jax  # noqa: E402
 import processes  # noqa: E402

@@ -19,7 +19,7 @@ from jaxup.depth.plan import ALL_PARTS, ENDS, PARTS, DepthPlan, Row
 from jaxup.depth.recipes import identity, inherit
 from jaxup.errors import UserError
 from jaxup.model.config import ModelConfig
-from jaxup.model.decoder import abstract, init
+from jaxup.model.decoder import abstract
 from jaxup.model.spec import PART_OF
 
 PATHS = (
@@ -113,12 +113,15 @@ def plans(draw, names=names, filters=filters, values=values, max_rows=8, sources
     return DepthPlan(tuple(rows), **ends, sources=tuple(sources.items()), scales=scales)
 
 
+compiled_apply = jax.jit(apply, static_argnums=0)  # else each operation is a program of its own
+
+
 @settings(max_examples=8)
 @given(plans(st.sampled_from("abc"), max_rows=3), st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]))
 def test_apply_is_a_loop_over_rows(plan, dtype):
     sources = {name: tree(n, dtype, seed) for seed, (name, n) in enumerate(plan.sources)}
     fresh = tree(plan.num_layers, dtype, 99)
-    got, want = apply(plan, sources, fresh), naive(plan, sources, fresh)
+    got, want = compiled_apply(plan, sources, fresh), naive(plan, sources, fresh)
     assert len(jax.tree.leaves(got)) == len(want)
     for path, value in want.items():
         assert_bits(at(got, path), value)
@@ -140,8 +143,6 @@ def test_yaml_round_trip(plan, noise, dtype, out_dtype):
     assert len(plan.strip()) == plan.num_layers
     assert plan.strip() in str(plan)
 
-
-jitted_init = jax.jit(init, static_argnums=(0, 1))  # eager initialisation compiles op by op
 
 UPSCALE = DepthPlan(
     (*[Row("base", i) for i in range(4)], *[Row("base", i, "copy", ZERO) for i in (2, 3)], Row("base", 4)),
@@ -361,8 +362,7 @@ def test_transforms():
     params, plan = tree(6), UPSCALE
     fresh = tree(7, seed=1)
     eager = apply(plan, {"base": params}, fresh)
-    jitted = jax.jit(apply, static_argnums=0)(plan, {"base": params}, fresh)
-    jax.tree.map(assert_bits, eager, jitted)
+    jax.tree.map(assert_bits, eager, compiled_apply(plan, {"base": params}, fresh))
     shapes = jax.eval_shape(partial(apply, plan), {"base": params}, fresh)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), eager)
     batch = jax.tree.map(lambda x: np.stack([x, 2 * x]), {"base": params})
@@ -379,7 +379,7 @@ def test_transforms():
 def test_optimizer_state():
     params = jax.tree.map(jnp.asarray, tree(3))
     adam = optax.adam(1e-3)
-    _, state = adam.update(params, adam.init(params), params)
+    _, state = jax.jit(lambda params: adam.update(params, adam.init(params), params))(params)
     mu = apply(inherit("m", 3, 2), {"m": state[0].mu})
     jax.tree.map(assert_bits, mu["blocks"], jax.tree.map(lambda x: x[:2], state[0].mu["blocks"]))
 
@@ -396,6 +396,13 @@ def config(num_layers, kind):
     )  # fmt: skip
 
 
+def drawn(num_layers, kind, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), abstract(config(num_layers, kind))[1]
+    )
+
+
 def run(params, num_layers, kind):
     model = nnx.merge(abstract(config(num_layers, kind))[0], params)
     with jax.numpy_rank_promotion("allow"):  # what is tested here is the plan, not the model's code
@@ -404,22 +411,24 @@ def run(params, num_layers, kind):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_zeroed_copies_leave_the_function_unchanged(kind):
-    params = jitted_init(config(4, kind), 0)
+    params = drawn(4, kind)
     rows = [*[Row("m", i) for i in range(3)], *[Row("m", i, "copy", ZERO) for i in (1, 2, 1)], Row("m", 3)]
     plan = DepthPlan(tuple(rows), *["m"] * 4, (("m", 4),))
     assert plan.strip() == "000zzz0"
-    np.testing.assert_allclose(run(apply(plan, {"m": params}), 7, kind), run(params, 4, kind), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        run(compiled_apply(plan, {"m": params}), 7, kind), run(params, 4, kind), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_inherited_layers_are_the_truncated_model(kind):
-    params = jitted_init(config(4, kind), 0)
-    small = apply(inherit("m", 4, 2), {"m": params})
+    params = drawn(4, kind)
+    small = compiled_apply(inherit("m", 4, 2), {"m": params})
     truncated = params | {"blocks": jax.tree.map(lambda x: x[:2], params["blocks"])}
     np.testing.assert_array_equal(run(small, 2, kind), run(truncated, 2, kind))
-    # The inherited parts come from the reference, the others from init.
-    fresh = jitted_init(config(2, kind), 1)
-    part = apply(inherit("m", 4, 2, parts=("attention", "embed_tokens")), {"m": params}, fresh)
+    # The inherited parts come from the reference, the others from what is fresh.
+    fresh = drawn(2, kind, 1)
+    part = compiled_apply(inherit("m", 4, 2, parts=("attention", "embed_tokens")), {"m": params}, fresh)
     assert jax.tree.structure(part) == jax.tree.structure(fresh)
     jax.tree.map(assert_bits, part["blocks"]["self_attn"], truncated["blocks"]["self_attn"])
     jax.tree.map(assert_bits, part["blocks"]["mlp"], fresh["blocks"]["mlp"])

@@ -158,7 +158,7 @@ def test_every_shipped_variant_builds_its_settings(spec):
     reference = new_model(config.model, 512)
     for plan in check(section(InheritConfig, config.inherit), reference):
         model = result_config(plan, {"reference": reference})
-    trace(model, settings, EVERYTHING, config)
+    trace(model, settings, EVERYTHING, config.steps or 10_000, config.data.seq_len)
 
 
 @pytest.mark.parametrize("spec", [*(f"heal.py:{v}" for v in HEAL), *(f"heal_tunguska.py:{v}" for v in TUNGUSKA)])
@@ -185,7 +185,7 @@ def test_every_shipped_healing_builds_its_settings(spec, tmp_path):
     assert model.num_layers == {"heal_tunguska.py:": 99, "heal_tunguska.py:one_duplicate": 77}.get(
         spec, model.num_layers
     )
-    trace(model, settings, job._select(model, job._plan), config)
+    trace(model, settings, job._select(model, job._plan), config.steps or 10_000, config.data.seq_len)
 
 
 # ---- options that nothing reads
@@ -343,21 +343,22 @@ def test_every_key_of_the_step_makes_another_program():
         assert program(*others, (key, value)) != program(*others), key
 
 
-def trace(model, settings, selection, config):
+@functools.cache  # variants of seeds and of controls train the same
+def trace(model, settings, selection, steps, seq_len):
     import jax
 
     from jaxup.model.decoder import abstract
     from jaxup.training.optimizer import make_optimizer
     from jaxup.training.step import TrainState, make_train_step
 
-    optimizer = make_optimizer(settings.optimizer, config.steps or 10_000, selection.rates)
+    optimizer = make_optimizer(settings.optimizer, steps, selection.rates)
     params, frozen = abstract(model)[1], ()
     if selection.partition is not None:
         params, *frozen = jax.eval_shape(selection.partition.split, params)
     state = TrainState(
         params, jax.eval_shape(optimizer.init, params), *(jax.ShapeDtypeStruct((), d) for d in ("int32", "bool"))
     )
-    shape = (settings.batch_size, config.data.seq_len)
+    shape = (settings.batch_size, seq_len)
     batch = {k: jax.ShapeDtypeStruct(shape, d) for k, d in
              (("tokens", "int32"), ("targets", "int32"), ("loss_weights", "float32"))}  # fmt: skip
     step = make_train_step(model, settings.compute, optimizer, settings.step, selection.partition)

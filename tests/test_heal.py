@@ -36,13 +36,17 @@ def runs(tmp_path_factory):
 
 def run(runs, name, *more):
     data = [f"--config.data.files={runs / 'chats.jsonl'}", f"--config.pretrain.data.source={runs / 'corpus'}"]
-    train.main(["train", *HEAL, *data, f"--workdir={runs / name}", *more])
+    seldom = ["--config.checkpoint.interval=100", "--config.eval.interval=100", "--config.sample.tokens=0"]
+    train.main(["train", *HEAL, *data, *seldom, f"--workdir={runs / name}", *more])
     return runs / name
 
 
 def exported(workdir, out, *more):
     export.main(["export", str(workdir), str(out), *more])
     return load_file(out / "model.safetensors")
+
+
+SAMPLED = ["--config.checkpoint.interval=6", "--config.sample.tokens=4"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,7 @@ def whole(runs):
 
         patch.setattr(Batches, "__call__", recorded)
         patch.setattr(loop, "_train", named)
-        return run(runs, "whole"), rows
+        return run(runs, "whole", *SAMPLED), rows
 
 
 def test_healing_begins_with_the_function_of_the_base_and_ends_better(whole):
@@ -117,7 +121,7 @@ def test_the_run_keeps_the_model_before_and_after_each_epoch(whole, tmp_path):
 def test_a_second_call_does_nothing(whole, runs, capsys):
     workdir, _ = whole
     before = {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*") if p.name != "model.json"}
-    run(runs, "whole")
+    run(runs, "whole", *SAMPLED)
     assert "healed: finished before" in capsys.readouterr().out
     after = {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*") if p.name != "model.json"}
     assert {p: t for p, t in after.items() if p.is_file()} == {p: t for p, t in before.items() if p.is_file()}

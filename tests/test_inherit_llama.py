@@ -20,8 +20,8 @@ TINY = [
     "--config.model.num_kv_heads=1", "--config.model.max_positions=32", "--config.data.seq_len=32",
     "--config.data.tokenizer=bpe:300", "--config.data.val_fraction=0.3", "--config.data.tokens=2048",
     "--config.epochs=1", "--config.batch_size=8", "--config.reference.steps=4", "--config.optimizer.warmup_steps=2",
-    "--config.eval.interval=4", "--config.eval.rows=16", "--config.eval.batch_size=8",
-    "--config.checkpoint.interval=3", "--config.log.interval=1", "--config.sample.tokens=4",
+    "--config.eval.interval=8", "--config.eval.rows=16", "--config.eval.batch_size=8",
+    "--config.checkpoint.interval=8", "--config.log.interval=1", "--config.sample.tokens=0",
 ]  # fmt: skip
 SWEEP = "--config.inherit.sweep=1,2"
 

@@ -159,7 +159,7 @@ def search(examples):
     )
 
 
-@search(4)
+@search(3)
 @plans
 def test_loading_through_a_plan_is_applying_it_afterwards(models, **example):
     check_plan(models, **example)

@@ -42,10 +42,17 @@ def make(config, roles, select, *, quantize="", tile_size=0, compute=Compute(), 
     return config, Adapters(config, compute, masks, lora, seed)
 
 
+def split(adapters, params):
+    """`adapters.split`, as one program: each operation by itself is one too."""
+    return jax.jit(adapters.split)(params)
+
+
 def learned(trained, seed=7):
     """Adapters that add something: B is not zero any more."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: a + 0.1 * rng.standard_normal(a.shape, dtype=np.float32), trained)
+    return jax.tree.map(
+        lambda a: jnp.asarray(np.asarray(a) + 0.1 * rng.standard_normal(a.shape, dtype=np.float32)), trained
+    )
 
 
 def logits(adapters, trained, frozen, tokens):
@@ -82,7 +89,10 @@ def dequantised(frozen, params):
         rows = [qwix.dequantize(jax.tree.map(lambda a, i=i: a[i], leaf)) for i in range(like.shape[0])]
         return jnp.stack(rows).reshape(like.shape)
 
-    return jax.tree.map(plain, frozen, params, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray))
+    def every(frozen):
+        return jax.tree.map(plain, frozen, params, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray))
+
+    return jax.jit(every)(frozen)
 
 
 EVERY = {"parameters": "kernel"}
@@ -101,12 +111,12 @@ def test_function_and_gradients_are_those_of_merged_kernels(case):
     config, roles, select, options = CASES[case]
     config, adapters = make(config, roles, select, **options)
     params, tokens = noisy(config), jnp.asarray(tokens_for(config))
-    trained, frozen = adapters.split(params)
+    trained, frozen = split(adapters, params)
     trained = learned(trained)
     full = merged(trained, adapters, dequantised(frozen, params))
     # One rounding of the sum, one of each summand.
     close = functools.partial(np.testing.assert_allclose, rtol=3e-7, atol=3e-7)
-    jax.tree.map(close, adapters.join(trained, frozen), full)
+    jax.tree.map(close, jax.jit(adapters.join)(trained, frozen), full)
     graphdef, _ = abstract(config)
 
     def whole(params):
@@ -186,7 +196,7 @@ def qwix_block(config, params, layer, kernels, options, x_BSD, inputs):
 def test_equals_qwix_on_unstacked_blocks(config, roles, select, options):
     config, adapters = make(config, roles, select, **options)
     params, tokens = noisy(config), jnp.asarray(tokens_for(config))
-    trained, frozen = adapters.split(params)
+    trained, frozen = split(adapters, params)
     trained = learned(trained)
     flat = traverse_util.flatten_dict(trained)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -223,9 +233,9 @@ def test_equals_qwix_on_unstacked_blocks(config, roles, select, options):
 def test_training_begins_at_the_base_model():
     config, adapters = make(LLAMA, "0z0", {})
     params, tokens = noisy(config), jnp.asarray(tokens_for(config))
-    trained, frozen = adapters.split(params)
+    trained, frozen = split(adapters, params)
     jax.tree.map(np.testing.assert_array_equal, frozen, params)
-    jax.tree.map(np.testing.assert_array_equal, adapters.join(trained, frozen), params)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(adapters.join)(trained, frozen), params)
     got = jax.jit(functools.partial(logits, adapters))(trained, frozen, tokens)
     want = forward(config, Compute(), params, tokens)
     # Adding zero changes nothing; the compiler may sum a product in another order.
@@ -234,7 +244,7 @@ def test_training_begins_at_the_base_model():
 
 def test_only_chosen_kernels_of_chosen_layers_have_adapters():
     config, adapters = make(LLAMA, "0z0zz", {"layers": "copies", "parameters": "o_proj|down_proj|norm"})
-    trained, _ = adapters.split(noisy(config))
+    trained, _ = split(adapters, noisy(config))
     shapes = {".".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(trained).items()}
     o_inputs, D, F = config.num_heads * config.head_dim, config.hidden_size, config.intermediate_size
     assert shapes == {
@@ -270,8 +280,8 @@ def test_nf4_takes_four_bits_and_rounds_to_the_nearest_of_the_papers_levels(tile
     config = dataclasses.replace(LLAMA, hidden_size=64, intermediate_size=128, num_heads=4, head_dim=16)
     config, adapters = make(config, "0z0", COPIES, quantize="nf4", tile_size=tile_size)
     params = noisy(config)
-    _, frozen = adapters.split(params)
-    unchanged = traverse_util.flatten_dict(frozen)
+    _, frozen = split(adapters, params)
+    unchanged, plain = (traverse_util.flatten_dict(tree) for tree in (frozen, dequantised(frozen, params)))
     seen = 0
     for path, leaf in traverse_util.flatten_dict(params).items():
         if path[0] != "blocks" or path[-1] != "kernel":
@@ -285,7 +295,7 @@ def test_nf4_takes_four_bits_and_rounds_to_the_nearest_of_the_papers_levels(tile
         tiles = kernel.reshape(3, -1, tile_size or kernel.shape[1], kernel.shape[2])
         scale = np.max(np.abs(tiles), axis=2, keepdims=True)
         np.testing.assert_array_equal(stored.scale, np.squeeze(scale, 2))
-        got = np.float64(dequantised({"k": stored}, {"k": leaf})["k"]).reshape(tiles.shape)
+        got = np.float64(plain[path]).reshape(tiles.shape)
         distances = np.abs(tiles[..., None] - NF4 * scale[..., None])
         # At least as near as any level, but for the rounding of float32; never off by more than half a gap.
         np.testing.assert_array_less(np.abs(got - tiles), np.min(distances, axis=-1) + 1e-7 * scale)
@@ -299,7 +309,7 @@ def test_nf4_takes_four_bits_and_rounds_to_the_nearest_of_the_papers_levels(tile
 def test_integers_take_their_bits_and_round_to_the_nearest_level(quantize, dtype):
     config, adapters = make(LLAMA, "0z", COPIES, quantize=quantize, tile_size=8)
     params = noisy(config)
-    stored = adapters.split(params)[1]["blocks"]["mlp"]["down_proj"]["kernel"]
+    stored = split(adapters, params)[1]["blocks"]["mlp"]["down_proj"]["kernel"]
     assert stored.qvalue.dtype == dtype
     tiles = np.float64(params["blocks"]["mlp"]["down_proj"]["kernel"]).reshape(2, -1, 8, config.hidden_size)
     got = np.float64(dequantised({"k": stored}, {"k": np.zeros((2, 24, 16))})["k"]).reshape(tiles.shape)
@@ -311,9 +321,10 @@ def test_integers_take_their_bits_and_round_to_the_nearest_level(quantize, dtype
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_merging_keeps_every_bit_of_rows_without_adapters(dtype):
     config, adapters = make(LLAMA, "0z0z", COPIES)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype).at[0].set(-0.0), noisy(config))
-    trained = learned(adapters.split(params)[0])
-    after = adapters.merge(trained, params)
+    params = noisy(config)
+    params = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf.astype(dtype).at[0].set(-0.0), params))(params)
+    trained = learned(split(adapters, params)[0])
+    after = jax.jit(adapters.merge)(trained, params)
     want = traverse_util.flatten_dict(merged(trained, adapters, params))
     bits = np.uint32 if dtype == jnp.float32 else np.uint16
     changed = added(trained, adapters)
@@ -340,7 +351,7 @@ def batch_of(config):
 def test_steps_train_the_adapters_alone_and_compile_once():
     config, adapters = make(LLAMA, "0z0z", COPIES, quantize="nf4", tile_size=8)
     params, batch, optimizer = noisy(config), batch_of(config), optax.adam(0.02)
-    trained, frozen = adapters.split(params)
+    trained, frozen = split(adapters, params)
     state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jnp.bool_(False))
     options = StepConfig(accumulation=1, loss_chunk=17, z_loss=0.0)
     train_step = make_train_step(config, Compute(), optimizer, options, adapters)
@@ -353,7 +364,7 @@ def test_steps_train_the_adapters_alone_and_compile_once():
     assert len(traces) == 1
     assert losses[-1] < losses[0] - 0.05
     assert np.flatnonzero(metrics["gradient_norm_layers"]).tolist() == [1, 3]
-    after = adapters.merge(state.params, params)
+    after = jax.jit(adapters.merge)(state.params, params)
     assert not np.array_equal(
         after["blocks"]["mlp"]["down_proj"]["kernel"][1], params["blocks"]["mlp"]["down_proj"]["kernel"][1]
     )
@@ -370,7 +381,7 @@ def test_mesh_does_not_change_the_gradients():
         loss = lambda trained: jnp.mean(jnp.sin(logits(adapters, trained, frozen, batch["tokens"])))  # noqa: E731
         return jax.jit(jax.grad(loss))(trained)
 
-    trained, frozen = single.split(params)
+    trained, frozen = split(single, params)
     want = gradients(single, learned(trained), frozen, jax.tree.map(jnp.asarray, batch))
     shardings = adapters.shardings(mesh)
     trained, frozen = jax.device_put((learned(trained), frozen), shardings)

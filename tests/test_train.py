@@ -237,7 +237,7 @@ def test_inheriting_from_a_hugging_face_directory(finished, corpus, tmp_path, ca
         "--config.inherit.layers=1", "--config.inherit.parts=attention,norms,embed_tokens",
         "--config.inherit.control=2", "--config.inherit.tolerance=100.0",
         "--config.log.trackers=tensorboard", "--config.mesh.fsdp=2", "--config.steps=4",
-        "--config.checkpoint.interval=100",
+        "--config.checkpoint.interval=100", "--config.sample.tokens=0",
     ]  # fmt: skip
     run(*arguments(corpus, tmp_path / "run", *more))
     summary = (tmp_path / "run" / "SUMMARY.md").read_text()
