@@ -8,7 +8,6 @@ is written again in another dtype or other shards. Nothing is at OUT until all o
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from jaxup.errors import Parser, UserError, entry_point
@@ -36,6 +35,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from jaxup.experiments import stored
+    from jaxup.files.bucket import place
     from jaxup.files.shards import parse_size
     from jaxup.files.staging import check_replaceable
     from jaxup.hub.directory import MARKS
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> None:
 
     # All that can be known to fail is looked at before the model is read.
     size = parse_size(args.max_shard_size)
-    source, out = Path(args.source).expanduser(), Path(args.out).expanduser()
+    source, out = place(args.source), place(args.out)
     _check_apart(source, out)
-    check_replaceable(Path(os.path.abspath(out)), args.force, MARKS)
+    check_replaceable(out.absolute(), args.force, MARKS)
     how = {"dtype": args.dtype, "max_shard_size": size, "force": args.force, "progress": True}
     if stored.is_run(source):
         stored.export(source, out, name=args.model, step=args.step, **how)

@@ -70,12 +70,13 @@ def main(argv: list[str]) -> None:
     texts = read_prompts(args)
 
     from jaxup.data.tokenizer import load_tokenizer
+    from jaxup.files.bucket import place
     from jaxup.hub.directory import tokenizer_directory
     from jaxup.hub.load import load
     from jaxup.hub.reader import load_config
     from jaxup.progress import Progress, printable
 
-    path = Path(args.model).expanduser()
+    path = place(args.model)
     if (path / "checkpoints").is_dir():
         path = path / "export"
         if not path.is_dir():

@@ -69,6 +69,11 @@ def parse_json(text: bytes, shown: str, *, constants: bool = False) -> dict[str,
     return value
 
 
+def remote(path: os.PathLike) -> bool:
+    """Whether it lies in a bucket, where what is written is there at once and whole, or not at all."""
+    return "://" in os.fspath(path)
+
+
 def read_json(path: Path, kinds: Mapping[str, Any], hint: str) -> dict[str, Any] | None:
     """A JSON object that this project wrote, or None if there is no such file.
 
@@ -80,9 +85,10 @@ def read_json(path: Path, kinds: Mapping[str, Any], hint: str) -> dict[str, Any]
       UserError: it is damaged: no JSON object, or a key is not there or of another type.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+        found = None if remote(path) else path.stat()
+        if found and not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
             raise UserError("not a regular file", at=str(path), hint=hint)
-        if path.stat().st_size > _LARGEST:
+        if found and found.st_size > _LARGEST:
             raise UserError(f"damaged: larger than {_LARGEST} bytes", at=str(path), hint=hint)
         value = parse_json(path.read_bytes(), "damaged", constants=True)
     except (FileNotFoundError, NotADirectoryError):
@@ -133,6 +139,9 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Whoever reads `path` sees the old content or the new, whatever kills the writer."""
+    if remote(path):
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -16,6 +16,7 @@ from jaxup.errors import Parser, UserError, entry_point, suggest
 from jaxup.experiments.config import load
 from jaxup.experiments.resuming import load_run
 from jaxup.experiments.run import run_experiment
+from jaxup.files.bucket import place
 from jaxup.training.corrections import RATE, SKIP, parse
 
 
@@ -27,7 +28,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     begin.add_argument("--resume", metavar="DIR", help="go on with the run in this directory, as it was configured")
     parser.add_argument("--config.KEY", dest="_", metavar="VALUE",
                         help="override one value, for example --config.optimizer.learning_rate=3e-4")  # fmt: skip
-    parser.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/FILE-VARIANT)")
+    parser.add_argument("--workdir", metavar="DIR", help="run directory, gs:// too (default: runs/FILE-VARIANT)")
     parser.add_argument(
         SKIP, action="append", default=[], metavar="N",
         help="leave out the batch of step N of the model that is training; may be repeated",
@@ -57,13 +58,13 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
 def main(argv: list[str]) -> None:
     args, overrides = parse_args(argv)
     if args.resume is not None:
-        workdir = Path(args.resume).expanduser()
+        workdir = place(args.resume)
         config, title = load_run(workdir, overrides)
     else:
         config = load(args.config, overrides)
         name, _, variant = args.config.partition(":")
         title = "-".join(filter(None, [Path(name).stem, variant.replace(",", "-").replace("/", "-")]))
-        workdir = Path(args.workdir or Path("runs") / title).expanduser()
+        workdir = place(args.workdir or f"runs/{title}")
     run_experiment(config, workdir, title, parse(args.skip_step, args.rate_from))
 
 

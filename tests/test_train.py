@@ -182,9 +182,10 @@ def test_a_changed_config_is_refused(finished, corpus, more, message):
         (["--config.log.trackers=tensorbord"], "did you mean 'tensorboard'"),
         (["--config.steps=0"], "steps"),
         (["--config.processes.timeout=0"], "processes.timeout must be positive, not 0"),
+        (["--workdir=s3://bucket/run"], "--workdir=s3:/bucket/run: a run directory is one of this machine, or gs://"),
         (
-            ["--workdir=gs://bucket/run"],
-            "--workdir=gs:/bucket/run: a run directory must be a directory of this machine;",
+            ["--workdir=gs://bucket"],
+            "--workdir=gs://bucket: a run directory is one of this machine, or gs://BUCKET/RUN;",
         ),
         (["--config.experiment=inhert"], "experiment: unknown kind 'inhert'; did you mean 'inherit'?"),
         (["--config.experiment=heal"], "experiment: 'heal' needs the section 'base', which is not there"),

@@ -5,7 +5,7 @@
     STORE/progress.json   the same and how far an unfinished store has come; gone when it is complete
     STORE/tokenizer/      the tokenizer, as `save_pretrained` writes it
     STORE/train/, STORE/validation/   zarr3 arrays [rows, seq_len + 1], uint16 or uint32
-    STORE/lock            held by the process that prepares a local store
+    STORE/lock            held by the process that prepares the store
 
 That is a store of text; of one of chats (meta.json: `"kind": "chat"`) the arrays are described in `packed.py`. Row r
 of text holds the tokens [r*seq_len, r*seq_len + seq_len] of the stream, both ends included: rows overlap
@@ -33,10 +33,11 @@ from jaxup.data.batches import positions
 from jaxup.data.sources import SPLITS
 from jaxup.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
 from jaxup.errors import UserError, storage_error
+from jaxup.files.bucket import place
 from jaxup.files.lock import hold
 from jaxup.files.storage import SECONDS
 from jaxup.progress import Waiting, say
-from jaxup.text import parse_json
+from jaxup.text import parse_json, remote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -200,14 +201,15 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Waits while another process prepares the same store, and keeps others from it. No lock on object stores.
+        """Waits while another process prepares the same store, and keeps others from it. No lock on s3:// and others.
 
         UserError, and nothing is written, if what is there is neither a store nor one begun.
         """
         if self.read_json(META) is None and self.read_json(PROGRESS) is None and not self.is_empty():
             what = f"{self.path} is not empty and not a token store"
             raise UserError(what, at="store", hint="choose another data.store")
-        if not self.local:
+        path = place(self.path)
+        if not self.local and not remote(path):
             yield
             return
         waiting = Waiting(first=0.0)
@@ -219,8 +221,8 @@ class Store:
         with contextlib.ExitStack() as stack:
             while True:
                 with self.errors(), contextlib.suppress(FileNotFoundError):  # the other gave up, and removed it
-                    os.makedirs(self.path, exist_ok=True)
-                    stack.enter_context(hold(Path(self.path, LOCK), wait))
+                    path.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(hold(path / LOCK, wait))
                     break
             yield
 
@@ -230,7 +232,7 @@ class Store:
             files = (name for _, _, names in os.walk(self.path) for name in names)
             return all(name.partition(".")[0] == LOCK for name in files)
         with self.errors():
-            return not self._files.list().result()
+            return not {key.decode() for key in self._files.list().result()} - {LOCK}
 
     def discard(self) -> None:
         """Deletes what an unfinished store consists of."""

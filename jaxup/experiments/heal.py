@@ -254,7 +254,7 @@ class Heal(Experiment):
         directory = run.directory / "checkpoints" / BEFORE
         advice = f"remove {directory} to have it built again"
         with jax.set_mesh(run.mesh), Checkpoints(directory, keep=1, advice=advice) as checkpoints:
-            if loop.newest(checkpoints) is not None:
+            if checkpoints.latest is not None:
                 kinds = {"dtypes": loop.Dtypes | None}
                 about = told(lambda: read_json(directory / "model.json", kinds, advice), "read model.json") or {}
                 if (dtypes := about.get("dtypes")) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,8 @@ def _saved(figure: Figure, path: Path) -> Path:
     (axes,) = figure.axes
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=140)
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=140)
+    write_atomically(path, drawn.getvalue())
     return path

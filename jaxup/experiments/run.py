@@ -14,6 +14,7 @@ from jaxup.errors import UserError
 from jaxup.experiments import resuming
 from jaxup.experiments.config import section
 from jaxup.progress import say, tell
+from jaxup.text import remote
 from jaxup.together import gather, told
 from jaxup.training.processes import Processes
 
@@ -30,9 +31,9 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: C
 
     What cannot work is a UserError before anything is written. Stopped: by a signal, with the state saved.
     """
-    if re.match("[a-z][a-z0-9+.-]+:/", str(workdir)):
-        hint = "mount the bucket, or choose a shared disk; data.store and the models it begins from may lie there"
-        raise UserError(f"--workdir={workdir}: a run directory must be a directory of this machine", hint=hint)
+    if re.match("[a-z][a-z0-9+.-]+:/", str(workdir)) and not (remote(workdir) and len(workdir.parts) > 2):
+        what = "a run directory is one of this machine, or gs://BUCKET/RUN"
+        raise UserError(what, at=f"--workdir={workdir}", hint="mount other buckets; data.store may lie there")
     if config.processes.timeout <= 0:
         raise UserError(f"processes.timeout must be positive, not {config.processes.timeout:g}")
     with Processes(config.processes.timeout) as processes:
@@ -59,7 +60,7 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: C
         mesh = make_mesh(section(MeshConfig, config.mesh))
         check_batch("batch_size", settings.batch_size, mesh, settings.step.accumulation)
         check_batch("eval.batch_size", settings.eval_batch_size, mesh)
-        check_trackers(tuple(config.log.trackers))
+        check_trackers(tuple(config.log.trackers), workdir)
         experiment = kind(config, settings, mesh)
         writes = jax.process_index() == 0
         # One process makes the tokens if they are not there; the others find them made.

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxup.errors import UserError
-from jaxup.files import manifest
-from jaxup.text import read_json
+from jaxup.files import bucket, manifest
+from jaxup.text import read_json, remote
 from jaxup.training.sound import DIGESTS, fault_of
 
 Lines = Iterator[tuple[str, bool]]  # a line, and whether it is of a damaged file
@@ -18,12 +18,12 @@ def verified(place: str) -> Lines:
 
     UserError for what is neither there nor anything that this project writes.
     """
-    if "://" in place:
+    root = bucket.place(place)
+    if "://" in place and not remote(root):
         yield from _store(place)
         return
-    root = Path(place).expanduser()
     if not root.is_dir():
-        raise UserError("not a directory" if Path(place).exists() else "no such directory", at=place)
+        raise UserError("not a directory" if root.exists() else "no such directory", at=place)
     found, todo, stores = False, [root], dict[Path, None]()
     while todo:
         directory = todo.pop(0)

@@ -3,6 +3,10 @@
 The kernel lets `flock` go. Some file systems of networks and in user space have no flock (gcsfuse, Lustre as it is
 often mounted): there a file beside the lock, `NAME.held`, says who holds it. One left by a process of this machine
 that is gone is removed; of processes of other machines nothing can be known, and the message says what to do.
+
+In a bucket the lock is an object, written only if it still is what was seen. Its holder writes it anew every `_BEAT`
+seconds: one of another machine that has not done so for `_SILENCE` is gone. Whoever was taken for gone, and is not,
+ends at once: what it would write is another's by then.
 """
 
 from __future__ import annotations
@@ -12,13 +16,17 @@ import errno
 import fcntl
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
+from jaxup.files.bucket import Bucket
 from jaxup.progress import say
 from jaxup.together import identity, lives
 
+_BEAT, _SILENCE = 20.0, 120.0  # seconds
 _NONE_HERE = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
 
@@ -42,6 +50,11 @@ def hold(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
 
     As long as another process has it `busy` is called with who that is, again and again: it waits a little, or raises.
     """
+    me = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    if isinstance(path, Bucket):
+        with _held(path, f"{me}\n{identity()}", busy):
+            yield
+        return
     while True:
         with open(path, "a+", encoding="utf-8") as file:
             try:
@@ -52,7 +65,6 @@ def hold(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
                 continue
             if has_locks and not _is(file.fileno(), path):
                 continue  # whoever had it has removed the file
-            me = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             if has_locks:
                 file.truncate(0)
                 file.write(f"{me}\n")
@@ -103,3 +115,58 @@ def _claim(held: Path, me: str) -> str | None:
             return "another process"
         aside.unlink()
     return _claim(held, me)
+
+
+@contextlib.contextmanager
+def _held(path: Bucket, me: str, busy: Callable[[str], None]) -> Iterator[None]:
+    generation, done = _take(path, me, busy), threading.Event()
+
+    def live() -> None:
+        nonlocal generation
+        while not done.wait(_BEAT):
+            try:
+                generation = _write(path, me, generation) or _lost(path)
+            except OSError:  # the network: the next time tells
+                continue
+
+    living = threading.Thread(target=live, daemon=True)
+    living.start()
+    try:
+        yield
+    finally:
+        done.set()
+        living.join()
+        with contextlib.suppress(OSError):
+            path.write_if(None, generation)
+
+
+def _take(path: Bucket, me: str, busy: Callable[[str], None]) -> bytes:
+    seen, since = None, 0.0
+    while True:
+        text, generation = path.look()
+        holder, who, *_ = [*(text or "").split("\n"), "", ""]
+        here = lives(who) if text else False
+        # One of another machine lives if it writes while we look.
+        if here or (here is None and seen not in (None, generation)):
+            busy(holder)
+            seen, since = generation, time.monotonic()
+        elif here is None and (seen is None or time.monotonic() - since < _SILENCE):
+            if seen is None:
+                seen, since = generation, time.monotonic()
+                say(f"{path}: {holder}: waits {_SILENCE:.0f} s for a sign of life (if it is gone, delete that object)")
+            time.sleep(1)
+        elif (made := _write(path, me, generation)) is not None:
+            return made
+
+
+def _write(path: Bucket, me: str, generation: bytes) -> bytes | None:
+    """The new generation; None if another has written meanwhile."""
+    if (made := path.write_if(f"{me}\n{time.time()}\n", generation)) is not None:
+        return made
+    there, generation = path.look()
+    return generation if (there or "").startswith(f"{me}\n") else None  # it was written, and the answer got lost
+
+
+def _lost(path: Bucket) -> NoReturn:
+    say(f"{path}: this process gave no sign of life for {_SILENCE:.0f} s, and another goes on with the run: ends")
+    os._exit(5)

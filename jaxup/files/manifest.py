@@ -20,13 +20,15 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxup.errors import UserError
-from jaxup.files.storage import Local
-from jaxup.text import named, parse_json, write_atomically
+from jaxup.files.bucket import Bucket
+from jaxup.files.storage import Local, open_storage
+from jaxup.text import named, parse_json, remote, write_atomically
 
 NAME = "jaxup_manifest.json"
 ADDED = "is not one of the files that were written here"  # a fault where only programs write
 _LARGEST = 64 * 2**20  # bytes of a manifest, which has a line for each file
 _CHUNK = 2**20  # bytes
+_PART = 64 * 2**20  # of them, which a bucket is asked for at once
 _ROW = 2**14  # of them
 _THREADS = 4
 
@@ -41,16 +43,16 @@ def write_manifest(
 ) -> None:  # fmt: skip
     """Describes all files that `directory` holds now; those named in `digests` are not read again."""
     known = digests or {}
-    paths = {file: directory / file for file in _below(directory) if file != name}
-    sizes = {file: path.stat().st_size for file, path in paths.items()}
+    names = [file for file in _below(directory) if file != name]
 
     def entry(file: str) -> dict[str, Any]:
         if file in known:
-            return {"size": sizes[file], "parts": known[file]}
-        return {"size": sizes[file], kind: _digest(paths[file], 0, sizes[file], _SUMS if kind == "sums" else "")}
+            return {"size": known[file][-1][0], "parts": known[file]}
+        size, digest = _digest(directory / file, 0, None, _SUMS if kind == "sums" else "")
+        return {"size": size, kind: digest}
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        files = dict(zip(paths, pool.map(entry, paths), strict=True))
+    with _threads(directory) as pool:
+        files = dict(zip(names, pool.map(entry, names), strict=True))
     # A line for each file: there may be thousands of parts.
     lines = ",\n".join(f"    {json.dumps(file)}: {json.dumps(entry)}" for file, entry in files.items())
     write_atomically(directory / name, f'{{\n  "version": 1,\n  "files": {{\n{lines}\n  }}\n}}\n')
@@ -92,9 +94,11 @@ def faults(directory: Path, *, name: str = NAME) -> Iterator[tuple[str, str]]:
         try:
             return "" if agrees(files[file], directory / file) else f"is not what was written: see {name}"
         except OSError as error:
+            if remote(directory):  # the network, which says nothing of the file
+                raise
             return f"cannot be read: {error.strerror}"
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with _threads(directory) as pool:
         yield from ((file, what) for file, what in zip(both, pool.map(fault, both)) if what)
 
 
@@ -105,7 +109,7 @@ def mismatch(directory: Path, name: str) -> UserError:
 
 def read_manifest(directory: Path, *, name: str = NAME) -> dict[str, Spans] | None:
     """The spans of each file; None without a manifest, UserError for one that says anything else."""
-    storage = Local(directory)
+    storage = open_storage(directory) if remote(directory) else Local(directory)
     if not storage.exists(name):
         return None
     manifest = parse_json(storage.whole(name, _LARGEST), f"{directory}: {name}")
@@ -121,7 +125,7 @@ def read_manifest(directory: Path, *, name: str = NAME) -> dict[str, Spans] | No
 
 def agrees(spans: Spans, path: Path) -> bool:
     """Whether the file is the one that has these digests."""
-    if not path.is_file() or path.stat().st_size != spans[-1][0]:
+    if not _has_size(path, spans[-1][0]):
         return False
     begins = (0, *(end for end, _ in spans))
     return all(span_agrees(path, begin, end, digest) for begin, (end, digest) in zip(begins, spans))
@@ -129,11 +133,13 @@ def agrees(spans: Spans, path: Path) -> bool:
 
 def span_agrees(path: Path, begin: int, end: int, digest: str) -> bool:
     """Whether these bytes of a file have this digest."""
-    return _digest(path, begin, end, digest) == digest.removeprefix(_SUMS)
+    return _digest(path, begin, end, digest) == (end, digest.removeprefix(_SUMS))
 
 
 def _below(directory: Path) -> list[str]:
     """All files, those in directories too."""
+    if isinstance(directory, Bucket):
+        return directory.below()
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
 
 
@@ -152,16 +158,41 @@ def _spans(entry: Any) -> Spans:
     return [(end, digest) for end, digest in parts] if rising and ends[-1] == size else []
 
 
-def _digest(path: Path, begin: int, end: int, like: str) -> str:
-    """Of these bytes of a file: SHA-256, or sums if `like` begins so."""
-    buffer = memoryview(bytearray(_CHUNK))
+def _digest(path: Path, begin: int, end: int | None, like: str) -> tuple[int, str]:
+    """Of these bytes of a file, or all from `begin`: where they end, and SHA-256, or sums if `like` begins so."""
     digest = _Sums() if like.startswith(_SUMS) else hashlib.sha256()
+    for chunk in _chunks(path, begin, end):
+        digest.update(chunk)
+        begin += len(chunk)
+    return begin, digest.hexdigest()
+
+
+def _chunks(path: Path, begin: int, end: int | None) -> Iterator[memoryview]:
+    if isinstance(path, Bucket):
+        while end is None or begin < end:
+            stop = None if end is None else min(begin + _PART, end)
+            part = memoryview(path.read(begin, stop))
+            yield from (part[at : at + _CHUNK] for at in range(0, len(part), _CHUNK))
+            if stop is None:
+                return
+            begin = stop
+        return
+    buffer = memoryview(bytearray(_CHUNK))
     with open(path, "rb") as file:
         file.seek(begin)
-        while begin < end and (count := file.readinto(buffer[: min(_CHUNK, end - begin)])):
-            digest.update(buffer[:count])
+        while count := file.readinto(buffer[: _CHUNK if end is None else min(_CHUNK, end - begin)]):
+            yield buffer[:count]
             begin += count
-    return digest.hexdigest()
+
+
+def _has_size(path: Path, size: int) -> bool:
+    if isinstance(path, Bucket):
+        return path.has_size(size)
+    return path.is_file() and path.stat().st_size == size
+
+
+def _threads(directory: Path) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS * (4 if remote(directory) else 1))  # which wait more than they work
 
 
 class _Sums:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from jaxup.errors import NoRoom, UserError, storage_error
+from jaxup.files.bucket import Bucket
 from jaxup.files.lock import flock
+from jaxup.text import remote
 
 
 @contextlib.contextmanager
@@ -23,6 +26,10 @@ def staged_directory(out: str | Path, *, force: bool, marks: tuple[str, ...]) ->
 
     UserError as of `check_replaceable`, for a parent that cannot be written, and for a disk that fills up meanwhile.
     """
+    if isinstance(out, Bucket):
+        with _uploaded(out, force, marks) as staging:
+            yield staging
+        return
     out = Path(os.path.abspath(out))
     if not out.name or not out.parent.is_dir():
         raise UserError(f"{out}: its parent is not a directory")
@@ -39,6 +46,32 @@ def staged_directory(out: str | Path, *, force: bool, marks: tuple[str, ...]) ->
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _uploaded(out: Bucket, force: bool, marks: tuple[str, ...]) -> Iterator[Path]:
+    """The same in a bucket, from a directory of this machine. While it is written it has no config.json, and one of
+    `marks`, the first of which comes last."""
+    check_replaceable(out, force, marks)
+    last = ("config.json", marks[0])
+    with tempfile.TemporaryDirectory(prefix="jaxup-") as staging:
+        try:
+            yield Path(staging)
+            check_replaceable(out, force, marks)
+            before = out.below()
+            files = {path.relative_to(staging).as_posix(): path for path in Path(staging).rglob("*") if path.is_file()}
+            for name in last:
+                (out / name).unlink()
+            for name in sorted(files.keys() - {*last}, key=lambda name: (name not in marks, name)):
+                (out / name).write_bytes(files[name].read_bytes())
+            for name in before:
+                if name not in files:
+                    (out / name).unlink()
+            for name in last:
+                if name in files:
+                    (out / name).write_bytes(files[name].read_bytes())
+        except OSError as error:
+            raise storage_error(error, str(out), "not written") from error
 
 
 def _create(out: Path, force: bool, marks: tuple[str, ...]) -> tuple[Path, int]:
@@ -94,13 +127,13 @@ def check_space(directory: Path, out: str | Path, needed: int) -> None:
 def check_replaceable(out: Path, force: bool, marks: tuple[str, ...]) -> None:
     """UserError if `out` exists, but with `force` only if it is not empty and holds none of the files `marks`: a
     mistyped path cannot delete something else."""
-    if not os.path.lexists(out):
+    if not (out.exists() if remote(out) else os.path.lexists(out)):
         return
     if not force:
         raise UserError(f"{out}: exists already; choose another place, or force (--force) to replace it")
     if out.is_symlink() or not out.is_dir():
         raise UserError(f"{out}: is not a directory and will not be replaced")
-    names = os.listdir(out)
+    names = [path.name for path in out.iterdir()]
     if names and not any(mark in names for mark in marks):
         raise UserError(f"{out}: holds none of {', '.join(marks)}, so it will not be replaced")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flax import nnx
 
 from jaxup.depth.plan import DepthPlan
+from jaxup.files.bucket import place
 from jaxup.files.storage import split_revision
 from jaxup.hub import writer
 from jaxup.hub.card import model_card
@@ -79,4 +80,4 @@ def write_model(
         config, title=title, dtype=dtype or writer.main_dtype(params), plan=plan, source=source, base_models=base_models
     )
     extra = {CARD: card} if plan is None else {CARD: card, PLAN: plan.to_yaml()}
-    writer.save(Path(out), config, params, dtype=dtype, extra_files=extra, **how)
+    writer.save(place(os.fspath(out)), config, params, dtype=dtype, extra_files=extra, **how)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
+import re
 import sys
 import threading
 from collections.abc import Collection, Iterator
@@ -17,9 +17,11 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxup.errors import NoRoom, UserError, first_line, storage_error
 from jaxup.files import manifest
+from jaxup.files.bucket import remove
 from jaxup.model.decoder import Params
+from jaxup.text import remote
 from jaxup.together import told
-from jaxup.training.sound import DIGESTS, set_aside
+from jaxup.training.sound import DIGESTS, set_aside, steps_in
 from jaxup.training.step import TrainState
 
 _STRAGGLERS = 30.0  # seconds for the reads and writes that go on when one of them has failed
@@ -34,28 +36,20 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: os.PathLike | str, *, keep: int, always: Collection[int] = (),
+        self, directory: Path, *, keep: int, always: Collection[int] = (),
         advice: str = "remove it to go on from the one before",
     ):  # fmt: skip
-        self._directory, self._advice = Path(os.path.abspath(directory)), advice  # what to do about a damaged one
+        self._directory, self._advice = directory.absolute(), advice  # what to do about a damaged one
+        self._keep, self._always = keep, frozenset(always)
         self._writes = jax.process_index() == 0
-        policies = ocp.training.preservation_policies
-        kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(sorted(always))])
-        context = ocp.Context()
-        # Copies of an array on several devices are written in slices, one by each. Cutting a small one takes longer.
-        context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
-        self._hashing: list[Future[None]] = []
-        with contextlib.ExitStack() as opened:
-            opened.enter_context(quietly())
-            with writing(self._directory):
-                told(lambda: set_aside(self._directory), "look for sound checkpoints")  # the others see what is left
-            self._checkpointer = ocp.training.Checkpointer(
-                self._directory, preservation_policy=kept, cleanup_tmp_directories=True, context=context
-            )
-            opened.callback(self._checkpointer.close)  # waits for the write in flight
-            self._pool = opened.enter_context(ThreadPoolExecutor(1))
-            opened.callback(self._wait)
-            self._open = opened.pop_all()
+        self._saving: Future[None] | None = None
+        with writing(self._directory):
+            # The step of the newest one; None if there is none.
+            self.latest: int | None = told(lambda: set_aside(self._directory), "look for sound checkpoints")
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(quietly())
+        self._pool = self._open.enter_context(ThreadPoolExecutor(1))
+        self._open.callback(self._wait)  # for the write in flight
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -64,38 +58,40 @@ class Checkpoints:
         with writing(self._directory):
             self._open.__exit__(*error)
 
-    @property
-    def latest(self) -> int | None:
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
-
     def save(self, step: int, state: TrainState) -> None:
         """Starts writing `state`; returns once the arrays are copied, so the state may be donated."""
-        if step == self.latest:
-            return
-        with writing(self._directory):
-            self._wait()  # for the digests of the step before, long after its arrays: Orbax may delete that step now
-            written = self._checkpointer.save_async(step, _tree(state), force=True)
-            self._add_digests(step, written)
+        if step != self.latest:
+            self._save(step, _tree(state))
 
     def save_params(self, step: int, params: Params) -> None:
         """Writes params alone, which `restore_params` reads; returns when they are written."""
+        self._save(step, {"params": params})
         with writing(self._directory):
-            self._checkpointer.save(step, {"params": params}, force=True)
-            self._add_digests(step, None)
+            self._wait()
 
-    def _add_digests(self, step: int, written: Any) -> None:
-        def describe() -> None:
-            if written is not None:
-                written.result()
-            manifest.write_manifest(self._directory / str(step), name=DIGESTS, kind="sums")
+    def _save(self, step: int, tree: dict[str, Any]) -> None:
+        context = ocp.Context()
+        # Copies of an array on several devices are written in slices, one by each. Cutting a small one takes longer.
+        context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+        with writing(self._directory):
+            self._wait()
+            with context:
+                written = ocp.save_async(self._directory / str(step), tree)
+            self._saving, self.latest = self._pool.submit(self._finish, step, written), step
 
+    def _finish(self, step: int, written: Any) -> None:
+        """Waits until it is written, adds its digests, and only then removes what it takes the place of."""
+        written.result()
         if self._writes:
-            self._hashing.append(self._pool.submit(describe))
+            manifest.write_manifest(self._directory / str(step), name=DIGESTS, kind="sums")
+            for older in steps_in(self._directory)[: -self._keep]:
+                if older not in self._always:
+                    remove(self._directory / str(older))
 
     def _wait(self) -> None:
-        while self._hashing:
-            self._hashing.pop().result()
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         return TrainState(**self._load(step, _tree(abstract_state)), halted=jax.numpy.bool_(False))
@@ -107,7 +103,7 @@ class Checkpoints:
 
     def _load(self, step: int, tree: dict[str, Any]) -> dict[str, Any]:
         with restoring(f"{self._directory}/{step}", self._advice):
-            return self._checkpointer.load(step, tree)
+            return ocp.load(self._directory / str(step), tree)
 
 
 @contextlib.contextmanager
@@ -117,8 +113,9 @@ def writing(directory: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         refused = storage_error(error, str(directory))
-        # TensorStore raises ValueError, for mistakes of ours too.
-        if isinstance(error, OSError) or isinstance(refused, NoRoom):
+        # TensorStore raises ValueError, for mistakes of ours too; what a bucket answers begins with its kind.
+        answered = remote(directory) and re.match("[A-Z_]+: ", str(error))
+        if isinstance(error, OSError) or isinstance(refused, NoRoom) or answered:
             raise refused from None
         raise
 

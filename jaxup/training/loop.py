@@ -124,7 +124,7 @@ def load_trained(run: Run, result: Result, model: ModelConfig, selection: Select
     directory = run.directory / "checkpoints" / result.name
     shardings = selection.shardings(param_shardings(model, run.mesh), run.mesh)
     with Checkpoints(directory, keep=run.settings.keep_checkpoints) as checkpoints:
-        steps, latest = result.steps, newest(checkpoints)
+        steps, latest = result.steps, checkpoints.latest
         if latest != steps:
             raise _gone(directory, steps, latest)
         return checkpoints.restore_params(steps, _laid_out(selection.trained(abstract(model)[1]), shardings))
@@ -136,11 +136,6 @@ def _gone(directory: Path, steps: int, latest: int | None) -> UserError:
         f"{directory}: finished at step {steps}, and that checkpoint is gone{there}: "
         "delete result.json beside it to train on from what there is"
     )
-
-
-def newest(checkpoints: Checkpoints) -> int | None:
-    """The step of the newest one, in all processes that which process 0 finds."""
-    return told(lambda: checkpoints.latest, "look for checkpoints")
 
 
 def read_result(directory: Path) -> Result | None:
@@ -273,7 +268,7 @@ def train_model(
         jax.set_mesh(run.mesh),
         Checkpoints(directory, keep=keep, always=milestones) as checkpoints,
     ):
-        latest = newest(checkpoints)
+        latest = checkpoints.latest
         start = latest or 0
         if stored is not None and start < stored.steps:
             raise _gone(directory, stored.steps, latest)
@@ -313,6 +308,7 @@ def train_model(
         seconds=round(time.monotonic() - began, 1), sample=sample, trained=trained, val_rows=run.val_rows,
         corrected=", ".join(filter(None, [str(corrections), _skipped(state)])),
     )  # fmt: skip
+    run.log.flush()
     write_result(directory, result)
     return result
 
@@ -388,6 +384,11 @@ def _train(
         Progress(name, total=steps, unit="steps", start=start) as progress,
     ):
         ahead = reader.submit(read_batch, step) if step < steps else None
+
+        def save(step: int) -> None:
+            run.log.flush()  # what was logged until then will not be logged again
+            checkpoints.save(step, state)
+
         try:
             while True:
                 here = step == steps or step in milestones
@@ -399,7 +400,7 @@ def _train(
                 if step and step != start and (step % s.checkpoint_interval == 0 or here):
                     meter.check(pending, batches)
                     with run.processes.long_work():
-                        checkpoints.save(step, state)
+                        save(step)
                     meter.restart()
                 if step == steps:
                     return state, losses[step]
@@ -422,10 +423,10 @@ def _train(
         except _StopNow:
             # Whatever raised it has looked at the last step: the state is a finite one.
             with run.processes.long_work():
-                checkpoints.save(step, state)
+                save(step)
             raise run.processes.stopped(f"{name}: saved at step {step} of {steps}; the same command resumes") from None
         except NonFinite:
             # The guarded step kept the state it was given, so this is the one before it. What it began from is there.
             if meter.checked - 1 > start:
-                checkpoints.save(meter.checked - 1, state)
+                save(meter.checked - 1)
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxup.errors import UserError, suggest
-from jaxup.text import misfit, parse_json, write_atomically
+from jaxup.text import misfit, parse_json, remote, write_atomically
 
 # Dense bf16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -30,18 +31,25 @@ def peak_flops() -> float | None:
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
+_WAIT = 60.0  # seconds that lines may wait to be written into a bucket
+
+
 class MetricsLog:
     """Appends one JSON object a line; every line has `model` and `step`.
 
     Steps that a killed run logged after its last checkpoint are taken again, so `rewind` drops
     their lines first: the file is always that of an uninterrupted run, in order.
+
+    In a bucket nothing can be appended. There lines wait for `flush`, which writes the file anew: before each
+    checkpoint, whose steps are not taken again, and every `_WAIT` seconds.
     """
 
     def __init__(self, path: Path, trackers: tuple[str, ...] = (), *, name: str = "", config: dict | None = None):
-        self._path = path
+        self._path, self._late, self._flushed = path, "", time.monotonic()
         self._trackers = [_TRACKERS[t](path.parent, name, config or {}) for t in trackers]
 
     def read(self) -> list[dict[str, Any]]:
+        self.flush()
         # What follows the last line end is torn: it was written when the run was killed.
         *lines, _ = self._path.read_bytes().split(b"\n") if self._path.is_file() else [b""]
         records = []
@@ -63,19 +71,35 @@ class MetricsLog:
             write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def write(self, model: str, step: int, **values: Any) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"model": model, "step": step, **values}) + "\n")
+        self._late += json.dumps({"model": model, "step": step, **values}) + "\n"
+        if not remote(self._path) or time.monotonic() - self._flushed > _WAIT:
+            self.flush()
         for track in self._trackers:
             track({f"{model}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}, step)
 
+    def flush(self) -> None:
+        """Writes what waits."""
+        late, self._late, self._flushed = self._late, "", time.monotonic()
+        if not late:
+            return
+        if remote(self._path):
+            there = self._path.read_bytes() if self._path.is_file() else b""
+            self._path.write_bytes(there + late.encode())
+        else:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(late)
 
-def check_trackers(trackers: tuple[str, ...]) -> None:
-    """UserError for a tracker that is unknown or not installed."""
+
+def check_trackers(trackers: tuple[str, ...], directory: Path) -> None:
+    """UserError for a tracker that is unknown or not installed, or cannot write to `directory`."""
     for name in trackers:
         if name not in _TRACKERS:
             raise UserError(f"log.trackers: unknown {name!r}{suggest(name, _TRACKERS)}")
         if importlib.util.find_spec(name) is None:
             raise UserError(f'log.trackers: {name} is not installed; pip install "jaxup[track]"')
+        if name == "tensorboard" and remote(directory):
+            what = "tensorboard writes to a directory of this machine only"
+            raise UserError(what, at="log.trackers", hint="metrics.jsonl has all of it, and wandb may be asked")
 
 
 Tracker = Callable[[dict[str, float], int], None]  # of values by name, and the step
@@ -102,7 +126,12 @@ def _wandb(directory: Path, name: str, config: dict) -> Tracker:
     if not kept.exists():
         write_atomically(kept, uuid.uuid4().hex)
     run = wandb.init(
-        project="jaxup", name=name, dir=directory, config=config, id=kept.read_text(encoding="utf-8"), resume="allow"
+        project="jaxup",
+        name=name,
+        dir=None if remote(directory) else directory,
+        config=config,
+        id=kept.read_text(encoding="utf-8"),
+        resume="allow",
     )
 
     def track(values: dict[str, float], step: int) -> None:

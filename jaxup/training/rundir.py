@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxup.errors import UserError
 from jaxup.files.lock import hold
-from jaxup.text import read_json, write_atomically
+from jaxup.text import read_json, remote, write_atomically
 
 FORMAT = 2
 
@@ -42,7 +42,7 @@ def writer_lock(directory: Path) -> Iterator[None]:
 
 def read_config(directory: Path) -> dict[str, Any] | None:
     """The configuration of the run in `directory`, or None if one can begin there; else a UserError."""
-    for path in (directory, *directory.parents):
+    for path in () if remote(directory) else (directory, *directory.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file, not a directory for runs")
     stored = read_json(directory / "config.json", {"format": int | None}, "put it back, or choose another --workdir")
