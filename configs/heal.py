@@ -33,7 +33,7 @@ Variants, after a colon and separated by commas:
                            control, the base, is trained on the same batches; smoke is for tests
     lr=F                   learning rate (default 2e-5; quick: 1e-3)
     epochs=N               (default 2)
-    steps=N                stop after so many steps, whatever the epochs (as an override: with epochs=0)
+    steps=N                so many steps instead of epochs (as an override: with epochs=0)
     layers=WHAT            what trains: all, copies, originals, new, or layers such as 9:12+20
     freeze=WHAT            what of it does not: originals, 0:9, ...
     parameters=REGEX       only what has such a path: o_proj|down_proj
@@ -70,8 +70,9 @@ def get_config(arg: str = "") -> ConfigDict:
         control=-1,  # -1 = 1 with quick and smoke, else 0
         seed=0,
     )
-    if v["lora"] and v["qlora"]:
-        raise UserError("variants lora and qlora: choose one")
+    for one, other in (("lora", "qlora"), ("steps", "epochs")):
+        if v[one] and v[other]:
+            raise UserError(f"variants {one} and {other}: choose one")
     adapters = v["lora"] or v["qlora"]
     if v["rank"] and not adapters:
         raise UserError(f"variant rank={v['rank']}: goes with lora or qlora")
@@ -84,21 +85,20 @@ def get_config(arg: str = "") -> ConfigDict:
     c.batch_size = 16 if small else 512
     c.plan = "upscale(base, 2:4, copies=2)" if small else ""
 
-    c.pretrain.steps = 20 if smoke else 400 if small else 0
-    c.pretrain.data.tokenizer = "bpe:512" if smoke else "bpe:2048"
-    c.pretrain.optimizer.update(learning_rate=2e-3, end_learning_rate=2e-4, warmup_steps=5 if smoke else 30)
-    c.pretrain.optimizer.weight_decay = 0.0
     c.model = llama(
         num_layers=4 if smoke else 6, hidden_size=96, intermediate_size=256, num_heads=4, num_kv_heads=2,
         max_positions=256, vocab_size=0,
     )  # fmt: skip
 
     if small:
+        c.pretrain.steps = 20 if smoke else 400
+        c.pretrain.data.tokenizer = "bpe:512" if smoke else "bpe:2048"
+        c.pretrain.optimizer.update(learning_rate=2e-3, end_learning_rate=2e-4, warmup_steps=5 if smoke else 30)
+        c.pretrain.optimizer.weight_decay = 0.0
         c.data.files = "docstrings:400" if smoke else "docstrings"
         c.data.format = "metharme"
         c.data.seq_len = 128 if smoke else 256
         c.data.val_fraction = 0.1
-        c.lora.tile_size = 32
 
     c.heal.control = small if v["control"] < 0 else bool(v["control"])
     c.train.layers = v["layers"].replace("+", ",")
@@ -106,10 +106,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.freeze = v["freeze"].replace("+", ",")
     if adapters:
         c.lora.rank = v["rank"] or (16 if small else 64)
-        c.lora.quantize = "nf4" if v["qlora"] else ""
+    if v["qlora"]:
+        c.lora.quantize, c.lora.tile_size = "nf4", 32 if small else 64
 
     rate = v["lr"] or (1e-3 if small else 2e-5)
-    c.optimizer.update(learning_rate=rate, end_learning_rate=rate / 10, schedule="constant", weight_decay=0.0)
+    c.optimizer.update(learning_rate=rate, schedule="constant", weight_decay=0.0)
     if not small:
         c.step.accumulation, c.step.loss_chunk = 16, 512
 

@@ -82,7 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
         if v["copies"] != "two_duplicates":
             raise UserError(f"variant {v['copies']}: freeze_base trains the base, which is not up-scaled")
 
-    given = [f"{key}={v[key]}" for key in PASSED_ON if v[key]]
+    given = [f"{key}={v[key]}" for key in PASSED_ON if v[key] or key == "control"]
     given += [f"steps={v['undercook']}"] * bool(v["undercook"])
     c = load(f"heal.py:{','.join(given)}", shipped=True)
 

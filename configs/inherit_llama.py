@@ -77,8 +77,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.epochs = (2 if smoke else 5) if small else 8
     c.batch_size = 16 if small else 64
 
-    c.reference.all_data = True
     if small:
+        c.reference.all_data = True
         c.reference.steps = 20 if smoke else 240
         c.model = llama(
             num_layers=4 if smoke else 6, hidden_size=96, intermediate_size=256, num_heads=4, num_kv_heads=2,
@@ -104,10 +104,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.tokens = (2**14 if smoke else 2**16) if small else 1_000_000_000  # that targets and controls get
 
     c.optimizer.learning_rate = 2e-3 if small else 3e-4
-    c.optimizer.end_learning_rate = c.optimizer.learning_rate / 10
     c.optimizer.warmup_steps = 5 if smoke else 30 if small else 1000
     if v["code"]:
         c.optimizer.update(schedule="constant", b2=0.999, weight_decay=0.01, clip_norm=0.0)
+    else:
+        c.optimizer.end_learning_rate = c.optimizer.learning_rate / 10
     c.eval.interval = 8 if smoke else 32 if small else 1000
     c.checkpoint.interval = 8 if smoke else 64 if small else 1000
     if smoke:

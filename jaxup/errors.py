@@ -89,9 +89,16 @@ class Stopped(BaseException):
 
 
 class NonFinite(Exception):
-    """A loss or gradient was NaN or infinite; the message names the model and the step."""
+    """A loss or gradient was NaN or infinite; the message names the model and the step.
+
+    `kept`: the step of training that the state is of, which is a finite one.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, kept: int = 0):
+        super().__init__(message)
+        self.kept = kept
 
 
 class Parser(argparse.ArgumentParser):

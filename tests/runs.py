@@ -28,7 +28,14 @@ HEAL = [
 
 def arguments(corpus, workdir, *more):
     """Of `jaxup.train`: a reference of four layers, a target that inherits two, and its control."""
-    return [*GPT2, f"--config.data.source={corpus}", f"--workdir={workdir}", *more]
+    return [*beside(GPT2, more), f"--config.data.source={corpus}", f"--workdir={workdir}", *more]
+
+
+def beside(arguments, more):
+    """Of these arguments those that something reads beside `more`: a reference that is given is not made here."""
+    made = ("--config.model.", "--config.reference.steps")
+    given = any(argument.startswith("--config.reference.path=") for argument in more)
+    return [argument for argument in arguments if not (given and argument.startswith(made))]
 
 
 WORDS = """

@@ -104,12 +104,94 @@ def test_variants():
         ("inherit_gpt2.py", [("steps", "many")], "--config.steps: expected an int"),
         ("inherit_gpt2.py", [("steps.x", "1")], "unknown key 'x'"),
         ("inherit_gpt2.py", [("model.bias", "maybe")], "expected true or false"),
+        ("heal.py:steps=3,epochs=1", [], "variants steps and epochs: choose one"),
+        ("inherit_gpt2.py", [("reference.revision", "main")],
+         "reference.revision=main: goes with reference.path; nothing reads it where reference.path=$"),
+        ("inherit_gpt2.py", [("reference.path", "DIR"), ("reference.steps", "9")], "reference.steps=9: nothing reads "
+         "it where reference.path=DIR; it goes with reference.path=$"),
+        ("inherit_llama.py", [("model.num_layers", "9")], "model.num_layers=9: nothing reads it where reference.path="),
+        ("inherit_gpt2.py", [("inherit.which", "0,2"), ("inherit.layers", "2")], "inherit.layers=2: goes with "
+         "inherit.which=first or last; nothing reads it where inherit.which=0,2"),
+        ("inherit_gpt2.py", [("optimizer.decay_fraction", "0.5")], "goes with optimizer.schedule=wsd; nothing reads"),
+        ("heal.py", [("optimizer.end_learning_rate", "1e-6")], "optimizer.end_learning_rate=1e-06: goes with "
+         "optimizer.schedule=linear or cosine or wsd; nothing reads it where optimizer.schedule=constant"),
+        ("heal.py", [("step.spike_window", "5")], "step.spike_window=5: goes with step.spike_factor; nothing reads"),
+        ("heal.py", [("sample.top_k", "5")], "top_k=5: goes with sample.temperature; nothing reads it where"),
+        ("heal.py", [("lora.alpha", "5")], "lora.alpha=5.0: goes with lora.rank; nothing reads it where lora.rank=0"),
+        ("heal.py:lora", [("lora.tile_size", "8")], "lora.tile_size=8: goes with lora.quantize; nothing reads it"),
+        ("heal.py", [("lora.tile_size", "8"), ("lora.quantize", "nf4")], "=nf4, lora.tile_size=8: goes with lora.rank"),
+        ("heal.py", [("data.val_files", "a"), ("data.val_fraction", "0.2")], "val_fraction=0.2: nothing reads it where "
+         "data.val_files=a; it goes with data.val_files="),
+        ("heal.py", [("pretrain.batch_size", "8")], "pretrain.batch_size=8: goes with pretrain.steps; nothing"),
+        ("heal.py", [("model.num_layers", "8")], "model.num_layers=8: goes with pretrain.steps; nothing reads it"),
+        ("heal.py:quick", [("base.path", "DIR"), ("pretrain.batch_size", "8")], "pretrain.batch_size=8: nothing reads "
+         "it where base.path=DIR; it goes with base.path="),
+        ("heal.py:quick", [("base.path", "DIR"), ("pretrain.steps", "8")], "pretrain.steps=8: nothing reads it where"),
+        ("heal.py:quick", [("base.dtype", "float16")], "base.dtype=float16: nothing reads it where pretrain.steps=400; "
+         "it goes with pretrain.steps=0"),
+        ("heal.py:quick", [("pretrain.optimizer.decay_fraction", "0.5")], "goes with pretrain.optimizer.schedule=wsd"),
     ],
-)
+)  # fmt: skip
 def test_mistakes(spec, overrides, message):
     with pytest.raises(UserError, match=message) as error:
         load(spec, overrides)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "overrides"),
+    [
+        ("heal.py:quick", [("base.path", "DIR"), ("plan", "")]),  # what the variant says of a base to train
+        ("heal.py:quick", [("base.path", "DIR"), ("pretrain.steps", "0"), ("pretrain.batch_size", "8")]),
+        ("heal.py", [("lora.rank", "0"), ("lora.alpha", "8")]),  # one of several that a script tries
+        ("heal.py", [("lora.rank", "4"), ("lora.alpha", "8")]),
+        ("heal.py", [("sample.temperature", "0"), ("sample.top_k", "0")]),
+        ("heal.py", [("lora.tile_size", "64"), ("base.dtype", "bfloat16")]),  # as it is by default
+        ("inherit_gpt2.py", [("inherit.which", "0,2")]),
+        ("inherit_gpt2.py:smoke", [("optimizer.schedule", "constant")]),
+        ("inherit_llama.py:tiny", [("reference.path", "DIR")]),
+    ],
+)
+def test_what_files_say_for_other_cases_is_no_mistake(spec, overrides):
+    load(spec, overrides)
+
+
+def test_a_file_that_says_what_nothing_reads(tmp_path):
+    """Compared with the defaults, and with the files that it is made from where they say it for cases of their own."""
+    file = tmp_path / "mine.py"
+
+    def says(start, *lines):
+        begin = "from jaxup.experiments.config import load\nfrom jaxup.experiments.defaults import defaults\n"
+        file.write_text("\n ".join([f"{begin}def get_config(arg):", f"c = {start}", *lines, "return c"]))
+
+    says("defaults('heal', small=True)", "c.lora.alpha = 3.0")
+    with pytest.raises(UserError, match=r"lora.alpha=3.0: goes with lora.rank; nothing reads it where lora.rank=0"):
+        load(str(file))
+    assert load(str(file), [("lora.rank", "2")]).lora.alpha == 3
+    says("load('heal.py:quick', shipped=True)", "c.base.path = 'DIR'")
+    load(str(file))
+    says("load('heal.py:quick', shipped=True)", "c.base.path = 'DIR'", "c.pretrain.batch_size = 3")
+    with pytest.raises(UserError, match=r"pretrain.batch_size=3: nothing reads it where base.path=DIR"):
+        load(str(file))
+
+
+def test_of_a_run_only_what_is_read_must_stay(tmp_path):
+    """A run goes on whose files said more, and what is changed then is looked at like any override."""
+    from jaxup.experiments.resuming import check_config, load_run
+    from jaxup.training.rundir import write_json
+
+    config = load("heal.py", [("base.path", "DIR")])
+    stored = config.to_dict()
+    stored["lora"]["tile_size"], stored["pretrain"]["data"]["tokenizer"] = 32, "bpe:2048"
+    write_json(tmp_path / "config.json", stored)
+    assert check_config(tmp_path, config) == []
+    assert load_run(tmp_path)[0].lora.tile_size == 32
+    with pytest.raises(UserError, match=r"lora.alpha=2.0: goes with lora.rank; nothing reads it where lora.rank=0"):
+        load_run(tmp_path, [("lora.alpha", "2")])
+    stored["base"]["dtype"] = "float16"
+    write_json(tmp_path / "config.json", stored)
+    with pytest.raises(UserError, match=r"another configuration: base.dtype was 'float16', now ''; choose"):
+        check_config(tmp_path, config)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +296,10 @@ def changed(value):
     return value + type(value)(1)
 
 
+def as_text(value):
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
 def chain(node):
     """The names of `a.b.c`, without the first."""
     names = []
@@ -257,14 +343,12 @@ def test_every_key_is_read(file):
     assert {key for variant in SMOKE[file] for key, _ in flat(load(f"{file}:{variant}").to_dict())} == flattened.keys()
     unread = []
     for key, value in flattened.items():
-        config, (*path, name) = load(f"{file}:smoke"), key.split(".")
-        functools.reduce(getattr, path, config)[name] = changed(value)
+        section, _, name = key.rpartition(".")
         try:
-            if effect(config) != base:
+            if effect(load(f"{file}:smoke", [(key, as_text(changed(value)))])) != base:
                 continue
         except (UserError, ImportError):
             continue
-        section = ".".join(path)
         if not (section in sections or key in keys or (section in keys and name in keys)):
             unread.append(key)
     assert unread == []

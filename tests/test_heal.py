@@ -12,12 +12,13 @@ import numpy as np
 import processes
 import pytest
 from runs import HEAL, losses, result, write_chats, write_corpus
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxup import export, train
 from jaxup.data.batches import Batches
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import Stopped, UserError
+from jaxup.experiments import heal
 from jaxup.training import loop
 from jaxup.training.partition import digest
 
@@ -262,6 +263,38 @@ def test_the_export_answers_in_transformers_as_generate_does(from_directory, tor
     assert capsys.readouterr().out.rstrip("\n") == want.rstrip("\n")
 
 
+def test_a_base_that_is_replaced_is_noticed(from_directory, runs, monkeypatch):
+    """After it was measured and before the model is made of it, by files; at another start by the numbers in them."""
+    place = runs / "replaced"
+    shutil.copytree(runs / "base", place)
+    (place / "jaxup_manifest.json").unlink()  # as a model of others comes
+    weights, config = load_file(place / "model.safetensors"), (place / "config.json").read_text()
+    more = (
+        "replaced-run", "--config.pretrain.steps=0", f"--config.base.path={place}", "--config.data.format=chatml",
+        "--config.heal.control=False",
+    )  # fmt: skip
+    measured = heal.measured
+
+    def replaced(run, name, *args, **kwargs):
+        result = measured(run, name, *args, **kwargs)
+        if name == "base":
+            save_file({k: 2 * v for k, v in weights.items()}, place / "model.safetensors", metadata={"format": "pt"})
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heal, "measured", replaced)
+        with pytest.raises(UserError, match=r"replaced: model.safetensors has been replaced while the run was"):
+            run(runs, *more)
+    with pytest.raises(UserError, match=r"checkpoints/base: these parameters are not those the run began with"):
+        run(runs, *more)
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    (place / "config.json").write_text(config.replace("10000.0", "20000.0"))
+    with pytest.raises(UserError, match=r"the run began with another model: rope_theta was 10000.0, now 20000.0"):
+        run(runs, *more)
+    (place / "config.json").write_text(config)
+    assert not list((runs / "replaced-run" / "checkpoints" / "before").glob("[0-9]*"))
+
+
 def test_adapters_are_merged_into_the_export(runs, whole, tmp_path):
     pytest.importorskip("qwix")
     workdir = run(
@@ -339,6 +372,11 @@ def test_a_plan_of_one_model_may_call_it_anything(whole, runs, tmp_path):
     recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
     with pytest.raises(UserError, match="several models, 'org/Name' and 'org/Other'"):
         Heal(config, read_settings(config), None)
+    config = load("heal.py:smoke", [*overrides, ("base.models", f"org/Name={base},org/Other={base}")])
+    with config.unlocked():
+        config.base.path = "elsewhere"
+    with pytest.raises(UserError, match=r"base.path=elsewhere: the plan takes nothing from it"):
+        Heal(config, read_settings(config), None)
 
 
 # ---- mistakes
@@ -354,8 +392,13 @@ def test_a_plan_of_one_model_may_call_it_anything(whole, runs, tmp_path):
         (["--config.train.freeze=all"], "no layers are all without all"),
         (["--config.optimizer.learning_rate=-1e-3"], "optimizer.learning_rate=-0.001: must be a number"),
         (["--config.export.dtype=float8"], "export.dtype='float8': not known"),
-        (["--config.base.dtype=bf16"], "base.dtype='bf16': not known"),
+        (
+            ["--config.base.path=x", "--config.pretrain.steps=0", "--config.base.dtype=bf16"],
+            "base.dtype='bf16': not known",
+        ),
         (["--config.lora.quantize=nf4"], "lora.quantize=nf4: goes with lora.rank"),
+        (["--config.train.rates.new=2"], "train.rates.new=2.0: nothing of that kind is among what trains"),
+        (["--config.train.rates.ends=0.5", "--config.train.layers=copies"], "train.rates.ends=0.5: nothing of that"),
         (["--config.eval.rows=-1"], "eval.rows must be at least 0"),
         (["--config.step.loss_chunk=0"], "step.loss_chunk must be at least 1"),
         (["--config.train.rates.ends=-1"], "train.rates.ends=-1.0: must be a number and not negative"),
@@ -367,9 +410,10 @@ def test_a_plan_of_one_model_may_call_it_anything(whole, runs, tmp_path):
         (["--config.data.files=nowhere.jsonl"], "data.files: .*nowhere.jsonl"),
         (["--config.pretrain.steps=0"], "base.path: "),
         (["--config.lora.rank=-1"], "lora"),
-        (["--config.base.path=no/such/model"], "base"),
+        (["--config.base.path=no/such/model", "--config.pretrain.steps=0"], "base is not at hand: no such directory"),
+        (["--config.base.path=no/such/model"], r"model.* and 9 more: nothing reads it where base.path=no/such"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_write_nothing(runs, more, message):
     with pytest.raises(UserError, match=message) as caught:
         run(runs, "mistake", *more)

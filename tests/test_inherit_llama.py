@@ -7,7 +7,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from runs import losses, metrics, result, write_corpus
+from runs import beside, losses, metrics, result, write_corpus
 
 from jaxup import train
 from jaxup.data.batches import Batches
@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
 
 
 def run(runs, name, *more):
-    arguments = [*TINY, f"--config.data.source={runs / 'corpus'}", *more, f"--workdir={runs / name}"]
+    arguments = [*beside(TINY, more), f"--config.data.source={runs / 'corpus'}", *more, f"--workdir={runs / name}"]
     train.main(["train", "--config=inherit_llama.py:smoke", *arguments])
     return runs / name
 

@@ -104,6 +104,7 @@ def test_places(here):
     stand_in = open_recipe("identity(org/a@v2)", config_from="mistral").models["org/a@v2"]
     assert (stand_in.stand_in, stand_in.path) == (True, "mistral")
     assert not open_recipe("identity(mistral)", config_from="nowhere").models["mistral"].stand_in
+    refused("revision=v2: a revision goes with a hub id", open_recipe, "identity(mistral)", revision="v2")
     refused("--model b: the recipe has no such model", open_recipe, "identity(mistral)", models={"b": "mistral"})
     refused("is for 'org/b'", open_recipe, "identity(org/a)", models={"org/b": "mistral"})
     assert split_revision("org/a@v2") == ("org/a", "v2")

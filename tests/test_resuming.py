@@ -11,6 +11,7 @@ import pytest
 from runs import arguments, losses, metrics, result
 
 from jaxup import train
+from jaxup.data import batches
 from jaxup.data.batches import Batches
 from jaxup.errors import NonFinite, UserError
 from jaxup.experiments import inherit
@@ -221,6 +222,34 @@ def test_an_update_that_is_not_finite_is_not_made(folder, command):
     with pytest.raises(NonFinite, match=r"step 1: the update is not finite .*, learning rate 1e\+39\); .* not made \("):
         run(*command("infinite", *more))
     assert not [p for p in (folder / "infinite" / "checkpoints" / "target_1").iterdir() if p.name.isdecimal()]
+
+
+def test_a_validation_loss_that_is_none_ends_the_run(folder, command, monkeypatch):
+    """Where weights and the loss of training are finite. The state is kept, and with fewer rows it goes on."""
+    read, evaluations, sound = batches.validation_batches, [], 0
+
+    def spoilt(*args, **kwargs):
+        evaluations.append(kwargs)
+        for number, batch in enumerate(read(*args, **kwargs)):
+            if number and len(evaluations) > sound:
+                batch["loss_weights"][0, 0] = np.nan
+            yield batch
+
+    monkeypatch.setattr(batches, "validation_batches", spoilt)
+    rows = "--config.eval.rows=16"
+    with pytest.raises(NonFinite, match=r"^reference: validation loss nan is not finite, from row 8 of validation on"):
+        run(*command("unmeasured", rows))
+    evaluations, sound = [], 2  # of the reference, and of the target before its first step
+    wanted = r"target_1: step 8: validation loss nan .*; step 8 is saved; --config.eval.rows=8 measures on those before"
+    for _ in range(2):  # the same again
+        with pytest.raises(NonFinite, match=wanted) as error:
+            run(*command("unmeasured", rows))
+        assert error.value.exit_code == 3
+    assert not list((folder / "unmeasured" / "checkpoints").glob("target_1/result.json"))
+    assert [r for r in metrics(folder / "unmeasured") if not np.isfinite(r.get("val_loss", 0))] == []
+    run(f"--resume={folder / 'unmeasured'}", "--config.eval.rows=8")
+    assert np.isfinite(result(folder / "unmeasured", "target_1")["val_loss"])
+    assert sum(r.get("step") == 8 and "loss" in r for r in metrics(folder / "unmeasured")) == 1
 
 
 def test_corrections_are_kept(tmp_path):

@@ -32,6 +32,7 @@ from jaxup.training.loop import (
     Run,
     Settings,
     check_digest,
+    describe_model,
     evaluate,
     random_params,
     read_result,
@@ -135,11 +136,12 @@ class Experiment(abc.ABC):
         resuming.finish(run.directory, self._config, [r.name for r in results])
 
 
-def unchanged(run: Run, name: str, load: Callable[[], Params]) -> Params:
+def unchanged(run: Run, name: str, model: ModelConfig, load: Callable[[], Params]) -> Params:
     """A model from outside the run, each time the one that it was at first: files may change under a run."""
-    params, directory = load(), run.directory / "checkpoints" / name
+    directory = run.directory / "checkpoints" / name
     if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
+        describe_model(directory, run, name, model, None)
+    params = load()
     check_digest(directory, params)
     return params
 
@@ -165,7 +167,8 @@ def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Ca
     loaded = params()
     result = Result(
         name=name, kind=name, origin=origin, layers=model.num_layers, params=count_params(model), steps=0, tokens=0,
-        val_loss=evaluate(run, model, loaded), seconds=0.0, sample=run.sample(model, loaded), val_rows=run.val_rows,
+        val_loss=evaluate(run, name, model, loaded), seconds=0.0, sample=run.sample(model, loaded),
+        val_rows=run.val_rows,
     )  # fmt: skip
     print(f"{name}: {origin}; validation loss {result.val_loss:.4f}", flush=True)
     write_result(directory, result)

@@ -8,9 +8,12 @@ a misspelt key cannot be added by accident.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import inspect
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,6 +43,24 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = (), *, shipped: bool 
 
     An experiment file that changes a shipped one begins with `load("heal.py:VARIANT", shipped=True)`.
     """
+    files: list[dict[str, Any]] = []  # what this file loads, then what it says itself
+    token = _files.set(files)
+    try:
+        config = _read(spec, shipped)
+    finally:
+        _files.reset(token)
+    files.append(config.to_dict())
+    change(config, overrides, files)
+    if (outer := _files.get()) is not None:
+        outer += [*files, config.to_dict()]
+    return config
+
+
+_files: ContextVar[list[dict[str, Any]] | None] = ContextVar("files", default=None)
+
+
+def _read(spec: str, shipped: bool) -> ConfigDict:
+    """What the file says."""
     name, _, variant = spec.partition(":")
     path = find(name, shipped=shipped)
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -57,9 +78,78 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = (), *, shipped: bool 
     with within(f"--config={spec}"):
         config = module.get_config(variant)
     config.lock()
+    return config
+
+
+def change(config: ConfigDict, overrides: Iterable[tuple[str, str]], files: Sequence[Mapping[str, Any]] | None) -> None:
+    """Applies overrides to a configuration; UserError if it then says what nothing reads.
+
+    Args:
+      files: the configurations that it was made from. What they say where it is read is no mistake where it is not: a
+        file that trains a base is for one that is given as well. None: a run's, where only `overrides` can be mistaken.
+    """
+    from jaxup.experiments.defaults import SAYS_NOTHING, SECTIONS, defaults
+
+    named = []
     for key, text in overrides:
         override(config, key, text)
-    return config
+        named.append(key)
+    if (kind := config.get("experiment")) not in SECTIONS:
+        return  # no kind of experiment, as whoever makes one will say
+    usual = [defaults(kind, small=small).to_dict() for small in (False, True)]
+    wrong: dict[tuple[str, Any], list[str]] = {}  # by why nothing reads them
+    for key, value in _leaves(config.to_dict()):
+        why = unread(config, key) if files is not None or key in named else None
+        if why is None or SAYS_NOTHING.get(key) == value:
+            continue
+        # What has no default is what files say of a part of their own.
+        said = [v for values in usual if (v := get(values, key)) is not None] or [get(of, key) for of in files or ()]
+        said += [get(of, key) for of in files or () if unread(of, key) is None]
+        other, wanted = why
+        # Who switches an option off by name knows what goes with it.
+        if value not in said and not (wanted is True and other in named):
+            wrong.setdefault(why, []).append(f"{key}={value}")
+    for (other, wanted), keys in wrong.items():
+        at, now = ", ".join(keys[:3]) + f" and {len(keys) - 3} more" * (len(keys) > 3), get(config, other)
+        here = f"nothing reads it where {other}={now}"
+        if wanted is False:
+            raise UserError(here, at=at, hint=f"it goes with {other}={type(now)()}")
+        which = "=" + " or ".join(wanted) if isinstance(wanted, tuple) else ""
+        raise UserError(f"goes with {other}{which}", at=at, hint=here)
+
+
+def unread(config: Any, key: str) -> tuple[str, bool | tuple[str, ...]] | None:
+    """Why nothing reads the key: another one, and what READ_WHERE wants of it. None: it is read."""
+    from jaxup.experiments.defaults import READ_WHERE
+
+    parts = key.split(".")
+    for name in (".".join(parts[:count]) for count in range(1, len(parts) + 1)):
+        for other, wanted in READ_WHERE.get(name, {}).items():
+            if other == key or (value := get(config, other)) is None:
+                continue
+            on = value in wanted if isinstance(wanted, tuple) else bool(value)
+            why = unread(config, other) if on else None
+            if wanted is False and on and not why:
+                return other, wanted
+            if wanted is not False and (why or not on):
+                return why or (other, wanted)
+    return None
+
+
+def get(config: Any, key: str) -> Any:
+    """The value of a dotted key; None if there is none."""
+    try:
+        return functools.reduce(operator.getitem, key.split("."), config)
+    except (KeyError, TypeError):
+        return None
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def variants(arg: str, **options: Any) -> dict[str, Any]:

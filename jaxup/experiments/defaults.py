@@ -14,6 +14,39 @@ MAY_CHANGE = {
 # What decides how many steps there are. Under a constant schedule there may be more of them than there were.
 COUNTS = ("steps", "epochs", "reference.steps")
 
+# What is read only where another key says so, keys and whole sections: with True where that one is on (neither 0 nor
+# empty, and read itself), with False where it is off, else where it has one of these values. All others are always
+# read. Who changes a key where nothing reads it is told so: `jaxup.experiments.config.change`.
+_DECAYS = ("linear", "cosine", "wsd")
+READ_WHERE: dict[str, dict[str, bool | tuple[str, ...]]] = {
+    "optimizer.end_learning_rate": {"optimizer.schedule": _DECAYS},
+    "optimizer.decay_fraction": {"optimizer.schedule": ("wsd",)},
+    "step.spike_window": {"step.spike_factor": True},
+    "sample.temperature": {"sample.tokens": True},
+    "sample.top_k": {"sample.temperature": True},
+    "model": {"reference.path": False, "pretrain.steps": True},
+    "reference.revision": {"reference.path": True},
+    "reference.allow_pickle": {"reference.path": True},
+    "reference.steps": {"reference.path": False},
+    "reference.all_data": {"reference.path": False},
+    "inherit.layers": {"inherit.which": ("first", "last")},
+    "inherit.grow_by": {"inherit.which": ("first", "last")},
+    "base.revision": {"pretrain.steps": False},
+    "base.models": {"pretrain.steps": False},
+    "base.dtype": {"pretrain.steps": False},
+    "base.allow_pickle": {"pretrain.steps": False},
+    "pretrain.steps": {"base.path": False},
+    "pretrain": {"pretrain.steps": True},
+    "pretrain.optimizer.end_learning_rate": {"pretrain.optimizer.schedule": _DECAYS},
+    "pretrain.optimizer.decay_fraction": {"pretrain.optimizer.schedule": ("wsd",)},
+    "data.val_fraction": {"data.val_files": False},
+    "lora.alpha": {"lora.rank": True},
+    "lora.quantize": {"lora.rank": True},
+    "lora.tile_size": {"lora.quantize": True},
+}
+# What says the same as the default where nothing reads it: greedily from all, no part of the files.
+SAYS_NOTHING = {"sample.top_k": 0, "data.val_fraction": 0.0}
+
 
 def defaults(kind: str, *, small: bool) -> ConfigDict:
     """The configuration of an experiment of this kind, of which a file then says what is its own.
@@ -51,8 +84,8 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c.processes = ConfigDict({"timeout": 600.0})
     # The text of each model in SUMMARY.md. Temperature 0: always the likeliest token; top_k 0: drawn from all.
     c.sample = ConfigDict({"prompt": "def " if small else "The", "tokens": 60, "temperature": 0.8, "top_k": 50})
-    if kind in _SECTIONS:
-        _SECTIONS[kind](c)
+    if kind in SECTIONS:
+        SECTIONS[kind](c)
     for key in c:
         if isinstance(c[key], ConfigDict):
             c[key].lock()
@@ -155,6 +188,7 @@ def _heal(c: ConfigDict) -> None:
     c.lora.tile_size = 64  # values that share a scale
     c.export = ConfigDict()
     c.export.dtype = ""  # "" = that of the base
+    c.optimizer.end_learning_rate = 0.0  # 1e-4 is more than what most models are healed with to begin with
 
 
-_SECTIONS = {"inherit": _inherit, "heal": _heal}
+SECTIONS = {"inherit": _inherit, "heal": _heal}

@@ -73,14 +73,16 @@ class Heal(Experiment):
         self._check_steps()
         self._train = section(TrainConfig, {**config.train, "rates": config.train.rates.to_dict()})
         self._lora = section(LoraConfig, {**config.lora, "alpha": config.lora.alpha or 2.0 * config.lora.rank})
-        if self._lora.quantize and not self._lora.rank:
-            raise UserError(f"lora.quantize={self._lora.quantize}: goes with lora.rank; without adapters all trains")
         self._chat = section(ChatConfig, config.data)
         check_config(self._chat)
         for key, dtype, known in (("base", config.base.dtype, LOADED), ("export", config.export.dtype, SAVED)):
             if dtype and dtype not in known:
                 raise UserError(f"{key}.dtype={dtype!r}: not known{suggest(dtype, known)}")
         self._recipe = None if not config.base.path and config.pretrain.steps else self._open_recipe()
+        # Where the models of the recipe are, and what says whether they still are what they were.
+        self._places: dict[str, str] = {}
+        self._watched: dict[str, Callable[[], None]] = {}
+        self._loaded = False  # the base, in this process
         if self._recipe is None:
             self._plan = self._own_plan()
             self._models = {BASE: new_model(config.model)}
@@ -128,8 +130,9 @@ class Heal(Experiment):
             what = "tokenizer_source and chat_template are carried out by `jaxup build`"
             hint = "give what it makes as base.path, and the format as data.format"
             raise UserError(what, at=("plan", recipe.name), hint=hint)
-        if len({model.revision for model in recipe.models.values()}) > 1:
-            raise UserError("its models are at several revisions", at="plan", hint="give local directories")
+        if c.base.path not in ("", *(model.path for model in recipe.models.values())):
+            what = "the plan takes nothing from it: base.models says where its models are"
+            raise UserError(what, at=f"base.path={c.base.path}")
         for note in recipe.notes:
             tell(f"plan: {note}")
         return recipe
@@ -158,8 +161,12 @@ class Heal(Experiment):
         else:
             main = self._recipe.models[self._recipe.base]
             tokenizer = load_tokenizer(str(tokenizer_directory(main.path, revision=main.revision)))
-            for model in self._recipe.models.values():  # what cannot be loaded is known by the headers of its files
-                open_checkpoint(model.path, revision=model.revision, allow_pickle=c.base.allow_pickle)
+            for name, model in self._recipe.models.items():
+                # By the headers of its files it is known what cannot be loaded.
+                opened = open_checkpoint(model.path, revision=model.revision, allow_pickle=c.base.allow_pickle)
+                if opened.hf != model.hf:
+                    raise UserError("config.json has been replaced while the run was going on", at=model.path)
+                self._places[name], self._watched[name] = opened.storage.place, opened.watch()
         self.data = open_chat(self._chat, tokenizer=tokenizer, root=root)
         self._model = result_config(self._plan, self._models)
         self._count_steps(self._model)
@@ -189,15 +196,16 @@ class Heal(Experiment):
             (run.directory / "plots").mkdir(exist_ok=True)
             (run.directory / "plots" / "plan.png").write_bytes(picture.png(plan, title))
         source = self._base(run)
-        before = functools.partial(self._before, run, source)
         origin = f"{self._config.plan or 'identity'} of {self._origin}"
         ends = (self._steps_of(epoch) for epoch in itertools.count(1))
-        results, control = [], None
+        results, control, base = [], None, None
         if source is not None:
-            base, base_model = functools.partial(unchanged, run, BASE, source), next(iter(self._models.values()))
+            base_model = next(iter(self._models.values()))
+            base = functools.partial(unchanged, run, BASE, base_model, source)
             whole = identity(plan.rows[0].source, base_model.num_layers)
             if plan.rows != whole.rows:
                 results.append(measured(run, BASE, base_model, origin=self._origin, params=base))
+        before = functools.partial(self._before, run, base)
         results.append(measured(run, BEFORE, model, origin=origin, params=before))
         selection = self._select(model, plan)
         healed = train_model(
@@ -209,7 +217,7 @@ class Heal(Experiment):
             },
         )  # fmt: skip
         results.append(healed)
-        if source is not None and self._config.heal.control:
+        if base is not None and self._config.heal.control:
             everything = dataclasses.replace(self._train, layers="all", freeze="", rates={})
             control = train_model(
                 run, CONTROL, base_model, steps=self.steps, initialise=base,
@@ -240,13 +248,14 @@ class Heal(Experiment):
 
     def _load(self, plan: DepthPlan | None) -> Params:
         """The base, or the plan's result, each device's part read straight onto it."""
-        assert self._recipe is not None
-        c, first = self._config.base, next(iter(self._recipe.models.values()))
-        paths = {name: model.path for name, model in self._recipe.models.items()}
+        c, (first, *_) = self._config.base, self._places.values()
         model = load(
-            paths if plan else first.path, plan=plan, mesh=self._mesh, dtype=c.dtype or None, strict=True,
-            revision=first.revision, allow_pickle=c.allow_pickle, progress=True,
+            self._places if plan else first, plan=plan, mesh=self._mesh, dtype=c.dtype or None, strict=True,
+            allow_pickle=c.allow_pickle, progress=True,
         )  # fmt: skip
+        for check in self._watched.values():
+            check()
+        self._loaded |= plan is None
         return nnx.to_pure_dict(nnx.state(model))
 
     def _before(self, run: Run, base: Callable[[], Params] | None) -> Params:
@@ -266,7 +275,11 @@ class Heal(Experiment):
             if self._recipe is None and base is not None:
                 params = build(run, self._plan, self._model, base)
             else:
+                if base is not None and not self._loaded and loop.read_result(directory.parent / BASE) is not None:
+                    base()  # an earlier start has measured it: is it the same?
                 params = self._load(self._plan)
+                if self._plan == identity(self._plan.rows[0].source, self._plan.num_layers):
+                    loop.check_digest(directory.parent / BASE, params)  # which the control begins from
             if jax.process_index() == 0:
                 dtypes = {path: leaf.dtype.name for path, leaf in flatten(params).items()}
                 loop.describe_model(directory, run, BEFORE, self._model, self._plan, dtypes=dtypes)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -129,7 +130,7 @@ class Inherit(Experiment):
         c, model = self._config.reference, self._model
         if c.path:
             origin = c.path + (f" at {c.revision}" if c.revision else "")
-            load = functools.partial(unchanged, run, REFERENCE, self._load_reference)
+            load = functools.partial(unchanged, run, REFERENCE, model, self._load_reference)
             return measured(run, REFERENCE, model, origin=origin, params=load), load
         whole = dataclasses.replace(run, data=self.data.whole()) if c.all_data else run
         found = train_fresh(whole, REFERENCE, model, steps=c.steps or self.steps)
@@ -142,6 +143,8 @@ class Inherit(Experiment):
             c.path, dtype="float32", mesh=self._mesh, revision=c.revision or None, strict=True,
             allow_pickle=c.allow_pickle, progress=True,
         )  # fmt: skip
+        if model.config != self._model:
+            raise UserError("config.json has been replaced while the run was going on", at=c.path)
         return nnx.to_pure_dict(nnx.state(model))
 
     def _read_model(self, tokens: int = 1) -> ModelConfig:
@@ -159,6 +162,8 @@ def check(config: InheritConfig, model: ModelConfig) -> list[DepthPlan]:
     for key in ("grow_by", "control"):
         if getattr(config, key) < 0:
             raise UserError(f"inherit.{key} must be at least 0, not {getattr(config, key)}")
+    if math.isnan(config.tolerance):  # nothing is within it
+        raise UserError("inherit.tolerance must be a number")
     if not config.sweep:
         return [_plan(config, model.num_layers, config.layers or max(1, model.num_layers // 2))]
     if config.which not in ("first", "last"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,9 +51,8 @@ def plot_validation(directory: Path, title: str, results: Sequence[Result], reco
     last = max([r.steps for r in results] + [1])
     for index, result in enumerate(results):
         # Where there are several losses of a step, the last one is that of the rows the result is of.
-        points = sorted(
-            {r["step"]: r["val_loss"] for r in records if r["model"] == result.name and "val_loss" in r}.items()
-        )
+        mine = [r for r in records if r["model"] == result.name and math.isfinite(r.get("val_loss", math.nan))]
+        points = sorted({r["step"]: r["val_loss"] for r in mine}.items())
         if not points:
             continue
         label = f"{result.name} ({result.layers} layers): {result.val_loss:.3f}"

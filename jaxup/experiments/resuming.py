@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
-import operator
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxup.errors import UserError
-from jaxup.experiments.config import override
+from jaxup.experiments.config import change, get, unread
 from jaxup.text import read_json
 from jaxup.training import rundir
 
@@ -33,8 +32,7 @@ def load_run(directory: Path, overrides: Iterable[tuple[str, str]] = ()) -> tupl
         raise UserError("no run there (no config.json)", at=f"--resume={directory}", hint="begin one with --config")
     config = ConfigDict(_complete(_tuples(stored), defaults(stored.get("experiment", ""), small=True).to_dict()))
     config.lock()
-    for key, text in overrides:
-        override(config, key, text)
+    change(config, overrides, None)
     title = (read_json(directory / "inputs.json", {"title": str | None}, _INPUTS) or {}).get("title")
     return config, title or directory.resolve().name
 
@@ -52,18 +50,20 @@ def check_config(directory: Path, config: ConfigDict) -> list[str]:
     now = json.loads(json.dumps(config.to_dict()))
     said, refused = [], []
     for key, old, new in _differences(stored, now):
-        change = f"{key} was {old!r}, now {new!r}"
+        line = f"{key} was {old!r}, now {new!r}"
         free = next((name for name in (key, key.rpartition(".")[0]) if name in MAY_CHANGE), None)
+        if unread(stored, key) and unread(now, key):
+            continue  # files of another version may leave out what nothing read
         if free:
-            said.append(f"{change}{f': {MAY_CHANGE[free]}' if MAY_CHANGE[free] else ''}")
+            said.append(f"{line}{f': {MAY_CHANGE[free]}' if MAY_CHANGE[free] else ''}")
         elif old == _ABSENT and any(new == default for default in _defaults(config, key)):
             continue  # the key is newer than the run
         elif key not in COUNTS:
-            refused.append(change)
+            refused.append(line)
         elif config.optimizer.schedule != "constant":
-            refused.append(f"{change} (which goes with optimizer.schedule=constant)")
+            refused.append(f"{line} (which goes with optimizer.schedule=constant)")
         else:  # how many steps that are the data will say
-            said.append(change)
+            said.append(line)
     if refused:
         more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
         raise UserError(
@@ -113,7 +113,7 @@ def finished(directory: Path, config: ConfigDict) -> list[str]:
     wanted, said = [directory / "SUMMARY.md", directory / "export"], []
     for name in mark["models"]:
         model = directory / "checkpoints" / name
-        if (result := read_result(model)) is None:
+        if (result := read_result(model)) is None or not math.isfinite(result.val_loss):
             return []
         wanted += [model / str(result.steps)] * (result.steps > 0)
         said.append(f"{name}: finished before, validation loss {result.val_loss:.4f}")
@@ -124,14 +124,7 @@ def _asks(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
     """What of that which may change under a run asks for more work."""
     from jaxup.experiments.defaults import COUNTS
 
-    return {key: _get(config, key) for key in (*COUNTS, "eval.rows")}
-
-
-def _get(config: Any, key: str) -> Any:
-    try:
-        return functools.reduce(operator.getitem, key.split("."), config)
-    except KeyError:
-        return None
+    return {key: get(config, key) for key in (*COUNTS, "eval.rows")}
 
 
 def _defaults(config: ConfigDict, key: str) -> Iterator[Any]:
@@ -143,7 +136,7 @@ def _defaults(config: ConfigDict, key: str) -> Iterator[Any]:
         family = inspect.signature(getattr(ModelConfig, config.model.family, ModelConfig)).parameters
         yield getattr(family.get(key.removeprefix("model.")), "default", _ABSENT)
     for small in (False, True):
-        yield json.loads(json.dumps(_get(defaults(config.experiment, small=small).to_dict(), key)))
+        yield json.loads(json.dumps(get(defaults(config.experiment, small=small).to_dict(), key)))
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

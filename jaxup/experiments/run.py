@@ -34,7 +34,7 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: C
     if re.match("[a-z][a-z0-9+.-]+:/", str(workdir)) and not (remote(workdir) and len(workdir.parts) > 2):
         what = "a run directory is one of this machine, or gs://BUCKET/RUN"
         raise UserError(what, at=f"--workdir={workdir}", hint="mount other buckets; data.store may lie there")
-    if config.processes.timeout <= 0:
+    if not config.processes.timeout > 0:  # nor NaN
         raise UserError(f"processes.timeout must be positive, not {config.processes.timeout:g}")
     with Processes(config.processes.timeout) as processes:
         processes.join()

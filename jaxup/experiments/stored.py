@@ -145,8 +145,8 @@ def _restore(run: Path, name: str, step: int, stored: Stored) -> Params:
         return _read(run, name, step, unflatten(flat))
     # What trained, in the place it has in the model before healing.
     selection = select(
-        stored.model, stored.plan, TrainConfig(**healed["train"]), LoraConfig(**healed["lora"]), compute=Compute(),
-        seed=healed["seed"],
+        stored.model, stored.plan, TrainConfig(**{**healed["train"], "rates": {}}), LoraConfig(**healed["lora"]),
+        compute=Compute(), seed=healed["seed"],
     )  # fmt: skip
     before = healed["before"]
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it need not fit into an accelerator

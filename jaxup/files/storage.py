@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -49,6 +49,10 @@ class Storage(Protocol):
     """All that reading a model needs of where it lies."""
 
     name: str  # as the user knows it, for messages
+    place: str  # what `open_storage` opens again as it is now: a Hub id at its commit
+
+    def version(self, file: str) -> str:
+        """Something else once the file is written again; "" where nothing says that. UserError if it is gone."""
 
     def exists(self, file: str) -> bool: ...
 
@@ -150,7 +154,11 @@ class Local:
 
     def __init__(self, root: str | os.PathLike):
         self.root = Path(root)
-        self.name = str(root)
+        self.name = self.place = str(root)
+
+    def version(self, file: str) -> str:
+        status = self.path(file).stat()
+        return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
 
     def exists(self, file: str) -> bool:
         return os.path.lexists(self.root / file)
@@ -221,6 +229,7 @@ class _Hub(Local):
             raise UserError("no such directory, and the model on the Hub has no config.json", at=self.name)
         # All further files come from the commit that this one came from.
         self.root, self._revision = config.parent, config.parent.name
+        self.place = f"{repo}@{self._revision}"
 
     def exists(self, file: str) -> bool:
         return self._fetch(file) is not None
@@ -262,11 +271,17 @@ class _Remote:
     def __init__(self, url: str):
         import tensorstore as ts
 
-        self.name = url.rstrip("/")
+        self.name = self.place = url.rstrip("/")
         try:
             self._files = ts.KvStore.open(self.name + "/", context=ts.Context(RETRIES)).result(SECONDS)
         except (ValueError, TimeoutError) as error:
             raise UserError(first_line(error)[:300], at=url) from None
+
+    def version(self, file: str) -> str:
+        if self.name.startswith("http"):  # two servers of one place may tell their ETags apart
+            return ""
+        answer = self._ask(file, slice(0, 0), 0)
+        return "" if answer is None else answer.stamp.generation.hex()
 
     def exists(self, file: str) -> bool:
         return self._read(file, slice(0, 0), 0) is not None
@@ -291,13 +306,17 @@ class _Remote:
 
     def _read(self, file: str, byte_range: slice | None, most: int) -> bytes | None:
         """None if the file is missing or does not reach so far. No more than `most` bytes are to come."""
+        answer = self._ask(file, byte_range, most)
+        return answer.value if answer is not None and answer.state == "value" else None
+
+    def _ask(self, file: str, byte_range: slice | None, most: int) -> Any:
+        """What the key-value store answers; None if the file does not reach so far."""
         seconds = SECONDS + (most >> 20)
         try:
-            result = self._files.read(file, byte_range=byte_range).result(seconds)
+            return self._files.read(file, byte_range=byte_range).result(seconds)
         except TimeoutError:
             raise UserError(f"{self.name}: {file} cannot be read: no answer within {seconds} s") from None
         except ValueError as error:
             if str(error).startswith("OUT_OF_RANGE"):
                 return None
             raise UserError(f"{self.name}: {file} cannot be read: {first_line(error)[:300]}") from None
-        return result.value if result.state == "value" else None

@@ -51,6 +51,21 @@ class Checkpoint:
         data = self.storage.read(info.file, info.offset + start * row, info.offset + stop * row)
         return data.view(dtype).reshape(shape)
 
+    def watch(self) -> Callable[[], None]:
+        """What raises a UserError once a file is not the one that it is now, and names it."""
+        files = [file for file in ("config.json", INDEX, *self.files) if self.storage.exists(file)]
+        versions = {file: self.storage.version(file) for file in files}
+
+        def check() -> None:
+            for file, version in versions.items():
+                if self.storage.version(file) != version:
+                    what = f"{file} has been replaced while the run was going on"
+                    raise UserError(
+                        what, at=self.storage.name, hint="put back what it was, or choose another --workdir"
+                    )
+
+        return check
+
     def check_digests(self) -> None:
         """UserError if a file is not the one its jaxup manifest describes; reads all of a local directory."""
         if isinstance(self.storage, Local):

@@ -119,6 +119,8 @@ def open_recipe(
     if unknown := found.places.keys() - found.asked:
         name = min(unknown)
         raise UserError(f"the recipe has no such model{suggest(name, found.opened)}", at=f"{flag}{name}")
+    if revision is not None and all(model.revision != revision for model in found.opened.values()) and not config_from:
+        raise UserError("a revision goes with a hub id, and no model here is one of that", at=f"revision={revision}")
     if dtype is not None:
         opened = dataclasses.replace(opened, plan=dataclasses.replace(opened.plan, out_dtype=dtype))
     return opened

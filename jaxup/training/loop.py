@@ -8,9 +8,11 @@ How a model's state is decided, first match wins:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -100,8 +102,8 @@ class Result:
     corrected: str = ""  # what was not as configured: steps that were skipped, another rate
 
     def holds(self, run: Run) -> bool:
-        """Whether it was measured on the rows that the run measures on now."""
-        return self.val_rows in (None, run.val_rows)
+        """Whether it was measured, and on the rows that the run measures on now."""
+        return math.isfinite(self.val_loss) and self.val_rows in (None, run.val_rows)
 
 
 class _Program(NamedTuple):
@@ -205,11 +207,11 @@ def _program(
     )
 
 
-def evaluate(run: Run, model: ModelConfig, params: Params) -> float:
-    """Mean cross-entropy in nats over the fixed validation rows."""
+def evaluate(run: Run, name: str, model: ModelConfig, params: Params) -> float:
+    """Mean cross-entropy in nats over the fixed validation rows; NonFinite if it is none."""
     with jax.set_mesh(run.mesh):
         try:
-            return _evaluate(run, _eval_step(model, run.settings, run.mesh, None), (params,))
+            return _evaluate(run, name, _eval_step(model, run.settings, run.mesh, None), (params,))
         except _StopNow:
             raise run.processes.stopped("stopped while evaluating; the same command resumes") from None
 
@@ -221,9 +223,10 @@ def _eval_step(model: ModelConfig, settings: Settings, mesh: Mesh, partition: Pa
     return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def _evaluate(run: Run, eval_step: Callable, params: tuple[Params, ...]) -> float:
-    """`params`: what trains and what is frozen, if anything is."""
+def _evaluate(run: Run, name: str, eval_step: Callable, params: tuple[Params, ...], step: int | None = None) -> float:
+    """`params`: what trains and what is frozen, if anything is. `step`: of training, which has made them."""
     size, sums, rows, ahead = run.settings.eval_batch_size, np.zeros(2), run.settings.eval_rows, np.zeros(2)
+    finite = -1  # batches before the first whose loss is none
     with run.processes.long_work():
         for batch in run.data.validation_batches(batch_size=size, max_rows=rows, part=local_rows(size, run.mesh)):
             placed = place_batch(batch, size, run.mesh)
@@ -231,10 +234,19 @@ def _evaluate(run: Run, eval_step: Callable, params: tuple[Params, ...]) -> floa
             # device already works on the next one.
             ahead, before = eval_step(params[0], placed, *params[1:]), ahead
             sums += jax.device_get(before)
+            finite += bool(np.isfinite(sums[0]))
             if run.processes.should_stop():
                 raise _StopNow
         sums += jax.device_get(ahead)
-    return float(sums[0] / sums[1])
+    loss, first = float(sums[0] / sums[1]), size * finite
+    if math.isfinite(loss):
+        return loss
+    where, saved = ("", "") if step is None else (f" step {step}:", f"; step {step} is saved" * (step > 0))
+    fewer = f"; --config.eval.rows={first} measures on those before" if first else ""
+    raise NonFinite(
+        f"{name}:{where} validation loss {loss} is not finite, from row {first} of validation on, while the weights "
+        f"are{saved}{fewer}", step or 0,
+    )  # fmt: skip
 
 
 class _StopNow(Exception):
@@ -330,10 +342,17 @@ ABOUT = {
 def describe_model(
     directory: Path, run: Run, kind: str, model: ModelConfig, plan: DepthPlan | None, **more: Any
 ) -> None:
-    """Writes model.json: what an export needs besides a checkpoint."""
+    """Writes model.json: what an export needs besides a checkpoint. UserError if it was of another model before."""
     about = {"kind": kind, "model": dataclasses.asdict(model), "store": run.data.store, "plan": plan and plan.to_yaml()}
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "model.json", about | more)
+    path, then = directory / "model.json", model
+    with contextlib.suppress(UserError, KeyError, TypeError, ValueError):  # one that is damaged is written anew
+        then = ModelConfig.from_dict((read_json(path, {"model": dict[str, Any]}, "") or {})["model"])
+    fields = [(f.name, getattr(then, f.name), getattr(model, f.name)) for f in dataclasses.fields(model)]
+    if differing := [f"{name} was {old}, now {new}" for name, old, new in fields if old != new]:
+        hint = "put the config.json that it began with back, or choose another --workdir"
+        raise UserError(f"the run began with another model: {'; '.join(differing[:3])}", at=str(directory), hint=hint)
+    write_json(path, about | more)
 
 
 def check_digest(directory: Path, params: Any) -> str:
@@ -347,6 +366,7 @@ def check_digest(directory: Path, params: Any) -> str:
             "put the model that it began with back, or choose another --workdir"
         )
     if jax.process_index() == 0 and then is None:
+        directory.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({"digest": now}))
     return now
 
@@ -363,7 +383,8 @@ def _train(
         run.log.rewind(name, start)
         return [
             (r["step"], r["val_loss"]) for r in run.log.read()
-            if r["model"] == name and "val_loss" in r and r.get("val_rows", run.val_rows) == run.val_rows
+            if r["model"] == name and math.isfinite(r.get("val_loss", math.nan))
+            and r.get("val_rows", run.val_rows) == run.val_rows
         ]  # fmt: skip
 
     losses = dict(told(logged, "read what was logged"))  # what is evaluated again is a program that all run
@@ -394,7 +415,7 @@ def _train(
                 here = step == steps or step in milestones
                 if (step % s.eval_interval == 0 or here) and step not in losses:
                     meter.check(pending, batches)
-                    losses[step] = _evaluate(run, program.eval_step, (state.params, *frozen))
+                    losses[step] = _evaluate(run, name, program.eval_step, (state.params, *frozen), step)
                     meter.log_validation(step, losses[step])
                     meter.restart()
                 if step and step != start and (step % s.checkpoint_interval == 0 or here):
@@ -425,8 +446,7 @@ def _train(
             with run.processes.long_work():
                 save(step)
             raise run.processes.stopped(f"{name}: saved at step {step} of {steps}; the same command resumes") from None
-        except NonFinite:
-            # The guarded step kept the state it was given, so this is the one before it. What it began from is there.
-            if meter.checked - 1 > start:
-                save(meter.checked - 1)
+        except NonFinite as error:
+            if error.kept > start:  # what it began from is there
+                save(error.kept)
             raise

@@ -49,7 +49,8 @@ class Meter:
             self._write(step, skipped=True)
             return
         if metrics["halted"]:
-            raise NonFinite(self._refusal(step, metrics, batches.rows_of(step - 1)))
+            # The guarded step kept the state it was given.
+            raise NonFinite(self._refusal(step, metrics, batches.rows_of(step - 1)), step - 1)
         self._tokens += self._batch_tokens
         skipped = bool(metrics.get("skipped", False))
         if step % self._interval == 0 or step in (1, self._steps) or skipped:

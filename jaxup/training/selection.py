@@ -84,13 +84,19 @@ def select(
 
 def _rates(plan: DepthPlan, trained: Params, partition: Partition | None, rates: Mapping[str, float]) -> Params:
     """A tree like `trained`, of float32 arrays: [rows, 1, ...] in "blocks", [] elsewhere."""
-    by_role = {role: rates.get(name, 1.0) for name, role in ROLES.items()}
-    rate_M = np.array([by_role[row.role] for row in plan.rows], np.float32)
+    by_role = {role: name for name, role in ROLES.items()}
+    names = [by_role[row.role] for row in plan.rows]
+    idle = {name: rate for name, rate in rates.items() if rate != 1}
 
     def rate(path: str, leaf: Any) -> np.ndarray:
-        if not path.startswith(STACK):
-            return np.float32(rates.get("ends", 1.0)).reshape((1,) * leaf.ndim)
-        rows = slice(None) if partition is None else partition.rows(path)
-        return rate_M[rows].reshape(-1, *[1] * (leaf.ndim - 1))
+        found = ["ends"]
+        if path.startswith(STACK):
+            found = names if partition is None else [names[row] for row in partition.rows(path)]
+        for name in found:
+            idle.pop(name, None)
+        return np.array([rates.get(name, 1.0) for name in found], np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
 
-    return unflatten({path: rate(path, leaf) for path, leaf in flatten(trained).items()})
+    tree = {path: rate(path, leaf) for path, leaf in flatten(trained).items()}
+    for name, of in idle.items():
+        raise UserError("nothing of that kind is among what trains", at=f"train.rates.{name}={of}")
+    return unflatten(tree)
