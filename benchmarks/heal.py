@@ -136,8 +136,10 @@ def prepare(a: argparse.Namespace) -> None:
     """The stores `packed` and `padded` of the same conversations, and `model` with its tokenizer."""
     import numpy as np
 
-    from jaxup.data.chat import ChatConfig, open_chat
+    from jaxup.data.config import DataConfig
     from jaxup.data.docstrings import write_docstrings
+    from jaxup.data.open import open_data
+    from jaxup.data.rows import BEST_FIT, ONE
     from jaxup.data.tokenizer import train_bpe
     from jaxup.hub import writer
     from jaxup.model.decoder import init
@@ -146,14 +148,14 @@ def prepare(a: argparse.Namespace) -> None:
     lines = Path(write_docstrings("docstrings", root, seed=0)).read_text().splitlines()
     tokenizer = train_bpe((m["content"] for line in lines for m in json.loads(line)["messages"]), a.vocab)
     for name in ("packed", "padded"):
-        config = ChatConfig(
-            files=a.files, layout="", format="metharme", seq_len=a.seq, val_files="", val_fraction=0.02, on_bad="skip",
-            packing=name == "packed", store=f"{root}/{name}", seed=0,
+        config = DataConfig(
+            files=a.files, format="metharme", seq_len=a.seq, val_fraction=0.02, on_bad="skip",
+            packing=BEST_FIT if name == "packed" else ONE, store=f"{root}/{name}",
         )  # fmt: skip
-        open_chat(config, tokenizer=tokenizer, root=root)
+        open_data(config, tokenizer=tokenizer, root=root)
     writer.save(a.scratch / "model", model_config(a), init(model_config(a), 0), tokenizer=tokenizer)
     padded, packed = (rows_of(a, name, "train") for name in ("padded", "packed"))
-    lengths = [len(padded.conversations(row)[0].ids) for row in range(min(1000, len(padded)))]
+    lengths = [len(padded.examples(row)[0].ids) for row in range(min(1000, len(padded)))]
     print(
         f"{a.files}: {len(padded):,} conversations in {len(packed):,} packed rows; tokens (10%, 50%, 90%, longest): "
         + ", ".join(f"{q:.0f}" for q in np.quantile(lengths, [0.1, 0.5, 0.9, 1]))
@@ -161,11 +163,13 @@ def prepare(a: argparse.Namespace) -> None:
 
 
 def rows_of(a: argparse.Namespace, name: str, split: str):
-    from jaxup.data.packed import open_packed
+    from jaxup.data.rows import open_rows
+
     from jaxup.data.store import META, Store
 
     store = Store(f"{a.scratch}/{name}")
-    return open_packed(store, split, store.read_json(META))
+    train, validation = open_rows(store, store.read_json(META), isolate=True, eos=-1)
+    return train if split == "train" else validation
 
 
 # ---- speed
@@ -265,7 +269,7 @@ def trl_contestant(a: argparse.Namespace, out: Any) -> None:
     padded = rows_of(a, "padded", "train")
     batches = Batches(padded, batch_size=a.batch, seed=0)
     order = np.concatenate([batches.rows_of(step) for step in range(-(-len(padded) // a.batch))])[: len(padded)]
-    chats = [padded.conversations(row)[0] for row in order]
+    chats = [padded.examples(row)[0] for row in order]
     data = Dataset.from_dict({
         "input_ids": [chat.ids.tolist() for chat in chats],
         "assistant_masks": [chat.trained.astype(int).tolist() for chat in chats],

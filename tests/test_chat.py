@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from test_data import tree
 from test_packing import problems, realistic
 
-from jaxup.data import chat_formats, docstrings, packed, store
+from jaxup.data import chat_formats, docstrings, store
+from jaxup.data import rows as rows_module
 from jaxup.data import tokenizer as tokenizer_module
-from jaxup.data.chat import ChatConfig, open_chat
-from jaxup.data.chat_formats import open_format
+from jaxup.data.chat_formats import Encoded, open_format
 from jaxup.data.chat_templates import TEMPLATES
-from jaxup.data.documents import DataConfig, open_data
+from jaxup.data.config import DataConfig
 from jaxup.data.layouts import parse
-from jaxup.data.packed import BEGINS, PADDING, PackedRows, assemble
+from jaxup.data.open import open_data
 from jaxup.data.packing import pack
+from jaxup.data.rows import BEGINS, BEST_FIT, CONCATENATED, ONE, PADDING, Rows, assemble, flagged
 from jaxup.data.tokenizer import train_bpe
 from jaxup.errors import UserError
 
@@ -59,7 +60,7 @@ def rows_of(count, seed=0):
 
 @pytest.fixture
 def config(tmp_path):
-    return ChatConfig(
+    return DataConfig(
         files=write(tmp_path / "a.jsonl", rows_of(COUNT)),
         layout="",
         format="metharme",
@@ -67,7 +68,7 @@ def config(tmp_path):
         val_files="",
         val_fraction=0.2,
         on_bad="error",
-        packing=True,
+        packing=BEST_FIT,
         store="",
         seed=0,
     )
@@ -78,7 +79,7 @@ def opened(tmp_path):
     """opened(config, **changes) under a root of its own."""
 
     def open_changed(config, root="root", **changes):
-        return open_chat(dataclasses.replace(config, **changes), tokenizer=tokenizer(), root=str(tmp_path / root))
+        return open_data(dataclasses.replace(config, **changes), tokenizer=tokenizer(), root=str(tmp_path / root))
 
     return open_changed
 
@@ -129,11 +130,11 @@ def everything(rows):
 # Rows
 
 
-class InMemory(PackedRows):
+class InMemory(Rows):
     def __init__(self, ids, marks):
-        self.ids, self.marks = ids, marks
+        self.ids, self.marks, self.seq_len, self.isolate = ids, marks, ids.shape[1], True
 
-    def _read(self, indices):
+    def read(self, indices):
         return self.ids[indices].astype(np.int32), self.marks[indices]
 
 
@@ -141,7 +142,7 @@ def packed_in_memory(examples, capacity):
     """Examples, (ids, trained), as rows in the order `pack` opens them."""
     lengths = np.array([len(ids) for ids, _ in examples])
     packing = pack(lengths, capacity)
-    tokens = np.array([2 * i + t for ids, trained in examples for i, t in zip(ids, trained)], np.uint32)
+    tokens = np.concatenate([flagged(Encoded(np.array(ids), np.array(trained))) for ids, trained in examples])
     return packing, InMemory(*assemble(packing, tokens, np.cumsum(lengths) - lengths, np.arange(packing.num_rows)))
 
 
@@ -149,7 +150,7 @@ def packed_in_memory(examples, capacity):
 def test_a_batch_is_the_plain_loop(problem, rng):
     lengths, capacity = problem
     examples = [
-        ([rng.randint(0, 2**31 - 1) for _ in range(n)], [rng.random() < 0.5 for _ in range(n)]) for n in lengths
+        ([rng.randint(0, 2**29 - 1) for _ in range(n)], [rng.random() < 0.5 for _ in range(n)]) for n in lengths
     ]
     packing, rows = packed_in_memory(examples, capacity)
     for row in range(packing.num_rows):
@@ -158,7 +159,7 @@ def test_a_batch_is_the_plain_loop(problem, rng):
         batch = rows.batch(np.array([row, row]))
         expected = [(tuple(ids), (*map(float, trained[1:]), 0.0)) for ids, trained in mine]
         assert walk(batch) == expected * 2
-        got = [(e.ids.tolist(), e.trained.tolist()) for e in rows.conversations(row)]
+        got = [(e.ids.tolist(), e.trained.tolist()) for e in rows.examples(row)]
         assert got == mine
 
 
@@ -189,7 +190,7 @@ def test_no_label_crosses_a_border():
 # Stores
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [BEST_FIT, ONE])
 def test_rows_hold_every_conversation_once(config, opened, monkeypatch, packing):
     monkeypatch.setattr(tokenizer_module, "BATCH_TEXTS", 17)
     monkeypatch.setattr(store, "SHARD_ROWS", 5)
@@ -206,7 +207,7 @@ def test_rows_hold_every_conversation_once(config, opened, monkeypatch, packing)
     assert 0.1 < len(validation) / len(fitting) < 0.3
     assert (len(data.train), len(data.validation)) == (
         (len(train), len(validation))
-        if not packing
+        if packing == ONE
         else tuple(pack(np.array([len(ids) for ids, _ in side]), 64).num_rows for side in (train, validation))
     )
     counts = data.statistics
@@ -214,7 +215,7 @@ def test_rows_hold_every_conversation_once(config, opened, monkeypatch, packing)
     for split, side, rows in (("train", train, data.train), ("validation", validation, data.validation)):
         of = counts[split]
         tokens = sum(len(ids) for ids, _ in side)
-        assert (of["conversations"], of["tokens"], of["rows"]) == (len(side), tokens, len(rows))
+        assert (of["examples"], of["tokens"], of["rows"]) == (len(side), tokens, len(rows))
         assert of["loss_tokens"] == sum(sum(weights) for _, weights in side)
         assert of["efficiency"] == tokens / (64 * len(rows))
     assert sum(counts[split]["too_long"] for split in ("train", "validation")) == len(examples) - len(fitting)
@@ -245,7 +246,7 @@ def test_chats_fill_their_rows(tmp_path, config, opened):
             for i, n in enumerate((realistic(400) - 40).clip(1).tolist())]  # fmt: skip
     data = opened(config, files=write(tmp_path / "long.jsonl", rows), seq_len=4096, val_fraction=0.05)
     assert data.statistics["train"]["efficiency"] >= 0.97
-    assert data.statistics["train"]["conversations"] > 360
+    assert data.statistics["train"]["examples"] > 360
 
 
 def test_steps_go_on_in_the_middle_of_an_epoch(config, opened):
@@ -294,17 +295,17 @@ def test_a_complete_store_is_opened_without_tokenising(config, opened, monkeypat
 
 def test_stores_are_named_after_what_decides_their_rows(tmp_path, config, opened):
     config, own = dataclasses.replace(config, seq_len=256), tokenizer(TEMPLATES["metharme"])
-    changes = [{}, {"seed": 1}, {"seq_len": 100}, {"packing": False}, {"val_fraction": 0.3}, {"format": "alpaca"},
+    changes = [{}, {"seed": 1}, {"seq_len": 100}, {"packing": ONE}, {"val_fraction": 0.3}, {"format": "alpaca"},
                {"files": f"{config.files}*2"}, {"val_files": config.files}]  # fmt: skip
     names = [opened(config, **change).store for change in changes]
     config = dataclasses.replace(config, format="")
-    names += [open_chat(config, tokenizer=tok, root=str(tmp_path / "root")).store
+    names += [open_data(config, tokenizer=tok, root=str(tmp_path / "root")).store
               for tok in (own, tokenizer(TEMPLATES["alpaca"]))]  # fmt: skip
     assert len(set(names)) == len(names), names
     (tmp_path / "b").mkdir()
     os.rename(config.files, tmp_path / "b" / "a.jsonl")
     moved = dataclasses.replace(config, files=str(tmp_path / "b" / "a.jsonl"))
-    assert open_chat(moved, tokenizer=own, root=str(tmp_path / "root")).store == names[-2]
+    assert open_data(moved, tokenizer=own, root=str(tmp_path / "root")).store == names[-2]
 
 
 class Killed(Exception):
@@ -338,19 +339,19 @@ def test_a_killed_preparation_goes_on(tmp_path, config, opened, monkeypatch):
         assert not (tmp_path / "broken" / "meta.json").exists()
         return json.loads(progress.read_text())["read"]
 
-    assert killed(packed.Scratch, "append", 1) == 0
-    assert killed(packed.Scratch, "append", 4) == 30
+    assert killed(rows_module.Scratch, "append", 1) == 0
+    assert killed(rows_module.Scratch, "append", 4) == 30
     # Between the tokens of a batch and its record: they are cut off again.
     before = scratch.stat().st_size
     assert killed(store.Store, "write_json", 3) == 40
     assert scratch.stat().st_size > before
     scratch.write_bytes(scratch.read_bytes() + b"torn")
-    assert killed(packed.Scratch, "append", 2) == 50
+    assert killed(rows_module.Scratch, "append", 2) == 50
     with pytest.raises(UserError, match="seq_len=128, not 64"):
         opened(broken, seq_len=64)
     # While rows are written.
-    assert killed(packed, "assemble", 2) == 100
-    assert killed(store.Store, "save_tokenizer", 1) == 100
+    assert killed(rows_module, "assemble", 2) == 100
+    assert killed(store.Store, "finish", 1) == 100
     with monkeypatch.context() as patch:
         patch.setattr(chat_formats.Format, "tokenize", None)
         resumed = opened(broken)
@@ -361,7 +362,7 @@ def test_lost_scratch_files_are_made_again(tmp_path, config, opened, monkeypatch
     monkeypatch.setattr(tokenizer_module, "BATCH_TEXTS", 10)
     straight = opened(config, store=str(tmp_path / "straight"))
     with monkeypatch.context() as patch:
-        kill_at(patch, packed.Scratch, "append", 4)
+        kill_at(patch, rows_module.Scratch, "append", 4)
         with pytest.raises(Killed):
             opened(config, store=str(tmp_path / "broken"))
     scratch = tmp_path / "broken" / "scratch" / "tokens.bin"
@@ -379,11 +380,11 @@ def test_a_second_preparation_waits_for_the_first(tmp_path, config, opened, caps
 
 
 def test_object_stores_take_the_same_path(config):
-    remote = open_chat(config, tokenizer=tokenizer(), root="memory://bucket/chats")
+    remote = open_data(config, tokenizer=tokenizer(), root="memory://bucket/chats")
     assert remote.store.startswith("memory://bucket/chats/a-metharme-")
     walked = collections.Counter(everything(remote.train) + everything(remote.validation))
     assert walked == collections.Counter(as_walked(encoded(rows_of(COUNT))))
-    assert open_chat(config, tokenizer=tokenizer(), root="memory://bucket/chats").store == remote.store
+    assert open_data(config, tokenizer=tokenizer(), root="memory://bucket/chats").store == remote.store
 
 
 def test_a_named_complete_store_outlives_its_files(tmp_path, config, opened, capsys):
@@ -407,15 +408,15 @@ def test_stores_of_text_and_of_chats_are_told_apart(tmp_path, config, opened):
     write(text, [{"text": " ".join(WORDS) * 9}] * 20)
     tokenizer().save_pretrained(tmp_path / "tokenizer")
     data = DataConfig(
-        source=str(text), tokenizer=str(tmp_path / "tokenizer"), seq_len=16, val_fraction=0.2, fraction=1.0, tokens=0,
-        isolate_documents=False, store=str(tmp_path / "text"), seed=0,
+        files=str(text), tokenizer=str(tmp_path / "tokenizer"), packing=CONCATENATED, seq_len=16, val_fraction=0.2,
+        store=str(tmp_path / "text"),
     )  # fmt: skip
     open_data(data, root="")
     opened(config, store=str(tmp_path / "chat"))
-    with pytest.raises(UserError, match=r"/text is not a store of chat; choose another data\.store"):
+    with pytest.raises(UserError, match=r"/text was made with .*; packing=concatenated, not best_fit; .*; choose an"):
         opened(config, store=str(tmp_path / "text"))
-    for change in ({}, {"source": str(tmp_path / "gone.jsonl")}):
-        with pytest.raises(UserError, match=r"/chat is not a store of text|no such file"):
+    for change in ({}, {"files": str(tmp_path / "gone.jsonl")}):
+        with pytest.raises(UserError, match=r"/chat was made with .*packing=best_fit, not concatenated|no such file"):
             open_data(dataclasses.replace(data, store=str(tmp_path / "chat"), **change), root="")
 
 
@@ -428,7 +429,7 @@ def test_validation_files_are_all_of_validation(tmp_path, config, opened):
     assert collections.Counter(everything(data.train)) == collections.Counter(as_walked(encoded(rows_of(COUNT))))
     assert collections.Counter(everything(data.validation)) == collections.Counter(as_walked(encoded(shared + own)))
     assert data.statistics["shared"] == 7
-    assert "7 of validation also in training" in data.report(False)
+    assert "7 of validation also in training" in data.report()
 
 
 BAD_ROWS = [{"messages": []}, {"messages": [{"role": "user", "content": "U"}]}]
@@ -443,7 +444,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path, config, opened, capsys):
     said = capsys.readouterr().err
     assert f"jaxup: warning: {files}: 2 bad rows skipped; the first: {files}:31: row 31 is not messages" in said
     assert ".py" not in said
-    assert "32 rows; 2 bad, skipped" in data.report(False)
+    assert "32 rows; 2 bad, skipped" in data.report()
 
 
 REFUSES = "{% for m in messages %}{% if 'beta' in m['content'] %}{{ raise_exception('no beta') }}{% endif %}" + (
@@ -456,13 +457,13 @@ def test_what_a_template_refuses_is_skipped_and_counted(tmp_path, config, capsys
     rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]}
             for text in (*WORDS, *(f"{word} 2" for word in WORDS))]  # fmt: skip
     config = dataclasses.replace(config, files=write(tmp_path / "t.jsonl", rows), format="", val_fraction=0.5)
-    with pytest.raises(UserError, match=r"data\.format: in the conversation that begins 'beta': .*no beta; choose"):
-        open_chat(config, tokenizer=tok, root=str(tmp_path / "root"))
+    with pytest.raises(UserError, match=r"data\.format: .*/t\.jsonl:2: .*no beta; choose"):
+        open_data(config, tokenizer=tok, root=str(tmp_path / "root"))
     assert os.listdir(tmp_path / "root") == []
-    data = open_chat(dataclasses.replace(config, on_bad="skip"), tokenizer=tok, root=str(tmp_path / "root"))
+    data = open_data(dataclasses.replace(config, on_bad="skip"), tokenizer=tok, root=str(tmp_path / "root"))
     assert data.statistics["refused"] == 2
-    assert sum(data.statistics[split]["conversations"] for split in ("train", "validation")) == 22
-    assert "jaxup: warning: 2 conversations skipped; the first: data.format: in the con" in capsys.readouterr().err
+    assert sum(data.statistics[split]["examples"] for split in ("train", "validation")) == 22
+    assert "jaxup: warning: 2 examples skipped; the first: data.format: " in capsys.readouterr().err
 
 
 def test_what_formats_warn_of_is_plain_lines(tmp_path, config, opened, capsys):
@@ -479,19 +480,19 @@ def test_what_formats_warn_of_is_plain_lines(tmp_path, config, opened, capsys):
     ("change", "message"),
     [
         ({"files": "gone.jsonl"}, "data.files: no such file or directory: gone.jsonl"),
-        ({"files": ""}, "data.files: name the chat data"),
+        ({"files": ""}, "data.files: name the data"),
         ({"files": "a.jsonl*x"}, "data.files: a.jsonl*x: 'x' is no weight"),
         ({"files": "docstrings:x"}, "data.files: docstrings:x: write docstrings for all pairs, or docstrings:N"),
         ({"val_files": "gone.jsonl"}, "data.val_files: no such file or directory: gone.jsonl"),
         ({"layout": "sharegtp"}, "data.layout='sharegtp': not known; did you mean 'sharegpt'?"),
         ({"on_bad": "skp"}, "data.on_bad='skp': not known; did you mean 'skip'?"),
         ({"format": "alpacca"}, "data.format='alpacca': not known; did you mean 'alpaca'?"),
-        ({"format": ""}, "data.format: in the conversation that begins "),
+        ({"format": ""}, "data.format: {good}:1: the tokenizer has no chat template"),
         ({"seq_len": 1}, "data.seq_len=1: must be at least 2"),
-        ({"seq_len": 9}, "train conversations are longer; the shortest needs "),
+        ({"seq_len": 9}, "train examples are longer; the shortest needs "),
         ({"val_fraction": 0.0}, "data.val_fraction=0.0: must lie between 0 and 1"),
-        ({"val_fraction": 1e-9}, "data.val_fraction=1e-09: of 100 conversations none is left for validation; "),
-        ({"val_fraction": 1 - 1e-9}, "of 100 conversations none is left for train; give more"),
+        ({"val_fraction": 1e-9}, "data.val_fraction=1e-09: of 100 examples none is left for validation; "),
+        ({"val_fraction": 1 - 1e-9}, "of 100 examples none is left for train; give more"),
         ({"files": "{bad}"}, "data.files: {bad}:31: row 31 is not messages: "),
         ({"files": "{bad}"}, "; the first of 2 bad of 32 rows"),
         ({"val_files": "{bad}"}, "data.val_files: {bad}:31: row 31 is not messages: "),
@@ -502,6 +503,7 @@ def test_what_formats_warn_of_is_plain_lines(tmp_path, config, opened, capsys):
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, config, opened, change, message):
     empty = {"segments": [{"label": True, "text": "<|endoftext|>"}, {"label": False, "text": "x"}]}
     known = {
+        "good": config.files,
         "bad": write(tmp_path / "bad.jsonl", rows_of(30) + BAD_ROWS),
         "all_bad": write(tmp_path / "all_bad.jsonl", BAD_ROWS),
         "untrained": write(tmp_path / "untrained.jsonl", [empty] * 5),
@@ -519,8 +521,8 @@ def test_the_seq_len_that_is_asked_for_suffices(config, opened):
         opened(config, seq_len=2, val_files=config.files)
     shortest = int(str(error.value).rpartition("=")[2])
     data = opened(config, seq_len=shortest, val_files=config.files)
-    assert data.statistics["train"]["conversations"] >= 1
-    with pytest.raises(UserError, match="all 100 train conversations are longer"):
+    assert data.statistics["train"]["examples"] >= 1
+    with pytest.raises(UserError, match="all 100 train examples are longer"):
         opened(config, seq_len=shortest - 1, val_files=config.files)
 
 
@@ -536,7 +538,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path, config):
     tok = train_bpe(WORDS, 300)
     tok.eos_token = None
     with pytest.raises(UserError, match=r"data\.tokenizer: .* no end-of-sequence token"):
-        open_chat(dataclasses.replace(config, format="chatml"), tokenizer=tok, root=str(tmp_path))
+        open_data(dataclasses.replace(config, format="chatml"), tokenizer=tok, root=str(tmp_path))
 
 
 # What the user sees, and what a model takes with it
@@ -546,10 +548,12 @@ def test_the_report_shows_what_is_trained_on(tmp_path, config, opened):
     row = {"instruction": "add", "input": "1 1", "output": "2"}
     files = write(tmp_path / "one.jsonl", [row] * 3)
     data = opened(config, files=files, val_files=config.files, format="alpaca", seq_len=256)
-    example = data.example(False)
+    how, _, example = data.example(False).partition("\n")
+    assert how == "  an example; between ⟦ ⟧: what is trained on"
+    assert set(data.examples(False)) == {example}
     assert example.startswith("<|endoftext|>Below is an instruction that describes a task, paired with an input that ")
     assert example.endswith("### Instruction:↵\nadd↵\n↵\n### Input:↵\n1 1↵\n↵\n### Response:↵\n⟦2<|endoftext|>⟧")
-    report = data.report(False).splitlines()
+    report = data.report().splitlines()
     assert report[1:4] == [f"  {files}: alpaca", f"  {config.files}: messages", "  103 rows"]
     tokens = len(encoded([row], "alpaca", "alpaca")[0].ids)
     rows = 1 if 3 * tokens <= 256 else 3
@@ -557,8 +561,7 @@ def test_the_report_shows_what_is_trained_on(tmp_path, config, opened):
         f"  train: 3 conversations, {3 * tokens:,} tokens, 6 with a loss; {rows} rows of 256, "
         f"{3 * tokens / (256 * rows):.1%} full; dropped: 0 longer than a row, 0 with nothing to train on"
     )
-    assert data.report(False).endswith(example)
-    assert "\x1b[" in data.report(True)
+    assert "\x1b[" in data.example(True)
     assert "3 training and 100 validation conversations" in str(data)
 
 
@@ -570,7 +573,7 @@ def test_an_exported_model_gets_the_format(tmp_path, config, opened):
     kept = json.loads(Path(data.store, "meta.json").read_text())["tokenizer"]["hash"]
     assert store.Store(data.store).load_tokenizer(kept).chat_template == TEMPLATES["metharme"]
     own = tokenizer(TEMPLATES["alpaca"])
-    data = open_chat(dataclasses.replace(config, format="", seq_len=256), tokenizer=own, root=str(tmp_path))
+    data = open_data(dataclasses.replace(config, format="", seq_len=256), tokenizer=own, root=str(tmp_path))
     assert data.chat_template == TEMPLATES["alpaca"]
 
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxup.data import chat_files, sources
-from jaxup.data.conversations import open_conversations
+from jaxup.data import readers, sources
 from jaxup.data.layouts import LAYOUTS, BadRow, Segment, Turn, fitting, parse
+from jaxup.data.mixture import Mixture, open_mixture
 from jaxup.errors import UserError
 
 
@@ -50,7 +50,14 @@ def jsonl(path, rows):
 
 
 def opened(files, layout=None, seed=0, on_bad="error"):
-    return open_conversations(files, layout=layout, seed=seed, on_bad=on_bad)
+    return Said(**vars(open_mixture(files, layout=layout, seed=seed, on_bad=on_bad)))
+
+
+class Said(Mixture):
+    """A mixture of which only what the examples say is looked at."""
+
+    def __iter__(self):
+        return (example.said for example in super().__iter__())
 
 
 def refused(files, layout=None, **options):
@@ -335,7 +342,7 @@ def test_nan_beside_the_conversation_does_not_matter(tmp_path):
 
 
 def test_too_long_a_line_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_files, "LONGEST_ROW", 2 * 2**20)
+    monkeypatch.setattr(readers, "LONGEST_ROW", 2 * 2**20)
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(asked(1)).encode() + b"\n" + b"x" * 2**22)
     conversations = opened(str(path), "messages")
@@ -375,13 +382,13 @@ def test_all_bad_rows_are_counted(tmp_path):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("characters", [1, 7, 2**20])
 def test_a_json_list_is_read_as_the_lines_would_be(tmp_path, monkeypatch, indent, characters):
-    monkeypatch.setattr(chat_files, "JSON_CHARACTERS", characters)
+    monkeypatch.setattr(readers, "JSON_CHARACTERS", characters)
     rows = [messages(("user", f'{n} ], "[ \\ ü 🎉'), ("assistant", "x" * n)) for n in range(1, 40)]
     path = tmp_path / "a.json"
     path.write_text("\ufeff" + json.dumps(rows, indent=indent, ensure_ascii=False) + "\n \n", encoding="utf-8")
     lines = opened(jsonl(tmp_path / "a.jsonl", rows))
     assert list(opened(str(path))) == list(lines)
-    places = [row.place for row in chat_files._read_json(path)]
+    places = [row.place for row in readers.read_json(path)]
     starts = [n for n, line in enumerate(path.read_text().split("\n"), 1) if line.startswith("  {")]
     assert places == [f"{path}:{n}" for n in (starts if indent else [1] * len(rows))]
 
@@ -406,7 +413,7 @@ def test_a_json_list_is_read_as_the_lines_would_be(tmp_path, monkeypatch, indent
 )
 @pytest.mark.parametrize("characters", [1, 2**20])
 def test_a_broken_json_list(tmp_path, monkeypatch, characters, text, wrong):
-    monkeypatch.setattr(chat_files, "JSON_CHARACTERS", characters)
+    monkeypatch.setattr(readers, "JSON_CHARACTERS", characters)
     path = tmp_path / "a.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     assert refused(str(path)).startswith(f"{path}{wrong}")
@@ -445,7 +452,7 @@ def test_datasets_round_trip(tmp_path):
     plain = jsonl(tmp_path / "a.jsonl", CONTENT)
     single = datasets.Dataset.from_list([row | {"score": 0.5} for row in CONTENT])
     single.save_to_disk(tmp_path / "single")
-    (file,) = chat_files.find_files(str(tmp_path / "single"))
+    (file,) = sources.find_files(str(tmp_path / "single"))
     assert {key for row in file.rows() for key in row.value} == {"messages"}, "columns of no layout are decoded"
     found = opened(str(tmp_path / "single"))
     assert list(found) == list(opened(plain))
@@ -455,7 +462,8 @@ def test_datasets_round_trip(tmp_path):
     datasets.DatasetDict(train=single, validation=other).save_to_disk(tmp_path / "both")
     assert list(opened(str(tmp_path / "both"))) == list(opened(plain))
     datasets.DatasetDict(test=other).save_to_disk(tmp_path / "test")
-    assert refused(str(tmp_path / "test")) == f'{tmp_path / "test"}: no split "train"; its splits: test'
+    told = refused(str(tmp_path / "test"))
+    assert told.endswith(f'no split "train"; its splits: test; name one, as in {tmp_path / "test"}:test')
     bad = datasets.Dataset.from_list([{"text": "a"}, {"text": None}])
     bad.save_to_disk(tmp_path / "bad")
     assert refused(str(tmp_path / "bad")) == f'{tmp_path / "bad"}: row 2 is not text: no "text"; its keys: none'
@@ -500,7 +508,7 @@ def test_a_directory_is_its_files_in_order(tmp_path):
         ("", "no such file or directory: ''"),
         ("data/*.jsonl", "data/*.jsonl: '.jsonl' is no weight; write PATH*NUMBER"),
         ("x" * 300, "File name too long"),
-        ([], "no chat data named"),
+        ([], "no data named"),
     ],
 )
 def test_what_is_not_there(tmp_path, monkeypatch, spec, message):
@@ -523,10 +531,9 @@ def test_hub_datasets_are_loaded_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert list(opened("some/chats:en")) == [(U("question 1"), A("answer 1"))]
     assert len(list(opened("chats*2"))) == 2
-    assert calls == [(("some/chats", "en"), {"split": "train"}), (("chats", None), {"split": "train"})]
+    assert calls == [(("some/chats", "en"), {}), (("chats", None), {})]
     message = refused("nobody/nothing")
-    assert message.startswith("no such file or directory: nobody/nothing, and on the Hugging Face hub: ")
-    assert "DatasetNotFoundError" in message
+    assert message == "no such file or directory: nobody/nothing, and no such dataset on the Hugging Face hub"
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     assert 'a dataset needs datasets; pip install "jaxup[data]"' in refused("some/chats")
 
@@ -544,7 +551,7 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     jsonl(tmp_path / "a.jsonl", [asked(1)])
-    monkeypatch.setattr(chat_files, "file_hash", denied)
+    monkeypatch.setattr(sources, "file_hash", denied)
     with pytest.raises(UserError, match=f"^{re.escape(path)}: Permission denied$"):
         _ = opened(path).fingerprint
 
@@ -667,7 +674,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, suffix):
     import pyarrow.parquet as pq
 
     rng = random.Random(0)
-    monkeypatch.setattr(chat_files, "JSON_CHARACTERS", 2**16)
+    monkeypatch.setattr(readers, "JSON_CHARACTERS", 2**16)
     rows = [messages(("user", "U"), ("assistant", rng.randbytes(10_000).hex())) for _ in range(600)]
     path = tmp_path / f"a{suffix}"
     if suffix == ".jsonl":

@@ -24,14 +24,16 @@ def stores(finished, made_once, tmp_path_factory):
     def make(directory):
         from test_chat import rows_of, write
 
-        from jaxup.data.chat import ChatConfig, open_chat
+        from jaxup.data.config import DataConfig
+        from jaxup.data.open import open_data
+        from jaxup.data.rows import BEST_FIT
 
         store = Store(str(next((finished[0].parent / "data").iterdir())))
         tokenizer = store.load_tokenizer(store.complete_meta()["tokenizer"]["hash"])
-        open_chat(
-            ChatConfig(
-                files=write(directory / "a.jsonl", rows_of(40)), layout="", format="chatml", seq_len=128, val_files="",
-                val_fraction=0.2, on_bad="error", packing=True, store=str(directory / "chat"), seed=0,
+        open_data(
+            DataConfig(
+                files=write(directory / "a.jsonl", rows_of(40)), format="chatml", seq_len=128, val_fraction=0.2,
+                packing=BEST_FIT, store=str(directory / "chat"),
             ),
             tokenizer=tokenizer, root="",
         )  # fmt: skip
@@ -43,14 +45,13 @@ def stores(finished, made_once, tmp_path_factory):
 
 def read_store(path):
     """All of a store, as training and an export read it."""
-    from jaxup.data.packed import open_packed
+    from jaxup.data.rows import open_rows
 
     store = Store(str(path))
     meta = store.complete_meta()
     if meta is None:
         raise UserError("not complete")
-    for split in SPLITS:
-        rows = open_packed(store, split, meta) if "kind" in meta else store.open_rows(split, meta)
+    for rows in open_rows(store, meta, isolate=True, eos=0):
         rows.batch(np.arange(len(rows)))
     store.load_tokenizer(meta["tokenizer"]["hash"])
 
@@ -100,11 +101,12 @@ def test_of_a_large_store_names_sizes_and_beginnings_are_compared(stores, tmp_pa
 @pytest.mark.parametrize(
     "change",
     [
-        {"splits": None}, {"splits": {}}, {"splits": {"train": {"rows": 10**12, "tokens": 5}}}, {"seq_len": "32"},
+        {"statistics": None}, {"statistics": {}}, {"statistics": {"train": {"rows": 10**12}}}, {"seq_len": "32"},
         {"seq_len": 0}, {"seq_len": -1}, {"seq_len": 10**9}, {"seq_len": 2**70}, {"dtype": "float99"}, {"dtype": 7},
         {"tokenizer": "x"}, {"tokenizer": {"spec": "x", "hash": "y"}}, {"source": None}, {"files": []}, {"files": {}},
-        {"files": {"train/zarr.json": [1]}}, {"files": {"../../etc/passwd": [1, "", ""]}}, {"kind": []}, {"kind": "?"},
-        {"kind": "chat"}, *({"splits": {of: {"rows": n, "tokens": 5} for of in SPLITS}} for n in (0, 10**12, True)),
+        {"files": {"train/ids/zarr.json": [1]}}, {"files": {"../../etc/passwd": [1, "", ""]}}, {"packing": []},
+        {"packing": "?"}, {"packing": "best_fit"}, {"marked": 1}, {"marked": True}, {"layouts": 3}, {"seed": "x"},
+        *({"rows": n} for n in (0, 10**12, True)),
     ],
     ids=str,
 )  # fmt: skip
@@ -112,6 +114,8 @@ def test_a_store_whose_meta_lies_is_one_line(stores, tmp_path, change):
     shutil.copytree(stores["text"], tmp_path / "store")
     store = Store(str(tmp_path / "store"))
     meta = store.read_json(META)
+    if "rows" in change:
+        change = {"statistics": meta["statistics"] | {of: meta["statistics"][of] | change for of in SPLITS}}
     store.write_json(META, meta | change)
     with pytest.raises(UserError, match=r"\A[^\n]*store[^\n]*\Z"):
         read_store(tmp_path / "store")
@@ -128,9 +132,12 @@ def test_a_meta_that_is_none_is_one_line(stores, tmp_path, text):
 
 
 def test_a_token_beyond_the_vocabulary_is_no_token(stores):
+    from jaxup.data.rows import open_rows
+
     store = Store(str(stores["text"]))
     meta = store.complete_meta()
-    rows = store.open_rows("train", meta | {"tokenizer": meta["tokenizer"] | {"vocab_size": 40}})
+    small = meta | {"tokenizer": meta["tokenizer"] | {"vocab_size": 40}}
+    rows, _ = open_rows(store, small, isolate=False, eos=0)
     with pytest.raises(UserError, match=r"/train: it is damaged: token \d+ is not below the vocabulary's 40"):
         rows.batch(np.arange(len(rows)))
 

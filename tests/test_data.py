@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sources import ODD, opened, texts, tokenizer_dir, write_jsonl  # noqa: F401
 
-from jaxup.data import prepare as prepare_module
 from jaxup.data import sources, store
 from jaxup.data import tokenizer as tokenizer_module
 from jaxup.data.batches import Batches, validation_batches
-from jaxup.data.documents import DataConfig, open_data
-from jaxup.data.prepare import Position
-from jaxup.data.store import Rows
+from jaxup.data.config import DataConfig
+from jaxup.data.mixture import Mixture, documents
+from jaxup.data.open import open_data
+from jaxup.data.prepare import _nothing_read
+from jaxup.data.rows import CONCATENATED, Rows, unmarked
 from jaxup.data.tokenizer import load_tokenizer, train_bpe
 from jaxup.errors import NoRoom, UserError
 
@@ -37,7 +38,8 @@ def corpus(tmp_path):
 @pytest.fixture
 def config(corpus, tokenizer_dir):  # noqa: F811
     return DataConfig(
-        source=corpus,
+        files=corpus,
+        packing=CONCATENATED,
         tokenizer=tokenizer_dir,
         seq_len=16,
         val_fraction=0.2,
@@ -52,7 +54,7 @@ def config(corpus, tokenizer_dir):  # noqa: F811
 def stream_rows(source, tokenizer, split, seq_len):
     """The rows of a split, computed the plain way."""
     stream = []
-    for text in source.documents(split):
+    for text in documents(source, split):
         stream += tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
         stream.append(tokenizer.eos_token_id)
     return np.array([stream[i : i + seq_len + 1] for i in range(0, len(stream) - seq_len, seq_len)])
@@ -65,24 +67,24 @@ def test_store_rows_equal_the_plain_computation(tmp_path, config, monkeypatch, c
     monkeypatch.setattr(store, "SHARD_ROWS", 64)
     monkeypatch.setattr(tokenizer_module, "BATCH_TEXTS", 7)
     data = open_data(config, root=str(tmp_path))
-    source, tokenizer = opened(config.source, 0.2), load_tokenizer(config.tokenizer)
+    source, tokenizer = opened(config.files, 0.2), load_tokenizer(config.tokenizer)
     for split, rows in (("train", data.train), ("validation", data.validation)):
         expected = stream_rows(source, tokenizer, split, 16)
-        got = rows.read(np.arange(len(rows)))
+        got = rows.read(np.arange(len(rows)))[0]
         assert got.dtype == np.int32
         assert len(rows) > 64 * (split == "train")
         assert rows.num_tokens == 16 * len(rows)
         np.testing.assert_array_equal(got, expected)
         np.testing.assert_array_equal(got[1:, 0], got[:-1, -1])
         picked = np.array([3, 0, len(rows) - 1, 3])
-        np.testing.assert_array_equal(rows.read(picked), got[picked])
-        assert rows.read(picked[:0]).shape == (0, 17)
+        np.testing.assert_array_equal(rows.read(picked)[0], got[picked])
+        assert rows.read(picked[:0])[0].shape == (0, 17)
         with pytest.raises(IndexError):
             rows.read(np.array([len(rows)]))
     assert (data.vocab_size, data.eos_id, data.seq_len) == (len(tokenizer), tokenizer.eos_token_id, 16)
     meta = read_meta(data)
     assert meta["dtype"] == "uint16"
-    assert meta["splits"]["train"]["rows"] == len(data.train)
+    assert meta["statistics"]["train"]["rows"] == len(data.train)
     assert sorted(os.listdir(data.store)) == ["lock", "meta.json", "tokenizer", "train", "validation"]
     assert "train tokens" in capsys.readouterr().err
     again = open_data(config, root=str(tmp_path))
@@ -93,18 +95,19 @@ def test_store_rows_equal_the_plain_computation(tmp_path, config, monkeypatch, c
 
 def test_text_that_spells_the_special_token_stays_text(tmp_path, config):
     path = write_jsonl(tmp_path / "odd.jsonl", [ODD] * 60)
-    data = open_data(dataclasses.replace(config, source=path), root=str(tmp_path))
-    tokens = np.concatenate([data.train.read(np.array([0]))[0]] + [r[1:] for r in data.train.read(np.arange(1, 40))])
+    data = open_data(dataclasses.replace(config, files=path), root=str(tmp_path))
+    rows, _ = data.train.read(np.arange(40))
+    tokens = np.concatenate([rows[0], rows[1:, 1:].ravel()])
     first = tokens[: int(np.argmax(tokens == data.eos_id))]
     assert data.tokenizer.decode(first) == ODD
 
 
 def test_documents_are_not_lost_between_rows(tmp_path, config):
     data = open_data(config, root=str(tmp_path))
-    rows = data.train.read(np.arange(len(data.train)))
+    rows = data.train.read(np.arange(len(data.train)))[0]
     text = data.tokenizer.decode(np.concatenate([rows[0], rows[1:, 1:].ravel()]))
-    documents = list(opened(config.source, 0.2).documents("train"))
-    assert "<|endoftext|>".join(documents).startswith(text[: len(text) - 20])
+    whole = "<|endoftext|>".join(documents(opened(config.files, 0.2), "train"))
+    assert whole.startswith(text[: len(text) - 20])
     assert len(text) > 10000
 
 
@@ -114,16 +117,16 @@ class Interrupted(Exception):
 
 def interrupt_after(monkeypatch, count):
     """The documents of a source end in `Interrupted` after `count` of them, over all splits."""
-    original, seen = sources.Source.documents, [0]
+    original, seen = Mixture.__iter__, [0]
 
-    def documents(self, split):
-        for text in original(self, split):
+    def examples(self):
+        for example in original(self):
             seen[0] += 1
             if seen[0] > count:
                 raise Interrupted
-            yield text
+            yield example
 
-    monkeypatch.setattr(sources.Source, "documents", documents)
+    monkeypatch.setattr(Mixture, "__iter__", examples)
 
 
 def tree(path):
@@ -133,8 +136,8 @@ def tree(path):
 
 @pytest.mark.parametrize(
     ("spec", "counts"),
-    # Within: validation, training three times / the vocabulary's training, validation, training twice.
-    [("directory", (20, 100, 170, 220)), ("bpe:300", (20, 260, 170, 220))],
+    # Of 301 examples / those that the vocabulary is trained on before.
+    [("directory", (3, 100, 170, 220)), ("bpe:300", (20, 401, 170, 220))],
 )
 def test_resuming_gives_the_same_bytes(tmp_path, config, monkeypatch, spec, counts):
     monkeypatch.setattr(store, "SHARD_ROWS", 8)
@@ -149,17 +152,15 @@ def test_resuming_gives_the_same_bytes(tmp_path, config, monkeypatch, spec, coun
             interrupt_after(patch, count)
             with pytest.raises(Interrupted):
                 open_data(broken, root="")
-        splits = json.loads(progress.read_text())["splits"] if progress.exists() else {}
-        reached.append(sum(split["rows"] for split in splits.values()))
+        sink = json.loads(progress.read_text())["sink"] if progress.exists() else {}
+        reached.append(sum(sink.get("rows", {}).values()))
     assert reached == sorted(reached), reached
     assert reached[-1] > reached[-2] > 100, reached
     with pytest.raises(UserError, match="seq_len=16, not 8"):
         open_data(dataclasses.replace(broken, seq_len=8), root="")
     # Killed between the write of a shard and its record: the rows are there, the record is older.
     record = store.Store(broken.store).read_json("progress.json")
-    first = Position(documents=0, skip=0, rows=0)
-    record["splits"]["train"] = dataclasses.asdict(first)
-    store.Store(broken.store).write_json("progress.json", record)
+    store.Store(broken.store).write_json("progress.json", record | _nothing_read())
     resumed = open_data(broken, root="")
     assert tree(straight.store) == tree(resumed.store)
 
@@ -184,7 +185,7 @@ def test_a_store_of_other_tokens_is_refused(tmp_path, config):
     for change, message in [
         ({"seq_len": 32}, "seq_len=16, not 32"),
         ({"val_fraction": 0.5}, "val_fraction=0.2, not 0.5"),
-        ({"source": other_source}, r"source=.*corpus.jsonl \(\w{8}\), not .*other.jsonl \(\w{8}\)"),
+        ({"files": other_source}, r"source=.*corpus.jsonl \(\w{8}\), not .*other.jsonl \(\w{8}\)"),
         ({"tokenizer": str(other_tokenizer)}, r"tokenizer=.* \(\w{8}\), not .*other-tokenizer \(\w{8}\)"),
         ({"tokenizer": "bpe:300"}, r"tokenizer=.*, not bpe:300"),
     ]:
@@ -212,7 +213,7 @@ def test_default_stores_are_named_after_what_decides_the_tokens(tmp_path, config
 def test_a_named_complete_store_outlives_its_source(tmp_path, config, capsys):
     config = dataclasses.replace(config, tokenizer="bpe:300", store=str(tmp_path / "store"))
     data = open_data(config, root="")
-    os.remove(config.source)
+    os.remove(config.files)
     again = open_data(config, root="")
     assert len(again.train) == len(data.train)
     assert "unchecked" in capsys.readouterr().err
@@ -227,7 +228,7 @@ def test_object_stores_take_the_same_path(config):
     remote = open_data(config, root="memory://bucket/data")
     assert remote.store.startswith("memory://bucket/data/corpus-bpe300-")
     assert open_data(dataclasses.replace(config, store=remote.store), root="").vocab_size == remote.vocab_size
-    assert remote.train.read(np.array([1, 0])).shape == (2, 17)
+    assert remote.train.read(np.array([1, 0]))[0].shape == (2, 17)
     with pytest.raises(UserError, match="unsupported URL scheme"):
         open_data(dataclasses.replace(config, store="ftp://x/y"), root="")
 
@@ -257,7 +258,7 @@ def test_bad_settings_and_places_write_nothing(tmp_path, config):
         ({"tokens": 64, "fraction": 0.5}, "data.tokens=64 and data.fraction=0.5: give one"),
         ({"store": str(tmp_path / "mine")}, "not empty and not a token store"),
         ({"store": str(tmp_path / "file" / "x")}, "data.store: .*/file/x: "),
-        ({"seq_len": 10**6, "store": str(tmp_path / "short")}, "validation split has .* tokens, data.seq_len=1000000"),
+        ({"seq_len": 10**6, "store": str(tmp_path / "short")}, "train split has .* tokens, data.seq_len=1000000"),
     ]:
         with pytest.raises(UserError, match=message) as error:
             open_data(dataclasses.replace(config, **change), root=str(tmp_path / "root"))
@@ -270,7 +271,7 @@ def test_bad_settings_and_places_write_nothing(tmp_path, config):
 
 def test_a_damaged_store_is_noticed(tmp_path, config):
     data = open_data(config, root=str(tmp_path))
-    (shard,) = [f for f in tree(data.store) if f.startswith("validation/c/")]
+    (shard,) = [f for f in tree(data.store) if f.startswith("validation/ids/c/")]
     content = bytearray(tree(data.store)[shard])
     content[5] ^= 1
     Path(data.store, shard).write_bytes(content)
@@ -285,21 +286,18 @@ def test_a_damaged_store_is_noticed(tmp_path, config):
 
 
 def test_nanogpt_tokens(tmp_path, config, monkeypatch):
-    monkeypatch.setattr(prepare_module, "TOKEN_SLICE", 100)
+    monkeypatch.setattr(sources, "TOKEN_SLICE", 100)
     monkeypatch.setattr(store, "SHARD_ROWS", 4)
     rng = np.random.default_rng(0)
     streams = {"train": rng.integers(0, 257, 1234), "val": rng.integers(0, 257, 161)}
     (tmp_path / "bins").mkdir()
     for name, stream in streams.items():
         stream.astype(np.uint16).tofile(tmp_path / "bins" / f"{name}.bin")
-    config = dataclasses.replace(config, source=str(tmp_path / "bins"))
-    source = opened(config.source)
-    assert source.is_tokens
-    assert isinstance(source.tokens("train"), np.memmap)
+    config = dataclasses.replace(config, files=str(tmp_path / "bins"))
     data = open_data(config, root=str(tmp_path))
     for rows, stream in ((data.train, streams["train"]), (data.validation, streams["val"])):
         expected = [stream[i : i + 17] for i in range(0, len(stream) - 16, 16)]
-        np.testing.assert_array_equal(rows.read(np.arange(len(rows))), expected)
+        np.testing.assert_array_equal(rows.read(np.arange(len(rows)))[0], expected)
     with pytest.raises(UserError, match="holds tokens; name the tokenizer"):
         open_data(dataclasses.replace(config, tokenizer="bpe:300"), root=str(tmp_path))
     np.full(100, 60000, np.uint16).tofile(tmp_path / "bins" / "val.bin")
@@ -319,9 +317,9 @@ def test_big_vocabularies_are_stored_as_uint32(tmp_path, config):
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="end").save_pretrained(tmp_path / "big")
     path = write_jsonl(tmp_path / "words.jsonl", [f"word{i} and word{65999 - i}" for i in range(64)])
-    data = open_data(dataclasses.replace(config, source=path, tokenizer=str(tmp_path / "big")), root=str(tmp_path))
+    data = open_data(dataclasses.replace(config, files=path, tokenizer=str(tmp_path / "big")), root=str(tmp_path))
     assert read_meta(data)["dtype"] == "uint32"
-    tokens = data.train.read(np.arange(len(data.train)))
+    tokens = data.train.read(np.arange(len(data.train)))[0]
     assert tokens.max() > 2**16
     assert "word65" in data.tokenizer.decode(tokens[0])
 
@@ -341,14 +339,17 @@ class FakeRows(Rows):
     """Rows whose content is known: row r holds r * seq_len + [0 .. seq_len]."""
 
     def __init__(self, count, isolate_eos=None, seq_len=4):
-        self.count, self.isolate_eos, self.seq_len, self.reads = count, isolate_eos, seq_len, []
+        self.count, self.isolate, self.eos, self.seq_len, self.reads = (
+            count, isolate_eos is not None, -1 if isolate_eos is None else isolate_eos, seq_len, [],
+        )  # fmt: skip
 
     def __len__(self):
         return self.count
 
     def read(self, indices):
         self.reads.append(np.array(indices))
-        return (np.asarray(indices)[:, None] * self.seq_len + np.arange(self.seq_len + 1)).astype(np.int32)
+        ids = (np.asarray(indices)[:, None] * self.seq_len + np.arange(self.seq_len + 1)).astype(np.int32)
+        return ids, unmarked(ids, self.eos)
 
 
 @settings(max_examples=60)
@@ -444,7 +445,7 @@ def test_fields_without_isolation():
 def test_isolation_against_a_naive_loop(rows):
     table = np.array(rows, np.int32)
     fake = FakeRows(len(rows), 0, seq_len=7)
-    fake.read = lambda indices: table[indices]
+    fake.read = lambda indices: (table[indices], unmarked(table[indices], 0))
     (batch,) = validation_batches(fake, batch_size=len(rows), max_rows=0)
     for row, ids, positions, weights in zip(
         rows, batch["segment_ids"].tolist(), batch["positions"].tolist(), batch["loss_weights"].tolist()
@@ -474,7 +475,7 @@ def test_validation_batches_are_padded_to_one_shape():
 
 def test_importing_is_light():
     code = (
-        "import sys, jaxup.data.documents; "
+        "import sys, jaxup.data.open; "
         "print([m for m in ('jax', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
     )
     assert processes.run("-c", code).stdout.strip() == "[]"

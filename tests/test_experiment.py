@@ -317,8 +317,8 @@ def read_by_experiments():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 names = chain(node).split(".")
                 keys |= {".".join(names[i:]) for i in range(len(names))}
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "section":
-                names = chain(node.args[1]).split(".")
+            if isinstance(node, ast.Call) and (of := getattr(node.func, "id", "")) in ("section", "corpus", "chats"):
+                names = chain(node.args[of == "section"]).split(".")
                 sections |= {".".join(names[i:]) for i in range(len(names))}
     return keys, sections
 
@@ -356,8 +356,7 @@ def test_every_key_is_read(file):
 
 def test_every_setting_is_used():
     """Of what sections become: each field is read somewhere."""
-    from jaxup.data.documents import DataConfig
-    from jaxup.data.prepare_chat import ChatConfig
+    from jaxup.data.config import DataConfig
     from jaxup.experiments.inherit import InheritConfig
     from jaxup.model.config import Compute
     from jaxup.training.loop import Settings
@@ -371,7 +370,7 @@ def test_every_setting_is_used():
         node.attr for path in (ROOT / "jaxup").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }  # fmt: skip
-    kinds = (DataConfig, ChatConfig, InheritConfig, Compute, LoraConfig, Settings, OptimizerConfig, TrainConfig,
+    kinds = (DataConfig, InheritConfig, Compute, LoraConfig, Settings, OptimizerConfig, TrainConfig,
              MeshConfig, StepConfig)  # fmt: skip
     assert [field.name for kind in kinds for field in dataclasses.fields(kind) if field.name not in used] == []
 

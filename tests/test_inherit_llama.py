@@ -133,10 +133,12 @@ def test_a_reference_from_a_directory(runs, swept, torch, monkeypatch):
 
     oracle = AutoModelForCausalLM.from_pretrained(directory).eval()
     (store,) = (runs / "data").glob("corpus-model-*")
+    from jaxup.data.rows import open_rows
     from jaxup.data.store import META, Store
 
     meta = Store(str(store)).read_json(META)
-    rows = torch.tensor(Store(str(store)).open_rows("validation", meta).read(np.arange(16)), dtype=torch.long)
+    _, validation = open_rows(Store(str(store)), meta, isolate=False, eos=0)
+    rows = torch.tensor(validation.read(np.arange(16))[0], dtype=torch.long)
 
     def loss():
         with torch.no_grad():

@@ -7,22 +7,18 @@ step alone, and any number of processes reads the same global batch, each only i
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SUBSET_EPOCH = 2**64 - 1  # the permutation that chooses a subset's rows; no run gets there
 
 
 @runtime_checkable
 class Fields(Protocol):
-    """Rows that make batches: of text in `store.py`, of chats in `packed.py`."""
+    """Rows that make batches; see `rows.py`."""
 
     def __len__(self) -> int: ...
 
@@ -92,28 +88,3 @@ def positions(begins: np.ndarray) -> np.ndarray:
     """bool [B, S], where segments begin -> int32 [B, S], from 0 in each; the first place begins one in any case."""
     index = np.arange(begins.shape[1], dtype=np.int32)
     return index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
-    """What a run is trained on and evaluated with."""
-
-    tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
-    eos_id: int
-    train: Fields
-    validation: Fields
-    store: str
-    seq_len: int
-    train_rows: int  # of `train`, those that are used
-
-    def whole(self) -> Data:
-        """The same with all of its training rows in use."""
-        return dataclasses.replace(self, train_rows=len(self.train))
-
-    def batches(self, *, batch_size: int, seed: int) -> Batches:
-        return Batches(self.train, batch_size=batch_size, seed=seed, num_rows=self.train_rows)
-
-    def validation_batches(self, **how: Any) -> Iterator[dict[str, np.ndarray]]:
-        """See the function of that name."""
-        return validation_batches(self.validation, **how)

@@ -93,6 +93,9 @@ class Format(abc.ABC):
                 self._warn("special", f"a turn's text spells {found[0]!r}, which becomes that special token")
         return self._render_turns(conversation)
 
+    def examples(self, conversation: Conversation | Segments) -> list[Rendered]:
+        return [self.render(conversation)]
+
     def tokenize(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         with tokenizing():
             encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)

@@ -23,17 +23,14 @@ HEAD = 4096  # bytes that tell one shard from another
 WHOLE = 2**30  # a local store of so many bytes is hashed whole each time: a second or so
 _THREADS = 8  # enough for the disk, and for requests over a network
 
-_SPLIT = {"rows": int, "tokens": int}
-_CHATS = {"conversations": int, "too_long": int, "untrained": int, "loss_tokens": int, "efficiency": float, **_SPLIT}
-_COUNTS = {"rows": int, "bad": int, "refused": int, "shared": int, "train": _CHATS, "validation": _CHATS}
-_ANY = {
+_SPLIT = dict.fromkeys(("examples", "too_long", "untrained", "tokens", "loss_tokens", "most", "rows"), int)
+_COUNTS: dict[str, Any] = dict.fromkeys(("rows", "bad", "refused", "shared"), int)
+_KINDS = {
     "source": {"spec": str, "fingerprint": str}, "tokenizer": {"spec": str, "hash": str, "vocab_size": int},
-    "dtype": str, "seq_len": int, "files": Mapping,
+    "dtype": str, "seq_len": int, "packing": str, "marked": bool, "files": Mapping, "layouts": Mapping,
+    "chat_template": (str, NoneType), "val_fraction": (float, NoneType), "seed": (int, NoneType),
+    "statistics": _COUNTS | {split: {**_SPLIT, "efficiency": float} for split in ("train", "validation")},
 }  # fmt: skip
-_KINDS: dict[str, dict[str, Any]] = {
-    "text": {**_ANY, "splits": {"train": _SPLIT, "validation": _SPLIT}},
-    "chat": {**_ANY, "statistics": _COUNTS, "layouts": Mapping, "chat_template": (str, NoneType)},
-}
 
 
 def describe(store: Store) -> dict[str, list[Any]]:
@@ -54,9 +51,8 @@ def describe(store: Store) -> dict[str, list[Any]]:
 
 def check_meta(meta: dict[str, Any]) -> str:
     """What is wrong with what a meta.json says, or "": whoever wrote it, its values are of the kinds they should be."""
-    wanted = _KINDS.get(kind) if isinstance(kind := meta.get("kind", "text"), str) else None
-    key = "kind" if wanted is None else _misfit(meta, wanted)
-    if key is None and meta["tokenizer"]["vocab_size"] > 2**31:
+    key = _misfit(meta, _KINDS)
+    if key is None and meta["tokenizer"]["vocab_size"] > 2**29:
         key = "tokenizer.vocab_size"
     for entry in () if key else meta["files"].values():
         if not (isinstance(entry, list) and [type(part) for part in entry] == [int, str, str] and entry[0] >= 0):

@@ -1,187 +1,306 @@
-"""Fills a token store: tokenises a source as a stream and writes rows, shard by shard.
+"""Fills a store: examples as a stream -> text -> tokens -> rows, shard by shard.
 
-The stream of a split is its documents in order, each followed by EOS; what is left after the last
-whole row (fewer than seq_len tokens) is dropped. After each shard `progress.json` says at which token
-of which document the next row begins, so a killed process goes on from there and writes the same bytes.
+`progress.json` says how many examples were read and what was made of them, so a killed process goes on from there and
+writes the same bytes. A corpus becomes rows as it comes. Chats are packed, which needs all lengths: they lie in scratch
+files until they are all tokenised, and packing is done again from the start.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import dataclasses
+import functools
 import itertools
+import shutil
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxup.data.sources import SPLITS, Source, Split
-from jaxup.data.store import PROGRESS, Store, check_same, shard_rows
-from jaxup.data.tokenizer import batched, bpe_vocab_size, encoder, tokenizer_hash, train_bpe
-from jaxup.errors import UserError
+from jaxup.data.chat_formats import Encoded, Rendered
+from jaxup.data.config import DataConfig
+from jaxup.data.mixture import Example, Mixture, documents
+from jaxup.data.rows import CONCATENATED, Concatenated, Scratch, write_packed
+from jaxup.data.sources import SPLITS, draw
+from jaxup.data.store import PROGRESS, Store, check_same
+from jaxup.data.tokenizer import batched, bpe_vocab_size, encoder, train_bpe
+from jaxup.errors import NoRoom, UserError, storage_error, within
 from jaxup.progress import Progress, say
 
 if TYPE_CHECKING:
-    import tensorstore as ts
     from transformers import PreTrainedTokenizerBase
 
-TOKEN_SLICE = 2**20  # a source of tokens is read in slices of this many
 # A vocabulary is trained on the first so many characters of the training split: enough, and bounded.
 TRAINING_CHARACTERS = 200_000_000
 
+Streams = Mapping[str, Mixture]  # the key of the configuration that names it -> examples
+Check = Callable[[int, str], None]
+Batch = tuple[
+    list[Encoded], list[bool], list[int]
+]  # of each example its tokens, whether of validation, its text's hash
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where the next row begins. Documents of a source of tokens are slices of TOKEN_SLICE tokens."""
-
-    documents: int = 0  # those that lie wholly before it
-    skip: int = 0  # tokens of the next document that lie before it
-    rows: int = 0  # written so far
-    tokens: int = 0  # in the whole stream; known when `done`
-    done: bool = False
+Tokenise = Callable[[dict[str, Any]], Iterator[Batch]]
 
 
-def prepare(store: Store, source: Source, tokenizer: PreTrainedTokenizerBase | None, wanted: dict[str, Any]) -> None:
-    """Makes `store` complete, going on from its progress record if it has one. The caller holds the lock.
+@runtime_checkable
+class Encoding(Protocol):
+    """What makes tokens of examples: a chat format, `Plain`, `Ids`."""
 
-    `tokenizer` None: one is trained, as the spec bpe:N says. UserError for an unfinished store of other tokens.
+    def examples(self, said: Any) -> list[Any]: ...
+    def tokenize(self, rendered: Sequence[Any]) -> list[Encoded]: ...
+
+
+class Plain:
+    """A corpus: documents, each with EOS after it. Text that spells a special token stays ordinary text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._encode, self._eos = encoder(tokenizer), tokenizer.eos_token_id
+
+    def examples(self, said: Any) -> list[Rendered]:
+        return [Rendered(said[0].text, ())]
+
+    def tokenize(self, rendered: Sequence[Rendered]) -> list[Encoded]:
+        made = (np.array([*ids, self._eos], np.int32) for ids in self._encode([text for text, _ in rendered]))
+        return [Encoded(ids, np.ones(len(ids), bool)) for ids in made]
+
+
+class Ids:
+    """Tokens as they are; UserError for one that is none of the vocabulary's."""
+
+    def __init__(self, spec: str, vocab_size: int):
+        self._spec, self._vocab_size = spec, vocab_size
+
+    def examples(self, said: Any) -> list[tuple[np.ndarray]]:
+        return [(said,)]
+
+    def tokenize(self, rendered: Sequence[tuple[np.ndarray]]) -> list[Encoded]:
+        for (ids,) in rendered:
+            if ids.max() >= self._vocab_size:
+                vocabulary = f"the vocabulary of {self._spec}, which has {self._vocab_size} tokens"
+                raise UserError(f"token {ids.max()} is outside {vocabulary}", at="source")
+        return [Encoded(ids, np.ones(len(ids), bool)) for (ids,) in rendered]
+
+
+def look(streams: Streams, config: DataConfig, encoding: Encoding) -> dict[str, int]:
+    """What can be wrong is looked for before anything is written: how many "rows" there are, and "bad" ones."""
+    counts = {"rows": 0, "bad": 0}
+    for key, mixture in streams.items():
+        with within(key):
+            rows, bad, _ = mixture.check_all()
+            counts = {"rows": counts["rows"] + rows, "bad": counts["bad"] + bad}
+            first = next(iter(mixture))
+        if config.on_bad == "error":
+            _render(encoding, first)
+    return counts
+
+
+def trained_tokenizer(spec: str, streams: Streams) -> PreTrainedTokenizerBase:
+    """The vocabulary of `bpe:N`, trained on the beginning of the training split."""
+
+    def beginning() -> Iterator[str]:
+        characters = 0
+        for text in documents(streams["source"], "train"):
+            yield text
+            characters += len(text)
+            if characters >= TRAINING_CHARACTERS:
+                return
+
+    say(f"training a vocabulary of {bpe_vocab_size(spec)} tokens")
+    return train_bpe(beginning(), bpe_vocab_size(spec))
+
+
+def prepare(
+    config: DataConfig, store: Store, encoding: Encoding, streams: Streams, made: dict[str, Any],
+    read: dict[str, int], check: Check,
+) -> None:  # fmt: skip
+    """Makes `store` complete. The caller holds the lock, and has written the tokenizer. `made` is what META says.
+
+    `check` may refuse the largest token id of an example; it is told where that lies.
     """
-    made = {**wanted, "tokenizer": dict(wanted["tokenizer"])}
-    progress = store.read_json(PROGRESS) or {"made": made, "splits": {}, "tokenizer_saved": False}
-    check_same(store, progress["made"], wanted)
-    started = time.monotonic()
-    try:
-        splits = _fill(store, source, tokenizer, progress)
-    except UserError:
-        # A source that will not do leaves nothing behind; rows once written are kept to go on from.
-        if not any(position["rows"] for position in progress["splits"].values()):
-            with contextlib.suppress(UserError):
-                store.discard()
-        raise
-    store.finish({**progress["made"], "splits": splits})
+    progress = store.read_json(PROGRESS) or {"made": made, **_nothing_read()}
+    check_same(store, progress["made"], made)
+    started, concatenated = time.monotonic(), config.packing == CONCATENATED
+    # Beside the rows, where a killed process finds it again; for an object store somewhere on this machine.
+    beside = contextlib.nullcontext(f"{store.path}/scratch")
+    with beside if store.local or concatenated else tempfile.TemporaryDirectory(prefix="jaxup-") as place:
+        directory = Path(place)
+        try:
+            # The record first: it marks what else is found there as ours.
+            store.write_json(PROGRESS, progress)
+            tokenise = functools.partial(_tokenised, config, encoding, streams, check)
+            if concatenated:
+                of = _concatenate(config, store, tokenise, progress, made)
+            else:
+                of = _pack(config, store, tokenise, progress, made, directory)
+        except OSError as error:
+            raise storage_error(error, "store", str(directory)) from None
+        except NoRoom:
+            raise
+        except UserError:
+            # Data that will not do leaves nothing behind; rows of a corpus once written are kept to go on from.
+            if not (concatenated and any(progress["sink"].get("rows", {}).values())):
+                shutil.rmtree(directory, ignore_errors=True)
+                with contextlib.suppress(UserError):
+                    store.discard()
+            raise
+        counts = progress["counts"]
+        for split in SPLITS:
+            counts[split] |= of[split]
+        if concatenated:
+            bad = sum(mixture.skipped.total() for mixture in streams.values())
+            read = {"rows": progress["read"] + bad, "bad": bad}
+        store.finish({**made, "statistics": {"shared": 0, **counts, **read}})
+        shutil.rmtree(directory, ignore_errors=True)
     store.delete(PROGRESS)
-    counts = ", ".join(f"{splits[split]['tokens']:,} {split} tokens" for split in SPLITS)
-    say(f"{store.path}: {counts} in {time.monotonic() - started:.1f} s")
+    if concatenated:
+        told = ", ".join(f"{counts[split]['tokens']:,} {split} tokens" for split in SPLITS)
+        say(f"{store.path}: {told} in {time.monotonic() - started:.1f} s")
 
 
-def _fill(
-    store: Store, source: Source, tokenizer: PreTrainedTokenizerBase | None, progress: dict[str, Any]
-) -> dict[str, dict[str, int]]:
-    """Writes what `progress`, which it keeps up to date, does not count as done: split -> rows and tokens."""
-    made = progress["made"]
-    if progress["tokenizer_saved"]:
-        tokenizer = store.load_tokenizer(made["tokenizer"]["hash"])
-    else:
-        spec = made["tokenizer"]["spec"]
-        if tokenizer is None:
-            say(f"training a vocabulary of {bpe_vocab_size(spec)} tokens on {source.name}")
-            tokenizer = train_bpe(_beginning(source), bpe_vocab_size(spec))
-        if tokenizer.eos_token_id is None:
-            what = f"{spec} has no end-of-sequence token (eos_token) to end documents with"
-            raise UserError(what, at="tokenizer")
-        vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))  # numbers may be left out
-        made["tokenizer"] |= {"hash": tokenizer_hash(tokenizer), "vocab_size": vocab_size}
-        made["dtype"] = "uint16" if vocab_size <= 2**16 else "uint32"
+def _nothing_read() -> dict[str, Any]:
+    split = {"examples": 0, "too_long": 0, "shortest_too_long": 0, "untrained": 0, "tokens": 0, "loss_tokens": 0,
+             "most": 0}  # fmt: skip
+    counts: dict[str, Any] = {"refused": 0, "first_refused": "", **{name: dict(split) for name in SPLITS}}
+    return {"read": 0, "counts": counts, "sink": {}, "done": False}
+
+
+def _concatenate(
+    config: DataConfig, store: Store, tokenise: Tokenise, progress: dict[str, Any], made: Any
+) -> dict[str, dict[str, Any]]:
+    if not progress["sink"] or not Concatenated.is_there(store, progress["sink"]):
+        progress |= _nothing_read() | {"sink": Concatenated.nothing()}
+    rows = Concatenated(store, made, progress["sink"])
+    for encoded, validation, _ in tokenise(progress):
+        if rows.add(encoded, validation):
+            before = rows.keep(progress["read"])
+            store.write_json(PROGRESS, progress)
+            if before:
+                store.delete(before)
+    found = rows.finish()
+    counts = progress["counts"]
+    for split in SPLITS:
+        if not found[split]["rows"]:
+            tokens = f"its {split} split has {counts[split]['tokens']} tokens"
+            what = f"no text found for one row: {tokens}, data.seq_len={config.seq_len} needs {config.seq_len + 1}"
+            raise UserError(what, at=("source", config.files))
+    if progress["sink"]["rest"]:
+        store.delete(progress["sink"]["rest"])
+    return found
+
+
+def _pack(
+    config: DataConfig, store: Store, tokenise: Tokenise, progress: dict[str, Any], made: Any, directory: Path
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    scratch = Scratch(directory)
+    if not scratch.cut(progress["sink"].get("written", (0, 0))):
+        progress |= _nothing_read()
+    counts = progress["counts"]
+    for encoded, validation, hashes in tokenise(progress):
+        if encoded:
+            scratch.append(encoded, validation, hashes)
+        progress["sink"] = {"written": [sum(counts[split][of] for split in SPLITS) for of in ("examples", "tokens")]}
         store.write_json(PROGRESS, progress)
-        store.save_tokenizer(tokenizer)
-        progress["tokenizer_saved"] = True
-        store.write_json(PROGRESS, progress)
-    splits: dict[str, dict[str, int]] = {}
-    for split in reversed(SPLITS):  # validation first: the split that may be too small is found at once
-        position = Position(**progress["splits"].get(split, {}))
-        if not position.done:
-            array = store.create_array(split, width=made["seq_len"] + 1, dtype=made["dtype"])
-            start = position.documents
-            with Progress(f"tokenising {source.name}, {split}", total=None, unit="documents", start=start) as bar:
-                documents = _watched(_token_documents(source, split, tokenizer, made, start), bar, start)
-                for reached in _write_rows(store, array, documents, position):
-                    position = reached
-                    progress["splits"][split] = dataclasses.asdict(position)
-                    store.write_json(PROGRESS, progress)
-        if not position.rows:
-            seq_len, found = made["seq_len"], f"its {split} split has {position.tokens} tokens"
-            what = f"no text found for one row: {found}, data.seq_len={seq_len} needs {seq_len + 1}"
-            raise UserError(what, at=("source", source.spec))
-        splits[split] = {"rows": position.rows, "tokens": position.tokens}
-    return splits
+    progress["done"] = True
+    store.write_json(PROGRESS, progress)
+    _check_counts(config, counts)
+    table, tokens = scratch.read()
+    found: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        chosen = table["validation"] == (split == "validation")
+        with Progress(f"packing, {split}", total=None, unit="rows") as bar:
+            packed = write_packed(store, split, (table, tokens), chosen, made=made, progress=bar.update)
+        found[split] = {"rows": packed.num_rows, "efficiency": packed.efficiency}
+    train, validation = (table["text_hash"][table["validation"] == side] for side in (False, True))
+    counts["shared"] = int(np.isin(validation, train).sum())
+    return found
 
 
-def _beginning(source: Source) -> Iterator[str]:
-    """What a vocabulary is trained on."""
-    characters = 0
-    for text in source.documents("train"):
-        yield text
-        characters += len(text)
-        if characters >= TRAINING_CHARACTERS:
-            return
+def _tokenised(
+    config: DataConfig, encoding: Encoding, streams: Streams, check: Check, progress: dict[str, Any]
+) -> Iterator[Batch]:
+    """What is kept, a batch at a time.
 
-
-def _token_documents(
-    source: Source, split: Split, tokenizer: PreTrainedTokenizerBase, made: dict[str, Any], start: int
-) -> Iterator[np.ndarray]:
-    """The tokens of each document from number `start` on, EOS included; [length] of the store's dtype."""
-    dtype, vocab_size = made["dtype"], made["tokenizer"]["vocab_size"]
-    if source.is_tokens:
-        tokens = source.tokens(split)
-        for at in range(start * TOKEN_SLICE, len(tokens), TOKEN_SLICE):
-            part = np.asarray(tokens[at : at + TOKEN_SLICE])
-            if part.max() >= vocab_size:
-                vocabulary = f"the vocabulary of {made['tokenizer']['spec']}, which has {vocab_size} tokens"
-                raise UserError(f"token {part.max()} is outside {vocabulary}", at=("source", source.spec))
-            yield part.astype(dtype)
-        return
-    encode, eos = encoder(tokenizer), tokenizer.eos_token_id
-    for batch in batched(itertools.islice(source.documents(split), start, None), len):
-        for ids in encode(batch):
-            ids.append(eos)
-            yield np.array(ids, dtype)
-
-
-def _write_rows(
-    store: Store, array: ts.TensorStore, documents: Iterator[np.ndarray], position: Position
-) -> Iterator[Position]:
-    """Writes the rows from `position` on and yields the position after each shard; the last one is `done`.
-
-    `documents` begins with document number `position.documents`.
+    `progress` is up to date with what was handed out; what it counts as read is passed over.
     """
-    seq_len = array.shape[1] - 1
-    rows_at_once = shard_rows(array)
-    pending: collections.deque[np.ndarray] = collections.deque()
-    held = -position.skip  # tokens of `pending` at and after the position
+    counts, whole = progress["counts"], config.packing == CONCATENATED
+    rendered = _rendered(config, encoding, streams, progress["read"], counts)
+    with Progress("tokenising", total=None, unit="examples", start=progress["read"]) as bar:
+        for batch in () if progress["done"] else batched(rendered, lambda one: sum(len(text[0]) for text in one[2])):
+            progress["read"] += len(batch)
+            told = [(place, side, text) for place, side, texts in batch for text in texts]
+            encoded, validation, hashes = [], [], []
+            for (place, side, text), one in zip(told, encoding.tokenize([text for _, _, text in told])):
+                length, drawn = len(one.ids), 0
+                if not whole or side is None:
+                    drawn = draw(f"{config.seed}\0{text[0]}")
+                is_validation = (drawn < config.val_fraction * 2**64) if side is None else side == "validation"
+                of, losses = counts[SPLITS[is_validation]], int(one.trained[0 if whole else 1 :].sum())
+                if length > config.seq_len and not whole:
+                    of["too_long"] += 1
+                    of["shortest_too_long"] = min(of["shortest_too_long"] or length, length)
+                elif not losses and not whole:
+                    of["untrained"] += 1
+                else:
+                    of["examples"] += 1
+                    of["tokens"] += length
+                    of["loss_tokens"] += losses
+                    of["most"] = max(of["most"], most := int(one.ids.max()))
+                    check(most, place)
+                    encoded.append(one)
+                    validation.append(is_validation)
+                    hashes.append(drawn)
+            bar.update(progress["read"], f"{sum(counts[split]['tokens'] for split in SPLITS):,} tokens")
+            yield encoded, validation, hashes
+    if counts["refused"]:
+        say(f"warning: {counts['refused']:,} examples skipped; the first: {counts['first_refused']}")
 
-    def write(rows: int) -> Position:
-        nonlocal array, held
-        flat = np.concatenate(pending)[position.skip :][: rows * seq_len + 1]
-        end = position.rows + rows
-        values = np.lib.stride_tricks.sliding_window_view(flat, seq_len + 1)[::seq_len]
-        with store.errors():
-            if array.shape[0] < end:
-                array = array.resize(exclusive_max=[end, seq_len + 1]).result()
-            array[position.rows : end].write(values).result()
-        held -= rows * seq_len
-        documents_done, skip = position.documents, position.skip + rows * seq_len
-        while pending and skip >= len(pending[0]):
-            skip -= len(pending.popleft())
-            documents_done += 1
-        return Position(documents=documents_done, skip=skip, rows=end)
 
-    for document in documents:
-        pending.append(document)
-        held += len(document)
-        while held > rows_at_once * seq_len:
-            position = write(rows_at_once)
-            yield position
-    if held > seq_len:
-        position = write((held - 1) // seq_len)
-    yield dataclasses.replace(position, tokens=position.rows * seq_len + max(0, held), done=True)
+def _rendered(
+    config: DataConfig, encoding: Encoding, streams: Streams, skip: int, counts: dict[str, Any]
+) -> Iterator[tuple[str, str | None, list[Any]]]:
+    """From example number `skip` on its place, its split, if that is settled, and its texts; none: it is refused."""
+    for example in itertools.islice(_read(streams), skip, None):
+        texts: list[Any] = []
+        try:
+            texts = _render(encoding, example)
+        except UserError as error:
+            if config.on_bad == "error":
+                raise
+            counts["refused"] += 1
+            counts["first_refused"] = counts["first_refused"] or str(error.within("data."))
+        yield example.place, example.side, texts
 
 
-def _watched(documents: Iterable[np.ndarray], progress: Progress, done: int) -> Iterator[np.ndarray]:
-    """Passes `documents` through, counting from `done` on."""
-    tokens = 0
-    for count, document in enumerate(documents, done + 1):
-        yield document
-        tokens += len(document)
-        progress.update(count, f"{tokens:,} tokens")
+def _read(streams: Streams) -> Iterator[Example]:
+    for key, mixture in streams.items():
+        with within(key):
+            yield from mixture
+
+
+def _render(encoding: Encoding, example: Example) -> list[Any]:
+    with within("format", example.place):
+        return encoding.examples(example.said)
+
+
+def _check_counts(config: DataConfig, counts: dict[str, Any]) -> None:
+    """Raises UserError when a split is left without an example."""
+    total = sum(counts[split]["examples"] for split in SPLITS)
+    for split, key in zip(SPLITS, (config.key, "val_files" if config.val_files else config.key)):
+        of = counts[split]
+        if of["examples"]:
+            continue
+        if of["too_long"]:
+            what = f"all {of['too_long']:,} {split} examples are longer"
+            hint = f"the shortest needs data.seq_len={of['shortest_too_long']}"
+            raise UserError(what, at=f"seq_len={config.seq_len}", hint=hint)
+        if of["untrained"]:
+            what = f"no token to train on in any of {of['untrained']:,} {split} examples"
+            raise UserError(what, at=key)
+        if counts["refused"] and not total:
+            what = f"none of {counts['refused']:,} examples can be expressed"
+            raise UserError(what, at="format", hint=f"the first: {counts['first_refused']}")
+        what = f"of {total:,} examples none is left for {split}"
+        hint = "give more data, another fraction or data.val_files"
+        raise UserError(what, at=f"val_fraction={config.val_fraction}", hint=hint)

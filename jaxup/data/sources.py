@@ -1,16 +1,15 @@
-"""Where the text comes from: the standard library, files, datasets, or tokens made by nanoGPT.
+"""Where data come from: files, directories, datasets, the standard library, tokens made by nanoGPT.
 
-A source is named by one string:
+| spec | is |
+|---|---|
+| a file | .jsonl, .json or .parquet; in a corpus also text, a piece a row; .gz or .zst of these |
+| a directory | such files; or what `datasets.save_to_disk` wrote; in a corpus also nanoGPT's train.bin and val.bin |
+| `NAME` or `NAME:CONFIG` | a dataset on the Hugging Face hub |
+| `python` | in a corpus the standard library of the running interpreter, about 10 MB; `./python` is a directory |
 
-| `data.source` | is | split into train and validation by |
-|---|---|---|
-| `python` | the standard library of the running interpreter, about 10 MB | a hash of each file's path |
-| a file or a directory | text, .jsonl (key "text"), .parquet (column "text") | a hash of (file, document) |
-| a directory of `save_to_disk` | a `datasets` Dataset or DatasetDict | its own splits, else `train_test_split` |
-| a directory with train.bin and val.bin | nanoGPT's flat uint16 tokens | the two files |
-| `NAME` or `NAME:CONFIG` | a dataset on the Hugging Face hub | its own splits, else `train_test_split` |
-
-Documents come in a fixed order and are never all in memory. `./python` is a directory of that name.
+Where a dataset or a directory has splits, "train" is read; `SPEC:SPLIT` names another. A directory's are told by the
+names of its files, as `datasets.load_dataset` tells them. A corpus is split in two by itself: by the splits that it
+has, else a dataset by `train_test_split`, as nanoGPT does, and files by a hash of (file, row).
 """
 
 from __future__ import annotations
@@ -20,140 +19,280 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import json
+import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxup.errors import UserError, first_line, suggest, within
+from jaxup.data.layouts import COLUMNS, LAYOUTS
+from jaxup.data.readers import (
+    COMPRESSED,
+    MIB,
+    Row,
+    kind_of,
+    read_dataset,
+    read_json,
+    read_jsonl,
+    read_parquet,
+    read_text,
+)  # fmt: skip
+from jaxup.errors import UserError, first_line, nearest, suggest
 from jaxup.files.storage import SECONDS, ask_hub, check_hub_id
+from jaxup.progress import say
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
-PROSE_SUFFIXES = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".csv", ".toml", ".yaml", ".yml"}
-CODE_SUFFIXES = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".ts", ".go", ".rs", ".sh"}
-CORPUS_SUFFIXES = PROSE_SUFFIXES | CODE_SUFFIXES | {".jsonl", ".parquet"}
+ROWS = {".jsonl", ".json", ".parquet"}
+PROSE = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".csv", ".toml", ".yaml", ".yml"}
+CODE = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".ts", ".go", ".rs", ".sh"}
+CORPUS = PROSE | CODE | ROWS - {".json"}
 # A name that ends so was meant as a path even when nothing is there; hub names never do.
-PATH_SUFFIXES = CORPUS_SUFFIXES | {".json", ".gz", ".zst", ".zip", ".bin"}
+_PATHS = CORPUS | ROWS | COMPRESSED | {".zip", ".bin"}
 # Directories of the standard library that are tests, or not the library at all.
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib", "lib2to3"}
 
-MIB = 2**20
-PIECE_CHARACTERS = 64 * 1024  # a longer plain-text file becomes several documents
-WHOLE_HASH_BYTES = 16 * MIB  # the fingerprint of a longer file has its size, when it was changed,
+TOKEN_SLICE = 2**20  # nanoGPT's tokens are read in rows of this many
+WHOLE_HASH_BYTES = 16 * MIB  # the fingerprint of a longer file of a corpus has its size, when it was changed,
 HASHED_BLOCKS, HASHED_BYTES = 64, 64 * 1024  # and so many blocks of so many bytes, from its first to its last
+
+# What `datasets` takes for the name of a split in that of a file, between dots, dashes, blanks and digits.
+_WORDS = dict.fromkeys(("train", "training"), "train")
+_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+_WORDS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+_HELD_OUT = ("validation", "test")
+
+
+class Corpus(NamedTuple):
+    """That what is read is text, one document a row, and how it is split in two where it is not already."""
+
+    val_fraction: float
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """Documents (or, when `is_tokens`, tokens) in two splits; made by `open_source`."""
+class File:
+    """One file, or one dataset."""
 
-    spec: str  # as the user wrote it; error messages name it
-    name: str  # short, fit for a file name
-    fingerprint: str  # hex; other content has another one
-    val_fraction: float | None = None  # None: the source brings its own splits, the setting decides nothing
-    seed: int | None = None  # None: the split does not depend on it
-    read: Callable[[Split], Iterable[str | None]] = lambda split: ()  # the documents; what is empty is passed over
-    bins: dict[Split, Path] = dataclasses.field(default_factory=dict)  # or nanoGPT's tokens, uint16
-
-    def documents(self, split: Split) -> Iterator[str]:
-        """The non-empty documents of `split`, lazily, in an order that never changes.
-
-        UserError for a file that cannot be read or parsed, and, at the end, when the split was empty.
-        """
-        found = False
-        with within("source"), os_errors(self.spec):
-            for text in self.read(split):
-                if text:
-                    found = True
-                    yield text
-            if not found:
-                hint = "" if self.val_fraction is None else f" with data.val_fraction={self.val_fraction}"
-                raise UserError(f"no text found in its {split} split{hint}", at=self.spec)
-
-    @property
-    def is_tokens(self) -> bool:
-        return bool(self.bins)
-
-    def tokens(self, split: Split) -> np.memmap:
-        """uint16 [tokens], in which documents end with their EOS."""
-        return np.memmap(self.bins[split], dtype="<u2", mode="r")
+    path: str  # as messages name it
+    name: str  # what its rows are chosen by: the same wherever the data lies
+    size: int  # bytes of a file, rows of a dataset
+    hash: Callable[[], str]  # of all of it
+    rows: Callable[[], Iterator[Row]]
+    layout: str = ""  # one of LAYOUTS once it is known, or "ids"
+    side: Callable[[Row], Split | None] = lambda row: None  # the split of a row, if that is settled
+    drawn: bool = False  # `side` depends on the fraction of a corpus,
+    seeded: bool = False  # and on its seed
 
 
-def open_source(spec: str, *, val_fraction: float, seed: int) -> Source:
-    """The source that `spec` names; UserError when there is none, it holds no text or a package is missing."""
-    if not 0 < val_fraction < 1:
-        raise UserError("must lie between 0 and 1", at=f"val_fraction={val_fraction}")
-    path = Path(spec).expanduser()
-    with within("source"), os_errors(spec):
-        if spec == "python":
-            return _file_source(spec, spec, library(), val_fraction, whole=True)
+def find_files(spec: str, corpus: Corpus | None = None, *, side: Split | None = None) -> list[File]:
+    """What `spec` names; UserError when that is nothing, or nothing that can be read.
+
+    `side` says which of the two splits it is all for; of what has splits, one fit for that is read.
+    """
+    with os_errors(spec):
+        path, split = _place(spec)
+    choice = _Choice(spec, split, corpus, side)
+    with os_errors(spec):
+        if spec == "python" and corpus:
+            files = [_file(path, name, corpus, whole=True) for name, path in library()]
+            return [choice.drawn(file) for file in files]
         if not spec or not path.exists():
-            return _hub_source(spec, val_fraction, seed)
-        if not path.is_dir() and not path.is_file():  # opening a pipe would wait for ever
-            raise UserError("neither a file nor a directory", at=spec)
+            return _hub(spec, corpus, side)
         if path.is_file():
-            return _file_source(spec, path.stem, [(path.name, path)], val_fraction)
-        if (path / "train.bin").exists() and (path / "val.bin").exists():
-            return _token_source(spec, path)
+            return [choice.drawn(_file(path, path.name, corpus))]
+        if not path.is_dir():  # opening a pipe would wait for ever
+            raise UserError("neither a file nor a directory", at=spec)
+        if corpus and (path / "train.bin").exists() and (path / "val.bin").exists():
+            return [_tokens(path / "val.bin", "validation"), _tokens(path / "train.bin", "train")]
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            data = load_dataset(spec, "load_from_disk", str(path))
-            return _dataset_source(spec, path.resolve().name, data, val_fraction, seed)
-        files = _text_files(path)
-        return _file_source(spec, files[0][1].stem if len(files) == 1 else path.resolve().name, files, val_fraction)
+            return choice.datasets(path.resolve().name, load_dataset(spec, "load_from_disk", str(path)))
+        return choice.files(path)
 
 
-Files = list[tuple[str, Path]]  # paths within a directory, by which the splits are drawn, and where they lie
+def _place(spec: str) -> tuple[Path, str]:
+    """The path that `spec` is, or that it names a split of."""
+    whole, (base, _, split) = Path(os.path.expanduser(spec)), spec.rpartition(":")
+    part = Path(os.path.expanduser(base))  # expanduser of os leaves an unknown ~user as it is
+    return (part, split) if base and not whole.exists() and part.exists() else (whole, "")
 
 
-def library() -> Files:
-    """The standard library's."""
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """Which of several splits are read, and what for."""
+
+    spec: str
+    named: str
+    corpus: Corpus | None
+    side: Split | None
+
+    def pick(self, splits: Mapping[str, Any], unnamed: str = "") -> dict[Split | None, str]:
+        """side -> the name of a split: of a corpus two where it has them; None: what decides the side comes later."""
+        there = [name for name in splits if name]
+        if self.named and self.named not in there:
+            what = f'no split "{self.named}"{suggest(self.named, there)}; its splits: {", ".join(there) or "none"}'
+            raise UserError(what, at=self.spec)
+        held = next((name for name in _HELD_OUT if name in there), None)
+        train = self.named or next((name for name in ("train", unnamed) if name in splits), None)
+        if self.side == "validation":
+            train = self.named or held or train or (there[0] if len(there) == 1 else None)
+        if train is None:
+            hint = f"name one, as in {self.spec}:{there[0]}"
+            raise UserError(f'no split "train"; its splits: {", ".join(there)}', at=self.spec, hint=hint)
+        if self.corpus and self.side is None and not self.named and held and "train" in there:
+            return {"validation": held, "train": train}
+        left_out = [name or "files of no split" for name in splits if name != train]
+        if left_out and self.side is None:
+            offer = f"; data.val_files={self.spec}:{held} evaluates on {held}" if held else ""
+            say(f"{self.spec}: the split {train or 'of no name'} is read; not {', '.join(left_out)}{offer}")
+        return {self.side: train}
+
+    def drawn(self, file: File) -> File:
+        """The same with the rows' side, if a corpus has it drawn."""
+        if self.side or not self.corpus:
+            return dataclasses.replace(file, side=lambda row: self.side)
+        below = self.corpus.val_fraction
+        # Of a file that is one document the name alone decides, as it always has.
+        key = (lambda row: file.name) if file.layout == "whole" else lambda row: f"{file.name}\0{row.number - 1}"
+
+        def side(row: Row) -> Split:
+            return "validation" if draw(key(row)) / 2**64 < below else "train"
+
+        return dataclasses.replace(file, side=side, drawn=True)
+
+    def files(self, directory: Path) -> list[File]:
+        wanted = CORPUS if self.corpus else ROWS
+        found = {p.relative_to(directory).as_posix(): p for p in sorted(directory.rglob("*")) if kind_of(p) in wanted}
+        # Beside data in other files, .json says something about it.
+        json_too = all(kind_of(path) == ".json" for path in found.values())
+        found = {
+            name: path for name, path in found.items()
+            if not hidden(name) and (json_too or kind_of(path) != ".json") and path.is_file() and path.stat().st_size
+        }  # fmt: skip
+        if not found:
+            looked = ", ".join(sorted(wanted))
+            what = "no text found" if self.corpus else "no chat data in this directory"
+            raise UserError(f"{what} (looked for {looked})", at=self.spec)
+        splits: dict[str, list[str]] = {}
+        for name in sorted(found):
+            splits.setdefault(split_of(name) if ROWS.issuperset(map(kind_of, found.values())) else "", []).append(name)
+        if list(splits) == [""]:
+            return [self.drawn(_file(found[name], name, self.corpus)) for name in splits[""]]
+        if self.corpus and not self.named and self.side is None and not ("train" in splits and len(splits) > 1):
+            return [self.drawn(_file(path, name, self.corpus)) for name, path in sorted(found.items())]
+        return [
+            dataclasses.replace(self, side=side).drawn(_file(found[name], name, self.corpus))
+            for side, split in self.pick(splits).items() for name in splits[split]
+        ]  # fmt: skip
+
+    def datasets(self, name: str, data: Any) -> list[File]:
+        """`data` is a datasets.Dataset or DatasetDict."""
+        splits = dict(data) if isinstance(data, dict) else {"train": data}
+        found = []
+        for side, split in self.pick(splits).items():
+            dataset = splits[split]
+            if not len(dataset):
+                raise UserError("no rows", at=self.spec)
+            self._columns(dataset.column_names)
+            file = File(
+                path=self.spec, name=name, size=len(dataset), hash=functools.partial(getattr, dataset, "_fingerprint"),
+                rows=functools.partial(read_dataset, self.spec, dataset, self._columns),
+            )  # fmt: skip
+            if side or not self.corpus:
+                found.append(dataclasses.replace(self, side=side).drawn(file))
+            else:
+                held = _held_out_rows(self.spec, len(dataset), self.corpus)
+                side_of = functools.partial(_side_of, held)
+                found.append(dataclasses.replace(file, side=side_of, drawn=True, seeded=True))
+        return found
+
+    def _columns(self, names: list[str]) -> list[str]:
+        return columns_of(self.spec, names)
+
+
+def columns_of(path: str, names: list[str]) -> list[str]:
+    if known := [name for name in names if name in COLUMNS]:
+        return known
+    raise UserError(f"its columns are of no layout{near_layout(dict.fromkeys(names))}", at=path)
+
+
+def _side_of(held_out: np.ndarray, row: Row) -> Split:
+    return "validation" if held_out[row.number - 1] else "train"
+
+
+def _held_out_rows(spec: str, count: int, corpus: Corpus) -> np.ndarray:
+    """bool [count]: those that `train_test_split` takes out."""
+    if count < 2:
+        raise UserError(f"no text found: {count} documents cannot be split in two", at=spec)
+    # The row numbers are split, not the dataset: that would write its indices into the user's directory.
+    numbers = import_datasets(spec).Dataset.from_dict({"row": np.arange(count)}).with_format("numpy")
+    drawn = numbers.train_test_split(test_size=corpus.val_fraction, seed=corpus.seed, shuffle=True)
+    held_out = np.zeros(count, bool)
+    held_out[drawn["test"]["row"][:]] = True
+    return held_out
+
+
+def _file(path: Path, name: str, corpus: Corpus | None, *, whole: bool = False) -> File:
+    kind, size = kind_of(path), path.stat().st_size
+    if not corpus and kind not in ROWS:
+        raise UserError(f"chat data is {', '.join(sorted(ROWS))}", at=str(path))
+    if not size and not whole:
+        raise UserError("no text found" if corpus else "no rows: the file is empty", at=str(path))
+    reads: dict[str, Callable[[], Iterator[Row]]] = {
+        ".jsonl": functools.partial(read_jsonl, path),
+        ".json": functools.partial(read_json, path),
+        ".parquet": functools.partial(read_parquet, path, functools.partial(columns_of, str(path))),
+    }
+    rows = reads.get(kind, functools.partial(read_text, path, whole=whole))
+    hashed = functools.partial(file_hash, path, whole=not corpus)
+    return File(path=str(path), name=name, size=max(1, size), hash=hashed, rows=rows, layout="whole" if whole else "")
+
+
+def _tokens(path: Path, side: Split) -> File:
+    """nanoGPT's flat uint16, in which documents end with their EOS."""
+    size = path.stat().st_size
+    if not size or size % 2:
+        what = f"not uint16 tokens: its size of {size} bytes is odd" if size else "no text found: the file is empty"
+        raise UserError(what, at=str(path))
+
+    def rows() -> Iterator[Row]:
+        tokens = np.memmap(path, dtype="<u2", mode="r")
+        for number, at in enumerate(range(0, len(tokens), TOKEN_SLICE), 1):
+            yield Row(number, str(path), np.asarray(tokens[at : at + TOKEN_SLICE]), "", at / len(tokens))
+
+    hashed = functools.partial(file_hash, path)
+    return File(path=str(path), name=path.name, size=size, hash=hashed, rows=rows, layout="ids", side=lambda row: side)
+
+
+def split_of(name: str) -> str:
+    """Of which split a file is, as its path within a directory tells; "" if it does not."""
+    *directories, stem = Path(name).with_suffix("").parts
+    if shard := re.fullmatch(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*", stem):
+        return _WORDS.get(shard[1], shard[1])
+    for part in (stem, *reversed(directories)):
+        if found := [_WORDS[word] for word in re.split(r"[-._ 0-9]+", part.lower()) if word in _WORDS]:
+            return found[0]
+    return ""
+
+
+def library() -> list[tuple[str, Path]]:
+    """The standard library's files: path within it, and where that lies."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [(path.relative_to(root), path) for path in sorted(root.rglob("*.py"))]
     return [(name.as_posix(), path) for name, path in files if NOT_LIBRARY.isdisjoint(name.parts)]
 
 
-def _text_files(directory: Path) -> Files:
-    paths = (p for p in directory.rglob("*") if p.suffix in CORPUS_SUFFIXES and p.is_file())
-    return sorted((p.relative_to(directory).as_posix(), p) for p in paths if not hidden(p, directory))
-
-
-def _file_source(spec: str, name: str, files: Files, val_fraction: float, *, whole: bool = False) -> Source:
-    if not any(path.stat().st_size for _, path in files):
-        raise UserError(f"no text found (looked for {', '.join(sorted(CORPUS_SUFFIXES))})", at=spec)
-    read = functools.partial(_documents, files, whole, val_fraction)
-    return Source(spec=spec, name=safe_name(name), fingerprint=files_hash(files), val_fraction=val_fraction, read=read)
-
-
-def _documents(files: Files, whole: bool, val_fraction: float, split: Split) -> Iterator[str | None]:
-    """Of `whole` files each is one document, and as such in one split."""
-    for name, path in files:
-        read = _READERS.get(path.suffix, _read_text)
-        texts = [path.read_text(encoding="utf-8-sig", errors="replace")] if whole else read(path)
-        for index, text in enumerate(texts):
-            if (draw(name if whole else f"{name}\0{index}") / 2**64 < val_fraction) == (split == "validation"):
-                yield text
+def hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in Path(name).parts)
 
 
 def draw(key: str) -> int:
     """64 bits, always the same for a key."""
     return int.from_bytes(hashlib.blake2b(key.encode(errors="replace"), digest_size=8).digest(), "big")
-
-
-def files_hash(files: Files) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, path in files:
-        digest.update(f"{name}\0{file_hash(path)}\0".encode(errors="replace"))
-    return digest.hexdigest()
-
-
-def hidden(path: Path, directory: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(directory).parts)
 
 
 def file_hash(path: Path, *, whole: bool = False) -> str:
@@ -173,85 +312,21 @@ def file_hash(path: Path, *, whole: bool = False) -> str:
     return digest.hexdigest()
 
 
-def _read_text(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        if b"\0" in file.read(8192):
-            raise UserError("not a text file (it holds zero bytes)", at=str(path))
-    # newline="": the text is taken as it is, line ends included.
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        # On to the end of the line, unless that is as far again.
-        while piece := file.read(PIECE_CHARACTERS):
-            yield piece + file.readline(PIECE_CHARACTERS)
+def files_hash(files: list[tuple[str, Path]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, path in files:
+        digest.update(f"{name}\0{file_hash(path)}\0".encode(errors="replace"))
+    return digest.hexdigest()
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"not a line of JSON ({error})", at=f"{path}:{number}") from None
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise UserError('no string under the key "text"', at=f"{path}:{number}")
-            yield record["text"]
-
-
-def _read_parquet(path: Path) -> Iterator[str | None]:
-    def text(schema: Any) -> list[str]:
-        _check_column(str(path), schema.names, str(schema.field("text").type) if "text" in schema.names else "")
-        return ["text"]
-
-    for batch, _ in parquet_batches(path, 256, text):
-        yield from batch.column(0).to_pylist()
-
-
-def parquet_batches(path: Path, size: int, choose: Callable[[Any], list[str]]) -> Iterator[tuple[Any, int]]:
-    """Record batches of `size` rows, of the columns that `choose` takes of a schema; and how many rows the file has."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError('parquet needs pyarrow; pip install "jaxup[data]"', at=str(path)) from None
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=size, columns=choose(file.schema_arrow)):
-                yield batch, file.metadata.num_rows
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"not a sound parquet file ({first_line(error)})", at=str(path)) from None
-
-
-_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _dataset_source(spec: str, name: str, data: Any, val_fraction: float, seed: int) -> Source:
-    """`data` is a datasets.Dataset or DatasetDict."""
-    splits = dict(data) if isinstance(data, dict) else {"train": data}
-    train = of_split_train(spec, data)
-    held_out = [splits[name] for name in ("validation", "test") if name in splits][:1]
-    for dataset in (train, *held_out):
-        _check_column(spec, dataset.column_names, getattr(dataset.features.get("text"), "dtype", ""))
-    # Of the whole, before any split of ours: val_fraction and seed are compared by themselves.
-    fingerprint = "".join(dataset._fingerprint for dataset in (train, *held_out))
-    parts: dict[Split, tuple[Any, np.ndarray]]
-    if held_out:
-        parts = {split: (dataset, np.arange(len(dataset))) for split, dataset in zip(SPLITS, (train, *held_out))}
-    else:
-        if len(train) < 2:
-            raise UserError(f"no text found: {len(train)} documents cannot be split in two", at=spec)
-        # The row numbers are split, not the dataset: that would write its indices into the user's directory.
-        numbers = import_datasets(spec).Dataset.from_dict({"row": np.arange(len(train))}).with_format("numpy")
-        drawn = numbers.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
-        parts = {"train": (train, drawn["train"]["row"][:]), "validation": (train, drawn["test"]["row"][:])}
-
-    def read(split: Split) -> Iterator[str | None]:
-        dataset, rows = parts[split]
-        for start in range(0, len(rows), 256):
-            yield from dataset[rows[start : start + 256]]["text"]
-
-    drawn_by: dict[str, Any] = {} if held_out else {"val_fraction": val_fraction, "seed": seed}
-    return Source(spec=spec, name=safe_name(name), fingerprint=fingerprint, read=read, **drawn_by)
+def near_layout(row: Any) -> str:
+    if not isinstance(row, dict):
+        return f"; known: {', '.join(LAYOUTS)}"
+    for key in row:
+        if told := nearest(key[:40], COLUMNS):
+            return f": no layout has {key[:40]!r}{told}"
+    keys = ", ".join(repr(key[:40]) for key in list(row)[:12])
+    return f"; its keys: {keys or 'none'}; known: {', '.join(LAYOUTS)}"
 
 
 def load_dataset(spec: str, how: str, *args: Any, **options: Any) -> Any:
@@ -267,40 +342,47 @@ def load_dataset(spec: str, how: str, *args: Any, **options: Any) -> Any:
         raise UserError(f"cannot load the dataset: {type(error).__name__}: {first_line(error)}", at=spec) from None
 
 
-def _hub_source(spec: str, val_fraction: float, seed: int) -> Source:
-    missing = f"no such file or directory: {spec}{_near_python(spec, 0.6)}"
-    if not is_dataset_name(spec) or _near_python(spec, 0.8):
+def _hub(spec: str, corpus: Corpus | None, side: Split | None) -> list[File]:
+    missing = f"no such file or directory: {spec if corpus else spec or repr(spec)}{_near_python(spec, 0.6, corpus)}"
+    if not is_dataset_name(spec) or _near_python(spec, 0.8, corpus):
         raise UserError(missing)
-    name, _, config = spec.partition(":")
+    name, *more = spec.split(":")
     datasets = import_datasets(spec)
     reach_dataset(name, datasets)
+    config, split = (*more, "", "")[:2]
     try:
-        data = datasets.load_dataset(name, config or None)
+        try:
+            data = datasets.load_dataset(name, config or None)
+        except ValueError as error:  # there is no such configuration: perhaps it is a split
+            if not config or split or "BuilderConfig" not in str(error):
+                raise
+            config, split = "", config
+            data = datasets.load_dataset(name, None)
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError):
         raise UserError(f"{missing}, and no such dataset on the Hugging Face hub") from None
     except Exception as error:  # network, quota, gated or damaged: the libraries raise all kinds
-        if "scripts are no longer supported" in str(error) and not config:
-            return _downloaded_source(spec, val_fraction)
+        if corpus and "scripts are no longer supported" in str(error) and not more:
+            return _downloaded(spec, corpus, side)
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{missing}, and the hub's dataset cannot be loaded: {reason}") from None
-    return _dataset_source(spec, spec, data, val_fraction, seed)
+    return _Choice(spec.removesuffix(f":{split}"), split, corpus, side).datasets(spec, data)
 
 
-def _downloaded_source(spec: str, val_fraction: float) -> Source:
+def _downloaded(spec: str, corpus: Corpus, side: Split | None) -> list[File]:
     """The data files of a hub dataset whose loading script `datasets` no longer runs, read by ourselves."""
     import huggingface_hub
 
-    wanted = ["*.jsonl", "*.parquet"]
     try:
+        wanted = ["*.jsonl", "*.parquet"]
         directory = huggingface_hub.snapshot_download(spec, repo_type="dataset", allow_patterns=wanted)
     except Exception as error:  # as above
         raise UserError(f"cannot be downloaded: {first_line(error)}", at=spec) from None
-    return _file_source(spec, spec, _text_files(Path(directory)), val_fraction)
+    return _Choice(spec, "", corpus, side).files(Path(directory))
 
 
 def is_dataset_name(spec: str) -> bool:
     """Whether `spec`, which is nothing on this machine, may be a dataset's on the Hub and not a mistyped path."""
-    like_path = re.match(r"[./~\\]|\w+://", spec) or spec.endswith("/") or Path(spec).suffix in PATH_SUFFIXES
+    like_path = re.match(r"[./~\\]|\w+://", spec) or spec.endswith("/") or Path(spec).suffix in _PATHS
     return not like_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.partition(":")[0]) is not None
 
 
@@ -327,37 +409,14 @@ def import_datasets(spec: str) -> Any:
     return datasets
 
 
-def of_split_train(spec: str, data: Any) -> Any:
-    """`data` is a datasets.Dataset or DatasetDict."""
-    if isinstance(data, dict) and "train" not in data:
-        raise UserError(f'no split "train"; its splits: {", ".join(data)}', at=spec)
-    return data["train"] if isinstance(data, dict) else data
-
-
-def _token_source(spec: str, directory: Path) -> Source:
-    bins: dict[Split, Path] = {"train": directory / "train.bin", "validation": directory / "val.bin"}
-    for path in bins.values():
-        size = path.stat().st_size
-        if not size:
-            raise UserError("no text found: the file is empty", at=str(path))
-        if size % 2:
-            raise UserError(f"not uint16 tokens: its size of {size} bytes is odd", at=str(path))
-    fingerprint = hashlib.blake2b("".join(map(file_hash, bins.values())).encode(), digest_size=16).hexdigest()
-    return Source(spec=spec, name=safe_name(directory.resolve().name), fingerprint=fingerprint, bins=bins)
-
-
 def safe_name(text: str) -> str:
     """`text` cut down to letters, digits, dots and dashes: fit for a file name or an object's key."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:48] or "data"
 
 
-def _near_python(spec: str, cutoff: float) -> str:
-    return suggest(spec, ["python"]) if difflib.get_close_matches(spec, ["python"], cutoff=cutoff) else ""
-
-
-def _check_column(at: str, columns: list[str], type_name: str) -> None:
-    if type_name not in ("string", "large_string", "string_view"):
-        raise UserError(f'no column "text" of strings; its columns: {", ".join(columns)}', at=at)
+def _near_python(spec: str, cutoff: float, corpus: Corpus | None) -> str:
+    near = corpus and difflib.get_close_matches(spec, ["python"], cutoff=cutoff)
+    return suggest(spec, ["python"]) if near else ""
 
 
 @contextlib.contextmanager

@@ -4,12 +4,9 @@
                           complete store
     STORE/progress.json   the same and how far an unfinished store has come; gone when it is complete
     STORE/tokenizer/      the tokenizer, as `save_pretrained` writes it
-    STORE/train/, STORE/validation/   zarr3 arrays [rows, seq_len + 1], uint16 or uint32
+    STORE/train/, STORE/validation/   zarr3 arrays; see `rows.py`
+    STORE/scratch/, STORE/rest-N      what an unfinished store holds that is not in rows yet
     STORE/lock            held by the process that prepares the store
-
-That is a store of text; of one of chats (meta.json: `"kind": "chat"`) the arrays are described in `packed.py`. Row r
-of text holds the tokens [r*seq_len, r*seq_len + seq_len] of the stream, both ends included: rows overlap
-by one token, so that each next-token pair is in exactly one of them.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
 import time
@@ -29,7 +27,6 @@ import numpy as np
 import tensorstore as ts
 
 from jaxup.data import integrity
-from jaxup.data.batches import positions
 from jaxup.data.sources import SPLITS
 from jaxup.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
 from jaxup.errors import UserError, storage_error
@@ -42,7 +39,7 @@ from jaxup.text import parse_json, remote
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2
+FORMAT = 3
 META, PROGRESS, TOKENIZER, LOCK = "meta.json", "progress.json", "tokenizer/", "lock"
 # A shard is one file, written at once: about this many tokens, and no more than so many rows.
 SHARD_TOKENS = 4 * 2**20
@@ -89,8 +86,7 @@ class Store:
 
     def write_json(self, key: str, value: dict[str, Any]) -> None:
         value = {"format": FORMAT, **value}
-        with self.errors():
-            self._files.write(key, json.dumps({**value, "digest": _digest_of(value)}, indent=1).encode()).result()
+        self.write(key, json.dumps({**value, "digest": _digest_of(value)}, indent=1).encode())
 
     def files(self) -> dict[str, int | None]:
         """The files that hold tokens and the tokenizer, and their sizes, where the storage tells them for nothing."""
@@ -103,6 +99,10 @@ class Store:
         """All of a file; nothing if it is not there."""
         with self.errors():
             return self._files.read(key).result().value
+
+    def write(self, key: str, content: bytes) -> None:
+        with self.errors():
+            self._files.write(key, content).result()
 
     def digest(self, key: str, stop: int) -> str:
         """SHA-256 of the first `stop` bytes of a file; UserError if it has not so many."""
@@ -184,11 +184,6 @@ class Store:
             raise UserError(f"{self.path}/{name} is damaged: {fault}", at="store", hint="delete the store")
         return array
 
-    def open_rows(self, split: str, meta: dict[str, Any], isolate_eos: int | None = None) -> Rows:
-        rows, width = meta["splits"][split]["rows"], meta["seq_len"] + 1
-        array = self.open_array(split, meta, rows=rows, width=width, dtype=meta["dtype"])
-        return Rows(array, f"{self.path}/{split}", meta["tokenizer"]["vocab_size"], isolate_eos)
-
     def complete(self, wanted: dict[str, Any], make: Callable[[], None]) -> dict[str, Any]:
         """What META says of the store, which `make` fills first if it is not complete; UserError if it is another."""
         while (meta := self.complete_meta()) is None:
@@ -239,8 +234,11 @@ class Store:
         with self.errors():
             for directory in (TOKENIZER, "train/", "validation/"):
                 self._files.delete_range(_below(directory)).result()
+            self._files.delete_range(ts.KvStore.KeyRange("rest-", "rest.")).result()
         self.delete(PROGRESS)
         if self.local:
+            for directory in (TOKENIZER, "train/", "validation/"):
+                shutil.rmtree(f"{self.path}/{directory}", ignore_errors=True)  # empty ones
             with contextlib.suppress(OSError):  # there is something else in it
                 os.remove(os.path.join(self.path, LOCK))
                 os.rmdir(self.path)
@@ -263,45 +261,6 @@ class Store:
             yield
         except (ValueError, OSError) as error:
             raise storage_error(error, "store", self.path) from None
-
-
-class Rows:
-    """The rows of one split of text. `isolate_eos`: the EOS id to keep documents apart; None lets attention cross."""
-
-    def __init__(self, array: ts.TensorStore, name: str, vocab_size: int, isolate_eos: int | None = None):
-        self._array, self._name, self._vocab_size, self.isolate_eos = array, name, vocab_size, isolate_eos
-        self.seq_len: int = array.shape[1] - 1
-
-    def __len__(self) -> int:
-        return self._array.shape[0]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens predicted in one pass over all rows."""
-        return len(self) * self.seq_len
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """int [n] row numbers, in any order, repeats allowed -> int32 [n, seq_len + 1]. IndexError outside the rows.
-
-        UserError for what cannot be read, and for tokens that the tokenizer has not.
-        """
-        return in_vocabulary(gather([self._array], indices, self._name)[0], self._vocab_size, self._name)
-
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """See `jaxup.data.batches.Fields`."""
-        rows = self.read(indices)
-        tokens, targets = rows[:, :-1], rows[:, 1:]
-        batch = {"tokens": tokens.copy(), "targets": targets.copy(), "loss_weights": np.ones(tokens.shape, np.float32)}
-        if self.isolate_eos is None:
-            return batch
-        is_eos = tokens == self.isolate_eos
-        # A document owns its EOS; what the EOS would predict belongs to the next document.
-        begins = np.zeros(tokens.shape, bool)
-        begins[:, 1:] = is_eos[:, :-1]
-        batch["loss_weights"][is_eos] = 0
-        batch["segment_ids"] = 1 + np.cumsum(begins, axis=1, dtype=np.int32)
-        batch["positions"] = positions(begins)
-        return batch
 
 
 def gather(arrays: Sequence[ts.TensorStore], indices: np.ndarray, name: str) -> list[np.ndarray]:
@@ -346,8 +305,6 @@ def _digest_of(value: dict[str, Any]) -> str:
 
 def check_same(store: Store, made: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises UserError, naming the store and all that differs ('seq_len=8, not 16'), unless it is the one wanted."""
-    if made.get("kind", "text") != (kind := wanted.get("kind", "text")):
-        raise UserError(f"{store.path} is not a store of {kind}", at="store", hint=_ANOTHER)
     found: list[tuple[str, Any, Any]] = []
     if made["source"]["fingerprint"] != wanted["source"]["fingerprint"]:
         old, new = (f"{m['source']['spec']} ({m['source']['fingerprint'][:8]})" for m in (made, wanted))
@@ -368,18 +325,18 @@ def _short_tokenizer(tokenizer: dict[str, Any]) -> str:
 
 
 def open_unchecked(
-    path: str, error: UserError, kind: str, specs: dict[str, str], wanted: Callable[[dict[str, Any]], dict[str, Any]]
+    path: str, error: UserError, specs: dict[str, str], wanted: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> tuple[Store, dict[str, Any]]:
     """A complete store named in the config serves a machine that has not got what it was made from.
 
-    Raises `error`, which says what is not there, unless that is such a store of the same `specs`; and as `check_same`
+    Raises `error`, which says what is not there, unless that is a store of the same `specs`; and as `check_same`
     does for what is `wanted` of it, given what it says of itself.
     """
     if not path:
         raise error
     store = Store(path)
     meta = store.complete_meta()
-    if meta is None or meta.get("kind", "text") != kind or any(meta[of]["spec"] != specs[of] for of in specs):
+    if meta is None or any(meta[of]["spec"] != specs[of] for of in specs):
         raise error
     check_same(store, meta, wanted(meta))
     say(f"using {store.path} unchecked: {error.within('data.')}")

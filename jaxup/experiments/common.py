@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import numpy as np
 
-from jaxup.data.batches import Data
+from jaxup.data.config import DataConfig
+from jaxup.data.open import Data
+from jaxup.data.rows import BEST_FIT, CONCATENATED, ONE
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
@@ -89,11 +91,8 @@ class Experiment(abc.ABC):
         if model.positions == "learned" and model.max_positions < seq_len:
             raise UserError(f"data.seq_len={seq_len} exceeds the model's {model.max_positions} positions")
 
-    def _count_steps(self, model: ModelConfig) -> None:
-        """Of the data just opened, for a model that must know its tokens."""
-        if model.vocab_size < self.data.vocab_size:
-            tokens = self.data.vocab_size
-            raise UserError(f"the tokenizer has {tokens} tokens, the model only {model.vocab_size}", at="data")
+    def _count_steps(self) -> None:
+        """Of the data just opened."""
         self.steps = self._config.steps or self._steps_of(self._config.epochs)
         learning_rate(self._settings.optimizer, self.steps)  # refuses a warmup that does not fit
 
@@ -107,12 +106,15 @@ class Experiment(abc.ABC):
         if not 0 < len(prompt) <= self._model.max_positions:
             what = f"{len(prompt)} tokens, and the model takes from 1 to {self._model.max_positions}"
             raise UserError(what, at="sample.prompt")
+        if max(prompt) >= self._model.vocab_size:
+            raise UserError(f"token {max(prompt)}, and the model has {self._model.vocab_size}", at="sample.prompt")
+        known = min(data.vocab_size, self._model.vocab_size)
 
         def sample(model: ModelConfig, params: Params) -> str:
             count = min(c.sample.tokens, model.max_positions - len(prompt))
             steps = sampling.generate(
                 model, params, np.asarray([prompt], np.int32), max_tokens=count, temperature=c.sample.temperature,
-                top_k=c.sample.top_k, seed=c.seed, vocab_size=data.vocab_size, eos_ids=ends,
+                top_k=c.sample.top_k, seed=c.seed, vocab_size=known, eos_ids=ends,
             )  # fmt: skip
             # A model's tokenizer and template are not to be trusted with a terminal.
             return printable(str(data.tokenizer.decode([*prompt, *(int(t[0]) for t in steps if t[0] >= 0)])))
@@ -202,6 +204,17 @@ def read_settings(config: ConfigDict) -> Settings:
         eval_batch_size=config.eval.batch_size, log_interval=config.log.interval,
         checkpoint_interval=config.checkpoint.interval, keep_checkpoints=config.checkpoint.keep,
     )  # fmt: skip
+
+
+def corpus(values: ConfigDict, **more: str) -> DataConfig:
+    """Of a section with the keys of `defaults.text_data`."""
+    keys = {key: value for key, value in values.items() if key != "source"}
+    return section(DataConfig, keys, files=values.source, packing=CONCATENATED, **more)
+
+
+def chats(values: ConfigDict) -> DataConfig:
+    """Of a section with the keys of a healing's data."""
+    return section(DataConfig, {**values, "packing": BEST_FIT if values.packing else ONE})
 
 
 def new_model(section: ConfigDict, tokens: int = 1) -> ModelConfig:

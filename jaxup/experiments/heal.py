@@ -22,16 +22,15 @@ import jax
 from flax import nnx
 
 from jaxup.building.vocabulary import with_template
-from jaxup.data.chat import ChatConfig, ChatData, check_config, check_files, open_chat
 from jaxup.data.chat_formats import end_ids, prompt_ids
-from jaxup.data.documents import DataConfig, open_data
+from jaxup.data.open import Data, check_config, check_files, open_data
 from jaxup.data.tokenizer import load_tokenizer
 from jaxup.depth import picture
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest, within
-from jaxup.experiments.common import Experiment, build, measured, new_model, train_fresh, unchanged
+from jaxup.experiments.common import Experiment, build, chats, corpus, measured, new_model, train_fresh, unchanged
 from jaxup.experiments.config import section
 from jaxup.families import with_family_biases
 from jaxup.files.shards import DTYPES as SAVED
@@ -66,14 +65,14 @@ BASE, PRETRAINED, BEFORE, HEALED, MERGED, CONTROL = "base", "pretrained", "befor
 
 class Heal(Experiment):
     sections = ("base", "pretrain", "heal", "train", "lora", "export")
-    data: ChatData
+    data: Data
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
         super().__init__(config, settings, mesh)
         self._check_steps()
         self._train = section(TrainConfig, {**config.train, "rates": config.train.rates.to_dict()})
         self._lora = section(LoraConfig, {**config.lora, "alpha": config.lora.alpha or 2.0 * config.lora.rank})
-        self._chat = section(ChatConfig, config.data)
+        self._chat = chats(config.data)
         check_config(self._chat)
         for key, dtype, known in (("base", config.base.dtype, LOADED), ("export", config.export.dtype, SAVED)):
             if dtype and dtype not in known:
@@ -155,7 +154,7 @@ class Heal(Experiment):
             check_batch("pretrain.batch_size", c.pretrain.batch_size, self._mesh, self._settings.step.accumulation)
             check_files(self._chat, root)  # before a vocabulary is trained
             with within("pretrain."):
-                text = self._text = open_data(section(DataConfig, c.pretrain.data), root=root)
+                text = self._text = open_data(corpus(c.pretrain.data), root=root)
             tokenizer = text.tokenizer
             self._models = {BASE: new_model(c.model, text.vocab_size)}
         else:
@@ -167,9 +166,9 @@ class Heal(Experiment):
                 if opened.hf != model.hf:
                     raise UserError("config.json has been replaced while the run was going on", at=model.path)
                 self._places[name], self._watched[name] = opened.storage.place, opened.watch()
-        self.data = open_chat(self._chat, tokenizer=tokenizer, root=root)
         self._model = result_config(self._plan, self._models)
-        self._count_steps(self._model)
+        self.data = open_data(self._chat, tokenizer=tokenizer, root=root, vocab_size=self._model.vocab_size)
+        self._count_steps()
         tokenizer = self.data.tokenizer
         tokenizer.chat_template = self.data.chat_template or tokenizer.chat_template
         if tokenizer.chat_template:
@@ -184,7 +183,7 @@ class Heal(Experiment):
     def report(self) -> str:
         length, positions = self.data.seq_len, self._model.max_positions
         longer = [f"data: rows of {length} tokens, and the base was made for {positions}"] * (length > positions)
-        return "\n".join([str(self._plan), *longer, "", self.data.report(color=sys.stdout.isatty()), ""])
+        return "\n".join([str(self._plan), *longer, "", self.data.report(), self.data.example(sys.stdout.isatty()), ""])
 
     # ---- the run
 

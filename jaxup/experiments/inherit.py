@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 import jax
 from flax import nnx
 
-from jaxup.data.documents import DataConfig, TokenData, open_data
+from jaxup.data.open import Data, open_data
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
-from jaxup.experiments.common import Experiment, build, measured, new_model, train_fresh, unchanged
+from jaxup.experiments.common import Experiment, build, corpus, measured, new_model, train_fresh, unchanged
 from jaxup.experiments.config import section
 from jaxup.hub.directory import tokenizer_directory
 from jaxup.hub.load import load
@@ -57,7 +57,7 @@ class InheritConfig:
 
 class Inherit(Experiment):
     sections = ("reference", "inherit")
-    data: TokenData
+    data: Data
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
         super().__init__(config, settings, mesh)
@@ -73,13 +73,14 @@ class Inherit(Experiment):
         if reference.path and not config.data.tokenizer:  # the one that it brings along
             files = tokenizer_directory(reference.path, revision=reference.revision or None)
             tokenizer = {"tokenizer": reference.path, "tokenizer_files": str(files)}
-        self._data_config = section(DataConfig, config.data, **tokenizer)
+        self._data_config = corpus(config.data, **tokenizer)
+        self._vocab_size = model.vocab_size if reference.path or config.model.vocab_size else None  # None: the data's
         self._check_positions(model)
 
     def open_data(self, root: str) -> None:
-        self.data = open_data(self._data_config, root=root)
+        self.data = open_data(self._data_config, root=root, vocab_size=self._vocab_size)
         self._model = self._read_model(self.data.vocab_size)
-        self._count_steps(self._model)
+        self._count_steps()
         self.inputs = {"data": os.path.basename(self.data.store), "steps": self.steps}
         if not self._config.reference.path:
             self.inputs["reference.steps"] = self._config.reference.steps or self.steps

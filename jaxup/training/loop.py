@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxup.data.batches import Data
+from jaxup.data.open import Data
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import NonFinite, UserError
 from jaxup.model.config import Compute, ModelConfig

@@ -1,8 +1,4 @@
-"""Chat data: files, directories and datasets, mixed by weight -> conversations, one after the other.
-
-A file is .jsonl, .json (one list, or JSON lines) or .parquet; a directory holds such files, or is what
-`datasets.save_to_disk` wrote; `NAME` or `NAME:CONFIG` is a dataset on the Hugging Face hub, of which the split
-"train" is read. What a row may look like stands in `layouts.py`.
+"""Files and datasets, mixed by weight -> examples, one after the other. What a row may be stands in `layouts.py`.
 
 A weight is how often a file's rows are taken in one pass over all: 2 twice, 0.5 the half of them, 1.5 all once
 and half of them again. Which half is decided by a hash of (seed, file, row), so it depends on neither the order of
@@ -23,63 +19,80 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-from jaxup.data.chat_files import File, Row, find_files, near_layout
-from jaxup.data.layouts import LAYOUTS, BadRow, Conversation, Segments, fitting, parse
-from jaxup.data.sources import draw, os_errors
+import numpy as np
+
+from jaxup.data.layouts import LAYOUTS, BadRow, Conversation, Segment, Segments, fitting, parse
+from jaxup.data.readers import Row
+from jaxup.data.sources import Corpus, File, Split, draw, find_files, near_layout, os_errors
 from jaxup.errors import UserError, suggest
 
 MOST_PASSES = 1000  # over a file: all of them are tokenised
 FIRST_ROWS = 16  # the layout is detected from
 
 
+class Example(NamedTuple):
+    said: Conversation | Segments | np.ndarray  # or token ids
+    place: str  # the file and the line, or the number of the row
+    side: Split | None  # the split it is of, if that is settled
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Conversations:
-    """Iterable as often as wanted, always in the same order; made by `open_conversations`."""
+class Mixture:
+    """Iterable as often as wanted, always in the same order; made by `open_mixture`."""
 
     mixed: tuple[tuple[tuple[File, ...], float], ...]  # the files of one entry follow each other
     seed: int
     on_bad: str  # "error" | "skip"
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)  # of each file, when all of it was read
+    blanks: bool = False  # text may be blank, and where it is empty there is no example: documents of a corpus
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hex; other conversations have another one. Every byte of the files is read for it."""
+        """Hex; other examples have another one."""
         # The seed decides nothing unless a part of some file is left out.
         drawn_by = self.seed if any(weight % 1 for _, weight in self.mixed) else None
         with os_errors():
             content = [[weight, [(f.name, f.hash(), f.layout) for f in files]] for files, weight in self.mixed]
         return hashlib.blake2b(json.dumps([drawn_by, content]).encode(), digest_size=16).hexdigest()
 
+    @functools.cached_property
+    def files(self) -> list[File]:
+        return [file for files, _ in self.mixed for file in files]
+
     @property
     def layouts(self) -> dict[str, str]:
         """For each file how it is read."""
-        return {file.path: file.layout for files, _ in self.mixed for file in files}
+        return {file.path: file.layout for file in self.files}
 
-    def __iter__(self) -> Iterator[Conversation | Segments]:
+    def __iter__(self) -> Iterator[Example]:
         """UserError at the first bad row, or, when those are skipped, a warning at the end how many there were.
 
-        UserError also for a file that cannot be read, and, at the end, when there was no conversation.
+        UserError also for a file that cannot be read, and, at the end, when there was no example.
         """
-        skipped: Counter[str] = Counter()
+        self.skipped.clear()
         first_bad: dict[str, str] = {}
 
         def skip(file: File, error: BadRow) -> None:
             if self.on_bad == "error":
                 raise UserError(str(error)) from None
-            skipped[file.path] += 1
+            self.skipped[file.path] += 1
             first_bad.setdefault(file.path, str(error))
 
         found = False
-        entries = (self._conversations(files, weight, skip) for files, weight in self.mixed)
+        entries = (self._examples(files, weight, skip) for files, weight in self.mixed)
         with os_errors():
-            for _, conversation in heapq.merge(*entries, key=lambda item: item[0]):
+            for _, example in heapq.merge(*entries, key=lambda item: item[0]):
                 found = True
-                yield conversation
+                yield example
         if not found:
-            why = f"; the first of {skipped.total()} bad rows: {next(iter(first_bad.values()))}" if skipped else ""
-            raise UserError(f"{', '.join(self.layouts)}: no conversation found{why}")
+            bad = self.skipped.total()
+            why = f"; the first of {bad} bad rows: {next(iter(first_bad.values()))}" if bad else ""
+            what = "text" if set(self.layouts.values()) == {"text"} else "conversation"
+            raise UserError(f"{', '.join(list(self.layouts)[:8])}: no {what} found{why}")
         for path in self.layouts:
-            if bad := skipped[path]:
+            if bad := self.skipped[path]:
                 warnings.warn(f"{path}: {bad:,} bad rows skipped; the first: {first_bad[path]}", stacklevel=2)
 
     def check_all(self) -> tuple[int, int, str]:
@@ -89,11 +102,11 @@ class Conversations:
         """
         rows, bad, first_bad = 0, 0, ""
         with os_errors():
-            for file in {file.path: file for files, _ in self.mixed for file in files}.values():
+            for file in {file.path: file for file in self.files}.values():
                 for row in file.rows():
                     rows += 1
                     try:
-                        _parse(row, file.layout)
+                        self._parse(row, file.layout)
                     except BadRow as error:
                         bad += 1
                         first_bad = first_bad or str(error)
@@ -101,9 +114,9 @@ class Conversations:
             raise UserError(f"{first_bad}; {f'the first of {bad:,}' if bad > 1 else 'the only'} bad of {rows:,} rows")
         return rows, bad, first_bad
 
-    def _conversations(
+    def _examples(
         self, files: tuple[File, ...], weight: float, skip: Callable[[File, BadRow], None]
-    ) -> Iterator[tuple[float, Conversation | Segments]]:
+    ) -> Iterator[tuple[float, Example]]:
         """Each with how much of the entry lies before it."""
         passes, size = math.ceil(weight), sum(file.size for file in files)
         for this in range(passes):
@@ -114,22 +127,45 @@ class Conversations:
                     if share < 1 and draw(f"{self.seed}\0{file.name}\0{row.number}") / 2**64 >= share:
                         continue
                     try:
-                        conversation = _parse(row, file.layout)
+                        said = self._parse(row, file.layout)
                     except BadRow as error:
                         if this == 0:  # a bad row is counted once
                             skip(file, error)
                         continue
-                    yield (this + (before + row.done * file.size) / size) / passes, conversation
+                    if len(said):
+                        place = row.place if row.place != file.path else f"{row.place}, row {row.number}"
+                        example = Example(said, place, file.side(row))
+                        yield (this + (before + row.done * file.size) / size) / passes, example
                 before += file.size
 
+    def _parse(self, row: Row, layout: str) -> Conversation | Segments | np.ndarray:
+        """What the row says."""
+        try:
+            if layout == "ids":
+                return row.value
+            if self.blanks and layout == "text" and isinstance(row.value, dict) and "text" in row.value:
+                text = row.value["text"]
+                if not text or (isinstance(text, str) and not text.strip()):
+                    return (Segment(text, True),) if text else ()
+            if not row.fault:
+                return parse(row.value, layout)
+            wrong = f"JSON: {row.fault}"
+        except BadRow as error:
+            wrong = f"{layout}: {error}"
+        except RecursionError:
+            wrong = f"{layout}: it is nested too deeply"
+        raise BadRow(f"{row.place}: row {row.number} is not {wrong}")
 
-def open_conversations(
-    files: Sequence[tuple[str, float | int]] | str, *, layout: str | None, seed: int, on_bad: str = "error"
-) -> Conversations:
-    """The conversations of all `files`, each a path or dataset and its weight, or "a.jsonl*2,b.parquet*0.5".
+
+def open_mixture(
+    files: Sequence[tuple[str, float | int]] | str, *, layout: str | None, seed: int, on_bad: str = "error",
+    corpus: Corpus | None = None, side: Split | None = None,
+) -> Mixture:  # fmt: skip
+    """The examples of all `files`, each a path or dataset and its weight, or "a.jsonl*2,b.parquet*0.5".
 
     In the string form a path holds no comma and no "*", unless the string is just the one path. `layout` None: that
-    of each file is detected from its first rows. UserError for what is not there or not chat data.
+    of each file is detected from its first rows. `corpus`, `side`: see `find_files`. UserError for what is not there
+    or holds nothing.
     """
     if layout is not None and layout not in LAYOUTS:
         raise UserError(f"layout={layout!r}: no such layout{suggest(layout, LAYOUTS)}")
@@ -140,11 +176,16 @@ def open_conversations(
                 raise UserError(f"{spec}: its weight {weight} is not a number above 0")
             if weight > MOST_PASSES:
                 raise UserError(f"{spec}: its weight {weight} is more than {MOST_PASSES} passes over the file")
-            found = (dataclasses.replace(file, layout=layout or _detect(file)) for file in find_files(spec))
-            mixed.append((tuple(found), float(weight)))
+            found = find_files(spec, corpus, side=side)
+            layouts = (file.layout if file.layout == "ids" else layout or _detect(file) for file in found)
+            mixed.append((tuple(map(_with_layout, found, layouts)), float(weight)))
     if not mixed:
-        raise UserError("no chat data named")
-    return Conversations(mixed=tuple(mixed), seed=seed, on_bad=on_bad)
+        raise UserError("no data named")
+    return Mixture(mixed=tuple(mixed), seed=seed, on_bad=on_bad, blanks=corpus is not None)
+
+
+def _with_layout(file: File, layout: str) -> File:
+    return dataclasses.replace(file, layout=layout)
 
 
 def split_spec(spec: str) -> list[tuple[str, float]]:
@@ -158,18 +199,6 @@ def split_spec(spec: str) -> list[tuple[str, float]]:
         except ValueError:
             raise UserError(f"{entry.strip()}: {weight!r} is no weight; write PATH*NUMBER") from None
     return found
-
-
-def _parse(row: Row, layout: str) -> Conversation | Segments:
-    try:
-        if not row.fault:
-            return parse(row.value, layout)
-        wrong = f"JSON: {row.fault}"
-    except BadRow as error:
-        wrong = f"{layout}: {error}"
-    except RecursionError:
-        wrong = f"{layout}: it is nested too deeply"
-    raise BadRow(f"{row.place}: row {row.number} is not {wrong}")
 
 
 def _detect(file: File) -> str:
@@ -187,3 +216,10 @@ def _detect(file: File) -> str:
     if row.fault:
         raise UserError(f"{row.place}: row {row.number} is not JSON: {row.fault}")
     raise UserError(f"{row.place}: row {row.number} is of no layout{near_layout(row.value)}")
+
+
+def documents(mixture: Mixture, side: Split) -> Iterator[str]:
+    """The text of a corpus, as far as it is of one split."""
+    for said, _, of in mixture:
+        if of == side and isinstance(said, tuple) and isinstance(said[0], Segment):
+            yield said[0].text
