@@ -164,7 +164,6 @@ def prepare(a: argparse.Namespace) -> None:
 
 def rows_of(a: argparse.Namespace, name: str, split: str):
     from jaxup.data.rows import open_rows
-
     from jaxup.data.store import META, Store
 
     store = Store(f"{a.scratch}/{name}")

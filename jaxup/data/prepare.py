@@ -13,9 +13,10 @@ import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 # A vocabulary is trained on the first so many characters of the training split: enough, and bounded.
 TRAINING_CHARACTERS = 200_000_000
 
+T = TypeVar("T")
+S = TypeVar("S")
 Streams = Mapping[str, Mixture]  # the key of the configuration that names it -> examples
 Check = Callable[[int, str], None]
 Batch = tuple[
@@ -92,7 +95,8 @@ def look(streams: Streams, config: DataConfig, encoding: Encoding) -> dict[str, 
             counts = {"rows": counts["rows"] + rows, "bad": counts["bad"] + bad}
             first = next(iter(mixture))
         if config.on_bad == "error":
-            _render(encoding, first)
+            with within("format", first.place):
+                encoding.examples(first.said)
     return counts
 
 
@@ -225,63 +229,80 @@ def _tokenised(
     `progress` is up to date with what was handed out; what it counts as read is passed over.
     """
     counts, whole = progress["counts"], config.packing == CONCATENATED
-    rendered = _rendered(config, encoding, streams, progress["read"], counts)
+    rendered = _rendered(config, encoding, itertools.islice(_read(streams), progress["read"], None))
+    batches = batched(rendered, lambda one: sum(len(text[0]) for text in one.texts))
+
+    def tokenise(batch: list[_Rendered]) -> Iterator[tuple[_Rendered, Encoded]]:
+        texts = [(one, text) for one in batch for text in one.texts]
+        return zip([one for one, _ in texts], encoding.tokenize([text for _, text in texts]))
+
     with Progress("tokenising", total=None, unit="examples", start=progress["read"]) as bar:
-        for batch in () if progress["done"] else batched(rendered, lambda one: sum(len(text[0]) for text in one[2])):
+        for batch, encoded in () if progress["done"] else _ahead(tokenise, batches):
             progress["read"] += len(batch)
-            told = [(place, side, text) for place, side, texts in batch for text in texts]
-            encoded, validation, hashes = [], [], []
-            for (place, side, text), one in zip(told, encoding.tokenize([text for _, _, text in told])):
+            for refused in filter(None, (one.refused for one in batch)):
+                counts["refused"] += 1
+                counts["first_refused"] = counts["first_refused"] or refused
+            kept: Batch = ([], [], [])
+            for of, one in encoded:
                 length, drawn = len(one.ids), 0
-                if not whole or side is None:
-                    drawn = draw(f"{config.seed}\0{text[0]}")
-                is_validation = (drawn < config.val_fraction * 2**64) if side is None else side == "validation"
-                of, losses = counts[SPLITS[is_validation]], int(one.trained[0 if whole else 1 :].sum())
+                if not whole or of.side is None:
+                    drawn = draw(f"{config.seed}\0{of.texts[-1][0]}")  # prefixes of a chat are on the side of all of it
+                is_validation = (drawn < config.val_fraction * 2**64) if of.side is None else of.side == "validation"
+                count, losses = counts[SPLITS[is_validation]], int(one.trained[0 if whole else 1 :].sum())
                 if length > config.seq_len and not whole:
-                    of["too_long"] += 1
-                    of["shortest_too_long"] = min(of["shortest_too_long"] or length, length)
+                    count["too_long"] += 1
+                    count["shortest_too_long"] = min(count["shortest_too_long"] or length, length)
                 elif not losses and not whole:
-                    of["untrained"] += 1
+                    count["untrained"] += 1
                 else:
-                    of["examples"] += 1
-                    of["tokens"] += length
-                    of["loss_tokens"] += losses
-                    of["most"] = max(of["most"], most := int(one.ids.max()))
-                    check(most, place)
-                    encoded.append(one)
-                    validation.append(is_validation)
-                    hashes.append(drawn)
+                    check(most := int(one.ids.max()), of.place)
+                    count["examples"] += 1
+                    count["tokens"] += length
+                    count["loss_tokens"] += losses
+                    count["most"] = max(count["most"], most)
+                    for column, value in zip(kept, (one, is_validation, drawn)):
+                        column.append(value)
             bar.update(progress["read"], f"{sum(counts[split]['tokens'] for split in SPLITS):,} tokens")
-            yield encoded, validation, hashes
+            yield kept
     if counts["refused"]:
         say(f"warning: {counts['refused']:,} examples skipped; the first: {counts['first_refused']}")
 
 
-def _rendered(
-    config: DataConfig, encoding: Encoding, streams: Streams, skip: int, counts: dict[str, Any]
-) -> Iterator[tuple[str, str | None, list[Any]]]:
-    """From example number `skip` on its place, its split, if that is settled, and its texts; none: it is refused."""
-    for example in itertools.islice(_read(streams), skip, None):
-        texts: list[Any] = []
+class _Rendered(NamedTuple):
+    place: str
+    side: str | None
+    texts: list[Any]  # none of what the format refuses
+    refused: str = ""
+
+
+def _rendered(config: DataConfig, encoding: Encoding, examples: Iterable[Example]) -> Iterator[_Rendered]:
+    for said, place, side in examples:
         try:
-            texts = _render(encoding, example)
+            with within("format", place):
+                one = _Rendered(place, side, encoding.examples(said))
         except UserError as error:
             if config.on_bad == "error":
                 raise
-            counts["refused"] += 1
-            counts["first_refused"] = counts["first_refused"] or str(error.within("data."))
-        yield example.place, example.side, texts
+            one = _Rendered(place, side, [], str(error.within("data.")))
+        yield one
+
+
+def _ahead(work: Callable[[T], S], items: Iterable[T]) -> Iterator[tuple[T, S]]:
+    """Each item and what `work` makes of it, in a thread: meanwhile the next item is got ready."""
+    with ThreadPoolExecutor(1) as pool:
+        begun: tuple[T, Future[S]] | None = None
+        for item in items:
+            before, begun = begun, (item, pool.submit(work, item))
+            if before is not None:
+                yield before[0], before[1].result()
+        if begun is not None:
+            yield begun[0], begun[1].result()
 
 
 def _read(streams: Streams) -> Iterator[Example]:
     for key, mixture in streams.items():
         with within(key):
             yield from mixture
-
-
-def _render(encoding: Encoding, example: Example) -> list[Any]:
-    with within("format", example.place):
-        return encoding.examples(example.said)
 
 
 def _check_counts(config: DataConfig, counts: dict[str, Any]) -> None:
