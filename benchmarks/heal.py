@@ -295,7 +295,7 @@ def trl_contestant(a: argparse.Namespace, out: Any) -> None:
         held_out, sums = rows_of(a, "packed" if packing else "padded", "validation"), np.zeros(2)
         size = 1 if by_row else a.batch
         for start in range(0, len(held_out), size):
-            rows = [held_out.conversations(row) for row in range(start, min(start + size, len(held_out)))]
+            rows = [held_out.examples(row) for row in range(start, min(start + size, len(held_out)))]
             examples = [
                 {
                     "input_ids": np.concatenate([chat.ids for chat in row]),

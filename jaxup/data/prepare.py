@@ -260,8 +260,9 @@ def _tokenised(
                     count["tokens"] += length
                     count["loss_tokens"] += losses
                     count["most"] = max(count["most"], most)
-                    for column, value in zip(kept, (one, is_validation, drawn)):
-                        column.append(value)
+                    kept[0].append(one)
+                    kept[1].append(is_validation)
+                    kept[2].append(drawn)
             bar.update(progress["read"], f"{sum(counts[split]['tokens'] for split in SPLITS):,} tokens")
             yield kept
     if counts["refused"]:

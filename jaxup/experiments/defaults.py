@@ -40,6 +40,7 @@ READ_WHERE: dict[str, dict[str, bool | tuple[str, ...]]] = {
     "pretrain.optimizer.end_learning_rate": {"pretrain.optimizer.schedule": _DECAYS},
     "pretrain.optimizer.decay_fraction": {"pretrain.optimizer.schedule": ("wsd",)},
     "data.val_fraction": {"data.val_files": False},
+    "pretrain.data.val_fraction": {"pretrain.data.val_files": False},
     "lora.alpha": {"lora.rank": True},
     "lora.quantize": {"lora.rank": True},
     "lora.tile_size": {"lora.quantize": True},
@@ -111,7 +112,11 @@ def optimizer() -> ConfigDict:
 def text_data() -> ConfigDict:
     """Documents as rows of tokens."""
     c = ConfigDict()
-    c.source = "python"  # or files, a directory, a dataset's name
+    c.source = "python"  # or files, a directory, a dataset's name, with weights: "a.jsonl*2,b.parquet*0.5"
+    c.layout = ""  # "" = text; or one of chats, put one after the other
+    c.format = ""  # of chats; "" = the tokenizer's own chat template
+    c.on_bad = "error"  # or "skip"
+    c.val_files = ""  # "" = the split that the source has, else a part of it
     c.tokenizer = ""  # bpe:N = train one here; "" = the reference's, if it is a Hugging Face directory
     c.seq_len = 128
     c.val_fraction = 0.05
