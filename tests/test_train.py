@@ -15,7 +15,7 @@ from damage import damage
 from runs import arguments, losses, metrics
 
 import jaxup
-from jaxup import __main__, build, export, plan, train, verify
+from jaxup import __main__, build, export, plan, prepare, train, verify
 from jaxup.errors import NonFinite, UserError
 from jaxup.recipes import line as recipe_line
 
@@ -274,7 +274,7 @@ def test_documented_commands_parse(command):
         args, overrides = train.parse_args(words[1:])
         load(args.config or "inherit_gpt2.py", overrides)  # with --resume it is that of a run
     else:
-        modules = {f"jaxup.{m.__name__.rpartition('.')[2]}": m for m in (generate, export, plan, build, verify)}
+        modules = {m.__name__: m for m in (generate, export, plan, build, prepare, verify)}
         args = modules[words[1]].parse_args(words[1:])
         if "(" in getattr(args, "recipe", ""):
             assert recipe_line.parse(args.recipe).plan(num_layers=12)
@@ -296,7 +296,9 @@ def test_documented_flags_exist():
     assert [key for key in keys if not any(has(config, key) for config in configs)] == []
 
 
-ENTRIES = ("", ".train", ".generate", ".export", ".plan", ".build", ".verify", ".__main__", ".experiments.config")
+ENTRIES = (
+    "", ".train", ".generate", ".export", ".plan", ".build", ".prepare", ".verify", ".__main__", ".experiments.config",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("module", [f"jaxup{name}" for name in ENTRIES])
