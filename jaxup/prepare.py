@@ -23,6 +23,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("files", metavar="FILES", help="what to read; docstrings and python are data that every machine has")
     add("--tokenizer", metavar="DIR_OR_ID", required=True, help="a Hugging Face tokenizer; of a corpus also bpe:N")
     add("--format", metavar="F", default="", help="a chat format by name (the tokenizer's own template)")
+    add("--history", choices=["last", "each"], default="", help="where a template rewrites earlier turns: train on the "
+        "last answer, or make the last of each prefix an example of its own")  # fmt: skip
+    add("--strict", action="store_true", help="refuse what is warned of, of a format")
     add("--layout", metavar="L", default="", help="what rows look like (detected, for each file)")
     add("--seq-len", metavar="N", type=int, default=4096, help="tokens of a row (4096)")
     add("--val-files", metavar="V", default="", help="read for validation alone (a part of FILES)")
@@ -42,7 +45,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
 
-    from jaxup.data.chat_formats import end_ids
     from jaxup.data.config import DataConfig
     from jaxup.data.open import marked, open_data
     from jaxup.data.rows import CONCATENATED
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> None:
         print(printable(f"{data}"))
         return
     color = sys.stdout.isatty()
-    stops = data.tokenizer.convert_ids_to_tokens(list(end_ids(args.format or None, data.tokenizer)))
+    stops = data.tokenizer.convert_ids_to_tokens(list(data.format.stops))
     print(f"{data.report()}\n{printable(f'  a reply ends with: {chr(32).join(stops)}')}")
     if count != 0:
         print(f"  examples; {marked(color)}")

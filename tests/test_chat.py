@@ -18,6 +18,7 @@ from test_data import tree
 from test_packing import problems, realistic
 
 from jaxup.data import chat_formats, docstrings, store
+from jaxup.data import prepare as prepare_module
 from jaxup.data import rows as rows_module
 from jaxup.data import tokenizer as tokenizer_module
 from jaxup.data.chat_formats import Encoded, open_format
@@ -282,7 +283,7 @@ def test_validation_batches_have_one_shape(config, opened):
 
 def test_a_complete_store_is_opened_without_tokenising(config, opened, monkeypatch, capsys):
     first = opened(config)
-    monkeypatch.setattr(chat_formats.Format, "tokenize", None)
+    monkeypatch.setattr(prepare_module, "_tokenised", None)
     monkeypatch.setattr(chat_formats.Format, "render", None)
     capsys.readouterr()
     again = opened(config)
@@ -353,7 +354,7 @@ def test_a_killed_preparation_goes_on(tmp_path, config, opened, monkeypatch):
     assert killed(rows_module, "assemble", 2) == 100
     assert killed(store.Store, "finish", 1) == 100
     with monkeypatch.context() as patch:
-        patch.setattr(chat_formats.Format, "tokenize", None)
+        patch.setattr(prepare_module, "_ahead", None)
         resumed = opened(broken)
     assert tree(resumed.store) == tree(straight.store)
 

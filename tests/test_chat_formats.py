@@ -15,11 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from jaxup.data import rendering
 from jaxup.data.chat_formats import ALIASES, SPELLINGS, Encoded, open_format, prompt_ids, show
 from jaxup.data.chat_templates import TEMPLATES, Spelling, jinja
-from jaxup.data.layouts import Segment, Turn
+from jaxup.data.layouts import Segment
+from jaxup.data.turns import Conversation, Turn
 from jaxup.errors import UserError
 
 SPECIAL = [
-    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]")
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"),
+    *("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
 ]
 TEXT = ["the sea is blue and the sky is blue too", "who is it? it is me, the moon", "2 + 2 = 4.\n\n- one\n- two  three"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,;:?!#<>|[]()/=+-_\"'\n\t"
@@ -55,7 +57,7 @@ def quiet(name, kind, template=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         format = open_format(name, tokenizer(kind, template))
-    format._warned |= {"border", "special"}
+    format._warned |= {"border", "special", "doubts"}
     return format
 
 
@@ -63,7 +65,7 @@ def chat(system, *rounds, trained=True):
     turns = [] if system is None else [Turn("system", system, False)]
     for user, reply in rounds:
         turns += [Turn("user", user, False), Turn("assistant", reply, trained)]
-    return tuple(turns)
+    return Conversation(turns)
 
 
 def messages(conversation):
@@ -89,6 +91,8 @@ BY_HAND = {
     "metharme": "<s><|system|>S<|user|>U 1<|model|>⟦A 1</s>⟧<|user|>U 2<|model|>⟦A 2</s>⟧",
     "mistral-v3": "<s>[INST] S\n\nU 1[/INST]⟦ A 1</s>⟧[INST] U 2[/INST]⟦ A 2</s>⟧",
     "mistral-v1": "<s> [INST] S\n\nU 1 [/INST]⟦ A 1</s>⟧ [INST] U 2 [/INST]⟦ A 2</s>⟧",
+    "mistral-v3-tekken": "<s>[INST]S\n\nU 1[/INST]⟦A 1</s>⟧[INST]U 2[/INST]⟦A 2</s>⟧",
+    "mistral-v7-tekken": "<s>[SYSTEM_PROMPT]S[/SYSTEM_PROMPT][INST]U 1[/INST]⟦A 1</s>⟧[INST]U 2[/INST]⟦A 2</s>⟧",
     "llama-2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU 1 [/INST]⟦ A 1 </s>⟧<s>[INST] U 2 [/INST]⟦ A 2 </s>⟧",
     "llama-3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>"
     "\n\nU 1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n⟦A 1<|eot_id|>⟧"
@@ -114,7 +118,12 @@ def test_by_hand_and_as_the_exported_template(name, kind):
     if kind != "bpe without":  # which merges the end of one plain header with the next
         assert show(format, encoded, False).replace("↵", "") == BY_HAND[name]
     # The exported model's template, tokenised by transformers at once: the same ids, so no second BOS either.
-    for conversation in (CHAT, chat(None, ("u", "a")), chat("s\n", (" u \n", "\n a b "), ("", "a"))):
+    for conversation in (
+        CHAT,
+        chat(None, ("u", "a")),
+        chat("s\n", (" u \n", "\n a b "), ("", "a")),
+        chat("", ("u", "a")),
+    ):
         theirs = tok.apply_chat_template(messages(conversation), chat_template=TEMPLATES[name], return_dict=True)
         np.testing.assert_array_equal(format.encode(conversation).ids, theirs["input_ids"])
 
@@ -141,19 +150,22 @@ STANFORD_INPUT = (
 
 def test_an_input_has_its_own_place_in_alpaca_only():
     asked, reply = Turn("user", "Sort it.", False, input="3 1 2"), Turn("assistant", "1 2 3", True)
-    text, spans = quiet("alpaca", "bytes").render((asked, reply))
+    once = Conversation((asked, reply))
+    text, spans = quiet("alpaca", "bytes").render(once)
     assert text == "<s>" + STANFORD_INPUT.format(instruction="Sort it.", input="3 1 2") + "\n1 2 3</s>"
     assert [text[slice(*span)] for span in spans] == ["1 2 3</s>"]
-    text, _ = quiet("alpaca", "bytes").render((Turn("system", "S", False), *chat(None, ("U", "A")), asked, reply))
+    text, _ = quiet("alpaca", "bytes").render(
+        Conversation((Turn("system", "S", False), *chat(None, ("U", "A")), *once))
+    )
     assert text == (
         "<s>S\n\n### Instruction:\nU\n\n### Response:\nA</s>"
         "\n\n### Instruction:\nSort it.\n\n### Input:\n3 1 2\n\n### Response:\n1 2 3</s>"
     )
     joined = chat(None, ("Sort it.\n3 1 2", "1 2 3"))
     for name in SPELLINGS.keys() - {"alpaca"}:
-        assert quiet(name, "bytes").render((asked, reply)) == quiet(name, "bytes").render(joined)
+        assert quiet(name, "bytes").render(once) == quiet(name, "bytes").render(joined)
     own = quiet(None, "bytes", TEMPLATES["chatml"])
-    assert own.render((asked, reply)) == own.render(joined)
+    assert own.render(once) == own.render(joined)
 
 
 def test_bytes_token_by_token():
@@ -168,13 +180,8 @@ def test_bytes_token_by_token():
 
 
 def test_which_turns_are_trained_is_the_conversations_to_say():
-    conversation = (
-        Turn("system", "S", False),
-        Turn("user", "U", True),
-        Turn("assistant", "A", False),
-        Turn("user", "V", False),
-        Turn("assistant", "B", True),
-    )
+    turns = [("system", "S", 0), ("user", "U", 1), ("assistant", "A", 0), ("user", "V", 0), ("assistant", "B", 1)]
+    conversation = Conversation(Turn(role, text, bool(trained)) for role, text, trained in turns)
     tok = tokenizer("bytes")
     for name, expected in {
         "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n⟦U⟧<|im_end|>\n<|im_start|>assistant\nA<|im_end|>"
@@ -197,10 +204,13 @@ def spell(name, system, rounds):
             text += (
                 "<s>" + (f"<|system|>{system}" if system else "") if i == 0 else ""
             ) + f"<|user|>{u}<|model|>⟦{a}</s>⟧"
+        elif name == "mistral-v7-tekken":
+            text += "<s>" * (i == 0) + (f"[SYSTEM_PROMPT]{first}[/SYSTEM_PROMPT]" if first else "")
+            text += f"[INST]{u}[/INST]⟦{a}</s>⟧"
         elif name.startswith("mistral"):
-            b = " " if name == "mistral-v1" else ""
+            b, c = " " * (name == "mistral-v1"), " " * ("tekken" not in name)
             u = f"{first}\n\n{u}" if first else u
-            text += ("<s>" if i == 0 else "") + f"{b}[INST] {u}{b}[/INST]⟦ {a}</s>⟧"
+            text += ("<s>" if i == 0 else "") + f"{b}[INST]{c}{u}{b}[/INST]⟦{c}{a}</s>⟧"
         elif name == "llama-2":
             u = f"<<SYS>>\n{first}\n<</SYS>>\n\n{u}" if first else u
             text += f"<s>[INST] {u} [/INST]⟦ {a} </s>⟧"
@@ -436,7 +446,8 @@ def test_a_template_that_never_asks_for_a_reply_trains_no_header():
 def test_a_template_without_an_end_of_turn_trains_the_line_end():
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    encoded = own(template, "bytes").encode(chat(None, ("U", "A"), ("V", "B")))
+    with pytest.warns(UserWarning, match="nothing that ends a reply is trained on: what generation stops at is '</s>'"):
+        encoded = own(template, "bytes").encode(chat(None, ("U", "A"), ("V", "B")))
     assert marked_tokens(tokenizer("bytes"), encoded) == "user: U\nassistant:⟦ A\n⟧user: V\nassistant:⟦ B\n⟧"
 
 
@@ -461,7 +472,7 @@ ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (THINKS + ASKS, "spells what is before the end of turn 2, the assistant's, in another way .*chatml"),
+        (THINKS + ASKS, "spells what is before the end of turn 2, the assistant's, in another way .*data.history=last"),
         (BODY.replace("m.content", "m.content.split('</think>')[-1]") + ASKS, "leaves out text of turn 2"),
         (BODY.replace("m.content", "m.content | upper") + ASKS, "changes or leaves out text of turn 2"),
         (BODY + ASKS.replace("assistant", "model"), "turn 2"),
@@ -490,18 +501,18 @@ def test_a_template_has_limits_of_time_memory_and_text(monkeypatch):
     ):
         refused("the chat template takes more than 64 MiB for one conversation; choose", own(template).encode, CHAT)
     long = tokenizer("bytes", "{{ 'x' * 2000000 }}")
-    refused("the chat template makes 2,000,000 characters of 47", prompt_ids, long, "hello")
+    refused("the chat template makes 2,000,000 characters of 51", prompt_ids, long, "hello")
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     refused("the chat template takes more than 0.5 s for one conversation; choose", own(loops).encode, CHAT)
     rendering.renderer.stop()
 
 
 def test_a_template_that_changes_a_trained_users_text_is_refused():
-    conversation = (Turn("user", "U u", True), Turn("assistant", "A", True))
+    conversation = Conversation((Turn("user", "U u", True), Turn("assistant", "A", True)))
     template = BODY.replace("m.content", "(m.content | upper)") + ASKS
     refused("changes text of turn 1", own(template).encode, conversation)
     expected = "<|im_start|>user\n⟦user⟧<|im_end|>\n<|im_start|>assistant\n⟦A<|im_end|>⟧\n"
-    encoded = own(BODY + ASKS).encode((Turn("user", "user", True), Turn("assistant", "A", True)))
+    encoded = own(BODY + ASKS).encode(Conversation((Turn("user", "user", True), Turn("assistant", "A", True))))
     assert marked_tokens(tokenizer("bpe"), encoded) == expected
 
 

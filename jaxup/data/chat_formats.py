@@ -8,12 +8,15 @@ Trained are an assistant's text and what ends its turn (EOS, <|eot_id|>, <|im_en
 reply's: generation starts before it. Tokens are those of the whole text at once, as at inference; one that straddles
 the border of what is trained is trained if it begins inside. So where the tokenizer merges the end of a prompt in
 plain text with the first characters of what follows, those are not trained on; and, as everywhere, text that spells a
-special token becomes that token. Of both there is one warning.
+special token becomes that token. Of both there is one warning, and so there is where nothing is trained on that ends a
+reply. Where a row says what a format has no place for, such as tools, the conversation is refused.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
+import functools
 import json
 import re
 import warnings
@@ -23,9 +26,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxup.data.chat_templates import ALIASES, SPELLINGS
-from jaxup.data.layouts import Conversation, Segment, Segments, Turn
+from jaxup.data.layouts import Segment, Segments
 from jaxup.data.rendering import render
 from jaxup.data.tokenizer import tokenizing
+from jaxup.data.turns import SPOKEN, TOOLS, Conversation, Turn
 from jaxup.errors import UserError, suggest
 from jaxup.text import escaped
 
@@ -48,8 +52,14 @@ class Rendered(NamedTuple):
 _NAME_ONE = f"choose a format by name: {', '.join(SPELLINGS)}"
 
 
-def open_format(name: str | None, tokenizer: PreTrainedTokenizerBase) -> Format:
+HISTORIES = ("", "last", "each")
+
+
+def open_format(name: str | None, tokenizer: PreTrainedTokenizerBase, history: str = "") -> Format:
     """The format of that name, or with None the tokenizer's own chat template.
+
+    `history` is for templates that spell earlier turns in another way once the conversation goes on: "" refuses what
+    they change, "last" trains on the last answer only, "each" makes the last answer of each prefix its own example.
 
     Warns when the tokenizer lacks special tokens that the format is made of. UserError for an unknown name and a
     tokenizer that will not do. A missing template is an error of the first conversation: segments need none.
@@ -57,21 +67,23 @@ def open_format(name: str | None, tokenizer: PreTrainedTokenizerBase) -> Format:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         what = "the tokenizer is one in pure Python, which does not say what characters a token is made of"
         raise UserError(what, at="chat format", hint="save it with a tokenizer.json")
+    if history not in HISTORIES:
+        raise UserError(f"history={history!r}: not known{suggest(history, HISTORIES[1:])}")
     if name is None:
-        return TemplateFormat(tokenizer)
+        return TemplateFormat(tokenizer, history)
     name = ALIASES.get(name, name)
     if name not in SPELLINGS:
         raise UserError(f"chat format: {name[:40]!r} is not known{suggest(name, [*SPELLINGS, *ALIASES])}")
-    return NamedFormat(name, tokenizer)
+    return NamedFormat(name, tokenizer, history)
 
 
 class Format(abc.ABC):
     """`encode` is `render` and `tokenize`, which are apart so that many can be tokenised at once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, history: str = ""):
         from tokenizers import Tokenizer
 
-        self.tokenizer = tokenizer
+        self.tokenizer, self._history = tokenizer, history
         self._bos, self._eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
         # No post-processor: it would add a second BOS, and may take the blanks out of the tokens' offsets.
         state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -81,20 +93,39 @@ class Format(abc.ABC):
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self._warned: set[str] = set()
 
+    def examples(self, conversation: Conversation | Segments) -> list[Rendered]:
+        """What is trained on of it: one example, or with a `history` as many as that says."""
+        if not isinstance(conversation, Conversation) or not self._history:
+            return [self.render(conversation)]
+        answers = [i for i, turn in enumerate(conversation) if turn.trained and turn.role == "assistant"]
+        made = []
+        for i, before in list(zip(answers, [-1, *answers]))[-1 if self._history == "last" else 0 :]:
+            turns = [turn._replace(trained=turn.trained and n > before) for n, turn in enumerate(conversation[: i + 1])]
+            written = conversation.written if i + 1 == len(conversation) else ""
+            made.append(self.render(Conversation(turns, conversation.options, written)))
+        return made or [self.render(conversation)]
+
     def encode(self, conversation: Conversation | Segments) -> Encoded:
-        """Raises UserError, in one line, for a conversation that the format cannot express."""
+        """Of a conversation that is one example."""
         return self.tokenize([self.render(conversation)])[0]
 
     def render(self, conversation: Conversation | Segments) -> Rendered:
-        if isinstance(conversation[0], Segment):
+        """All of it as one example. Raises UserError, in one line, for what the format cannot express."""
+        if not isinstance(conversation, Conversation):
             return self._render_segments(conversation)
         for turn in conversation:
             if found := self._special.search(turn.text) or self._special.search(turn.input):
                 self._warn("special", f"a turn's text spells {found[0]!r}, which becomes that special token")
-        return self._render_turns(conversation)
+        rendered = self._render_turns(conversation)
+        self.check()
+        return rendered
 
-    def examples(self, conversation: Conversation | Segments) -> list[Rendered]:
-        return [self.render(conversation)]
+    def check(self, *, strict: bool = False) -> None:
+        """Warns of all `doubts`, once; UserError if it is `strict`."""
+        for doubt in self.doubts:
+            if strict:
+                raise UserError(doubt, at="chat format")
+            self._warn(doubt, doubt)
 
     def tokenize(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         with tokenizing():
@@ -118,16 +149,53 @@ class Format(abc.ABC):
             self._warned.add(about)
             warnings.warn(f"chat format: {message}; said once", stacklevel=4)
 
+    @functools.cached_property
+    def doubts(self) -> list[str]:
+        """What makes a model trained on chats in this format unlike what is expected, a line each."""
+        if (probe := self._probe) is None or np.isin(probe.ids[probe.trained], self.stops).any():
+            return []
+        ends = [self.tokenizer.convert_ids_to_tokens(token) for token in self.stops]
+        what = f"is {' or '.join(map(repr, ends))}" if ends else "does not exist"
+        return [f"nothing that ends a reply is trained on: what generation stops at {what}"]
+
+    @functools.cached_property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens that end a reply: EOS, and what it ends a turn with if that is a token of its own."""
+        found = [self.tokenizer.eos_token_id]
+        for token in self._probe.ids[self._probe.trained][::-1].tolist() if self._probe else ():
+            if token in self.tokenizer.added_tokens_decoder:
+                found.append(token)
+            elif str(self.tokenizer.decode([token])).strip():
+                break
+        return tuple(dict.fromkeys(token for token in found if token is not None))
+
+    @functools.cached_property
+    def _probe(self) -> Encoded | None:
+        """The shortest of chats; None: it cannot be expressed."""
+        asked, answered, system = Turn("user", "a", False), Turn("assistant", "b", True), Turn("system", "c", False)
+        for turns in ((asked, answered), (system, asked, answered)):
+            with contextlib.suppress(UserError):
+                return self.tokenize([self._render_turns(Conversation(turns))])[0]
+        return None
+
+    @functools.cached_property
+    def _begins(self) -> str:
+        """What the tokenizer itself puts before a text, of which its bos_token says nothing."""
+        with tokenizing():
+            bare, whole = (self.tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+        starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
+        return "".join(self.tokenizer.convert_ids_to_tokens(whole[: starts[0] if starts else 0]))
+
     @abc.abstractmethod
     def _render_turns(self, turns: Conversation) -> Rendered: ...
 
     def _render_segments(self, segments: Segments) -> Rendered:
-        """The pieces as they are, between one BOS and one EOS; those that the text has itself count."""
+        """The pieces as they are, after what the tokenizer begins with and before one EOS, if they lack it."""
         if not self._eos:
             raise UserError("chat format: the tokenizer has no EOS token to end a text with")
         pieces = list(segments)
-        if not pieces[0].text.startswith(self._bos):
-            pieces.insert(0, Segment(self._bos, False))
+        if not pieces[0].text.startswith(self._begins):
+            pieces.insert(0, Segment(self._begins, False))
         if not pieces[-1].text.endswith(self._eos):
             pieces.append(Segment(self._eos, pieces[-1].trained))
         return _join(pieces)
@@ -136,8 +204,8 @@ class Format(abc.ABC):
 class NamedFormat(Format):
     """A format of SPELLINGS."""
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase):
-        super().__init__(tokenizer)
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, history: str = ""):
+        super().__init__(tokenizer, history)
         spelling = SPELLINGS[name]
         if "{eos}" in spelling.end and not self._eos:
             raise UserError(f"chat format {name}: the tokenizer has no EOS token to end a reply with")
@@ -145,35 +213,49 @@ class NamedFormat(Format):
         if missing:
             told = f"chat format {name}: not in the tokenizer, so plain text of several tokens: {', '.join(missing)}"
             warnings.warn(told, stacklevel=3)
-        self._spelling = spelling
+        self._name, self._spelling = name, spelling
 
     def _render_turns(self, turns: Conversation) -> Rendered:
+        unsaid = [f'"{key}"' for key in turns.options]
+        for number, turn in enumerate(turns, 1):
+            keys = ["role"] if turn.role in TOOLS else [key for key in (*SPOKEN, "name") if key in turn.more]
+            unsaid += [f'"{key}" of turn {number}' + f" ({turn.role})" * (key == "role") for key in keys]
+        if unsaid:
+            hint = "the tokenizer's own chat template may have one"
+            raise UserError(f"chat format {self._name}: there is no place for {unsaid[0]}", hint=hint)
+        if turns.written and self._name == "metharme":
+            asks = "" if turns.written.rstrip().endswith("<|model|>") else "<|model|>"
+            return _join([(self._bos + turns.written + asks, False), (turns[-1].text + self._eos, True)])
         return _join(self._pieces(turns))
 
-    def _pieces(self, turns: Conversation) -> Iterator[tuple[str, bool]]:
+    def _pieces(self, said: Conversation) -> Iterator[tuple[str, bool]]:
         spelling = self._spelling
-        if not spelling.before_input:
-            turns = tuple(turn.joined() for turn in turns)
-        if spelling.strips:
-            turns = tuple(turn._replace(text=turn.text.strip()) for turn in turns)
+        turns = list(said) if spelling.before_input else [turn.joined() for turn in said]
+        turns = [turn.stripped() for turn in turns] if spelling.strips else turns
         has_input = any(turn.input for turn in turns)
         system = Turn("system", spelling.default_with_input if has_input else spelling.default_system, False)
+        has_system = turns[0].role == "system" or bool(system.text)
         if turns[0].role == "system":
             system, turns = turns[0] if turns[0].text else system, turns[1:]
+        if system.text and not spelling.system and turns[0].role != "user":
+            raise UserError(f"chat format {self._name}: the system's text stands in the first turn, which is no user's")
         yield self._fill(spelling.start), False
-        if system.text and spelling.system:
+        if has_system and spelling.system:
             yield from self._around(spelling.system, system)
         for number, turn in enumerate(turns):
             if turn.role == "assistant":
                 yield self._fill(spelling.header, turn.role), False
-                yield spelling.lead + turn.text + self._fill(spelling.end), turn.trained
+                yield spelling.lead, turn.trained
+                yield from turn.pieces()
+                yield self._fill(spelling.end), turn.trained
                 yield spelling.gap, False
                 continue
             before, after = spelling.user
             yield self._fill(before, turn.role), False
             if number == 0 and system.text and not spelling.system:
                 yield from self._around(spelling.in_user, system)
-            yield turn.text + (spelling.before_input + turn.input if turn.input else ""), turn.trained
+            yield from turn.pieces()
+            yield spelling.before_input + turn.input if turn.input else "", turn.trained
             yield self._fill(after), False
 
     def _around(self, spelling: tuple[str, str], turn: Turn) -> Iterator[tuple[str, bool]]:
@@ -189,13 +271,28 @@ class NamedFormat(Format):
 class TemplateFormat(Format):
     """The tokenizer's own chat template, which runs under limits; `template_spans.py` says what is trained."""
 
+    _notes: Sequence[str] = ()  # what is to be known of the template, once it has been used
+
+    @functools.cached_property
+    def doubts(self) -> list[str]:
+        return [*super().doubts, *self._notes]
+
     def _render_turns(self, turns: Conversation) -> Rendered:
-        turns = tuple(turn.joined() for turn in turns)
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        said = [turn.joined() for turn in turns]
+        messages, trained = [turn.message for turn in said], [turn.trained for turn in said]
         try:
-            text, spans = render(self.tokenizer, messages, [turn.trained for turn in turns])
+            text, found, self._notes = render(self.tokenizer, messages, trained, turns.options)
         except UserError as error:
-            raise UserError(error.what, hint=_NAME_ONE) from None
+            raise UserError(error.what, hint=error.hint or _NAME_ONE) from None
+        spans: list[tuple[int, int]] = []
+        for turn, (start, end) in zip((turn.stripped() for turn in said if turn.trained), found, strict=True):
+            at = text.rfind(turn.text, start, end)
+            if turn.masked and at < 0:
+                raise UserError("the chat template changes a text of which only parts are trained on", hint=_NAME_ONE)
+            for masked, masked_end in turn.masked:
+                spans.append((start, at + masked))
+                start = at + masked_end
+            spans.append((start, end))
         return Rendered(text, tuple(spans))
 
 
@@ -206,20 +303,17 @@ def prompt_ids(
     messages = [{"role": "user", "content": message}] if isinstance(message, str) else list(message)
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    text, _ = render(tokenizer, messages)
+    text, *_ = render(tokenizer, messages)
     # The template spells BOS itself: nothing is added to its text when it is tokenized.
     with tokenizing():
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def end_ids(name: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a reply in the format: EOS, and what it ends a turn with if that is a token of its own."""
+    """The tokens that end a reply in the format; see `Format.stops`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ids, trained = open_format(name, tokenizer).encode((Turn("user", "a", False), Turn("assistant", "b", True)))
-    last = int(ids[np.flatnonzero(trained)[-1]])
-    found = [tokenizer.eos_token_id, last if last in tokenizer.added_tokens_decoder else None]
-    return tuple(dict.fromkeys(i for i in found if i is not None))
+        return open_format(name, tokenizer).stops
 
 
 def show(format: Format, encoded: Encoded, color: bool) -> str:
@@ -247,10 +341,11 @@ def show(format: Format, encoded: Encoded, color: bool) -> str:
 
 
 def _join(pieces: Iterable[tuple[str, bool]]) -> Rendered:
-    texts, spans, at = [], [], 0
+    texts, spans, at = [], list[tuple[int, int]](), 0
     for text, trained in pieces:
         if trained and text:
-            spans.append((at, at + len(text)))
+            touches = spans and spans[-1][1] == at
+            spans.append((spans.pop()[0] if touches else at, at + len(text)))
         texts.append(text)
         at += len(text)
     return Rendered("".join(texts), tuple(spans))

@@ -5,6 +5,8 @@ r"""Chat formats by name: what each puts around the turns of a conversation, and
 | `metharme` | `<s><|system|>S<|user|>U<|model|>A</s>` (Pygmalion; plain text, not special tokens) |
 | `mistral-v3`, `mistral` | `<s>[INST] S\n\nU[/INST] A</s>` |
 | `mistral-v1` | `<s> [INST] S\n\nU [/INST] A</s>` |
+| `mistral-v3-tekken` | `<s>[INST]S\n\nU[/INST]A</s>` (Nemo and others with a tekken tokenizer: no blanks) |
+| `mistral-v7-tekken`, `mistral-tekken` | `<s>[SYSTEM_PROMPT]S[/SYSTEM_PROMPT][INST]U[/INST]A</s>` (Small 3) |
 | `llama-2` | `<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A </s>`, and `<s>[INST] ` again for the next user |
 | `llama-3`, `llama3` | `<s>`, then for each `<|start_header_id|>role<|end_header_id|>\n\ntext<|eot_id|>` |
 | `chatml` | for each `<|im_start|>role\ntext<|im_end|>\n` (OpenAI) |
@@ -51,6 +53,9 @@ SPELLINGS = {
     "metharme": Spelling("{bos}", ("<|system|>", ""), ("<|user|>", ""), "<|model|>", "", "{eos}"),
     "mistral-v3": Spelling("{bos}", None, ("[INST] ", "[/INST]"), "", " ", "{eos}", special=("[INST]", "[/INST]")),
     "mistral-v1": Spelling("{bos}", None, (" [INST] ", " [/INST]"), "", " ", "{eos}"),
+    "mistral-v3-tekken": Spelling("{bos}", None, ("[INST]", "[/INST]"), "", "", "{eos}", special=("[INST]", "[/INST]")),
+    "mistral-v7-tekken": Spelling("{bos}", ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), ("[INST]", "[/INST]"), "", "",
+                                  "{eos}", special=("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]")),
     # Meta's code encodes each user's turn and its answer by themselves, with BOS and EOS.
     "llama-2": Spelling("", None, ("{bos}[INST] ", " [/INST]"), "", " ", " {eos}",
                         in_user=("<<SYS>>\n", "\n<</SYS>>\n\n"), strips=True),
@@ -62,7 +67,7 @@ SPELLINGS = {
                        default_system=_ALPACA, default_with_input=_ALPACA_INPUT,
                        before_input="\n\n### Input:\n"),
 }  # fmt: skip
-ALIASES = {"mistral": "mistral-v3", "llama3": "llama-3"}
+ALIASES = {"mistral": "mistral-v3", "mistral-tekken": "mistral-v7-tekken", "llama3": "llama-3"}
 
 # A system message stands before the loop over the turns where it is not one of them.
 _SYSTEM = (

@@ -11,6 +11,8 @@ class DataConfig:
     tokenizer: str = ""  # a Hugging Face directory or id; of a corpus also bpe:N = train N tokens on it; "" = given
     layout: str = ""  # one of layouts.LAYOUTS; "" = text of a corpus, else detected, for each file
     format: str = ""  # one of chat_formats; "" = the tokenizer's own chat template
+    history: str = ""  # of a template that rewrites earlier turns: "" = refuse, "last" | "each", see open_format
+    strict: bool = False  # what is only warned of, of a format, is an error
     packing: str  # one of rows.PACKINGS: how examples become rows
     seq_len: int  # tokens of a row; what is packed and longer is dropped
     val_files: str = ""  # "" = a part of `files`: of a corpus the split it has, else val_fraction

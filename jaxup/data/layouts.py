@@ -10,31 +10,51 @@
 | `prompt_completion` | `{"prompt", "completion"}` (TRL), both text or both lists of messages | the completion |
 | `text` | `{"text"}` | all |
 | `segments` | `{"segments": [{"label", "text"}]}` | those labelled true |
+| `chosen` | `chosen` and `rejected`, or true and false under `label`, beside any of these | the chosen answer |
 
 What tells the three lists of turns apart is the keys of a turn: they may all stand under `messages`, under
-`conversations` or be the row itself. A turn's `weight` (OpenAI: 0 or 1) decides for that answer alone;
-`"unmask": true` beside the turns (InstructLab) trains all but the system's. A key that is null is not there; keys
-that no layout knows are passed over.
+`conversations` or be the row itself. A list may be the text of one in JSON.
+
+| key | means |
+|---|---|
+| `train`, `training`, `loss`, `loss_weight`, `loss_mask`, `weight`: true, 1, false or 0 | of an answer, a part of \
+it or a row: whether it is trained on |
+| `mask` of a turn | the same the other way round: what the user's turns have, else true, is not trained on |
+| `loss_mask` of a row as a list | one for each turn |
+| `unmask`: true beside the turns (InstructLab) | the user's turns are trained on, too |
+| `tools`, `functions`, `documents`, `chat_template_kwargs` of a row | go to the template |
+| `reasoning_content`, `tool_calls`, `name` and any other key of a turn | go to the template |
+| `images`, `audio`, `chosen`, a `label` and their like | refused: a text's loss cannot mean them |
+
+A key that is null or empty is not there; keys of a row that are not named here are passed over. `chosen` is never
+detected: preferences are asked for by that name, or refused.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxup.errors import suggest
-
-
-class Turn(NamedTuple):
-    role: str  # system | user | assistant
-    text: str
-    trained: bool  # its tokens count in the loss
-    input: str = ""  # what Alpaca's instruction, then the text, is to be applied to
-
-    def joined(self) -> Turn:
-        """The same with no input of its own, for formats without a place for it: as LLaMA-Factory joins the two."""
-        return self._replace(text=f"{self.text}\n{self.input}", input="") if self.input else self
+from jaxup.data.turns import (
+    FLAGS,
+    OPTIONS,
+    ROLES,
+    BadRow,
+    Conversation,
+    Turn,
+    check,
+    flag,
+    held,
+    is_nothing,
+    kind,
+    missing,
+    read,
+    shown,
+    text_of,
+    turn_list,
+    without_null,
+)
 
 
 class Segment(NamedTuple):
@@ -44,18 +64,7 @@ class Segment(NamedTuple):
     trained: bool
 
 
-Conversation = tuple[Turn, ...]  # [system], then user and assistant in turn; at least one of the assistant's
 Segments = tuple[Segment, ...]
-
-
-class BadRow(Exception):
-    """A row is not of its layout; says what is wrong, in one line, without the place."""
-
-
-ROLES = {"system": "system", "developer": "system"}
-ROLES |= dict.fromkeys(("user", "human"), "user")
-ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant")
-TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 
 CONTAINERS = ("messages", "conversations")
 TURN_KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value"), "pygmalion": ("role", "value")}
@@ -66,14 +75,19 @@ FIELDS = {
     "text": ("text",),
     "segments": ("segments",),
 }
-LAYOUTS = (*TURN_KEYS, *FIELDS)
+LAYOUTS = (*TURN_KEYS, *FIELDS, "chosen")
+SIDES = ("chosen", "rejected")
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # All that `parse` looks at: other columns of a file need not be read.
-COLUMNS = {*CONTAINERS, "unmask", *(key for keys in FIELDS.values() for key in keys), "input", "system", "history"}
+COLUMNS = {
+    *CONTAINERS, *(key for keys in FIELDS.values() for key in keys), "input", "system", "history",
+    "unmask", "mask", *FLAGS, *OPTIONS, *SIDES, *MEDIA, "label",
+}  # fmt: skip
 
 
 def fitting(row: Any) -> list[str]:
     """The layouts whose keys `row` has. `text` only when alone: beside another it is that one, rendered."""
-    found: list[str] = []
+    row, found = _opened(row), []
     if isinstance(row, dict):
         found = [name for name, keys in FIELDS.items() if all(row.get(key) is not None for key in keys)]
     for turns in _turn_lists(row):
@@ -83,151 +97,210 @@ def fitting(row: Any) -> list[str]:
     return [name for name in dict.fromkeys(found) if name != "text"] or found
 
 
+def unfitting(row: Any) -> str:
+    """Of a row that fits no layout, what it is missing for the first that it has a key of; "" if it has none."""
+    if not isinstance(row, dict):
+        return ""
+    if all(not is_nothing(row.get(side)) for side in SIDES):
+        return _PREFERENCE
+    containers = {"messages": ("messages",), "sharegpt": ("conversations",)}
+    for layout, keys in {**containers, **FIELDS}.items():
+        if any(row.get(key) is not None for key in keys):
+            try:
+                parse(row, layout)
+            except BadRow as error:
+                return f"not {layout}: {error}"
+    return ""
+
+
 def parse(row: Any, layout: str) -> Conversation | Segments:
     """What `row`, a value of JSON, says when read as `layout`. Raises BadRow when it is not that."""
-    if layout in TURN_KEYS:
-        return _check(_chat(row, layout))
+    row = _opened(row)
+    if isinstance(row, dict):
+        _check_meant(row, layout)
+        if layout == "chosen":
+            row, layout = _chosen(row)
+    said = _said(row, layout)
     if not isinstance(row, dict):
-        raise BadRow(f"it is {_kind(row)}, not an object")
+        return said
+    if isinstance(said, Conversation):
+        said.options = _options(row)
+    elif layout == "prompt_completion" and (unsaid := [key for key in OPTIONS if not is_nothing(row.get(key))]):
+        raise BadRow(f'"{unsaid[0]}" beside text, to which no template is applied')
+    return _flagged(said, row)
+
+
+def _said(row: Any, layout: str) -> Conversation | Segments:
+    if layout in TURN_KEYS:
+        return Conversation(check(_chat(row, layout)))
+    if not isinstance(row, dict):
+        raise BadRow(f"it is {kind(row)}, not an object")
     for key in FIELDS[layout]:
         if row.get(key) is None:
-            raise BadRow(_missing(key, row, row=True))
+            raise BadRow(_missing(key, row))
     if layout == "text":
-        return _check_segments([Segment(_text(row["text"], '"text"'), True)])
+        return _check_segments([Segment(text_of(row["text"], '"text"'), True)])
     if layout == "segments":
         return _check_segments(_labelled(row["segments"]))
     if layout == "alpaca":
-        return _check(_alpaca(row))
+        return Conversation(check(_alpaca(row)))
     if layout == "metharme":
-        return _check([*_metharme(row["prompt"]), Turn("assistant", _text(row["generation"], '"generation"'), True)])
+        return _metharme(row["prompt"], Turn("assistant", text_of(row["generation"], '"generation"'), True))
     return _prompt_completion(row["prompt"], row["completion"])
+
+
+_PREFERENCE = 'its "chosen" and "rejected" are a preference; layout=chosen trains on the chosen answer'
+
+
+def _check_meant(row: Mapping[str, Any], layout: str) -> None:
+    """BadRow for what training on text cannot mean."""
+    for key in MEDIA:
+        if not is_nothing(row.get(key)):
+            raise BadRow(f'it has "{key}"; only text can be trained on')
+    if layout == "chosen":
+        return
+    if all(not is_nothing(row.get(side)) for side in SIDES):
+        raise BadRow(_PREFERENCE)
+    if isinstance(row.get("label"), bool) and layout not in ("text", "segments"):
+        raise BadRow('its "label" is a preference; layout=chosen trains on the rows of label true')
+
+
+def _chosen(row: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The row without its rejected side, and the layout that it then has."""
+    if isinstance(row.get("label"), bool):
+        if not row["label"]:
+            raise BadRow('its "label" is false: not the chosen side')
+        row = {key: value for key, value in row.items() if key != "label"}
+    elif is_nothing(row.get("chosen")):
+        raise BadRow(_missing("chosen", row))
+    else:
+        chosen = _messages(row["chosen"])
+        row = {key: value for key, value in row.items() if key not in SIDES}
+        answer = chosen if isinstance(chosen, list) else [chosen]
+        if turns := next((turns for turns in _turn_lists(row) if isinstance(turns, list)), None):
+            row = {key: value for key, value in row.items() if key not in CONTAINERS} | {"messages": [*turns, *answer]}
+        elif row.get("instruction") is not None:
+            row["output"] = chosen
+        elif isinstance(chosen, list) and not isinstance(_messages(row.get("prompt")), list):
+            # All of the conversation, of which the last answer is the chosen one.
+            row |= {"prompt": chosen[:-1], "completion": chosen[-1:]}
+        else:
+            row["completion"] = answer if isinstance(chosen, dict) else chosen
+    if len(layouts := fitting(row)) != 1:
+        raise BadRow(f'beside "chosen" it is {" and ".join(layouts) or "of no layout"}')
+    return row, layouts[0]
+
+
+def _options(row: Mapping[str, Any]) -> dict[str, Any]:
+    options = {key: without_null(read(row[key])) for key in OPTIONS if not is_nothing(read(row.get(key)))}
+    for key, value in options.items():
+        of_kind = dict if key == "chat_template_kwargs" else list
+        if not isinstance(value, of_kind):
+            raise BadRow(f'"{key}" is {kind(value)}, not {"an object" if of_kind is dict else "a list"}')
+    return options
+
+
+def _flagged(said: Conversation | Segments, row: Mapping[str, Any]) -> Conversation | Segments:
+    """Heeds what the row as a whole says of the loss."""
+    flags = {key: held(row[key]) for key in (*FLAGS, "mask") if not is_nothing(row.get(key))}
+    if isinstance(mask := flags.get("loss_mask"), list) and isinstance(said, Conversation):
+        del flags["loss_mask"]
+        if len(mask) != len(said):
+            raise BadRow(f'"loss_mask" has {len(mask)} values for {len(said)} turns')
+        kept = [flag({"loss_mask": value}, f"turn {number}") for number, value in enumerate(mask, 1)]
+        if wrong := [number for number, keep in enumerate(kept, 1) if keep and said[number - 1].role != "assistant"]:
+            raise BadRow(f'"loss_mask" of turn {wrong[0]} is 1, which is not the assistant\'s; "unmask" is for these')
+        turns = [turn._replace(trained=turn.trained and bool(keep)) for turn, keep in zip(said, kept)]
+        said = Conversation(check(turns, ordered=False), said.options, said.written)
+    if "mask" in flags:
+        raise BadRow('"mask" beside the turns is not heeded; "loss_mask" is')
+    if flag(flags) is False:
+        raise BadRow(f"{' and '.join(map(shown, flags))} of the whole row: nothing to train on")
+    return said
 
 
 def _chat(row: Any, layout: str) -> list[Turn]:
     lists, unmask, system = _turn_lists(row), None, None
     if isinstance(row, dict):
         if not lists:
-            raise BadRow(_missing(CONTAINERS[layout != "messages"], row, row=True))
+            raise BadRow(_missing(CONTAINERS[layout != "messages"], row))
         unmask, system = row.get("unmask"), row.get("system")
         if unmask not in (None, True, False):
-            raise BadRow(f'"unmask" is {_kind(unmask)}, not true or false')
+            raise BadRow(f'"unmask" is {kind(unmask)}, not true or false')
     if (others := fitting(row)) and layout not in others:
         raise BadRow(f"it looks like {others[0]}")
     turns = next((turns for turns in lists if layout in _turn_layouts(turns)), lists[0])
-    return _with_system(system, _turn_list(turns, layout, unmask=bool(unmask), where="turn"))
-
-
-def _turn_list(turns: Any, layout: str, *, unmask: bool, where: str) -> list[Turn]:
-    who, what = TURN_KEYS[layout]
-    if not isinstance(turns, list):
-        raise BadRow(f"{where}s are {_kind(turns)}, not a list")
-    return [_turn(turn, who, what, unmask, f"{where} {n}") for n, turn in enumerate(turns, 1)]
-
-
-def _turn(turn: Any, who: str, what: str, unmask: bool, where: str) -> Turn:
-    if not isinstance(turn, dict):
-        raise BadRow(f"{where} is {_kind(turn)}, not an object")
-    name = turn.get(who)
-    if name is None:
-        raise BadRow(f"{where}: {_missing(who, turn)}")
-    if not isinstance(name, str):
-        raise BadRow(f'{where}: its "{who}" is {_kind(name)}, not text')
-    if name in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
-        raise BadRow(f"{where} calls or answers a tool, which cannot be trained on")
-    if name not in ROLES:
-        raise BadRow(f"{where}: {_shown(name)} is no role{suggest(name[:40], ROLES)}")
-    role = ROLES[name]
-    if what not in turn:
-        raise BadRow(f"{where}: {_missing(what, turn)}")
-    text = _text(turn[what], f'{where}: its "{what}"')
-    trained, weight = role == "assistant" or (unmask and role == "user"), turn.get("weight")
-    if weight is not None:
-        if not isinstance(weight, int | float) or weight not in (0, 1):
-            raise BadRow(f'{where}: its "weight" is {_shown(weight)}, not 0 or 1')
-        if weight and not trained:
-            raise BadRow(f"{where}: a {role}'s turn of weight 1; \"unmask\": true trains on the user's turns")
-        trained = bool(weight)
-    return Turn(role, text, trained)
+    return _with_system(system, turn_list(turns, *TURN_KEYS[layout], unmask=bool(unmask)))
 
 
 def _alpaca(row: dict[str, Any]) -> list[Turn]:
-    asked = [_text(row.get(key), f'"{key}"') for key in ("instruction", "input") if row.get(key) is not None]
+    asked = [text_of(row.get(key), f'"{key}"') for key in ("instruction", "input") if row.get(key) is not None]
     asked = [text for text in asked if text] or [""]
-    pairs = row.get("history") or []
+    pairs = held(row.get("history") or [])
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise BadRow('"history" is not a list of [question, answer]')
     answered = [*pairs, [asked[0], row["output"]]]
     said = []
     for number, (question, answer) in enumerate(answered, 1):
         where = '"output"' if number == len(answered) else f'pair {number} of "history"'
-        said += [Turn("user", _text(question, where), False), Turn("assistant", _text(answer, where), True)]
+        said += [Turn("user", text_of(question, where), False), Turn("assistant", text_of(answer, where), True)]
     said[-2] = said[-2]._replace(input="".join(asked[1:]))
     return _with_system(row.get("system"), said)
 
 
-def _metharme(prompt: Any) -> list[Turn]:
-    """The turns of a prompt, which may be written out as the model sees it; only the generation is trained."""
-    before, *marked = re.split(r"<\|(system|user|model)\|>", _text(prompt, '"prompt"'))
+def _metharme(prompt: Any, generation: Turn) -> Conversation:
+    """The turns of a prompt, which may be written out as the model sees it; only the generation is trained.
+
+    Written out it may have any order: the model first, no user, several of them.
+    """
+    before, *marked = re.split(r"<\|(system|user|model)\|>", text_of(prompt, '"prompt"'))
     if before.strip() or not marked:
-        return [Turn("user", prompt, False)]
+        return Conversation(check([Turn("user", prompt, False), generation]))
     said = [Turn(ROLES[role], text, False) for role, text in zip(marked[::2], marked[1::2], strict=True)]
     if said[-1].role == "assistant" and not said[-1].text.strip():
         said.pop()  # the <|model|> that the generation goes on from
-    return said
+    return Conversation(check([*said, generation], ordered=False), written=prompt)
 
 
 def _prompt_completion(prompt: Any, completion: Any) -> Conversation | Segments:
     """As TRL has it: text is taken as it is, with no format; the loss is on the completion."""
-    prompt, completion = _rows_of(prompt), _rows_of(completion)
+    prompt, completion = _messages(prompt), _messages(completion)
     if isinstance(prompt, list) != isinstance(completion, list):
-        raise BadRow(f'"prompt" is {_kind(prompt)} and "completion" is {_kind(completion)}; both are text or lists')
+        raise BadRow(f'"prompt" is {kind(prompt)} and "completion" is {kind(completion)}; both are text or lists')
     if not isinstance(prompt, list):
-        return _check_segments(
-            [Segment(_text(prompt, '"prompt"'), False), Segment(_text(completion, '"completion"'), True)]
-        )
-    context = _turn_list(prompt, "messages", unmask=False, where='"prompt": turn')
-    answer = _turn_list(completion, "messages", unmask=False, where='"completion": turn')
-    return _check([*(turn._replace(trained=False) for turn in context), *answer])
+        pieces = [Segment(text_of(prompt, '"prompt"'), False), Segment(text_of(completion, '"completion"'), True)]
+        return _check_segments(pieces)
+    context = _messages_of(prompt, '"prompt": turn')
+    answer = _messages_of(completion, '"completion": turn')
+    return Conversation(check([*(turn._replace(trained=False, masked=()) for turn in context), *answer]))
+
+
+def _messages_of(turns: list[Any], where: str) -> list[Turn]:
+    layout = next(iter(_turn_layouts(turns)), "messages")
+    return turn_list(turns, *TURN_KEYS[layout], where=where)
+
+
+def _messages(value: Any) -> Any:
+    """A list of messages, perhaps as JSON's text, which other text is not taken for."""
+    found = held(value)
+    return found if not isinstance(value, str) or _turn_layouts(found) else value
 
 
 def _labelled(segments: Any) -> list[Segment]:
-    segments = _rows_of(segments)
+    segments = held(segments)
     if not isinstance(segments, list):
-        raise BadRow(f'"segments" is {_kind(segments)}, not a list')
+        raise BadRow(f'"segments" is {kind(segments)}, not a list')
     found = []
     for number, segment in enumerate(segments, 1):
         if not isinstance(segment, dict):
-            raise BadRow(f"segment {number} is {_kind(segment)}, not an object")
+            raise BadRow(f"segment {number} is {kind(segment)}, not an object")
         for key in ("label", "text"):
             if segment.get(key) is None:
-                raise BadRow(f"segment {number}: {_missing(key, segment)}")
+                raise BadRow(f"segment {number}: {missing(key, segment)}")
         if not isinstance(segment["label"], bool):
-            raise BadRow(f'segment {number}: its "label" is {_shown(segment["label"])}, not true or false')
-        found.append(Segment(_text(segment["text"], f'segment {number}: its "text"'), segment["label"]))
+            raise BadRow(f'segment {number}: its "label" is {shown(segment["label"])}, not true or false')
+        found.append(Segment(text_of(segment["text"], f'segment {number}: its "text"'), segment["label"]))
     return found
-
-
-def _check(said: list[Turn]) -> Conversation:
-    if not said:
-        raise BadRow("the conversation is empty")
-    expected = "user"
-    for number, turn in enumerate(said, 1):
-        if turn.role == "system":
-            if number > 1:
-                raise BadRow(f"turn {number} is the system's; only the first may be")
-            continue
-        if turn.role != expected:
-            if expected == "user" and number == 1 + (said[0].role == "system"):
-                raise BadRow("the assistant speaks first; a user's turn comes before its answer")
-            raise BadRow(f"turns {number - 1} and {number} are both the {turn.role}'s; join them or split the row")
-        if turn.role == "assistant" and not turn.text.strip():
-            raise BadRow(f"turn {number}, the assistant's, is empty")
-        expected = "assistant" if turn.role == "user" else "user"
-    if all(turn.role != "assistant" for turn in said):
-        raise BadRow("no turn of the assistant's: nothing to train on")
-    if not any(turn.trained for turn in said):
-        raise BadRow("every answer has the weight 0: nothing to train on")
-    return tuple(said)
 
 
 def _check_segments(found: list[Segment]) -> Segments:
@@ -237,7 +310,7 @@ def _check_segments(found: list[Segment]) -> Segments:
 
 
 def _with_system(system: Any, said: list[Turn]) -> list[Turn]:
-    text = "" if system is None else _text(system, '"system"')
+    text = "" if system is None else text_of(system, '"system"')
     if not text.strip():
         return said
     if said and said[0].role == "system":
@@ -245,10 +318,16 @@ def _with_system(system: Any, said: list[Turn]) -> list[Turn]:
     return [Turn("system", text, False), *said]
 
 
+def _opened(row: Any) -> Any:
+    """The row, its lists of turns as such."""
+    if not isinstance(row, dict):
+        return held(row)
+    return row | {key: held(row[key]) for key in CONTAINERS if row.get(key) is not None}
+
+
 def _turn_lists(row: Any) -> list[Any]:
     """What stands under each container that `row` has; a row that is no object is the list itself."""
-    held = [row[key] for key in CONTAINERS if row.get(key) is not None] if isinstance(row, dict) else [row]
-    return [_rows_of(value) for value in held]
+    return [row[key] for key in CONTAINERS if row.get(key) is not None] if isinstance(row, dict) else [row]
 
 
 def _turn_layouts(turns: Any) -> list[str]:
@@ -259,57 +338,9 @@ def _turn_layouts(turns: Any) -> list[str]:
     return [name for name, (who, what) in TURN_KEYS.items() if first.get(who) is not None and what in first]
 
 
-def _rows_of(value: Any) -> Any:
-    """A struct of lists, as `datasets` keeps a Sequence of structs, is the list of structs it stands for."""
-    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
-        return value
-    if len({len(column) for column in value.values()}) != 1:
-        return value
-    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
-
-
-def _text(value: Any, where: str) -> str:
-    """Text, or the joined text of OpenAI's list of parts."""
-    if isinstance(value, list):
-        for number, part in enumerate(value, 1):
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind != "text":
-                told = f"is {_kind(part)}" if not isinstance(part, dict) else f"has the type {_shown(kind)}"
-                raise BadRow(f"{where}: part {number} {told}; only text can be trained on")
-            if not isinstance(part.get("text"), str):
-                raise BadRow(f"{where}: part {number} has no text")
-        value = "".join(part["text"] for part in value)
-    if not isinstance(value, str):
-        raise BadRow(f"{where} is {_kind(value)}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON's \ud83d without its other half
-        raise BadRow(f"{where} holds half a character, \\u{ord(value[error.start]):04x}") from None
-    return value
-
-
-def _missing(key: str, holder: dict[str, Any], *, row: bool = False) -> str:
-    """What to say of a turn, a segment or a whole row without `key`."""
-    keys = [str(name) for name, value in holder.items() if value is not None]
+def _missing(key: str, row: dict[str, Any]) -> str:
+    """What to say of a row without `key`."""
     # A key of another layout is no slip of the pen, near as generation is to conversations.
-    if near := difflib.get_close_matches(key, [name for name in keys if name not in COLUMNS], n=1):
-        return f'no "{key}"; is {_shown(near[0])} meant?'
-    if row and (others := fitting(holder)):
-        return f'no "{key}"; it looks like {others[0]}'
-    return f'no "{key}"; its keys: {", ".join(map(_shown, keys[:12])) or "none"}'
-
-
-def _kind(value: Any) -> str:
-    """What JSON calls it."""
-    if value is None:
-        return "null"
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        return "text that holds JSON"
-    kinds = {bool: "true or false", str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), type(value).__name__)
-
-
-def _shown(value: Any) -> str:
-    """Whatever a file holds, quoted, on one line and short."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:36]}...{text[:1]}"
+    told = missing(key, row, COLUMNS)
+    others = fitting(row)
+    return f'no "{key}"; it looks like {others[0]}' if others and "is " not in told else told

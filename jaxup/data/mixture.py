@@ -23,9 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxup.data.layouts import LAYOUTS, BadRow, Conversation, Segment, Segments, fitting, parse
+from jaxup.data.layouts import LAYOUTS, Segment, Segments, fitting, parse
 from jaxup.data.readers import Row
 from jaxup.data.sources import Corpus, File, Split, draw, find_files, near_layout, os_errors
+from jaxup.data.turns import BadRow, Conversation
 from jaxup.errors import UserError, suggest
 
 MOST_PASSES = 1000  # over a file: all of them are tokenised

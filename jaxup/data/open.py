@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxup.data.batches import Batches, validation_batches
-from jaxup.data.chat_formats import ALIASES, SPELLINGS, Format, open_format, show
+from jaxup.data.chat_formats import ALIASES, HISTORIES, SPELLINGS, Format, open_format, show
 from jaxup.data.chat_templates import TEMPLATES
 from jaxup.data.config import DataConfig
 from jaxup.data.docstrings import is_docstrings, write_docstrings
@@ -182,6 +182,8 @@ class _Opening:
             store = Store(config.store or default_path(self._root, *names, decides=[decides]))
             self._check_eos()
             # What can be wrong with chats is looked for before anything is written.
+            if config.strict and not self._corpus:
+                self._format.check(strict=True)
             read = {} if self._corpus or store.read_json(META) else look(streams, config, self._encoding(streams, 0))
             meta = store.complete(wanted, lambda: self._make(store, streams, layouts, wanted, read))
         return self._opened(store, meta)
@@ -200,13 +202,15 @@ class _Opening:
             statistics=meta["statistics"], layouts=meta["layouts"], chat_template=meta["chat_template"],
             format=None if self._corpus else self._format,
         )  # fmt: skip
+        if data.format is not None:
+            data.format.check(strict=config.strict)
         return data.part(config.fraction, config.tokens)
 
     @functools.cached_property
     def _format(self) -> Format:
         assert self._tokenizer is not None
         with within("format"):
-            return open_format(self._config.format or None, self._tokenizer)
+            return open_format(self._config.format or None, self._tokenizer, self._config.history)
 
     def _make(
         self, store: Store, streams: dict[str, Mixture], layouts: dict[str, str], wanted: dict[str, Any],
@@ -263,6 +267,7 @@ class _Opening:
         return {
             "tokenizer": {"spec": spec, "hash": "" if tokenizer is None else tokenizer_hash(tokenizer)},
             "chat_format": config.format or ("" if self._corpus else own),
+            "history": config.history,
             "packing": config.packing,
             "seq_len": config.seq_len,
             "on_bad": config.on_bad,
@@ -343,7 +348,8 @@ def _check(config: DataConfig) -> None:
         raise UserError("must lie between 0 and 1", at=f"val_fraction={config.val_fraction}")
     if not config.files and config.packing != CONCATENATED:
         raise UserError("name the data: files, directories or datasets", at="files")
-    known = {"layout": ("", *LAYOUTS), "on_bad": ON_BAD, "format": ("", *SPELLINGS, *ALIASES), "packing": PACKINGS}
+    known = {"layout": ("", *LAYOUTS), "on_bad": ON_BAD, "format": ("", *SPELLINGS, *ALIASES), "packing": PACKINGS,
+             "history": HISTORIES}  # fmt: skip
     for key, values in known.items():
         if (value := getattr(config, key)) not in values:
             raise UserError(f"not known{suggest(value, filter(None, values))}", at=f"{key}={value!r}")

@@ -17,9 +17,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxup.data.turns import NOTHING
 from jaxup.errors import UserError, first_line
 from jaxup.text import escaped
 
@@ -32,18 +33,22 @@ TEXT = 2**20  # characters that a template may add, beside saying everything twi
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], trained: Sequence[bool] | None = None
-) -> tuple[str, list[tuple[int, int]]]:
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], trained: Sequence[bool] | None = None,
+    options: Mapping[str, Any] = NOTHING,
+) -> tuple[str, list[tuple[int, int]], list[str]]:  # fmt: skip
     """The conversation as the tokenizer's chat template spells it.
 
     Args:
       trained: of each message whether it is trained on; None: a reply is asked for (`add_generation_prompt`).
+      options: what it is given besides: `tools`, `documents`, `chat_template_kwargs`.
 
     Returns:
-      (the text, [start, end) of what is trained on in each of the messages that are).
+      (the text, [start, end) of what is trained on in each of the messages that are, what is to be known of the
+      template).
 
     Raises:
-      UserError: there is no template, it refuses the messages or goes beyond a limit, or what is trained on is unclear.
+      UserError: there is no template, it refuses the messages, loses a part of what they say or goes beyond a limit,
+        or what is trained on is unclear.
     """
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template")
@@ -54,10 +59,11 @@ def render(
     except ValueError as error:  # or there are several, and none of them is the default
         raise UserError(f"the tokenizer's chat template: {escaped(first_line(error))[:200]}") from None
     said = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    answer = renderer.ask(json.dumps([template, tokenizer.special_tokens_map]), json.dumps([said, trained]))
+    request = json.dumps([said, trained, dict(options)], default=str)  # such as a date of parquet's
+    answer = renderer.ask(json.dumps([template, tokenizer.special_tokens_map]), request)
     if "error" in answer:
-        raise UserError(answer["error"])
-    return answer["text"], [(start, end) for start, end in answer["spans"]]
+        raise UserError(answer["error"], hint=answer.get("hint", ""))
+    return answer["text"], [(start, end) for start, end in answer["spans"]], answer["notes"]
 
 
 class Renderer:
@@ -127,21 +133,23 @@ def serve(seconds: float, memory: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     template = Template("", {})
     for line in sys.stdin.buffer:
-        messages, trained = json.loads(line)
+        messages, *how = json.loads(line)
         if isinstance(messages, str):
-            template = Template(messages, trained)
+            template = Template(messages, how[0])
             continue
+        trained, options = how
         signal.setitimer(signal.ITIMER_PROF, seconds)  # the kernel ends the process by SIGPROF
         answer: dict[str, Any]
         try:
             if trained is None:
-                answer = {"text": template.render(messages, asks=True), "spans": []}
+                answer = {"text": template.render(messages, options, asks=True), "spans": [], "notes": []}
             else:
-                answer = dict(zip(("text", "spans"), template.spans(messages, trained)))
+                answer = dict(zip(("text", "spans"), template.spans(messages, trained, options)))
+                answer["notes"] = template.notes
             if (length := len(answer["text"])) > TEXT + 2 * len(line):
                 answer = {"error": f"the chat template makes {length:,} characters of {len(line):,}"}
         except Unclear as error:
-            answer = {"error": str(error)}
+            answer = {"error": str(error), "hint": error.hint}
         except MemoryError:
             answer = {"error": f"the chat template takes more than {memory >> 20:,} MiB for one conversation"}
         except Exception as error:  # whatever jinja raises, or the template itself

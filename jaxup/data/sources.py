@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxup.data.layouts import COLUMNS, LAYOUTS
+from jaxup.data.layouts import COLUMNS, LAYOUTS, unfitting
 from jaxup.data.readers import (
     COMPRESSED,
     MIB,
@@ -320,6 +320,8 @@ def files_hash(files: list[tuple[str, Path]]) -> str:
 
 
 def near_layout(row: Any) -> str:
+    if told := unfitting(row):
+        return f": {told}"
     if not isinstance(row, dict):
         return f"; known: {', '.join(LAYOUTS)}"
     for key in row:

@@ -1,12 +1,12 @@
 """A store of token rows: a directory, local or gs://, that a training run reads at random.
 
-    STORE/meta.json       what the tokens were made from, and digests of all files; written last, so it marks a
-                          complete store
-    STORE/progress.json   the same and how far an unfinished store has come; gone when it is complete
-    STORE/tokenizer/      the tokenizer, as `save_pretrained` writes it
-    STORE/train/, STORE/validation/   zarr3 arrays; see `rows.py`
-    STORE/scratch/, STORE/rest-N      what an unfinished store holds that is not in rows yet
-    STORE/lock            held by the process that prepares the store
+STORE/meta.json       what the tokens were made from, and digests of all files; written last, so it marks a
+                      complete store
+STORE/progress.json   the same and how far an unfinished store has come; gone when it is complete
+STORE/tokenizer/      the tokenizer, as `save_pretrained` writes it
+STORE/train/, STORE/validation/   zarr3 arrays; see `rows.py`
+STORE/scratch/, STORE/rest-N      what an unfinished store holds that is not in rows yet
+STORE/lock            held by the process that prepares the store
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -108,31 +110,80 @@ def auto_tokenizer(spec: str, **options: bool) -> PreTrainedTokenizerBase:
     """
     if os.path.isdir(spec):
         check_texts(spec)
-    with _torch_later():
+        _check_sentencepiece(Path(spec))
+    with _torch_later(), _without_panics():
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False, **options)
     if not len(tokenizer):
         raise UserError("the tokenizer has no tokens", at=spec)
+    for token, content in tokenizer.special_tokens_map.items():
+        if content == "":  # which is none, and would be looked up for ever
+            setattr(tokenizer, token, None)
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if not isinstance(template, str | None):
+            raise UserError(f"its chat template is no text, but {str(template)[:40]!r}", at=spec)
     if (normalizer := getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)) is not None:
         _check_growth([json.loads(normalizer.__getstate__())], spec)
+    with _without_panics():
+        tokenizer("some text")  # if a panic is to come, it comes now as a rule
     return tokenizer
+
+
+def _check_sentencepiece(directory: Path) -> None:
+    """UserError where only a package that is not there reads the tokenizer: what transformers says is of another."""
+    if (directory / "tokenizer.json").exists() or importlib.util.find_spec("sentencepiece") is not None:
+        return
+    for path in directory.glob("*.model"):
+        with path.open("rb") as file:
+            if file.read(1) == b"\n":  # as the first field of a protocol buffer; a file of tiktoken's is text
+                raise UserError("needs sentencepiece", at=path.name, hint="pip install sentencepiece")
 
 
 def _check_growth(normalizers: list[dict[str, Any]], spec: str) -> None:
     """UserError for a normaliser that makes far more text than it is given: a tokenizer has no limit of memory."""
     steps: list[tuple[str | None, str]] = []  # what is replaced, None = every character at worst; by what
+    added = 0
     while normalizers:
         step, *normalizers = normalizers
         normalizers = [*step.get("normalizers", ()), *normalizers]
         if "content" in step:
             steps.append((step["pattern"].get("String"), step["content"]))
+        if "precompiled_charsmap" in step:  # of sentencepiece: the size of a trie, it, and what is put for characters
+            table = base64.b64decode(step["precompiled_charsmap"] or "")
+            trie = int.from_bytes(table[:4], "little")
+            steps.append((None, max(table[4 + trie :].decode(errors="replace").split("\0"), key=len)))
+        added += len(step.get("prepend", ""))
+    if added > _MOST_GROWTH:
+        raise UserError("the tokenizer's normalizer multiplies text", at=spec)
     for begun in {pattern or "a" for pattern, _ in steps}:
         text = begun
         for pattern, content in steps:
             text = text * max(1, len(content)) if pattern is None else text.replace(pattern, content)
             if len(text) > _MOST_GROWTH * len(begun):
                 raise UserError("the tokenizer's normalizer multiplies text", at=spec)
+
+
+@contextlib.contextmanager
+def _without_panics() -> Iterator[None]:
+    """Keeps what Rust itself writes on stderr of a panic, which is an exception here, to itself."""
+    sys.stderr.flush()
+    panicked, stderr = False, os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            panicked = is_panic(error)
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            said.seek(0)
+            text = said.read()
+            os.write(stderr, text.partition(b"\nthread '")[0] if panicked else text)
+            os.close(stderr)
 
 
 @contextlib.contextmanager

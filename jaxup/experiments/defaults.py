@@ -171,6 +171,8 @@ def _heal(c: ConfigDict) -> None:
     c.data.files = ""  # "a.jsonl*2,b.parquet*0.5"
     c.data.layout = ""  # messages, sharegpt, ...; "" = detected for each file
     c.data.format = ""  # "" = the tokenizer's own chat template
+    c.data.history = ""  # where a template rewrites earlier turns: train on the "last" answer, or on "each" by itself
+    c.data.strict = False  # refuse what is warned of, such as a template of which no end of a turn is trained on
     c.data.seq_len = 4096
     c.data.val_files = ""  # "" = a part of the files
     c.data.val_fraction = 0.01
