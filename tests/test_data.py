@@ -308,6 +308,65 @@ def test_nanogpt_tokens(tmp_path, config, monkeypatch):
         open_data(config, root=str(tmp_path))
 
 
+def test_a_corpus_of_chats_keeps_its_masks(tmp_path, config):
+    rows = [{"prompt": f"question {n}: ", "completion": f"answer {n}"} for n in range(80)]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = open_data(dataclasses.replace(config, files=str(path), layout="prompt_completion"), root=str(tmp_path))
+    batch = data.train.batch(np.arange(len(data.train)))
+    shown = data.tokenizer.decode(batch["targets"][batch["loss_weights"] > 0])
+    told = [row["completion"] for row in rows if f"{row['completion']}<" in shown]
+    assert shown.replace("<|endoftext|>", "").startswith("".join(told)[: len(shown) // 2])
+    assert "question" not in shown
+    assert data.statistics["train"]["loss_tokens"] < data.statistics["train"]["tokens"]
+    apart = dataclasses.replace(config, files=str(path), layout="prompt_completion", isolate_documents=True)
+    batch = open_data(apart, root=str(tmp_path)).train.batch(np.arange(len(data.train)))
+    begins = np.diff(batch["segment_ids"], axis=1) > 0
+    assert (batch["positions"][:, 1:][begins] == 0).all()
+    assert begins.sum() > 20
+
+
+def test_files_for_the_validation_of_a_corpus(tmp_path, config):
+    held = write_jsonl(tmp_path / "held.jsonl", texts(40, seed=3))
+    mixed = dataclasses.replace(config, files=f"{config.files}*2", val_files=held)
+    data = open_data(mixed, root=str(tmp_path))
+    assert data.statistics["train"]["examples"] == 2 * 301
+    assert data.statistics["validation"]["examples"] == 40
+    assert open_data(dataclasses.replace(mixed, val_fraction=0.7), root=str(tmp_path)).store == data.store
+
+
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+def test_bad_rows_of_a_corpus(tmp_path, config, on_bad, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(Path(config.files).read_text() + '{"text": 3}\n{"text": ""}\n')
+    config = dataclasses.replace(config, files=str(path), on_bad=on_bad)
+    if on_bad == "error":
+        with pytest.raises(UserError, match=r'data\.source: .*bad\.jsonl:302: row 302 is not text: "text" is a number'):
+            open_data(config, root=str(tmp_path))
+        return
+    data = open_data(config, root=str(tmp_path))
+    assert (data.statistics["rows"], data.statistics["bad"]) == (302, 1)
+    assert "1 bad rows skipped" in capsys.readouterr().err
+
+
+def test_a_token_that_the_model_has_not_is_refused_where_it_occurs(tmp_path, config):
+    tokenizer = load_tokenizer(config.tokenizer)
+    size = len(tokenizer)
+    open_data(config, root=str(tmp_path), vocab_size=size)
+    tokenizer.add_tokens(["delta"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    more = dataclasses.replace(config, tokenizer=str(tmp_path / "more"))
+    with pytest.raises(UserError, match=rf"tokenizer: .*corpus.jsonl:\d+: 'delta' is token {size}, and the model has"):
+        open_data(more, root=str(tmp_path), vocab_size=size)
+    data = open_data(more, root=str(tmp_path))
+    with pytest.raises(UserError, match=rf"rows of {data.store}: 'delta' is token {size}"):
+        open_data(more, root=str(tmp_path), vocab_size=size)
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer.add_tokens(["nowhere in the data"])
+    tokenizer.save_pretrained(tmp_path / "unused")
+    open_data(dataclasses.replace(config, tokenizer=str(tmp_path / "unused")), root=str(tmp_path), vocab_size=size)
+
+
 def test_big_vocabularies_are_stored_as_uint32(tmp_path, config):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

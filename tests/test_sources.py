@@ -1,16 +1,20 @@
 """Text from every kind of source, its split, its fingerprint; tokenizers loaded and trained."""
 
+import gzip
 import json
 import os
 import random
+import re
 import sys
+from pathlib import Path
 
 import processes
 import pytest
 
 from jaxup.data import sources
 from jaxup.data.mixture import documents, open_mixture
-from jaxup.data.sources import Corpus
+from jaxup.data.readers import Row
+from jaxup.data.sources import Corpus, find_files
 from jaxup.data.tokenizer import load_tokenizer, tokenizer_hash, train_bpe
 from jaxup.errors import UserError
 
@@ -243,6 +247,97 @@ def test_sources_without_text(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r'pip install "jaxup\[data\]"'):
         both(opened(tmp_path / "bad.parquet"))
+
+
+# Splits by name
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"), ("data/test-1.jsonl", "test"), ("validation/a.parquet", "validation"),
+        ("my_dev_set.jsonl", "validation"), ("data/train_sft-00000-of-00003.parquet", "train_sft"),
+        ("train-00000-of-00003.parquet", "train"), ("eval.json.gz", "test"), ("latest.jsonl", ""),
+        ("trained.jsonl", ""), ("contest.jsonl", ""), ("a.jsonl", ""), ("valid/train.jsonl", "train"),
+    ],
+)  # fmt: skip
+def test_the_split_of_a_file_is_in_its_name(name, split):
+    assert sources.split_of(name) == split
+
+
+def in_directory(tmp_path, **files):
+    for name, texts_of in files.items():
+        write_jsonl(tmp_path / f"{name.replace('__', '-')}.jsonl", texts_of)
+    return str(tmp_path)
+
+
+def names(found):
+    return [(Path(file.path).stem, file.side(Row(1, "", {}, "", 0.0))) for file in found]
+
+
+def test_splits_of_a_directory(tmp_path, capsys):
+    place = in_directory(tmp_path, train=["a"], test=["b"], validation=["c"], more=["d"])
+    assert names(find_files(place)) == [("train", None)]
+    said = capsys.readouterr().err
+    assert "the split train is read; not" in said
+    assert f"data.val_files={place}:validation evaluates on validation" in said
+    assert all(name in said for name in ("test", "validation", "files of no split"))
+    assert names(find_files(place, side="validation")) == [("validation", "validation")]
+    assert names(find_files(f"{place}:test", side="validation")) == [("test", "validation")]
+    assert names(find_files(f"{place}:test")) == [("test", None)]
+    # A corpus is split in two by what there is.
+    assert names(find_files(place, Corpus(0.1, 0))) == [("validation", "validation"), ("train", "train")]
+    with pytest.raises(UserError, match=r'no split "tset"; did you mean .test.\?; its splits: test, train, validation'):
+        find_files(f"{place}:tset")
+
+
+def test_a_directory_without_a_split_called_train(tmp_path):
+    place = in_directory(tmp_path, train_sft__00000__of__00001=["a"], test_sft__00000__of__00001=["b"])
+    with pytest.raises(
+        UserError, match=rf'no split "train"; its splits: test_sft, train_sft; name one, as in {place}:'
+    ):
+        find_files(place)
+    assert names(find_files(f"{place}:train_sft")) == [("train_sft-00000-of-00001", None)]
+
+
+def test_names_of_splits_among_other_text_say_nothing(tmp_path):
+    place = in_directory(tmp_path, test=["a"] * 40)
+    (tmp_path / "train.md").write_text("b")
+    assert [Path(file.path).name for file in find_files(place, Corpus(0.5, 0))] == ["test.jsonl", "train.md"]
+    assert all(file.drawn for file in find_files(place, Corpus(0.5, 0)))
+    with pytest.raises(UserError, match=rf"its splits: test; name one, as in {place}:test"):
+        find_files(place)
+
+
+# Compressed files
+
+
+def compressed(content, suffix):
+    if suffix == ".gz":
+        return gzip.compress(content)
+    import pyarrow as pa
+
+    return pa.compress(content, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_are_read_as_they_are_plain(tmp_path, suffix):
+    documents = texts(300)
+    write_jsonl(tmp_path / "a.jsonl", documents)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in documents], indent=1))
+    (tmp_path / "a.txt").write_bytes(ODD.encode())
+    for name in ("a.jsonl", "a.json", "a.txt"):
+        packed = tmp_path / f"{name}{suffix}"
+        packed.write_bytes(compressed((tmp_path / name).read_bytes(), suffix))
+        plain, (found,) = find_files(str(tmp_path / name), Corpus(0.1, 0)), find_files(str(packed), Corpus(0.1, 0))
+        rows = list(found.rows())
+        assert [row.value for row in rows] == [row.value for row in plain[0].rows()]
+        assert [row.done for row in rows] == sorted(row.done for row in rows)
+        assert 0 <= rows[0].done <= rows[-1].done <= 1
+        content = packed.read_bytes()
+        packed.write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match=rf"{re.escape(packed.name)}: not a sound {suffix.removeprefix('.')} file"):
+            list(found.rows())
 
 
 # Tokenizers

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from jaxup.errors import UserError, first_line
 
@@ -43,7 +43,7 @@ def kind_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _content(path: Path) -> Iterator[tuple[IO[bytes], Callable[[int], float]]]:
+def _content(path: Path) -> Iterator[tuple[io.BufferedReader, Callable[[int], float]]]:
     """The bytes of a file, decompressed; and which part of it lies before one of them, which only ever grows."""
     size = max(1, path.stat().st_size)
     # How long a compressed file is only its end tells. This comes near 1 and is the same everywhere.
@@ -52,12 +52,13 @@ def _content(path: Path) -> Iterator[tuple[IO[bytes], Callable[[int], float]]]:
         with _opened(path) as file:
             yield file, lambda before: before / (before + size) if packed else min(1.0, before / size)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"not a sound {path.suffix} file ({first_line(error)})", at=str(path)) from None
+        what = f"not a sound {path.suffix.removeprefix('.')} file ({first_line(error)})"
+        raise UserError(what, at=str(path)) from None
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> io.BufferedReader:
     if path.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path))
+        return io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(path)))
     if path.suffix == ".zst":
         pa = pyarrow(path)
         with _arrow_errors(path):
