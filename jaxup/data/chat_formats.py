@@ -128,6 +128,9 @@ class Format(abc.ABC):
             self._warn(doubt, doubt)
 
     def tokenize(self, rendered: Sequence[Rendered]) -> list[Encoded]:
+        return self._tokenize(rendered)
+
+    def _tokenize(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         with tokenizing():
             encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
         result = []
@@ -175,7 +178,7 @@ class Format(abc.ABC):
         asked, answered, system = Turn("user", "a", False), Turn("assistant", "b", True), Turn("system", "c", False)
         for turns in ((asked, answered), (system, asked, answered)):
             with contextlib.suppress(UserError):
-                return self.tokenize([self._render_turns(Conversation(turns))])[0]
+                return self._tokenize([self._render_turns(Conversation(turns))])[0]
         return None
 
     @functools.cached_property

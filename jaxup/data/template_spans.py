@@ -22,6 +22,9 @@ _HISTORY = (
     "or take the earlier ones out of the loss (weight 0, or prompt_completion)"
 )
 
+_TOKENS = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|.", re.DOTALL)  # as far as it matters here
+_THINKS = r"\s*(<think>)?\s*(</think>)?\s*"
+
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 
@@ -78,7 +81,8 @@ class Template:
     def notes(self) -> list[str]:
         """What the user is to know of the template."""
         header = self.habits.marked
-        return [f"the template marks the header {header!r} as the assistant's; it is not trained on"] if header else []
+        told = f"the template marks the header {header!r} as the assistant's; it is not trained on"
+        return [told] if header.strip() else []
 
     @functools.cached_property
     def habits(self) -> Habits:
@@ -95,20 +99,22 @@ class Template:
                 break
         else:
             return Habits()
-        before, _, between, _, after = pieces[::2]
-        # The end of a turn is what comes after a reply whether or not a user's header follows.
-        header = _shared(before[::-1], between[::-1])
-        end = min(len(_shared(after, between)), len(between) - len(header) or len(between))
-        tail = after[end:]
-        is_header = asked.endswith(tail) or between.endswith(tail)
+        before, _, between, _, after = (_TOKENS.findall(piece) for piece in pieces[::2])
+        # The end of a turn is what comes after a reply whether or not a user's turn follows, up to what opens a turn.
+        end = _shared(after, between)
+        opens = next((token for token in before if len(token) > 1 and token in between), "")
+        end = after.index(opens) if opens in after[1:end] else end
+        tail = "".join(after[end:])
+        is_header = tail.strip() != self._eos and (plain.endswith(tail) or "".join(between).endswith(tail))
         if not tail.strip() or not (is_header or tail.strip() == self._eos):
             tail, is_header = "", False
         if len(marked) != 2 or any(said[2 * n + 1]["content"] not in text[slice(*marked[n])] for n in (0, 1)):
             return Habits(tail, is_header)
         # What asks for a reply, as far as the marks have it; before the text of a template that never asks is a header.
         asks, start = asked.removeprefix(plain), text[marked[1][0] :].partition(messages[-1]["content"])[0]
-        inside = asks.startswith(start) or asks.endswith(start) or (not asks and start.strip())
-        return Habits(tail, is_header, asks if asks and start.startswith(asks) else start if inside else "")
+        inside = len(start) if asks.startswith(start) or (not asks and start.strip()) else 0
+        inside = max([inside, *(n for n in range(len(start) + 1) if asks.endswith(start[:n]))])
+        return Habits(tail, is_header, start[:inside])
 
     def _made(self, messages: Messages, options: Mapping[str, Any], **how: Any) -> Any:
         given = {key: value for key, value in options.items() if key != "chat_template_kwargs"}
@@ -118,15 +124,18 @@ class Template:
     def _by_prefix(self, messages: Messages, i: int, whole: str, options: Mapping[str, Any]) -> Span:
         """What the reply `i` adds to the text that asks for it, without the blanks after its end of turn."""
         turn = f"turn {i + 1}, the assistant's"
-        asked = self.render(messages[:i], options, asks=True)
+        plain, asked = (self.render(messages[:i], options, asks=asks) for asks in (False, True))
         told = self.render(messages[: i + 1], options)
         if self.habits.is_header or not whole.startswith(told):
             told = told.removesuffix(self.habits.tail)
+        # A prompt may go on into the reasoning, which a reply that has none spells in another way.
+        if re.fullmatch(_THINKS, asked[_shared(asked, told) :]) and told.startswith(plain):
+            asked = asked[: _shared(asked, told)]
         if not told.startswith(asked) or not whole.startswith(told):
             what = f"the chat template spells what is before the end of {turn}, in another way once the conversation"
             raise Unclear(f"{what} goes on: no telling what to train on", _HISTORY if told.startswith(asked) else "")
         if self._asks is None:
-            self._asks = asked != self.render(messages[:i], options)
+            self._asks = asked != plain
         start, said = len(asked), _said(messages[i])
         if not self._asks:
             # What is before the text is a header, unless it is blank.
@@ -211,9 +220,9 @@ _OURS = ("conversations", "tools", "documents", "add_generation_prompt", "contin
          "return_assistant_tokens_mask")  # fmt: skip
 
 
-def _shared(text: str, other: str) -> str:
-    """What both begin with."""
-    return text[: next((n for n, (a, b) in enumerate(zip(text, other)) if a != b), min(len(text), len(other)))]
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """How much both have at their beginnings."""
+    return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _said(message: Mapping[str, Any]) -> str:
