@@ -49,6 +49,8 @@ def main(argv: list[str]) -> None:
     check_replaceable(out.absolute(), args.force, MARKS)
     how = {"dtype": args.dtype, "max_shard_size": size, "force": args.force, "progress": True}
     if stored.is_run(source):
+        if args.revision is not None or args.allow_pickle:
+            raise UserError(f"{args.source}: is a run directory: --revision and --allow-pickle go with a model")
         stored.export(source, out, name=args.model, step=args.step, **how)
     elif args.model is not None or args.step is not None:
         raise UserError(f"{args.source}: is not a run directory, so it has no --model or --step to choose")

@@ -134,6 +134,7 @@ def test_what_is_wrong_is_one_line(run, tmp_path):
     assert "reference, target_2" in refused(run, out, "--model", "zzz")
     assert "there are 6, 8" in refused(run, out, "--step", "7")
     assert "--dtype" in refused(run, out, "--dtype", "int8")
+    assert "--revision and --allow-pickle go with a model" in refused(run, out, "--revision", "main")
     assert "max_shard_size" in refused(run, out, "--max-shard-size", "5")
     before = sorted(run.rglob("*"))
     for place in (run, run / "checkpoints", run / "checkpoints" / "x", tmp_path):

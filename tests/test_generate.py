@@ -473,6 +473,8 @@ def test_what_ends_a_text(generation, config, expected, tmp_path):
         (["--prompt", "a", "--max-tokens", "0"], "--max-tokens must be at least 1"),
         (["--prompt", "a", "--seed", "-3"], "--seed"),
         (["--prompt", "a", "--system", "b"], "--system goes with --chat"),
+        (["--prompt", "a", "--greedy", "--top-k", "5"], "--top-k goes with a temperature above 0"),
+        (["--prompt", "a", "--temperature", "0", "--top-p", "0.9"], "--top-p goes with a temperature above 0"),
         (["--prompt", "a", "--dtype", "float16"], "--dtype"),
         (["--prompt", "a\udcff"], "not text in UTF-8"),
         (["--prompt", "a", "--max-toknes", "3"], "--max-toknes"),

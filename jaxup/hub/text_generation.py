@@ -110,6 +110,9 @@ def check_options(options: Mapping[str, Any], spelt: Callable[[str], str] = "gen
     for name, (good, wanted) in OPTIONS.items():
         if not good(options[name]):
             raise UserError(f"{spelt(name)} must be {wanted}, not {options[name]}")
+    for name, all_tokens in (("top_k", 0), ("top_p", 1)):
+        if options["temperature"] == 0 and options[name] != all_tokens:
+            raise UserError(f"{spelt(name)} goes with a temperature above 0: nothing is drawn at 0")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
