@@ -189,6 +189,8 @@ def restoring(checkpoint: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if "://" in checkpoint:
+            advice = f"if that is the network, give the same command again; else {advice}"
         raise UserError(f"{checkpoint}: cannot restore this checkpoint: {first_line(error)[:300]}; {advice}") from None
 
 
