@@ -7,6 +7,7 @@ bottom to top; several sources lie in bands above each other. Sizes are pixels, 
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import itertools
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def picture(plan: DepthPlan, title: str) -> Image:
     total = sum(count for _, count in plan.sources)
     width = _cell(_WIDTH, plan.num_layers)
     height = min(_cell(_HEIGHT, total), max(1.5 * width, 300 / total))  # nearly square, if there is room
-    left = _MARGIN + max(_length(str(count), _SMALL) for _, count in plan.sources) + 28
+    left = _MARGIN + max(_length(text, _SMALL) for text in {str(count) for _, count in plan.sources}) + 28
     top = _MARGIN + _TITLE + 20 + _TEXT + 40 + _TEXT + 24
     bands = []
     for name, count in plan.sources:
@@ -94,7 +95,8 @@ def picture(plan: DepthPlan, title: str) -> Image:
     right = left + round(plan.num_layers * width)
     used = {name: {row.layer for row in plan.rows if row.source == name and row.parts} for name, _ in plan.sources}
     labels = {band.name: _unused(band, used[band.name]) for band in bands}
-    margin = max((_length(text, _SMALL) for found in labels.values() for _, text in found), default=0)
+    texts = {text for found in labels.values() for _, text in found}
+    margin = max((_length(text, _SMALL) for text in texts), default=0)
     depths = f"{' + '.join(str(count) for _, count in plan.sources)} -> {plan.num_layers} layers"
     legend = sum(_length(text, _TEXT) + 74 for text in _entries(plan).values())
     wide = max(800, _MARGIN + max(right + 20 + margin, left + legend, left + _length(depths, _TEXT)))
@@ -209,6 +211,7 @@ def _draw_path(draw: ImageDraw, plan: DepthPlan, where: dict[str | None, _Band],
 # ---- writing
 
 
+@functools.cache
 def _font(size: int) -> FreeTypeFont | ImageFont:
     from PIL import ImageFont
 
