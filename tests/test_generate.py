@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from scipy import stats
 from scipy.special import softmax
 
 from jaxup.data.chat_formats import prompt_ids
@@ -164,6 +163,8 @@ def transformers_warped(torch, logits, temperature, top_k, top_p):
 
 def test_draws_follow_the_distribution_of_transformers(params, torch):
     """1,024 draws after one prompt, against the probabilities that transformers would draw from."""
+    from scipy import stats
+
     prompt = ragged([6], 60)
     forward = jax.jit(lambda params, tokens: nnx.merge(abstract(LLAMA)[0], params)(tokens))
     logits = np.asarray(forward(params, np.asarray(prompt)))[:, -1, :60]

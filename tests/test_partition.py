@@ -68,12 +68,13 @@ def test_loss_and_gradients_are_those_of_the_whole_model(case):
         decoder, x_BSD = partition.hidden(trained, frozen, tokens)
         return total(x_BSD, decoder.head_kernel())
 
-    trained, frozen = partition.split(params)
-    jax.tree.map(np.testing.assert_array_equal, partition.join(trained, frozen), params)
+    split = jax.jit(partition.split)
+    trained, frozen = split(params)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(partition.join)(trained, frozen), params)
     value, grads = whole(config, compute)(params, tokens)
     got, got_grads = jax.jit(jax.value_and_grad(parts))(trained, frozen, tokens)
     np.testing.assert_allclose(got, value, rtol=1e-5)
-    want_grads, _ = partition.split(grads)
+    want_grads, _ = split(grads)
     assert jax.tree.structure(got_grads) == jax.tree.structure(want_grads)
     # Relative to the largest gradient: sums of float32 in another order.
     scale = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads))
@@ -87,7 +88,7 @@ def test_a_step_trains_what_it_is_told_to_and_keeps_every_other_bit():
     params = noisy(config)
     masks = trainable(plan, params, layers="copies", parameters="o_proj|down_proj|norm")
     partition = Partition(config, Compute(), masks)
-    trained, frozen = partition.split(params)
+    trained, frozen = jax.jit(partition.split)(params)
     tokens = jnp.asarray(tokens_for(config))
     batch = {"tokens": tokens, "targets": tokens[:, ::-1], "loss_weights": jnp.ones(tokens.shape)}
     # Plain descent: Adam's first step would be the sign of the gradient, however wrong its size.
@@ -98,7 +99,7 @@ def test_a_step_trains_what_it_is_told_to_and_keeps_every_other_bit():
     all_state = TrainState(params, whole.init(params), jnp.int32(0), jnp.bool_(False))
     state, metrics = step(jax.tree.map(jnp.copy, state), batch, frozen)
     all_state, all_metrics = jax.jit(make_train_step(config, Compute(), whole, options))(all_state, batch)
-    after = partition.join(state.params, frozen)
+    after = jax.jit(partition.join)(state.params, frozen)
 
     def check(path, mask, old, new, want):
         old, new, want, mask = (np.broadcast_to(np.asarray(a), old.shape) for a in (old, new, want, mask))
@@ -142,5 +143,6 @@ def test_an_order_of_layers_beside_a_stack_is_refused():
     params = noisy(LLAMA)
     masks = trainable(plan_of("0" * LLAMA.num_layers), params, layers="0")
     partition = Partition(LLAMA, Compute(), masks)
+    split = jax.jit(partition.split)(params)
     with pytest.raises(ValueError, match="own order"):
-        partition.hidden(*partition.split(params), jnp.asarray(tokens_for(LLAMA)), order=jnp.zeros(2, jnp.int32))
+        partition.hidden(*split, jnp.asarray(tokens_for(LLAMA)), order=jnp.zeros(2, jnp.int32))

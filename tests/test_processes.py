@@ -75,8 +75,9 @@ def test_two_processes_heal_what_one_does(runs, tmp_path):  # noqa: F811
     assert first.keys() == second.keys()
 
 
-def test_a_signal_to_one_stops_both_at_a_step_from_which_one_goes_on(corpus, tmp_path, monkeypatch):
+def test_a_signal_to_one_stops_both_at_a_step_from_which_one_goes_on(finished, corpus, tmp_path, monkeypatch):
     """The processes hold the same rows, each the half of every matrix: neither can save without the other."""
+    shutil.copytree(finished[0].parent / "data", tmp_path / "data")
     never = ("steps", "checkpoint.interval", "eval.interval")
     more = [*(f"--config.{key}=100000" for key in never), "--config.model.num_layers=2", "--config.mesh.tensor=2"]
     command = arguments(corpus, tmp_path / "run", *more)

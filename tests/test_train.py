@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -99,7 +100,13 @@ def test_generate_from_the_run(finished, capsys):
 
 
 def test_killed_and_resumed_ends_with_the_same_numbers(finished, corpus, tmp_path):
-    workdir = tmp_path / "killed"
+    shutil.copytree(finished[0].parent, tmp_path / "runs")
+    workdir = tmp_path / "runs" / "whole"
+    for name in ("checkpoints/target_2", "checkpoints/control", "export", "plots"):  # but for the reference
+        shutil.rmtree(workdir / name)
+    (workdir / "SUMMARY.md").unlink()
+    done = [r for r in metrics(workdir) if r["model"] == "reference"]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in done))
     command = ("-m", "jaxup.train", *arguments(corpus, workdir))
     with processes.started(*command) as process:
         processes.wait_until((workdir / "checkpoints" / "target_2" / "4").exists, process)
@@ -119,8 +126,12 @@ def test_killed_and_resumed_ends_with_the_same_numbers(finished, corpus, tmp_pat
     assert same(workdir) == same(finished[0])
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves(signum, code, corpus, tmp_path):
+# The other signal: of two processes in `test_processes`.
+@pytest.mark.parametrize(
+    ("signum", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
+def test_a_signal_saves_and_leaves(signum, code, finished, corpus, tmp_path):
+    shutil.copytree(finished[0].parent / "data", tmp_path / "data")
     workdir = tmp_path / "stopped"
     more = ["--config.steps=100000", "--config.checkpoint.interval=100000", "--config.eval.interval=100000"]
     log = workdir / "metrics.jsonl"
