@@ -57,7 +57,7 @@ def quiet(name, kind, template=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         format = open_format(name, tokenizer(kind, template))
-    format._warned |= {"border", "special", "doubts"}
+    format._warned |= {"border", "special", *format.doubts}
     return format
 
 

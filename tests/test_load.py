@@ -22,9 +22,10 @@ from jax.sharding import AxisType
 from plain import load_params
 
 import jaxup
+from jaxup.building.work import build
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import ZEROED, DepthPlan, Row
-from jaxup.depth.recipes import inherit
+from jaxup.depth.recipes import identity, inherit
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
 from jaxup.hub import reader
@@ -484,6 +485,27 @@ def test_files_beside_the_tensors(models, server, tmp_path):
     assert carried_files(directory) == expected == carried_files(f"{url}/gpt2-float32")
     fetched = tokenizer_directory(f"{url}/gpt2-float32")
     assert {p.name for p in fetched.iterdir()} == {"config.json", *expected}
+
+
+def test_all_that_a_tokenizer_reads_is_kept(models, tmp_path):
+    directory = shutil.copytree(models / "gpt2-float32", tmp_path / "in")
+    (directory / "jaxup_manifest.json").unlink(missing_ok=True)
+    more = {
+        "additional_chat_templates/tool_use.jinja": b"{{ tools }}", "tekken.json": b"{}", "vocab_v2.json": b"{}",
+        "qwen.tiktoken": b"YQ== 0", "merges_v2.txt": b"a b",
+    }  # fmt: skip
+    (directory / "additional_chat_templates").mkdir()
+    for name, content in more.items():
+        (directory / name).write_bytes(content)
+    (directory / "additional_chat_templates" / "run.py").write_text("raise SystemExit")
+    jaxup.save(load(directory), tmp_path / "saved")
+    build(identity(str(directory), GPT2.num_layers), tmp_path / "built")
+    jaxup.save(load(tmp_path / "saved"), tmp_path / "again")
+    for out in ("saved", "built", "again"):
+        assert {name: (tmp_path / out / name).read_bytes() for name in more} == more
+        assert not (tmp_path / out / "additional_chat_templates" / "run.py").exists()
+    (tmp_path / "saved" / "additional_chat_templates" / "tool_use.jinja").write_bytes(b"{{ other }}")
+    refused(lambda: tokenizer_directory(tmp_path / "saved"), "tool_use.jinja is not the file that was written here")
 
 
 def test_the_readme_example_runs(models, tmp_path, monkeypatch):

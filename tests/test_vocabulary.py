@@ -80,7 +80,12 @@ EXPECTED = {
     "alpaca": "<s>S\n\n### Instruction:\nU\n\n### Response:\nA</s>\n\n### Instruction:\nV\n\n### Response:\n",
     "metharme": "<s><|system|>S<|user|>U<|model|>A</s><|user|>V<|model|>",
 }
-EXPECTED |= {"mistral-v3": EXPECTED["mistral"], "llama-3": EXPECTED["llama3"]}
+EXPECTED |= {
+    "mistral-v3": EXPECTED["mistral"], "llama-3": EXPECTED["llama3"],
+    "mistral-v3-tekken": "<s>[INST]S\n\nU[/INST]A</s>[INST]V[/INST]",
+    "mistral-tekken": "<s>[SYSTEM_PROMPT]S[/SYSTEM_PROMPT][INST]U[/INST]A</s>[INST]V[/INST]",
+}  # fmt: skip
+EXPECTED["mistral-v7-tekken"] = EXPECTED["mistral-tekken"]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

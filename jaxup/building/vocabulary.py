@@ -118,7 +118,8 @@ def _union(
         for tokens in ([t for t in new if t not in special], [t for t in new if t in special]):
             union.add_tokens([special.get(token, token) for token in tokens if token not in known[base]])
         union.save_pretrained(directory)
-        files = {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())}
+        made = sorted(path for path in Path(directory).rglob("*") if path.is_file())
+        files = {path.relative_to(directory).as_posix(): path.read_bytes() for path in made}
     return files, union.get_vocab()
 
 

@@ -223,6 +223,7 @@ def carry_out(
     new = functools.partial(_new_tensor, _new_leaves(work))
     with staged_directory(out, force=force, marks=MARKS) as directory:
         for name, content in work.texts.items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
         (directory / PICTURE).write_bytes(picture.png(plan, out.name))
         (directory / CARD).write_text(_card(work, out.name))

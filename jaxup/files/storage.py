@@ -33,6 +33,7 @@ HUB_ID = re.compile(r"(?!.*\.\.)[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Models of the Hub from before it had organisations.
 _NAMELESS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 _SMALL = 4 * 2**20  # bytes; a config, or the index of 30,000 tensors
+TEMPLATES = "additional_chat_templates"  # a directory in a model's, as transformers names it
 LARGEST_TEXT = 100 * 2**20  # bytes; a tokenizer.json
 # Whatever class of tokenizer the directory names.
 _TEXTS = re.compile(
@@ -64,6 +65,9 @@ class Storage(Protocol):
 
     def whole(self, file: str, limit: int = _SMALL) -> bytes:
         """All of a small file; UserError if it is larger than `limit`."""
+
+    def files(self) -> list[str]:
+        """What lies in it and in its TEMPLATES, as far as there is a listing."""
 
 
 def open_storage(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Storage:
@@ -181,6 +185,10 @@ class Local:
             raise UserError(f"{self.name}: {file} cannot be read: {error.strerror}") from error
         return buffer
 
+    def files(self) -> list[str]:
+        folders = [folder for folder in ("", TEMPLATES) if (self.root / folder).is_dir()]
+        return [os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(self.root / folder))]
+
     def whole(self, file: str, limit: int = _SMALL) -> bytes:
         self.check_size(file, limit)
         return self.read(file, 0, self.path(file).stat().st_size).tobytes()
@@ -211,11 +219,11 @@ class Local:
 def check_texts(directory: str | os.PathLike) -> None:
     """UserError if a file that transformers may open for a tokenizer is none, lies elsewhere, or is far too large."""
     storage = Local(directory)
-    for folder in ("", "additional_chat_templates"):
-        for name in sorted(os.listdir(storage.root / folder) if (storage.root / folder).is_dir() else ()):
-            file = os.path.join(folder, name)
-            if _TEXTS.fullmatch(name) and (storage.root / file).exists():  # a link to nothing is as good as absent
-                storage.check_size(file, LARGEST_TEXT)
+    for file in storage.files():
+        if (
+            _TEXTS.fullmatch(os.path.basename(file)) and (storage.root / file).exists()
+        ):  # else it is a link to nothing
+            storage.check_size(file, LARGEST_TEXT)
 
 
 class _Hub(Local):
@@ -233,6 +241,14 @@ class _Hub(Local):
 
     def exists(self, file: str) -> bool:
         return self._fetch(file) is not None
+
+    def files(self) -> list[str]:
+        from huggingface_hub import HfApi
+
+        try:
+            return ask_hub(functools.partial(HfApi().list_repo_files, self._repo, revision=self._revision))
+        except Exception:  # there is none: what the cache has
+            return super().files()
 
     def path(self, file: str) -> Path:
         if self._fetch(file) is None:
@@ -303,6 +319,15 @@ class _Remote:
         if value is None:
             raise UserError(f"{self.name}: {file} is missing")
         return value
+
+    def files(self) -> list[str]:
+        import tensorstore as ts
+
+        keys = ts.KvStore.KeyRange(f"{TEMPLATES}/", f"{TEMPLATES}0")
+        try:
+            return [key.decode() for key in self._files.list(keys).result(SECONDS)]
+        except (ValueError, TimeoutError, NotImplementedError):  # https has none
+            return []
 
     def _read(self, file: str, byte_range: slice | None, most: int) -> bytes | None:
         """None if the file is missing or does not reach so far. No more than `most` bytes are to come."""

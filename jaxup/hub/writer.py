@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from jaxup.families.layouts import Tensor, expected_tensors, to_file
 from jaxup.files import manifest
 from jaxup.files.shards import DTYPES, INDEX, SINGLE, Stored, index, json_bytes, parse_size, split, write_shard
 from jaxup.files.staging import check_space, staged_directory
+from jaxup.files.storage import TEMPLATES
 from jaxup.hub.directory import MARKS
 from jaxup.hub.reader import is_finite
 from jaxup.model.config import ModelConfig
@@ -94,7 +96,7 @@ def save(
             raise UserError(f"extra file {name!r} is not a plain file name of its own")
         texts[name] = content.encode() if isinstance(content, str) else content
     for name in texts:
-        if Path(name).name != name or name in _OWN or name in shards:
+        if os.path.dirname(name) not in ("", TEMPLATES) or not os.path.basename(name) or name in (*_OWN, *shards):
             raise UserError(f"extra file {name!r} is not a plain file name of its own")
 
     def write(fetch: Fetch) -> None:
@@ -105,6 +107,7 @@ def save(
             for name, content in texts.items():
                 if (directory / name).exists():
                     raise UserError(f"extra file {name!r} is one that the tokenizer writes")
+                (directory / name).parent.mkdir(exist_ok=True)
                 (directory / name).write_bytes(content)
             (directory / "config.json").write_bytes(json_bytes(hf))
             if len(shards) > 1:
