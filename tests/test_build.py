@@ -289,7 +289,8 @@ def test_it_is_what_apply_makes(tmp_path, model_type):
     build(recipe_of(plan, {"m": path}), tmp_path / "out")
     config = load_config(tmp_path / "out")
     params = load_params(path, load_config(path))
-    expected = flatten(apply(plan, {"m": params}, jax.jit(init, static_argnums=(0, 1))(config, 0)))
+    fresh = jax.jit(init, static_argnums=(0, 1))(config, 0)
+    expected = flatten(jax.jit(apply, static_argnums=0)(plan, {"m": params}, fresh))
     found = flatten(load_params(tmp_path / "out", config))
     assert found.keys() == expected.keys()
     for leaf, want in expected.items():

@@ -105,7 +105,7 @@ def test_heads_that_flash_attention_does_not_take_are_left_to_another(head_dim, 
     assert taken == ["cudnn"] * (chosen == "cudnn")
 
 
-@configs
+@configs_apart
 def test_an_order_of_layers_runs_as_the_model_built_by_its_plan(config):
     """One program for all orders; windows and divisors of attention go with the layer, as its weights do."""
     if config == GPT2:
@@ -169,7 +169,7 @@ def test_blocked_attention_equals_dense(window, segmented):
         assert relative(a, b) < 1e-6
 
 
-@configs
+@configs_apart
 @pytest.mark.parametrize("implementation", ["xla", "blocked"])
 def test_no_gradient_from_later_tokens_other_segments_or_beyond_the_window(config, implementation):
     """The gradient of each position's logits by each position's embedding: what can see what."""
@@ -197,7 +197,7 @@ def test_no_gradient_from_later_tokens_other_segments_or_beyond_the_window(confi
     np.testing.assert_array_equal(np.asarray(influence(params)) > 0, visible)
 
 
-@configs
+@configs_apart
 def test_packed_segments_give_the_logits_of_each_alone(config):
     params, tokens = noisy(config), tokens_for(config, batch=1)
     segments = (np.arange(SEQ)[None] >= 8).astype(np.int32)

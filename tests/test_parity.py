@@ -23,7 +23,10 @@ def check(model, directory, *, old=False):
 
 
 # What these have is in other cases too: of the same family, or of another that reads the same keys.
-REPEATED = ("llama-mha", "llama-heads-of-100", "mistral-no-window", "qwen2-yarn", "qwen3")
+REPEATED = (
+    "llama-mha", "llama-gqa-tied", "llama-mqa-wide-heads", "llama-heads-of-100", "mistral-no-window", "qwen2",
+    "qwen2-yarn", "qwen3",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in REPEATED)) for case in CASES])

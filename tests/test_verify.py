@@ -38,7 +38,7 @@ def build(root, name, plan, seed=0):
     rng = np.random.default_rng(seed)
     leaves = {path: rng.standard_normal(param.shape, np.float32) for path, param in spec(CONFIGS[name]).items()}
     params = traverse_util.unflatten_dict(leaves, sep=".")
-    built = jax.tree.map(np.asarray, apply(plan, {"m": params}))
+    built = jax.tree.map(np.asarray, jax.jit(apply, static_argnums=0)(plan, {"m": params}))
     save(root / "source", CONFIGS[name], params)
     save(root / "result", result_config(plan, {"m": CONFIGS[name]}), built)
     return params, built

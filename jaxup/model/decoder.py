@@ -9,7 +9,6 @@ D hidden, V vocabulary.
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.layers import Block, Linear, Norm, param
-from jaxup.model.spec import Param, flatten, spec, unflatten
+from jaxup.model.spec import STACK, Param, flatten, spec, unflatten
 from jaxup.model.stack import SplitStack, Step
 from jaxup.text import size
 
@@ -252,19 +251,24 @@ def init(config: ModelConfig, seed: int | Array) -> Params:
     """Freshly initialised float32 params; a pure function of (config, seed), usable under jit."""
     if not isinstance(seed, jax.Array) or not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         seed = jax.random.key(seed)
-    key, ends, stacked = seed, itertools.count(), itertools.count()
+    table, leaves = spec(config), {}
+    stacked = [path for path, entry in table.items() if entry.std and entry.stacked]
+    drawn = list(dict.fromkeys(STACK if path in stacked else path for path, entry in table.items() if entry.std))
+    # All keys at once: each call is a loop of the compiled program, and loops take long to compile.
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    keys = fold(seed, jnp.arange(len(drawn)))
+    if stacked:
+        keys_L = jax.random.split(keys[drawn.index(STACK)], config.num_layers)
+        keys_LN = jax.vmap(fold, (0, None))(keys_L, jnp.arange(len(stacked)))
 
-    def normal(param: Param, key: Array, number: int) -> Array:
-        return param.std * jax.random.normal(jax.random.fold_in(key, number), param.each, jnp.float32)
+    def normal(entry: Param, key: Array) -> Array:
+        return entry.std * jax.random.normal(key, entry.each, jnp.float32)
 
-    leaves, keys_L = {}, None
-    for path, entry in spec(config).items():
+    for path, entry in table.items():
         if not entry.std:
             leaves[path] = jnp.full(entry.shape, entry.fill)
         elif entry.stacked:
-            if keys_L is None:
-                keys_L = jax.random.split(jax.random.fold_in(key, next(ends)), config.num_layers)
-            leaves[path] = jax.vmap(normal, (None, 0, None))(entry, keys_L, next(stacked))
+            leaves[path] = jax.vmap(normal, (None, 0))(entry, keys_LN[:, stacked.index(path)])
         else:
-            leaves[path] = normal(entry, key, next(ends))
+            leaves[path] = normal(entry, keys[drawn.index(path)])
     return unflatten(leaves)
