@@ -359,9 +359,9 @@ def test_every_setting_is_used():
     from jaxup.data.config import DataConfig
     from jaxup.experiments.inherit import InheritConfig
     from jaxup.model.config import Compute
-    from jaxup.training.loop import Settings
     from jaxup.training.lora import LoraConfig
     from jaxup.training.optimizer import OptimizerConfig
+    from jaxup.training.run import Settings
     from jaxup.training.selection import TrainConfig
     from jaxup.training.sharding import MeshConfig
     from jaxup.training.step import StepConfig

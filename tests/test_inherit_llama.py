@@ -190,6 +190,7 @@ def test_a_signal_at_a_step_that_is_not_finite(runs, swept, monkeypatch):
         (["--config.inherit.sweep=2,5"], "inherit: 5 layers asked of 'reference', which has 4"),
         (["--config.inherit.sweep=0,1"], "at least one layer"),
         (["--config.inherit.sweep=2,x"], "inherit.sweep='2,x': not numbers of layers"),
+        (["--config.data.seed=3"], "corpus is not split at random; files are split by their names"),
         (["--config.inherit.grow_by=-1"], "inherit.grow_by must be at least 0"),
         (["--config.inherit.control=-1"], "inherit.control must be at least 0"),
         (["--config.model.family=lama"], "model.family: unknown 'lama'; did you mean 'llama'"),

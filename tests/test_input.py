@@ -16,8 +16,8 @@ from jaxup.hub import text_generation
 from jaxup.model.config import ModelConfig
 from jaxup.recipes.open import open_recipe
 from jaxup.text import read_json
-from jaxup.training.loop import Result, read_result
 from jaxup.training.metrics import MetricsLog
+from jaxup.training.run import Result, read_result
 
 CONTROLS = "\x1b]0;x\x07 \x9b31m \u202e\u2066 \r\x08"
 

@@ -252,7 +252,8 @@ class _Opening:
         fingerprint = hashlib.blake2b(json.dumps(fingerprints).encode(), digest_size=16).hexdigest()
         files = [file for mixture in streams.values() for file in mixture.files]
         settled = bool(self._config.val_files) or (self._corpus and not any(file.drawn for file in files))
-        seeded = not self._corpus or any(file.seeded for file in files)
+        weights = (weight for mixture in streams.values() for _, weight in mixture.mixed)
+        seeded = not self._corpus or any(file.seeded for file in files) or any(weight % 1 for weight in weights)
         return self._settings() | {
             "source": {"spec": _spec(self._config), "fingerprint": fingerprint},
             "val_fraction": None if settled else self._config.val_fraction,

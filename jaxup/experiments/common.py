@@ -15,13 +15,15 @@ import jax
 import numpy as np
 
 from jaxup.data.config import DataConfig
-from jaxup.data.open import Data
+from jaxup.data.open import Data, open_data
 from jaxup.data.rows import BEST_FIT, CONCATENATED, ONE
+from jaxup.data.store import META, Store
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
 from jaxup.experiments import report, resuming
 from jaxup.experiments.config import section
+from jaxup.experiments.defaults import text_data
 from jaxup.hub.save import write_model
 from jaxup.model import sampling
 from jaxup.model.config import Compute, ModelConfig
@@ -29,19 +31,9 @@ from jaxup.model.decoder import Params, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params
 from jaxup.progress import printable
-from jaxup.training.loop import (
-    Result,
-    Run,
-    Settings,
-    check_digest,
-    describe_model,
-    evaluate,
-    random_params,
-    read_result,
-    train_model,
-    write_result,
-)
+from jaxup.training.loop import evaluate, random_params, train_model
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
+from jaxup.training.run import Result, Run, Settings, check_digest, describe_model, read_result, write_result
 from jaxup.training.step import StepConfig
 
 if TYPE_CHECKING:
@@ -136,6 +128,15 @@ class Experiment(abc.ABC):
         first = f"{run.data}; seed {run.settings.seed}; {devices}. {losses}"
         print(report.write_summary(run.directory, title, results, str(plan), [first, *notes], plan_title=plan_title))
         resuming.finish(run.directory, self._config, [r.name for r in results])
+
+
+def open_text(config: DataConfig, *, root: str, vocab_size: int | None = None) -> Data:
+    """See `open_data`; UserError also for a seed that splits nothing, which only the source can tell."""
+    data = open_data(config, root=root, vocab_size=vocab_size)
+    if config.seed != text_data().seed and (Store(data.store).read_json(META) or {}).get("seed") is None:
+        what = f"nothing reads it: {config.files} is not split at random"
+        raise UserError(what, at=f"data.seed={config.seed}", hint="files are split by their names")
+    return data
 
 
 def unchanged(run: Run, name: str, model: ModelConfig, load: Callable[[], Params]) -> Params:

@@ -30,7 +30,17 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest, within
-from jaxup.experiments.common import Experiment, build, chats, corpus, measured, new_model, train_fresh, unchanged
+from jaxup.experiments.common import (
+    Experiment,
+    build,
+    chats,
+    corpus,
+    measured,
+    new_model,
+    open_text,
+    train_fresh,
+    unchanged,
+)
 from jaxup.experiments.config import section
 from jaxup.families import with_family_biases
 from jaxup.files.shards import DTYPES as SAVED
@@ -47,11 +57,11 @@ from jaxup.recipes import line as recipe_line
 from jaxup.recipes.open import Recipe, open_recipe, parse_places
 from jaxup.text import parse_json, read_json, write_atomically
 from jaxup.together import told
-from jaxup.training import loop
 from jaxup.training.checkpoint import Checkpoints
-from jaxup.training.loop import Result, Run, Settings, abstract_params, load_trained, train_model
+from jaxup.training.loop import abstract_params, load_trained, train_model
 from jaxup.training.lora import LoraConfig
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
+from jaxup.training.run import Dtypes, Result, Run, Settings, check_digest, describe_model, read_result
 from jaxup.training.selection import Selection, TrainConfig, select
 from jaxup.training.sharding import check_batch
 
@@ -154,7 +164,7 @@ class Heal(Experiment):
             check_batch("pretrain.batch_size", c.pretrain.batch_size, self._mesh, self._settings.step.accumulation)
             check_files(self._chat, root)  # before a vocabulary is trained
             with within("pretrain."):
-                text = self._text = open_data(corpus(c.pretrain.data), root=root)
+                text = self._text = open_text(corpus(c.pretrain.data), root=root)
             tokenizer = text.tokenizer
             self._models = {BASE: new_model(c.model, text.vocab_size)}
         else:
@@ -263,7 +273,7 @@ class Heal(Experiment):
         advice = f"remove {directory} to have it built again"
         with jax.set_mesh(run.mesh), Checkpoints(directory, keep=1, advice=advice) as checkpoints:
             if checkpoints.latest is not None:
-                kinds = {"dtypes": loop.Dtypes | None}
+                kinds = {"dtypes": Dtypes | None}
                 about = told(lambda: read_json(directory / "model.json", kinds, advice), "read model.json") or {}
                 if (dtypes := about.get("dtypes")) is None:
                     raise UserError(f"gone or damaged; {advice}", at=f"{directory}/model.json")
@@ -274,14 +284,14 @@ class Heal(Experiment):
             if self._recipe is None and base is not None:
                 params = build(run, self._plan, self._model, base)
             else:
-                if base is not None and not self._loaded and loop.read_result(directory.parent / BASE) is not None:
+                if base is not None and not self._loaded and read_result(directory.parent / BASE) is not None:
                     base()  # an earlier start has measured it: is it the same?
                 params = self._load(self._plan)
                 if self._plan == identity(self._plan.rows[0].source, self._plan.num_layers):
-                    loop.check_digest(directory.parent / BASE, params)  # which the control begins from
+                    check_digest(directory.parent / BASE, params)  # which the control begins from
             if jax.process_index() == 0:
                 dtypes = {path: leaf.dtype.name for path, leaf in flatten(params).items()}
-                loop.describe_model(directory, run, BEFORE, self._model, self._plan, dtypes=dtypes)
+                describe_model(directory, run, BEFORE, self._model, self._plan, dtypes=dtypes)
             checkpoints.save_params(0, params)
             return params
 

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 import jax
 from flax import nnx
 
-from jaxup.data.open import Data, open_data
+from jaxup.data.open import Data
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
-from jaxup.experiments.common import Experiment, build, corpus, measured, new_model, train_fresh, unchanged
+from jaxup.experiments.common import Experiment, build, corpus, measured, new_model, open_text, train_fresh, unchanged
 from jaxup.experiments.config import section
 from jaxup.hub.directory import tokenizer_directory
 from jaxup.hub.load import load
@@ -34,8 +34,9 @@ from jaxup.hub.reader import load_config
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.text import write_atomically
-from jaxup.training.loop import Result, Run, Settings, load_trained, train_model
+from jaxup.training.loop import load_trained, train_model
 from jaxup.training.optimizer import learning_rate
+from jaxup.training.run import Result, Run, Settings
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -78,7 +79,7 @@ class Inherit(Experiment):
         self._check_positions(model)
 
     def open_data(self, root: str) -> None:
-        self.data = open_data(self._data_config, root=root, vocab_size=self._vocab_size)
+        self.data = open_text(self._data_config, root=root, vocab_size=self._vocab_size)
         self._model = self._read_model(self.data.vocab_size)
         self._count_steps()
         self.inputs = {"data": os.path.basename(self.data.store), "steps": self.steps}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxup.text import backticks, write_atomically
-from jaxup.training.loop import Result
+from jaxup.training.run import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

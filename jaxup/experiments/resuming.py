@@ -104,7 +104,7 @@ def finish(directory: Path, config: ConfigDict, models: list[str]) -> None:
 
 def finished(directory: Path, config: ConfigDict) -> list[str]:
     """A line for each model of a run that has all that `config` asks for; none if anything is left to do."""
-    from jaxup.training.loop import read_result
+    from jaxup.training.run import read_result
 
     mark = read_json(directory / "finished.json", {"asked": dict[str, Any], "models": list[str]}, "delete it")
     now = rundir.read_config(directory)

@@ -44,8 +44,8 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: C
         from jaxup.experiments import kind_of
         from jaxup.experiments.common import read_settings
         from jaxup.training import rundir
-        from jaxup.training.loop import Run
         from jaxup.training.metrics import MetricsLog, check_trackers
+        from jaxup.training.run import Run
         from jaxup.training.sharding import MeshConfig, check_batch, make_mesh
 
         kind = kind_of(config)

@@ -21,8 +21,8 @@ from jaxup.model.spec import flatten, unflatten
 from jaxup.progress import say
 from jaxup.text import misfit, read_json
 from jaxup.training.checkpoint import partial_load, quietly, restoring
-from jaxup.training.loop import ABOUT
 from jaxup.training.lora import LoraConfig
+from jaxup.training.run import ABOUT
 from jaxup.training.rundir import FORMAT
 from jaxup.training.selection import TrainConfig, select
 from jaxup.training.sound import check_sound, newest_sound, steps_in
@@ -33,7 +33,7 @@ MADE = ("target", "healed")  # kinds of models that a run is for: the deepest is
 class Stored(NamedTuple):
     """What `checkpoints/NAME/model.json` holds."""
 
-    kind: str  # see jaxup.training.loop.Result
+    kind: str  # see jaxup.training.run.Result
     model: ModelConfig
     store: str  # of the tokens, with the tokenizer
     plan: DepthPlan | None

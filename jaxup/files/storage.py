@@ -220,9 +220,7 @@ def check_texts(directory: str | os.PathLike) -> None:
     """UserError if a file that transformers may open for a tokenizer is none, lies elsewhere, or is far too large."""
     storage = Local(directory)
     for file in storage.files():
-        if (
-            _TEXTS.fullmatch(os.path.basename(file)) and (storage.root / file).exists()
-        ):  # else it is a link to nothing
+        if _TEXTS.fullmatch(os.path.basename(file)) and (storage.root / file).exists():  # else it is a link to nothing
             storage.check_size(file, LARGEST_TEXT)
 
 

@@ -8,102 +8,37 @@ How a model's state is decided, first match wins:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxup.data.open import Data
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import NonFinite, UserError
-from jaxup.model.config import Compute, ModelConfig
+from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params, abstract, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params, flops_per_token
 from jaxup.progress import Progress
-from jaxup.text import kinds_of, read_json, write_atomically
 from jaxup.together import told
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.corrections import Corrections, record
 from jaxup.training.meter import Meter
-from jaxup.training.metrics import MetricsLog
-from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxup.training.optimizer import learning_rate, make_optimizer
 from jaxup.training.partition import Partition, digest
-from jaxup.training.processes import Processes
-from jaxup.training.rundir import write_json
+from jaxup.training.run import Result, Run, Settings, check_digest, describe_model, read_result, write_result
 from jaxup.training.selection import EVERYTHING, Selection
 from jaxup.training.sharding import BATCH_AXES, local_rows, place_batch, state_shardings
-from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step, skip_step
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What all models of a run have in common."""
-
-    seed: int
-    batch_size: int  # rows of the global batch
-    optimizer: OptimizerConfig
-    step: StepConfig
-    compute: Compute
-    eval_interval: int
-    eval_rows: int  # the first so many validation rows; 0 = all
-    eval_batch_size: int
-    log_interval: int
-    checkpoint_interval: int
-    keep_checkpoints: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Where and with what a run's models are trained."""
-
-    directory: Path
-    settings: Settings
-    mesh: Mesh
-    data: Data
-    log: MetricsLog
-    processes: Processes
-    sample: Callable[[ModelConfig, Params], str]  # a short text by the model, for the summary
-    # What is asked of the next model that trains, which takes it out.
-    asked: list[Corrections] = dataclasses.field(default_factory=list)
-
-    @property
-    def val_rows(self) -> int:
-        """How many rows it is evaluated on."""
-        count = len(self.data.validation)
-        return min(self.settings.eval_rows or count, count)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    name: str
-    kind: str  # what it is in its run: reference, target, control, pretrained, base, before, healed or merged
-    origin: str  # how it was initialised, in words
-    layers: int
-    params: int
-    steps: int
-    tokens: int
-    val_loss: float  # nats a token
-    seconds: float  # spent training in the process that finished it
-    sample: str
-    trained: int | None = None  # parameters that train; None = all. At the end every bit of the others is as it was
-    val_rows: int | None = None  # that val_loss is of; None: it was not written down
-    corrected: str = ""  # what was not as configured: steps that were skipped, another rate
-
-    def holds(self, run: Run) -> bool:
-        """Whether it was measured, and on the rows that the run measures on now."""
-        return math.isfinite(self.val_loss) and self.val_rows in (None, run.val_rows)
+from jaxup.training.step import TrainState, make_eval_step, make_train_step, skip_step
 
 
 class _Program(NamedTuple):
@@ -138,20 +73,6 @@ def _gone(directory: Path, steps: int, latest: int | None) -> UserError:
         f"{directory}: finished at step {steps}, and that checkpoint is gone{there}: "
         "delete result.json beside it to train on from what there is"
     )
-
-
-def read_result(directory: Path) -> Result | None:
-    """That of the finished model whose checkpoints are in `directory`, or None: process 0 reads it for all."""
-    read = lambda: read_json(directory / "result.json", kinds_of(Result), "delete it to finish again")  # noqa: E731
-    stored = told(read, "look for results")
-    return None if stored is None else Result(**{key: stored[key] for key in kinds_of(Result, stored)})
-
-
-def write_result(directory: Path, result: Result) -> None:
-    """Marks the model as finished; one of several processes does."""
-    if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "result.json", dataclasses.asdict(result))
 
 
 def abstract_params(model: ModelConfig, mesh: Mesh) -> Params:
@@ -328,47 +249,6 @@ def train_model(
 def _skipped(state: TrainState) -> str:
     count = 0 if state.spikes is None else int(state.spikes.skipped)
     return f"{count} step{'s' * (count > 1)} with a spike of the gradient skipped" if count else ""
-
-
-Dtypes = dict[str, Literal["float32", "bfloat16", "float16"]]  # of parameters, by path
-
-# What model.json holds besides what it says of a model that healing left some of unchanged.
-ABOUT = {
-    "format": int | None, "kind": str | None, "model": dict[str, Any], "store": str, "plan": str | None,
-    "dtypes": Dtypes | None,
-}  # fmt: skip
-
-
-def describe_model(
-    directory: Path, run: Run, kind: str, model: ModelConfig, plan: DepthPlan | None, **more: Any
-) -> None:
-    """Writes model.json: what an export needs besides a checkpoint. UserError if it was of another model before."""
-    about = {"kind": kind, "model": dataclasses.asdict(model), "store": run.data.store, "plan": plan and plan.to_yaml()}
-    directory.mkdir(parents=True, exist_ok=True)
-    path, then = directory / "model.json", model
-    with contextlib.suppress(UserError, KeyError, TypeError, ValueError):  # one that is damaged is written anew
-        then = ModelConfig.from_dict((read_json(path, {"model": dict[str, Any]}, "") or {})["model"])
-    fields = [(f.name, getattr(then, f.name), getattr(model, f.name)) for f in dataclasses.fields(model)]
-    if differing := [f"{name} was {old}, now {new}" for name, old, new in fields if old != new]:
-        hint = "put the config.json that it began with back, or choose another --workdir"
-        raise UserError(f"the run began with another model: {'; '.join(differing[:3])}", at=str(directory), hint=hint)
-    write_json(path, about | more)
-
-
-def check_digest(directory: Path, params: Any) -> str:
-    """The digest of params that stay the same, kept in `directory`; UserError if it was another before."""
-    now, path = digest(params), directory / "digest.json"
-    hint = "delete it if these parameters are those the run began with"
-    then = told(lambda: read_json(path, {"digest": str | None}, hint), f"read {path}")
-    if then is not None and then.get("digest") != now:
-        raise UserError(
-            f"{directory}: these parameters are not those the run began with; "
-            "put the model that it began with back, or choose another --workdir"
-        )
-    if jax.process_index() == 0 and then is None:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({"digest": now}))
-    return now
 
 
 def _train(
