@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from jaxup.data.sources import files_hash, library, os_errors
+from jaxup.data.sources import file_hash, library, os_errors
 from jaxup.errors import UserError, within
 
 SHORTEST = 20  # characters of an answer; a shorter one says nothing
@@ -36,7 +36,9 @@ def write_docstrings(spec: str, root: str, seed: int) -> str:
     if colon and not re.fullmatch(r"[1-9][0-9]{0,8}", number):
         raise UserError("write docstrings for all pairs, or docstrings:N for N of them", at=spec)
     files = library()
-    key = json.dumps([sys.version_info[:2], files_hash(files), number, seed if number else None])
+    key = json.dumps(
+        [sys.version_info[:2], [(name, file_hash(path)) for name, path in files], number, seed if number else None]
+    )
     path = Path(root, f"docstrings-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}.jsonl").expanduser()
     with within(spec), os_errors(str(path)):
         if path.exists():

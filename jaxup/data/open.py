@@ -163,11 +163,10 @@ class _Opening:
             streams = open_files(config, self._root)
             if self._tokenizer is None and not bpe_vocab_size(config.tokenizer):
                 self._tokenizer = load_tokenizer(config.tokenizer_files or config.tokenizer)
-            layouts = {path: layout for mixture in reversed(streams.values())
-                       for path, layout in mixture.layouts.items()}  # fmt: skip
-            if self._tokenizer is None and set(layouts.values()) != {"text"}:
+            kinds = {layout for mixture in streams.values() for layout in mixture.layouts.values()}
+            if self._tokenizer is None and kinds != {"text"}:
                 what = f"{config.files} holds tokens; name the tokenizer that made them (nanoGPT: gpt2)"
-                if "ids" not in layouts.values():
+                if "ids" not in kinds:
                     what = f"{config.tokenizer} is trained on text alone; name a tokenizer for this layout"
                 raise UserError(what, at="tokenizer")
         except UserError as error:
@@ -176,7 +175,7 @@ class _Opening:
             if self._tokenizer is None:
                 self._tokenizer = store.load_tokenizer(meta["tokenizer"]["hash"])
         else:
-            wanted = self._wanted(streams, layouts)
+            wanted = self._wanted(streams)
             decides = {**wanted, "source": wanted["source"]["fingerprint"], "tokenizer": self._identity()}
             names = self._names(streams)
             store = Store(config.store or default_path(self._root, *names, decides=[decides]))
@@ -184,8 +183,8 @@ class _Opening:
             # What can be wrong with chats is looked for before anything is written.
             if config.strict and not self._corpus:
                 self._format.check(strict=True)
-            read = {} if self._corpus or store.read_json(META) else look(streams, config, self._encoding(streams, 0))
-            meta = store.complete(wanted, lambda: self._make(store, streams, layouts, wanted, read))
+            read = {} if self._corpus or store.read_json(META) else look(streams, config, self._encoding(kinds, 0))
+            meta = store.complete(wanted, lambda: self._make(store, streams, kinds, wanted, read))
         return self._opened(store, meta)
 
     def _opened(self, store: Store, meta: dict[str, Any]) -> Data:
@@ -213,7 +212,7 @@ class _Opening:
             return open_format(self._config.format or None, self._tokenizer, self._config.history)
 
     def _make(
-        self, store: Store, streams: dict[str, Mixture], layouts: dict[str, str], wanted: dict[str, Any],
+        self, store: Store, streams: dict[str, Mixture], kinds: set[str], wanted: dict[str, Any],
         read: dict[str, int],
     ) -> None:  # fmt: skip
         """Fills the store. The caller holds the lock."""
@@ -225,28 +224,30 @@ class _Opening:
             tokenizer = store.load_tokenizer(begun["made"]["tokenizer"]["hash"])
         tokenizer = self._tokenizer = tokenizer or trained_tokenizer(config.tokenizer, streams)
         vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))  # numbers may be left out
+        layouts = {path: layout for mixture in reversed(streams.values()) for path, layout in mixture.layouts.items()}
+        if self._corpus:  # of which there may be thousands of files
+            layouts = {_spec(config): ", ".join(sorted(kinds))}
         of = {**wanted["tokenizer"], "hash": tokenizer_hash(tokenizer), "vocab_size": vocab_size}
         made = {
             **wanted, "tokenizer": of, "dtype": "uint16" if vocab_size <= 2**16 else "uint32", "layouts": layouts,
-            "marked": not self._corpus or set(layouts.values()) - {"text", "ids"} != set(),
+            "marked": not self._corpus or not kinds <= {"text", "ids"},
             "chat_template": self._chat_template(),
         }  # fmt: skip
         if begun is None:
             kept = copy.copy(tokenizer)
             kept.chat_template = made["chat_template"] or tokenizer.chat_template
             store.save_tokenizer(kept)
-        prepare(config, store, self._encoding(streams, vocab_size), streams, made, read, self._check_token)
+        prepare(config, store, self._encoding(kinds, vocab_size), streams, made, read, self._check_token)
 
-    def _encoding(self, streams: dict[str, Mixture], vocab_size: int) -> Encoding:
-        layouts = {layout for mixture in streams.values() for layout in mixture.layouts.values()}
-        if self._corpus and layouts == {"ids"}:
+    def _encoding(self, kinds: set[str], vocab_size: int) -> Encoding:
+        if self._corpus and kinds == {"ids"}:
             return Ids(self._config.tokenizer, vocab_size)
-        if self._corpus and layouts == {"text"}:
+        if self._corpus and kinds == {"text"}:
             assert self._tokenizer is not None
             return Plain(self._tokenizer)
         return self._format
 
-    def _wanted(self, streams: dict[str, Mixture], layouts: dict[str, str]) -> dict[str, Any]:
+    def _wanted(self, streams: dict[str, Mixture]) -> dict[str, Any]:
         """All that decides what the rows hold."""
         fingerprints = [stream.fingerprint for stream in streams.values()]
         fingerprint = hashlib.blake2b(json.dumps(fingerprints).encode(), digest_size=16).hexdigest()

@@ -178,15 +178,17 @@ class _Choice:
             what = "no text found" if self.corpus else "no chat data in this directory"
             raise UserError(f"{what} (looked for {looked})", at=self.spec)
         splits: dict[str, list[str]] = {}
+        data = ROWS.issuperset(map(kind_of, found.values()))  # among other text such names say nothing
         for name in sorted(found):
-            splits.setdefault(split_of(name) if ROWS.issuperset(map(kind_of, found.values())) else "", []).append(name)
-        if list(splits) == [""]:
-            return [self.drawn(_file(found[name], name, self.corpus)) for name in splits[""]]
-        if self.corpus and not self.named and self.side is None and not ("train" in splits and len(splits) > 1):
-            return [self.drawn(_file(path, name, self.corpus)) for name, path in sorted(found.items())]
+            splits.setdefault(split_of(name) if data else "", []).append(name)
+        chosen: dict[Split | None, str] = {self.side: ""}
+        if self.corpus and not (self.named or self.side) and not ("train" in splits and len(splits) > 1):
+            splits = {"": sorted(found)}  # what held-out files there are would be all that is read
+        if self.named or list(splits) != [""]:
+            chosen = self.pick(splits)
         return [
             dataclasses.replace(self, side=side).drawn(_file(found[name], name, self.corpus))
-            for side, split in self.pick(splits).items() for name in splits[split]
+            for side, split in chosen.items() for name in splits[split]
         ]  # fmt: skip
 
     def datasets(self, name: str, data: Any) -> list[File]:
@@ -309,13 +311,6 @@ def file_hash(path: Path, *, whole: bool = False) -> str:
             for block in range(HASHED_BLOCKS):
                 file.seek(block * last // (HASHED_BLOCKS - 1))
                 digest.update(file.read(HASHED_BYTES))
-    return digest.hexdigest()
-
-
-def files_hash(files: list[tuple[str, Path]]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, path in files:
-        digest.update(f"{name}\0{file_hash(path)}\0".encode(errors="replace"))
     return digest.hexdigest()
 
 
