@@ -1,8 +1,11 @@
 """Files from anywhere: damaged JSON, links and pipes in model directories, names that would reach the terminal."""
 
+import base64
+import importlib.util
 import json
 import os
 import socket
+import sys
 import time
 
 import huggingface_hub
@@ -180,6 +183,12 @@ def replace(pattern, content):
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
+def charsmap(longest):
+    """Of sentencepiece: a trie that finds nothing, and the texts that it might put for characters."""
+    table = (1024).to_bytes(4, "little") + bytes(1024) + b"ab\0" + longest.encode() + b"\0"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
 @pytest.mark.parametrize(
     "normalizers",
     [
@@ -187,6 +196,9 @@ def replace(pattern, content):
         [replace({"String": "a"}, "aa")] * 40,
         [replace({"Regex": "."}, "ab")] * 40,
         [{"type": "Sequence", "normalizers": [replace({"String": ""}, "x" * 200)]}, {"type": "Lowercase"}],
+        [{"type": "Prepend", "prepend": "x" * 60}] * 2,
+        [charsmap("x" * 101)],
+        [charsmap("x" * 11), replace({"Regex": "."}, "x" * 11)],
     ],
 )
 def test_a_tokenizer_that_multiplies_text_is_refused(tokenizer_files, normalizers):
@@ -194,8 +206,42 @@ def test_a_tokenizer_that_multiplies_text_is_refused(tokenizer_files, normalizer
     load_tokenizer(
         tokenizer_files(lambda state: state.update(normalizer={"type": "Sequence", "normalizers": harmless}))
     )
+    load_tokenizer(tokenizer_files(lambda state: state.update(normalizer=charsmap("x" * 18))))
     hostile = lambda state: state.update(normalizer={"type": "Sequence", "normalizers": normalizers})  # noqa: E731
     refused("multiplies text", load_tokenizer, tokenizer_files(hostile))
+
+
+def test_tokens_that_are_empty_are_none(tokenizer_files, tmp_path):
+    directory = tokenizer_files(lambda state: None)
+    file = tmp_path / "tokenizer_config.json"
+    empty = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
+    file.write_text(json.dumps(json.loads(file.read_text()) | empty))
+    found = load_tokenizer(directory)
+    assert (found.bos_token, found.eos_token_id, found.unk_token, found.pad_token_id) == (None, None, None, None)
+    assert load_tokenizer(directory)("some")["input_ids"]
+
+
+@pytest.mark.parametrize("template", [5, {"default": 7}, [{"name": "default", "template": ["x"]}]])
+def test_templates_that_are_no_text(tokenizer_files, tmp_path, template):
+    directory = tokenizer_files(lambda state: None)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    refused("its chat template is no text, but ", load_tokenizer, directory)
+
+
+def test_a_tokenizer_that_needs_sentencepiece(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused("tokenizer: tokenizer.model: needs sentencepiece; pip install sentencepiece", load_tokenizer, str(tmp_path))
+
+
+def test_a_panic_is_one_line(tokenizer_files, capfd):
+    table = base64.b64encode(b"\xff\xff\xff\x7f").decode()  # a trie longer than its file
+    broken = {"type": "Precompiled", "precompiled_charsmap": table}
+    refused("cannot load", load_tokenizer, tokenizer_files(lambda state: state.update(normalizer=broken)))
+    assert "panicked" not in capfd.readouterr().err
 
 
 def test_a_tokenizer_that_fails_when_it_is_used_is_one_line(tokenizer_files, capfd):

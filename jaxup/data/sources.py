@@ -320,7 +320,7 @@ def near_layout(row: Any) -> str:
     if not isinstance(row, dict):
         return f"; known: {', '.join(LAYOUTS)}"
     for key in row:
-        if told := nearest(key[:40], COLUMNS):
+        if key not in COLUMNS and (told := nearest(key[:40], COLUMNS)):
             return f": no layout has {key[:40]!r}{told}"
     keys = ", ".join(repr(key[:40]) for key in list(row)[:12])
     return f"; its keys: {keys or 'none'}; known: {', '.join(LAYOUTS)}"

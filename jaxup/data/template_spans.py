@@ -103,7 +103,7 @@ class Template:
         # The end of a turn is what comes after a reply whether or not a user's turn follows, up to what opens a turn.
         end = _shared(after, between)
         opens = next((token for token in before if len(token) > 1 and token in between), "")
-        end = after.index(opens) if opens in after[1:end] else end
+        end = after.index(opens, 1) if opens in after[1:end] else end
         tail = "".join(after[end:])
         is_header = tail.strip() != self._eos and (plain.endswith(tail) or "".join(between).endswith(tail))
         if not tail.strip() or not (is_header or tail.strip() == self._eos):
@@ -124,18 +124,18 @@ class Template:
     def _by_prefix(self, messages: Messages, i: int, whole: str, options: Mapping[str, Any]) -> Span:
         """What the reply `i` adds to the text that asks for it, without the blanks after its end of turn."""
         turn = f"turn {i + 1}, the assistant's"
-        plain, asked = (self.render(messages[:i], options, asks=asks) for asks in (False, True))
-        told = self.render(messages[: i + 1], options)
+        asked = self.render(messages[:i], options, asks=True)
+        told = self.render(messages[: i + 1], options) if i + 1 < len(messages) else whole
         if self.habits.is_header or not whole.startswith(told):
             told = told.removesuffix(self.habits.tail)
         # A prompt may go on into the reasoning, which a reply that has none spells in another way.
-        if re.fullmatch(_THINKS, asked[_shared(asked, told) :]) and told.startswith(plain):
+        if not told.startswith(asked) and re.fullmatch(_THINKS, asked[_shared(asked, told) :]):
             asked = asked[: _shared(asked, told)]
         if not told.startswith(asked) or not whole.startswith(told):
             what = f"the chat template spells what is before the end of {turn}, in another way once the conversation"
             raise Unclear(f"{what} goes on: no telling what to train on", _HISTORY if told.startswith(asked) else "")
         if self._asks is None:
-            self._asks = asked != plain
+            self._asks = asked != self.render(messages[:i], options)
         start, said = len(asked), _said(messages[i])
         if not self._asks:
             # What is before the text is a header, unless it is blank.
