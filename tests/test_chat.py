@@ -340,6 +340,7 @@ def test_a_killed_preparation_goes_on(tmp_path, config, opened, monkeypatch):
         assert not (tmp_path / "broken" / "meta.json").exists()
         return json.loads(progress.read_text())["read"]
 
+    assert killed(store.Store, "save_tokenizer", 1) == 0
     assert killed(rows_module.Scratch, "append", 1) == 0
     assert killed(rows_module.Scratch, "append", 4) == 30
     # Between the tokens of a batch and its record: they are cut off again.

@@ -115,6 +115,10 @@ class Interrupted(Exception):
     """Stands for kill -9: nothing in the code catches it."""
 
 
+def interrupted(*_):
+    raise Interrupted
+
+
 def interrupt_after(monkeypatch, count):
     """The documents of a source end in `Interrupted` after `count` of them, over all splits."""
     original, seen = Mixture.__iter__, [0]
@@ -147,6 +151,10 @@ def test_resuming_gives_the_same_bytes(tmp_path, config, monkeypatch, spec, coun
     straight = open_data(dataclasses.replace(config, store=str(tmp_path / "straight")), root="")
     broken = dataclasses.replace(config, store=str(tmp_path / "broken"))
     progress, reached = tmp_path / "broken" / "progress.json", []
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_tokenizer", interrupted)
+        with pytest.raises(Interrupted):
+            open_data(broken, root="")
     for count in counts:
         with monkeypatch.context() as patch:
             interrupt_after(patch, count)

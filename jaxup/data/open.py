@@ -220,7 +220,7 @@ class _Opening:
         begun = store.read_json(PROGRESS)
         if begun is not None:
             check_same(store, begun["made"], wanted)
-        if tokenizer is None and begun is not None:
+        if tokenizer is None and begun is not None and begun["kept"]:
             tokenizer = store.load_tokenizer(begun["made"]["tokenizer"]["hash"])
         tokenizer = self._tokenizer = tokenizer or trained_tokenizer(config.tokenizer, streams)
         vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))  # numbers may be left out
@@ -233,11 +233,9 @@ class _Opening:
             "marked": not self._corpus or not kinds <= {"text", "ids"},
             "chat_template": self._chat_template(),
         }  # fmt: skip
-        if begun is None:
-            kept = copy.copy(tokenizer)
-            kept.chat_template = made["chat_template"] or tokenizer.chat_template
-            store.save_tokenizer(kept)
-        prepare(config, store, self._encoding(kinds, vocab_size), streams, made, read, self._check_token)
+        kept = copy.copy(tokenizer)
+        kept.chat_template = made["chat_template"] or tokenizer.chat_template
+        prepare(config, store, self._encoding(kinds, vocab_size), streams, made, read, self._check_token, kept)
 
     def _encoding(self, kinds: set[str], vocab_size: int) -> Encoding:
         if self._corpus and kinds == {"ids"}:

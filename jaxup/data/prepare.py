@@ -117,13 +117,13 @@ def trained_tokenizer(spec: str, streams: Streams) -> PreTrainedTokenizerBase:
 
 def prepare(
     config: DataConfig, store: Store, encoding: Encoding, streams: Streams, made: dict[str, Any],
-    read: dict[str, int], check: Check,
+    read: dict[str, int], check: Check, tokenizer: PreTrainedTokenizerBase,
 ) -> None:  # fmt: skip
-    """Makes `store` complete. The caller holds the lock, and has written the tokenizer. `made` is what META says.
+    """Makes `store` complete, `tokenizer` in it. The caller holds the lock. `made` is what META says.
 
     `check` may refuse the largest token id of an example; it is told where that lies.
     """
-    progress = store.read_json(PROGRESS) or {"made": made, **_nothing_read()}
+    progress = store.read_json(PROGRESS) or {"made": made, "kept": False, **_nothing_read()}
     check_same(store, progress["made"], made)
     started, concatenated = time.monotonic(), config.packing == CONCATENATED
     # Beside the rows, where a killed process finds it again; for an object store somewhere on this machine.
@@ -133,6 +133,10 @@ def prepare(
         try:
             # The record first: it marks what else is found there as ours.
             store.write_json(PROGRESS, progress)
+            if not progress["kept"]:
+                store.save_tokenizer(tokenizer)
+                progress["kept"] = True
+                store.write_json(PROGRESS, progress)
             tokenise = functools.partial(_tokenised, config, encoding, streams, check)
             if concatenated:
                 of = _concatenate(config, store, tokenise, progress, made)
