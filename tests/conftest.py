@@ -45,9 +45,12 @@ hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
 
 jaxtyping.install_import_hook("jaxup", "typed.check")
 
+import gcs  # noqa: E402
 import jax  # noqa: E402
 import processes  # noqa: E402
 import runs  # noqa: E402
+
+from jaxup.files.bucket import place  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -111,6 +114,22 @@ def finished(made_once, corpus):
 
     directory = made_once("runs", make)
     return directory / "whole", (directory / "stdout").read_text()
+
+
+@pytest.fixture(scope="session")
+def objects():
+    """Those of a server of buckets that TensorStore asks, in this process and in those that it starts."""
+    with gcs.bucket() as held, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", held.url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
+        yield held
+
+
+@pytest.fixture
+def here(objects):
+    """An empty directory in a bucket."""
+    objects.clear()
+    return place("gs://bucket/here")
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from runs import arguments, losses, metrics, result
 
-from jaxup import train
+from jaxup import train, verify
 from jaxup.data import batches
 from jaxup.data.batches import Batches
 from jaxup.errors import NonFinite, UserError
 from jaxup.experiments import inherit
+from jaxup.export import main as write_model
 from jaxup.training.corrections import Corrections, parse, record
 from jaxup.training.metrics import MetricsLog
 
@@ -78,6 +79,45 @@ def test_what_is_missing_of_a_finished_run_is_made_again(whole, folder):
     shutil.rmtree(folder / "copy" / "export")
     run(f"--resume={folder / 'copy'}")
     assert export(folder / "copy") == export(whole)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_what_breaks_off_in_a_bucket_ends_with_the_same_bytes(whole, command, here, objects, monkeypatch, capsys):
+    """And is a run there to all that asks for one."""
+    write = MetricsLog.write
+
+    def broken(self, model, step, **values):
+        if step == 5:
+            raise Killed
+        write(self, model, step, **values)
+
+    monkeypatch.setattr(MetricsLog, "write", broken)
+    with pytest.raises(Killed):
+        run(*command("none", f"--workdir={here}"))
+    assert not (here / ".lock").exists()
+    monkeypatch.undo()
+    capsys.readouterr()
+    run(f"--resume={here}")
+    assert "target_1: resumes at step 4 of 8" in capsys.readouterr().out
+    assert losses(here) == losses(whole)
+    assert export(here) == export(whole)
+    before = dict(objects)
+    run(f"--resume={here}")
+    assert "finished before: gs://bucket/here/SUMMARY.md" in capsys.readouterr().out
+    assert objects == before
+
+    verify.main(["verify", str(here)])
+    assert "gs://bucket/here/export: compared with" in capsys.readouterr().out
+    write_model(["export", str(here), "gs://bucket/out"])
+    assert (here.parent / "out" / "model.safetensors").read_bytes() == export(whole)
+    name = next(name for name in objects if "target_1/8/state/ocdbt.process_0/d/" in name)
+    objects.put(name, objects[name].data[:100] + b"?" + objects[name].data[101:])
+    with pytest.raises(UserError, match="1 of the files above is not what was written"):
+        verify.main(["verify", str(here)])
+    assert f"gs://{name}: is not what was written" in capsys.readouterr().out
 
 
 # ---- another configuration
