@@ -1,11 +1,21 @@
-"""Damage as disks, interrupted copies and people do it: one file of a directory, chosen and changed by a seed."""
+"""Damage as disks, interrupted copies and people do it: one file of a directory, chosen and changed by a seed.
 
+And disks that are full, and file systems that cannot be written.
+"""
+
+import builtins
 import contextlib
+import errno
+import io
+import json
 import os
 import random
 import resource
 import shutil
 from pathlib import Path
+from unittest import mock
+
+from runs import metrics
 
 KINDS = ("flip", "truncate", "delete", "zero", "swap", "add")
 
@@ -49,6 +59,16 @@ def damage(directory, seed, kinds=KINDS, skip=()):
     return f"{added.relative_to(directory)} added"
 
 
+def stop_early(run):
+    """Makes of a finished run one that has stopped at step 6 of its second model, an older checkpoint beside it."""
+    target = run / "checkpoints" / "target_2"
+    for gone in (target / "8", target.with_name("control"), run / "export"):
+        shutil.rmtree(gone, ignore_errors=True)
+    (target / "result.json").unlink()
+    log = [r for r in metrics(run) if r["model"] == "reference" or (r["model"] == "target_2" and r["step"] <= 6)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in log))
+
+
 @contextlib.contextmanager
 def full_at(size):
     """No file of this process can grow beyond `size` bytes: what a full disk is to what writes them."""
@@ -58,3 +78,28 @@ def full_at(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def read_only(directory):
+    """What Python's own functions would make below `directory` they refuse, as on a file system mounted read-only."""
+    below = f"{os.path.abspath(directory)}{os.sep}"
+
+    def refusing(real, writes):
+        def call(path, *args, **options):
+            place = "" if isinstance(path, int) else f"{os.path.abspath(path)}{os.sep}"
+            if place.startswith(below) and writes(*args, **options):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+            return real(path, *args, **options)
+
+        return call
+
+    to_file = lambda mode="r", *_, **__: not {*mode}.isdisjoint("wax+")  # noqa: E731
+    to_number = lambda flags=0, *_, **__: bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))  # noqa: E731
+    always = lambda *_, **__: True  # noqa: E731
+    places = [(builtins, "open", to_file), (io, "open", to_file), (os, "open", to_number)]
+    places += [(os, name, always) for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "symlink")]
+    with contextlib.ExitStack() as stack:
+        for module, name, writes in places:
+            stack.enter_context(mock.patch.object(module, name, refusing(getattr(module, name), writes)))
+        yield

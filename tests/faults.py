@@ -43,6 +43,7 @@ import runs
 from jaxup import errors
 
 LIMIT = 600  # seconds: a command that takes longer hangs
+ABSENT = 90  # seconds: how long the others may wait for a process that has not come yet, or does not say a word
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
     ["jax", "optax", "orbax.checkpoint.v1", "tensorstore", "transformers", "matplotlib.figure", "jaxup.experiments.run",
@@ -245,15 +246,8 @@ def term(world: World, rng: random.Random) -> str:
 
 
 def unfinished(world: World) -> Path:
-    """A run that stopped at step 6 of its second model: the newest of its checkpoints, an older one beside it."""
     folder = world.fresh(world.root / "train")
-    run = folder / "run"
-    target = run / "checkpoints" / "target_2"
-    for gone in (target / "8", target.with_name("control"), run / "export"):
-        shutil.rmtree(gone, ignore_errors=True)
-    (target / "result.json").unlink()
-    log = [r for r in runs.metrics(run) if r["model"] == "reference" or (r["model"] == "target_2" and r["step"] <= 6)]
-    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in log))
+    damage.stop_early(folder / "run")
     return folder
 
 
@@ -374,43 +368,47 @@ def hostile(world: World, rng: random.Random) -> str:
     return f"{what}: " + ("refused" if code else "not read, or made again")
 
 
-def two(world: World, rng: random.Random) -> str:
-    """Two processes: one is killed, asked to stop or stalls at a random moment; both leave, and the run goes on."""
-    folder, what = world.fresh(), rng.choice(["kill", "term", "stall"])
+def several(world: World, rng: random.Random) -> str:
+    """One of 2 or 4 processes is killed, asked to stop or frozen at any moment: all leave, and the run goes on."""
+    what, total = rng.choice(["kill", "term", "freeze"]), rng.choice([2, 2, 4])
+    signum = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "freeze": signal.SIGSTOP}[what]
+    rank = rng.randrange(total)
+    folder, case = unfinished(world) if rng.random() < 0.5 else world.fresh(), f"{what} of {rank} of {total}"
     arguments = [*world.jobs["train"].arguments, "--config.processes.timeout=30"]
-    rank = rng.randrange(2)
-    with processes.two_started("-m", "jaxup.__main__", *arguments, devices=1, cwd=folder) as both:
+    with processes.several_started(total, "-m", "jaxup.__main__", *arguments, devices=1, cwd=folder) as them:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            both[rank].wait(rng.uniform(2, 10 + 2 * world.seconds["train"]))
-        signum = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stall": signal.SIGSTOP}[what]
-        hit = both[0].poll() is both[1].poll() is None
-        if hit:
-            both[rank].send_signal(signum)
-        # Before they have joined nobody can tell a process that died from one that is late: jax waits for 300 s.
-        began, allowed = time.monotonic(), 330
-        watched = both[1 - rank :][:1] if what == "stall" else both
-        for process in watched:
-            try:
-                process.wait(LIMIT if not hit else allowed)
-            except subprocess.TimeoutExpired:
-                return f"WRONG: {what} of {rank}: the other has not left after {allowed} s"
-        took = time.monotonic() - began
-        codes = [p.poll() for p in both]
-        if hit:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(both[rank].pid, signal.SIGKILL)
-        said = both[1 - rank].communicate()[1]
-    if hit and any(code == 0 for code in codes) and 0 != codes[0] == codes[1]:
-        return f"WRONG: {what} of {rank}: exit codes {codes}: {said[-400:]}"
-    if what != "term" and hit and codes[1 - rank] not in (0, None) and str(rank) not in said:
-        return f"WRONG: {what} of {rank}: not named: {said[-400:]}"
+            them[rank].wait(rng.uniform(0.2, 5 + total * world.seconds["train"]))
+        if any(process.poll() is not None for process in them):
+            codes = [process.wait(LIMIT) for process in them]
+            return f"WRONG: {case}: exit {codes} before" if any(codes) else f"{what}: had finished"
+        them[rank].send_signal(signum)
+        began, ends = time.monotonic(), {}
+        for number, process in enumerate(them):
+            if number != rank:
+                try:
+                    ends[number] = process.communicate(timeout=max(0, ABSENT + began - time.monotonic()))[1]
+                except subprocess.TimeoutExpired:
+                    return f"WRONG: {case}: process {number} has not left after {ABSENT} s"
+        took, codes = time.monotonic() - began, [them[number].returncode for number in ends]
+        if what == "term":
+            codes.append(them[rank].wait(15))
+    said = "".join(ends.values())
+    # One that has come to its end knows of no other; one that was never there nobody can miss at once.
+    right = {2, 5, -signum} if "did not come" in said else {0, 143 if what == "term" else 5}
+    if not {*codes} <= right or "Traceback" in said:
+        return f"WRONG: {case}: exit {codes}: {ends}"
+    if what != "term" and any(them[number].returncode and f"process {rank} " not in ends[number] for number in ends):
+        return f"WRONG: {case}: not named: {ends}"
+    if took > 15 and "did not come" not in said and what != "freeze":
+        return f"WRONG: {case}: left after {took:.0f} s: {ends}"
     command = Started([*arguments], folder)
     if code := command.end():
-        return f"WRONG: {what} of {rank}: exit {code} afterwards: {command.said[-400:]}"
-    return f"{what}: " + (f"all left within {10 * -(-took // 10):.0f} s, resumed" if hit else "not hit")
+        return f"WRONG: {case}: exit {code} afterwards: {command.said[-400:]}"
+    within = "15 s" if took <= 15 else f"{ABSENT} s"
+    return f"{what}: " + (f"all left within {within}, resumed" if any(codes) else "had finished")
 
 
-FAULTS = {f.__name__: f for f in (kill, term, flip, spoiled, disk, hostile, two)}
+FAULTS = {f.__name__: f for f in (kill, term, flip, spoiled, disk, hostile, several)}
 
 
 def campaign(world: World, names: list[str], times: int, seed: int, at_once: int = 2) -> dict[str, Counter[str]]:

@@ -1,6 +1,7 @@
 """Processes that tests start: a Python with this package, so many CPU devices, and an end whatever happens."""
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -42,15 +43,18 @@ def run(*arguments, check=True, **options) -> subprocess.CompletedProcess:
 
 
 @contextlib.contextmanager
-def two_started(*arguments, devices=2, **environment) -> Iterator[list[subprocess.Popen]]:
-    """Two processes of one job, which find each other as those on a pod do."""
+def several_started(total, *arguments, devices=2, cwd=None, **environment) -> Iterator[list[subprocess.Popen]]:
+    """The processes of one job, which find each other as those on a pod do."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", **environment}
+    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(total), **environment}
     with contextlib.ExitStack() as stack:
-        ranks = [{**job, "JAX_PROCESS_ID": str(rank)} for rank in range(2)]
-        yield [stack.enter_context(started(*arguments, devices=devices, **rank)) for rank in ranks]
+        ranks = [{**job, "JAX_PROCESS_ID": str(rank)} for rank in range(total)]
+        yield [stack.enter_context(started(*arguments, devices=devices, cwd=cwd, **rank)) for rank in ranks]
+
+
+two_started = functools.partial(several_started, 2)
 
 
 def run_two(*arguments, **options) -> list[subprocess.CompletedProcess]:

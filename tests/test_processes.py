@@ -1,19 +1,24 @@
 """Several processes on one machine: the same global batch, the same losses, one stop for all."""
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import re
+import select
 import shutil
 import signal
+import socket
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import processes
 import pytest
 import safetensors.numpy
+from damage import stop_early
 from flax import traverse_util
 from runs import HEAL, arguments, losses, metrics
 from test_heal import COPIES, runs  # noqa: F401
@@ -27,6 +32,7 @@ from jaxup.model.spec import flatten
 from jaxup.together import told
 from jaxup.train import main
 from jaxup.training import checkpoint, loop
+from jaxup.training.joining import LOST, End, Meeting, Place, place
 from jaxup.training.processes import Processes
 
 
@@ -44,12 +50,7 @@ def test_two_processes_finish_what_one_began(finished, corpus, tmp_path):
     """As if it had stopped at the target's newest checkpoint but one: they go on there, and train the control anew."""
     shutil.copytree(finished[0].parent, tmp_path / "runs")
     workdir = tmp_path / "runs" / "whole"
-    target = workdir / "checkpoints" / "target_2"
-    for directory in (target / "8", target.with_name("control"), workdir / "export"):
-        shutil.rmtree(directory)
-    (target / "result.json").unlink()
-    done = [r for r in metrics(workdir) if r["model"] == "reference" or (r["model"] == "target_2" and r["step"] <= 6)]
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in done))
+    stop_early(workdir)
     out, _ = processes.run_two("-m", "jaxup.train", *arguments(corpus, workdir), devices=1)
     assert "target_2: resumes at step 6 of 8" in out.stdout
     check_losses(finished[0], workdir)
@@ -223,6 +224,150 @@ def test_what_ends_one_ends_both(rank, place, fault, codes, said, corpus, tmp_pa
         if "died" in text:
             assert err.splitlines()[-1].startswith(f"jaxup: {text}")
         assert ("most recent call first" in err) == ("progress" in text or "running" in text)
+
+
+class Met:
+    """One process of a meeting, in a thread of this one."""
+
+    def __init__(self, port, rank, total):
+        self._pipe, self._wake = os.pipe()
+        self.end = None
+        self.meeting = Meeting(Place(f"127.0.0.1:{port}", total, rank), lambda: os.write(self._wake, b"."))
+        self._stop = False
+        self._thread = threading.Thread(target=self._turn, daemon=True)
+        self._thread.start()
+
+    def _turn(self):
+        while not self._stop:
+            readable = select.select([self._pipe, *self.meeting.sockets], [], [], 0.02)[0]
+            if self._pipe in readable:
+                os.read(self._pipe, 64)
+            end = self.meeting.turn(readable)
+            self.end = self.end or end
+
+    def die(self):
+        """As when a process ends: its connections close."""
+        self._stop = True
+        self._thread.join()
+        for peer in self.meeting.sockets:
+            peer.close()
+
+
+@pytest.fixture
+def meet():
+    """meet(total, *ranks): these ranks of so many, and all that have come."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    began = []
+
+    def begin(total, *ranks):
+        came = [Met(port, rank, total) for rank in ranks]
+        began.extend(came)
+        for one in came:
+            one.meeting.come(10.0)
+        return came
+
+    yield begin
+    for one in began:
+        one.die()
+
+
+def test_processes_meet_before_they_join(meet):
+    zero, one, two = met = meet(3, 0, 1, 2)
+    waiting = [threading.Thread(target=m.meeting.wait, args=(10.0,)) for m in met]
+    for thread in waiting[:2]:
+        thread.start()
+    waiting[0].join(0.2)
+    assert waiting[0].is_alive()  # for the last
+    waiting[2].start()
+    for thread in waiting:
+        thread.join()
+    with socket.create_server(("127.0.0.1", int(zero.meeting._address.rpartition(":")[2]))):
+        pass  # the service can begin where the door was
+    one.meeting.leave()
+    processes.wait_until(lambda: not one.meeting.sockets)
+    one.die()
+    two.die()
+    processes.wait_until(lambda: zero.end is not None)
+    assert zero.end == (2, None)  # the other has left in order
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_who_dies_before_it_has_joined_is_known_at_once(meet, dead):
+    met = meet(3, 0, 1, 2)
+    met.pop(dead).die()
+    processes.wait_until(lambda: all(m.end is not None for m in met))
+    assert [m.end for m in met] == [(dead, None)] * 2
+
+
+def test_who_ends_before_it_has_joined_says_why(meet):
+    end = End(143, "stopped by SIGTERM")
+    zero, one = meet(3, 0, 1)
+    one.meeting.say_end(end)
+    processes.wait_until(lambda: zero.end is not None)
+    assert zero.meeting.absent == [2]
+    (two,) = meet(3, 2)  # comes later, and is told
+    processes.wait_until(lambda: two.end is not None)
+    assert (zero.end, two.end, one.end) == ((1, end), (1, end), None)
+
+
+@pytest.mark.parametrize(
+    ("total", "rank", "said"),
+    [(2, 1, "two processes of this run have JAX_PROCESS_ID=1"), (3, 2, "JAX_NUM_PROCESSES=2, and 3 for another")],
+)
+def test_who_is_one_too_many_ends_the_meeting(meet, total, rank, said):
+    met = meet(2, 0, 1) + meet(total, rank)
+    processes.wait_until(lambda: all(m.end is not None for m in met))
+    for m in met:
+        assert m.end[0] == 0
+        assert m.end[1].code == 2
+        assert m.end[1].line.startswith(said)
+
+
+def test_what_does_not_belong_to_a_meeting_is_not_heard(meet):
+    (zero,) = meet(2, 0)
+    for said in (b"GET / HTTP/1.1\r\n\r\n", b"[" * 10**5 + b"\n", b'["end", [1, [0, "x"]]]\n', b'["come", [7, "x"]]\n'):
+        with socket.create_connection(zero.meeting._at) as stranger:
+            stranger.settimeout(10)
+            with contextlib.suppress(ConnectionError):
+                stranger.sendall(said)
+                assert stranger.recv(1) == b""
+    assert zero.end is None
+    assert zero.meeting.absent == [1]
+
+
+def test_who_does_not_come_is_named(meet):
+    (zero,) = meet(3, 0)
+    with pytest.raises(UserError, match=r"\Aprocesses 1, 2 did not come to 127.0.0.1:\d+ [^\n]*start them all within"):
+        zero.meeting.wait(0.1)
+    meet(3, 1, 2)
+    with pytest.raises(Stopped, match=r"processes 1, 2 started, and made no progress for 0.1 s") as stopped:
+        zero.meeting.wait(0.1)
+    assert stopped.value.exit_code == LOST
+    with pytest.raises(UserError, match=r"process 0 did not come to 127.0.0.1:1 "):
+        Meeting(Place("127.0.0.1:1", 2, 1), lambda: None).come(0.0)
+    with pytest.raises(
+        UserError, match=r"ADDRESS=127.0.0.1:\d+: process 0 cannot listen there: Address already in use"
+    ):
+        Meeting(Place(zero.meeting._address, 2, 0), lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"JAX_PROCESS_ID": ""}, "takes two numbers more: JAX_NUM_PROCESSES=2, JAX_PROCESS_ID="),
+        ({"JAX_PROCESS_ID": "-1"}, "takes two numbers more: JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=-1"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=2: each process has a number of its own"),
+        ({"JAX_COORDINATOR_ADDRESS": "host"}, "JAX_COORDINATOR_ADDRESS=host is not HOST:PORT"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_one_line(monkeypatch, given, said):
+    job = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    for name, value in {**job, **given}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(said)):
+        place()
 
 
 LOAD = """

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import ctypes
 import faulthandler
-import functools
 import itertools
 import json
 import os
@@ -22,30 +20,22 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 from jaxup import progress, together
-from jaxup.errors import NonFinite, Stopped, UserError
+from jaxup.errors import NonFinite, Stopped
 from jaxup.progress import say
 from jaxup.together import exit_code, gather, identity, line_of, lives, names, service
+from jaxup.training import joining
+from jaxup.training.joining import LOST, End, Meeting, died, initialize
 
-LOST = 5  # the exit code for a process that died or makes no progress
-_HEARTBEAT = 10  # seconds without a sign of life after which the service takes a process for dead
 _SILENT = 5  # seconds without a word of its thread after which a process is suspected
 _GRACE = 5  # seconds that the main thread has to leave in order, once it is to
 _LONG = 10  # times the time limit is what is no training step may take, such as to compile, load and save
+_START = 60  # seconds that the start of all may take at least, however short the time limit of a step is
 
 _runs = itertools.count()
-
-
-class _End(NamedTuple):
-    """What a process says when it leaves before the end of the run."""
-
-    code: int
-    line: str
-    agreed: bool = False  # all leave, at the same point
-    stalled: bool = False  # said of all: stacks are to be dumped
 
 
 class Processes:
@@ -66,14 +56,15 @@ class Processes:
         self.signum: int | None = None
         self.deferred = False  # there is something to save, and the main thread asks `should_stop` again and again
         self._timeout, self._place = timeout, f"jaxup/run/{next(_runs)}/"
-        self._service: Any = None  # once several have joined
+        self._meeting: Meeting | None = None  # of several, until they have joined
+        self._service: Any = None  # once they have
         self._rank, self._count = 0, 1
         self._several, self._joining = False, False  # which the environment says; `_service` is there once it is so
         self._closed, self._leaving = False, False
         self._signalled: float | None = None  # when a signal came that the thread has not dealt with yet
         self._again = False  # what the handler raised was swallowed
         self._handled = ""  # what the handler made of it: "raised" or "deferred"
-        self._ending: tuple[float, _End] | None = None  # the main thread has time until then
+        self._ending: tuple[float, End] | None = None  # the main thread has time until then
         # The agreement on where to stop: positions are counted by calls of `should_stop`.
         self._agreeing = threading.Condition()
         self._position = 0
@@ -111,7 +102,7 @@ class Processes:
             if error is not None:
                 self._leave(error)
         self._closed = True
-        os.write(self._wake, b"\0")
+        self._wake_up()
         self._thread.join()
         signal.set_wakeup_fd(self._previous_wake)
         sys.unraisablehook = self._previous_hook
@@ -122,39 +113,43 @@ class Processes:
 
     def join(self) -> None:
         """Joins the other processes of a pod or cluster; UserError if they do not come, or the environment is wrong."""
-        address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-        if not address and "," not in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        here = joining.place()
+        if here is None:
             return
-        # A signal waits until this is done, for a while: whom this process has not joined it cannot tell of it.
-        self._joining = self._several = True
         # What the service has to say of the ends of others is said here, in a line.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        import jax
+        self._several, limit = True, max(self._timeout, _START)
+        before = sys.modules.get("jax")
+        if 1 < here.total <= joining.MANY and not (before and before.distributed.is_initialized()):
+            self._meeting = Meeting(here, self._wake_up)
+            self._wake_up()
+            self._meeting.come(limit)
+            with self._undisturbed():
+                import jax
+            self._meeting.wait(limit)
+        with self._undisturbed():  # whom this process has not met and not joined it cannot tell of a signal
+            import jax
 
-        if not jax.distributed.is_initialized():
-            names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-            try:
-                numbers: list[Any] = [int(os.environ[name]) for name in names] if address else [None, None]
-            except (KeyError, ValueError):
-                given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
-                raise UserError(f"JAX_COORDINATOR_ADDRESS is set, which takes two numbers more: {given}") from None
-            jax.config.update("jax_enable_preemption_service", False)  # it would take the signals
-            with _ends_by(self._lost):
-                try:
-                    jax.distributed.initialize(
-                        address, numbers[0], numbers[1], heartbeat_timeout_seconds=_HEARTBEAT,
-                        shutdown_timeout_seconds=30,
-                    )  # fmt: skip
-                except (RuntimeError, ValueError):
-                    place = f" at {address}" if address else ""
-                    hint = "start them all within 5 minutes, each with an id of its own below their number"
-                    raise UserError(f"the processes of this run did not find each other{place}", hint=hint) from None
-        self._several = service() is not None
-        if self._several:
-            self._rank, self._count = jax.process_index(), jax.process_count()
-            self._service = service()
-            os.write(self._wake, b"\0")
-        self._joining = False
+            if not jax.distributed.is_initialized():
+                initialize(here, self._lost, limit)
+            self._several = service() is not None
+            if self._several:
+                self._rank, self._count = jax.process_index(), jax.process_count()
+                self._service = service()
+                if self._meeting is not None:
+                    self._meeting.leave()
+                self._wake_up()
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Signals, and the ends of others, wait until the end of the block: importing a library does not bear them."""
+        self._joining = True
+        try:
+            yield
+        finally:
+            self._joining = False
+        if self._ending is not None:
+            raise Stopped(self._ending[1].line, self._ending[1].code)
         if self.signum is not None:
             raise Stopped(f"stopped by {signal.Signals(self.signum).name}", 128 + self.signum)
 
@@ -200,22 +195,28 @@ class Processes:
         """What to raise when `should_stop` said so."""
         return Stopped(message, 128 + (self.signum or self._asked or signal.SIGTERM))
 
+    def _wake_up(self) -> None:
+        os.write(self._wake, b"\0")
+
     def _swallowed(self, args: Any) -> None:
         """What is raised in a destructor or a callback of the garbage collector goes no further: once more, then."""
         if isinstance(args.exc_value, Stopped):
             self._again = True
-            os.write(self._wake, b"\0")
+            self._wake_up()
         else:
             self._previous_hook(args)
 
     def _handle(self, signum: int, frame: object) -> None:
         if self._leaving:
             return
-        if self._ending is not None and self.signum is None:
-            raise Stopped(self._ending[1].line, self._ending[1].code)
-        again, self.signum = self.signum is not None, signum
+        again = self.signum is not None
+        ending = None if again else self._ending
+        if ending is None:  # it is a signal, and not the thread that interrupts
+            self.signum = signum
         if self._joining:
             return
+        if ending is not None:
+            raise Stopped(ending[1].line, ending[1].code)
         # What it interrupts may leave coroutines of Orbax behind.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited")
         if not self.deferred or (again and signum == signal.SIGINT):
@@ -243,14 +244,17 @@ class Processes:
         else:
             traceback.print_exception(error)
         agreed = isinstance(error, NonFinite) or (isinstance(error, Stopped) and self._stop_at is not None)
-        with contextlib.suppress(_errors()):
-            self._say_end(_End(code, line, agreed))
-            # The service ends with process 0, which is therefore the last to leave.
-            deadline = time.monotonic() + (60 if agreed else _GRACE + 3)
-            while self._service is not None and self._rank == 0 and time.monotonic() < deadline:
-                if len(self._service.key_value_dir_get(f"{self._place}now/end")) == self._count:
-                    break
-                time.sleep(0.05)
+        self._say_end(End(code, line, agreed))
+        # The meeting and the service end with process 0, which is therefore the last to leave.
+        deadline = time.monotonic() + (60 if agreed else _GRACE + 3)
+        while self._meeting is not None and self._meeting.absent and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if self._service is not None and self._rank == 0:
+            with contextlib.suppress(_errors()):
+                while len(self._service.key_value_dir_get(f"{self._place}now/end")) < self._count:
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(0.05)
         self._exit(code)
 
     # ---- the thread
@@ -259,7 +263,9 @@ class Processes:
         while not self._closed:
             pending = self._signalled is not None or self._ending is not None or self._asked is not None
             wait = (0.05 if pending else 1.0) if self._service is not None or pending else None
-            if select.select([self._pipe], [], [], wait)[0]:
+            sockets: list[Any] = self._meeting.sockets if self._meeting is not None else []
+            readable = select.select([self._pipe, *sockets], [], [], wait)[0]
+            if self._pipe in readable:
                 came = [number for number in os.read(self._pipe, 64) if number in (signal.SIGTERM, signal.SIGINT)]
                 if came and self._ending is None:
                     self._signalled, self._signal = time.monotonic(), came[-1]
@@ -269,12 +275,12 @@ class Processes:
                 _thread.interrupt_main(signal.SIGTERM if self.signum is None else signal.Signals(self.signum))
             if self._signalled is not None:
                 self._own_signal(time.monotonic() - self._signalled)
+            if self._meeting is not None and (ended := self._meeting.turn(readable)):
+                self._follow(*ended)
             if self._service is not None:
                 self._talk()
             if self._ending is not None and time.monotonic() > self._ending[0]:
-                if self._service is not None:
-                    with contextlib.suppress(_errors()):
-                        self._say_end(self._ending[1])
+                self._say_end(self._ending[1])
                 self._exit(self._ending[1].code, "" if self._leaving else self._ending[1].line)
         faulthandler.cancel_dump_traceback_later()
 
@@ -287,10 +293,8 @@ class Processes:
                 with contextlib.suppress(_errors()):
                     self._service.key_value_set(f"{self._place}now/ask/{self._rank}", str(self._signal), True)
         elif not self._leaving:
-            end = _End(128 + self._signal, f"stopped by {signal.Signals(self._signal).name}")
-            if self._service is not None:
-                with contextlib.suppress(_errors()):
-                    self._say_end(end)
+            end = End(128 + self._signal, f"stopped by {signal.Signals(self._signal).name}")
+            self._say_end(end)
             if not self._handled:
                 self._ending = (time.monotonic(), end)
         self._signalled = None
@@ -310,13 +314,21 @@ class Processes:
         except _errors():
             return  # process 0 is gone, and the service with it: `_lost` is called
         self._answered = time.monotonic()
-        ends = [(int(key.rpartition("/")[2]), _End(**json.loads(word))) for key, word in now.items() if "/end/" in key]
+        ends = [(int(key.rpartition("/")[2]), End(**json.loads(word))) for key, word in now.items() if "/end/" in key]
         for rank, end in ends:
             if end.stalled:
                 self._give_up(end)
-            if rank != self._rank and not end.agreed and self._ending is None and not self._leaving:
-                self._ending = (time.monotonic() + _GRACE, end._replace(line=f"process {rank}: {end.line}"))
-                _thread.interrupt_main(signal.SIGTERM)
+            if rank != self._rank and not end.agreed:
+                self._follow(rank, end)
+
+    def _follow(self, rank: int, end: End | None) -> None:
+        """Leaves as another process has; it died where it said nothing."""
+        if self._ending is None and not self._leaving:
+            end = end or died([rank])
+            if not re.match(r"process(es)? \d", end.line):  # else it follows another as well
+                end = end._replace(line=f"process {rank}: {end.line}")
+            self._ending = (time.monotonic() + _GRACE, end)
+            _thread.interrupt_main(signal.SIGTERM)
 
     def _agree(self, asked: int | None) -> None:
         """Once a process is asked to stop: where, which is beyond where any of them is."""
@@ -370,14 +382,17 @@ class Processes:
         if last and all(said[rank][3] or ages[rank] > self._timeout for rank in last):
             who = names(last) if len(last) < self._count else "all processes"
             line = f"{who} made no progress for longer than processes.timeout={self._timeout:g} s"
-            end = _End(LOST, line, stalled=True)
+            end = End(LOST, line, stalled=True)
             self._say_end(end)
             time.sleep(2)  # the others read it
             self._give_up(end)
 
-    def _say_end(self, end: _End) -> None:
-        if self._service is not None:  # has joined
-            self._service.key_value_set(f"{self._place}now/end/{self._rank}", json.dumps(end._asdict()), True)
+    def _say_end(self, end: End) -> None:
+        if self._meeting is not None:
+            self._meeting.say_end(end)
+        if self._service is not None:
+            with contextlib.suppress(_errors()):
+                self._service.key_value_set(f"{self._place}now/end/{self._rank}", json.dumps(end._asdict()), True)
 
     def _lost(self, *_: object) -> None:
         """The service says that a process is dead, or does not answer; returns if it does: this is something else."""
@@ -393,14 +408,13 @@ class Processes:
                 self._give_up(end)
             self._exit(LOST, "" if self._leaving else end.line)
 
-    def _fate(self) -> _End:
+    def _fate(self) -> End:
         """Of those that are silent, or of process 0 and with it the service."""
         if stopped := [rank for rank, who in self._silent.items() if lives(who)]:
-            return _End(LOST, f"{names(stopped)} still there, and not running: stopped by a signal?", stalled=True)
-        line = f"{names(list(self._silent) or [0])} died, or cannot be reached any more"
-        return _End(LOST, f"{line}; the same command resumes from the newest checkpoint")
+            return End(LOST, f"{names(stopped)} still there, and not running: stopped by a signal?", stalled=True)
+        return died(list(self._silent) or [0])
 
-    def _give_up(self, end: _End) -> None:
+    def _give_up(self, end: End) -> None:
         faulthandler.dump_traceback(file=2)
         self._exit(end.code, end.line)
 
@@ -415,35 +429,3 @@ def _errors() -> type[Exception]:
     import jax
 
     return jax.errors.JaxRuntimeError
-
-
-@contextlib.contextmanager
-def _ends_by(lost: Callable[..., None]) -> Iterator[None]:
-    """Has `lost` called, instead of a C++ stack printed, when the service says that another process is dead.
-
-    jax.distributed.initialize has no argument for it, though its client has. And the client of jaxlib 0.10 cannot make
-    a Python object of what it calls that function with, so that C++ terminates: which calls it as well.
-    """
-    from jaxlib import _jax
-
-    global _terminate
-    handler = ctypes.CFUNCTYPE(None)
-    make = _jax.get_distributed_runtime_client
-
-    def terminate() -> None:
-        lost()
-        previous()
-
-    _terminate = handler(terminate)
-    with contextlib.suppress(OSError, AttributeError):  # another C++ library: then it is a stack
-        set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
-        set_terminate.restype = handler
-        previous = set_terminate(_terminate)
-    _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=lost)
-    try:
-        yield
-    finally:
-        _jax.get_distributed_runtime_client = make
-
-
-_terminate: Any = None  # C++ keeps no reference to it
