@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     ends = stop_ids(directory, tokenizer)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     prompts: list[Prompt] = [[*system, {"role": "user", "content": text}] if args.chat else text for text in texts]
-    with within("--chat"):
+    with within("--chat" if args.chat else args.model):
         for prompt in prompts:  # what cannot be spelt is refused before the model is read
             encode(tokenizer, prompt)
     how = {name: getattr(args, name) for name in ("dtype", "revision", "strict", "allow_pickle")}

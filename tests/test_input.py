@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -15,6 +16,7 @@ from jaxup.data.tokenizer import encoder, load_tokenizer, train_bpe
 from jaxup.errors import UserError, entry_point
 from jaxup.experiments.stored import read_stored
 from jaxup.files import manifest, storage
+from jaxup.generate import main as generate
 from jaxup.hub import text_generation
 from jaxup.model.config import ModelConfig
 from jaxup.recipes.open import open_recipe
@@ -258,6 +260,8 @@ def test_a_tokenizer_that_fails_when_it_is_used_is_one_line(tokenizer_files, cap
     tokenizer = load_tokenizer(directory)
     refused("the tokenizer fails", text_generation.encode, tokenizer, "a" * 40 + " x!")
     refused("the tokenizer fails", encoder(tokenizer), ["a" * 40 + " x!"])
+    (Path(directory) / "config.json").write_text('{"model_type": "gpt2"}')
+    refused(f"{directory}: the tokenizer fails", generate, ["generate", directory, "--prompt", "a" * 40 + " x!"])
 
 
 def test_a_mistyped_directory_asks_no_network(tmp_path, monkeypatch):
