@@ -7,8 +7,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from damage import KINDS, damage, full_at
+import runs
+from damage import KINDS, damage, full_at, read_only, stop_early
 
+from jaxup.__main__ import main
 from jaxup.building.work import build
 from jaxup.data.sources import SPLITS
 from jaxup.data.store import META, Store
@@ -245,6 +247,31 @@ def test_a_full_disk_leaves_the_steps_that_are_there(tmp_path):
         save(4)
     assert (save(4), save(6)) == (2, 4)
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["4", "6"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--workdir={out}"], ["train", "--workdir={here}/half"], ["train", "--resume={here}/half"],
+        ["train", "--workdir=elsewhere", "--config.data.store={here}/store", "--config.data.seq_len=16"],
+        ["build", "identity({here}/whole/export)", "{out}"], ["export", "{here}/whole", "{out}"],
+        ["plan", "identity({here}/whole/export)", "--png={out}.png"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)  # fmt: skip
+def test_where_nothing_can_be_written_is_one_line(finished, corpus, tmp_path, monkeypatch, arguments):
+    here = tmp_path / "here"
+    shutil.copytree(finished[0].parent, here)
+    shutil.copytree(here / "whole", here / "half")
+    stop_early(here / "half")
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+    monkeypatch.chdir(tmp_path)
+    name, *rest = [argument.format(here=here, out=here / "out") for argument in arguments]
+    if name == "train" and not rest[0].startswith("--resume"):
+        rest = [*runs.arguments(corpus, here / "whole")[:-1], *rest]
+    with read_only(here), pytest.raises(UserError, match=rf"\A[^\n]*{here}[^\n]*: Read-only file system[^\n]*\Z"):
+        main(["jaxup", name, *rest])
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
 
 
 # jaxup verify
