@@ -275,15 +275,20 @@ def test_weights_of_turns_are_0_or_1(weight):
     assert parse(row | {"unmask": True}, "messages") == (U("question 1", True), A("answer 1", False))
 
 
+TURN_KEYS = "a role content from value type text train mask weight tool_calls function name arguments thinking"
+SAID = ["user", "assistant", "text", "function_call", "[]", '[{"role": "user", "content": "U"}]']
 json_values = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.sampled_from(["user", "assistant", "text"]),
+    st.none() | st.booleans() | st.floats() | st.integers(0, 1) | st.text(max_size=3) | st.sampled_from(SAID),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from([*"abc", "role", "content", "from", "value", "type", "text"]), inner)
+        | st.dictionaries(st.sampled_from(TURN_KEYS.split()), inner)
     ),
     max_leaves=6,
 )
-KEYS = "messages conversations unmask system prompt generation completion text segments instruction output history"
+KEYS = (
+    "messages conversations unmask system prompt generation completion text segments instruction output history "
+    "chosen rejected label loss_mask weight mask tools chat_template_kwargs images"
+)
 
 
 @settings(max_examples=150)
