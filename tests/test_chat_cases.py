@@ -187,6 +187,13 @@ def test_what_a_row_says_reaches_the_template_or_is_refused(row, expected):
             assert "\n" not in str(error.value)
 
 
+def test_arguments_of_calls_are_text_where_the_template_needs_that():
+    template = CHATML.replace("c.function.arguments | tojson", "'' + c.function.arguments")
+    row = chat("u: U", ("a: -", {"content": None, "tool_calls": [CALL]}))
+    expected = Q + '⟦[f {"x": [1], "y": [2]}]<|im_end|>⟧\n'
+    assert trained(row, tokenizer(template)) == trained(row, tokenizer(CHATML)) == ([expected], [])
+
+
 # Headers and ends of turns
 
 

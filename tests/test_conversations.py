@@ -279,10 +279,7 @@ TURN_KEYS = "a role content from value type text train mask weight tool_calls fu
 SAID = ["user", "assistant", "text", "function_call", "[]", '[{"role": "user", "content": "U"}]']
 json_values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers(0, 1) | st.text(max_size=3) | st.sampled_from(SAID),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(TURN_KEYS.split()), inner)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(TURN_KEYS.split()), inner),
     max_leaves=6,
 )
 KEYS = (

@@ -8,6 +8,7 @@ text is a sentinel tells. It renders the template several times, and runs where 
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ _HISTORY = (
     "or take the earlier ones out of the loss (weight 0, or prompt_completion)"
 )
 
+_LOST = "take it out of the rows if nothing of it is meant"
 _TOKENS = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|.", re.DOTALL)  # as far as it matters here
 _THINKS = r"\s*(<think>)?\s*(</think>)?\s*"
 
@@ -64,7 +66,12 @@ class Template:
         """The text, and [start, end) of what is trained on in each of the messages that are `trained`, in order."""
         self._check_options(options)
         replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        text, marked = self._marked(messages, options)
+        try:
+            text, marked = self._marked(messages, options)
+        except Exception:
+            if (told := _with_text_arguments(messages)) == messages:
+                raise
+            return self.spans(told, trained, options)
         spans = dict(zip(replies, marked))
         # Marks in macros or around half of a turn lie about where they are.
         held = len(marked) == len(replies)
@@ -183,7 +190,7 @@ class Template:
     def _check_options(self, options: Mapping[str, Any]) -> None:
         for key in options.get("chat_template_kwargs", ()):
             if not re.search(rf"\b{re.escape(key)}\b", self._source) or key in (*self._options, "messages", *_OURS):
-                raise Unclear(f'the chat template has no use for "{key}" of "chat_template_kwargs"')
+                raise Unclear(f'the chat template has no use for "{key}" of "chat_template_kwargs"', _LOST)
 
     def _check_said(self, messages: Messages, text: str, spans: Mapping[int, Span], options: Mapping[str, Any]) -> None:
         """Unclear for what the row says and the text does not."""
@@ -194,7 +201,7 @@ class Template:
             except Exception:  # it cannot do without
                 same = False
             if same:
-                raise Unclear(f"the chat template leaves out {what}")
+                raise Unclear(f"the chat template leaves out {what}", _LOST)
 
         for key in options.keys() - {"chat_template_kwargs"}:
             lost(f'"{key}"', messages, {name: value for name, value in options.items() if name != key})
@@ -212,7 +219,7 @@ class Template:
                 if not any(name in self._source for name in names) or (
                     i in spans and any(piece not in text[slice(*spans[i])] for piece in wanted)
                 ):
-                    raise Unclear(f'the chat template leaves out "{key}" of turn {i + 1}')
+                    raise Unclear(f'the chat template leaves out "{key}" of turn {i + 1}', _LOST)
 
 
 # What transformers is told by these names.
@@ -223,6 +230,18 @@ _OURS = ("conversations", "tools", "documents", "add_generation_prompt", "contin
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
     """How much both have at their beginnings."""
     return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+def _with_text_arguments(value: Any) -> Any:
+    """The messages with the arguments of calls as JSON's text, which some templates join to other text."""
+    if isinstance(value, list):
+        return [_with_text_arguments(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    made = {key: _with_text_arguments(item) for key, item in value.items()}
+    if isinstance(value.get("arguments"), dict) and isinstance(value.get("name"), str):
+        made["arguments"] = json.dumps(value["arguments"], ensure_ascii=False)
+    return made
 
 
 def _said(message: Mapping[str, Any]) -> str:
