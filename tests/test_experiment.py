@@ -6,7 +6,9 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -129,6 +131,8 @@ def test_variants():
         ("heal.py:quick", [("base.path", "DIR"), ("pretrain.steps", "8")], "pretrain.steps=8: nothing reads it where"),
         ("heal.py:quick", [("base.dtype", "float16")], "base.dtype=float16: nothing reads it where pretrain.steps=400; "
          "it goes with pretrain.steps=0"),
+        ("inherit_gpt2.py", [("data.format", "chatml")], "data.format=chatml: goes with data.layout; nothing reads it"),
+        ("heal.py:quick", [("pretrain.data.format", "chatml")], "goes with pretrain.data.layout; nothing reads it"),
         ("heal.py:quick", [("pretrain.optimizer.decay_fraction", "0.5")], "goes with pretrain.optimizer.schedule=wsd"),
     ],
 )  # fmt: skip
@@ -145,6 +149,7 @@ def test_mistakes(spec, overrides, message):
         ("heal.py:quick", [("base.path", "DIR"), ("pretrain.steps", "0"), ("pretrain.batch_size", "8")]),
         ("heal.py", [("lora.rank", "0"), ("lora.alpha", "8")]),  # one of several that a script tries
         ("heal.py", [("lora.rank", "4"), ("lora.alpha", "8")]),
+        ("heal.py", [("data.format", "chatml")]),  # layouts are detected
         ("heal.py", [("sample.temperature", "0"), ("sample.top_k", "0")]),
         ("heal.py", [("lora.tile_size", "64"), ("base.dtype", "bfloat16")]),  # as it is by default
         ("inherit_gpt2.py", [("inherit.which", "0,2")]),
@@ -300,29 +305,6 @@ def as_text(value):
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
-def chain(node):
-    """The names of `a.b.c`, without the first."""
-    names = []
-    while isinstance(node, ast.Attribute):
-        names.insert(0, node.attr)
-        node = node.value
-    return ".".join(names)
-
-
-def read_by_experiments():
-    """Keys that code of experiments names, and sections that it makes a dataclass of, which refuses unknown keys."""
-    keys, sections = set(), set()
-    for path in (ROOT / "jaxup" / "experiments").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                names = chain(node).split(".")
-                keys |= {".".join(names[i:]) for i in range(len(names))}
-            if isinstance(node, ast.Call) and (of := getattr(node.func, "id", "")) in ("section", "corpus", "chats"):
-                names = chain(node.args[of == "section"]).split(".")
-                sections |= {".".join(names[i:]) for i in range(len(names))}
-    return keys, sections
-
-
 def effect(config):
     """What an experiment makes of its configuration before it looks at data."""
     from jaxup.experiments import kind_of
@@ -333,24 +315,69 @@ def effect(config):
     return settings, new_model(config.model), {k: v for k, v in made.items() if k not in ("_config", "_settings")}
 
 
+def asked(config, place):
+    """What the floors below are asked when the experiment is carried out, where none of them does anything."""
+    import jax
+
+    from jaxup.data.open import Data
+    from jaxup.experiments import common, heal, inherit, run
+    from jaxup.training import sharding
+    from jaxup.training.run import Result, Run
+
+    seen = []
+
+    def shown(value):
+        if isinstance(value, Run):
+            return value.data.store
+        plain = dataclasses.is_dataclass(value) or isinstance(value, (int, float, str, tuple, np.ndarray))
+        return repr(value) if plain else type(value).__name__
+
+    def note(name, answer=None):
+        def called(*args, **kwargs):
+            seen.append((name, *map(shown, (*args, *kwargs.values()))))
+            return answer(*args, **kwargs) if callable(answer) and not isinstance(answer, mock.Mock) else answer
+
+        return called
+
+    result = Result(name="", kind="", origin="", layers=1, params=1, steps=1, tokens=1, val_loss=1.0, seconds=0.0,
+                    sample="")  # fmt: skip
+    rows = {"vocab_size": 512, "seq_len": 32, "train_rows": 64, "chat_template": None}
+    tokenizer = mock.Mock(side_effect=note("tokenizer", {"input_ids": [1, 2]}), chat_template=None, eos_token_id=0)
+    text = mock.Mock(Data, tokenizer=tokenizer, store="text", **rows)
+    text.whole = lambda: mock.Mock(Data, store="all")
+    chat = mock.Mock(Data, tokenizer=tokenizer, store="chat", report=str, example=str, **rows)
+    floors = {
+        run: {"Processes": run.Processes}, sharding: {"make_mesh": sharding.make_mesh},
+        common.sampling: {"generate": ()}, heal.picture: {"png": b""},
+        common.Experiment: {"_finish": lambda self, run, *_, **__: run.sample(self._model, {})},
+        heal.Heal: {"_before": {}, "_vocabulary_files": {}}, jax: {"jit": lambda *_, **__: lambda *_: {}},
+    }  # fmt: skip
+    made = {"open_text": text, "train_model": result, "train_fresh": result, "measured": result, "load_trained": {}}
+    floors |= {inherit: made, heal: {**made, "open_data": chat, "check_files": None}}
+    with pytest.MonkeyPatch.context() as patch:
+        for floor, names in floors.items():
+            for name, answer in names.items():
+                patch.setattr(floor, name, note(name, answer))
+        run.run_experiment(config, place, "title")
+    return seen
+
+
 @pytest.mark.parametrize("file", ["inherit_gpt2.py", "heal.py", *(pytest.param(f"{n}.py", marks=pytest.mark.slow)
                                   for n in ("inherit_llama", "heal_tunguska"))])  # fmt: skip
-def test_every_key_is_read(file):
-    """Changed, it makes another experiment or is refused; or code of experiments names it."""
-    keys, sections = read_by_experiments()
-    base = effect(load(f"{file}:smoke"))
-    flattened = dict(flat(load(f"{file}:smoke").to_dict()))
+def test_every_key_is_read(file, tmp_path):
+    """Changed, it makes another experiment, or one that asks for something else when carried out; or is refused."""
+    base = load(f"{file}:smoke")
+    flattened = dict(flat(base.to_dict()))
     assert {key for variant in SMOKE[file] for key, _ in flat(load(f"{file}:{variant}").to_dict())} == flattened.keys()
-    unread = []
+    usual, asks, unread = effect(base), asked(base, tmp_path / "base"), []
+    assert asks == asked(load(f"{file}:smoke"), tmp_path / "again")
     for key, value in flattened.items():
-        section, _, name = key.rpartition(".")
         try:
-            if effect(load(f"{file}:smoke", [(key, as_text(changed(value)))])) != base:
-                continue
+            config = load(f"{file}:smoke", [(key, as_text(changed(value)))])
+            if effect(config) == usual and asked(config, tmp_path / key) == asks:
+                unread.append(key)
         except (UserError, ImportError):
             continue
-        if not (section in sections or key in keys or (section in keys and name in keys)):
-            unread.append(key)
     assert unread == []
 
 

@@ -123,7 +123,8 @@ def unread(config: Any, key: str) -> tuple[str, bool | tuple[str, ...]] | None:
     from jaxup.experiments.defaults import READ_WHERE
 
     parts = key.split(".")
-    for name in (".".join(parts[:count]) for count in range(1, len(parts) + 1)):
+    names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    for name in [*names, f"{get(config, 'experiment')}: {key}"]:
         for other, wanted in READ_WHERE.get(name, {}).items():
             if other == key or (value := get(config, other)) is None:
                 continue

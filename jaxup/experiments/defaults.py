@@ -41,6 +41,8 @@ READ_WHERE: dict[str, dict[str, bool | tuple[str, ...]]] = {
     "pretrain.optimizer.decay_fraction": {"pretrain.optimizer.schedule": ("wsd",)},
     "data.val_fraction": {"data.val_files": False},
     "pretrain.data.val_fraction": {"pretrain.data.val_files": False},
+    "inherit: data.format": {"data.layout": True},  # of that kind alone: a healing detects its layouts
+    "pretrain.data.format": {"pretrain.data.layout": True},
     "lora.alpha": {"lora.rank": True},
     "lora.quantize": {"lora.rank": True},
     "lora.tile_size": {"lora.quantize": True},
