@@ -83,7 +83,7 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c.log = ConfigDict({"interval": 10, "trackers": ()})  # "tensorboard", "wandb"
     c.checkpoint = ConfigDict({"interval": 1000, "keep": 2})
     # Of several processes: seconds without a training step, or ten times as many without anything else that is done,
-    # after which all leave and say which of them it was that made no progress.
+    # after which all leave and say which of them it was that made no progress. For all to start: as many, at least 60.
     c.processes = ConfigDict({"timeout": 600.0})
     # The text of each model in SUMMARY.md. Temperature 0: always the likeliest token; top_k 0: drawn from all.
     c.sample = ConfigDict({"prompt": "def " if small else "The", "tokens": 60, "temperature": 0.8, "top_k": 50})

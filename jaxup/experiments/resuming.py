@@ -27,7 +27,7 @@ def load_run(directory: Path, overrides: Iterable[tuple[str, str]] = ()) -> tupl
 
     from jaxup.experiments.defaults import defaults
 
-    stored = rundir.read_config(directory)
+    stored = rundir.read_config(directory, "--resume takes the directory of a run")
     if stored is None:
         raise UserError("no run there (no config.json)", at=f"--resume={directory}", hint="begin one with --config")
     config = ConfigDict(_complete(_tuples(stored), defaults(stored.get("experiment", ""), small=True).to_dict()))

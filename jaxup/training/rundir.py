@@ -40,29 +40,27 @@ def writer_lock(directory: Path) -> Iterator[None]:
         yield
 
 
-def read_config(directory: Path) -> dict[str, Any] | None:
-    """The configuration of the run in `directory`, or None if one can begin there; else a UserError."""
+def read_config(directory: Path, elsewhere: str = "choose another --workdir") -> dict[str, Any] | None:
+    """The configuration of the run in `directory`, or None if one can begin there; else a UserError, `elsewhere` being
+    what else to do."""
     for path in () if remote(directory) else (directory, *directory.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file, not a directory for runs")
-    stored = read_json(directory / "config.json", {"format": int | None}, "put it back, or choose another --workdir")
+    stored = read_json(directory / "config.json", {"format": int | None}, f"put it back, or {elsewhere}")
     if stored is None:
         # A start that was killed leaves a lock and what it had not finished writing.
         if directory.is_dir() and any(
             not p.name.startswith(".lock") and not _unfinished(p) for p in directory.iterdir()
         ):
-            raise UserError(
-                f"{directory}: not empty and not a run directory (no config.json); choose another --workdir"
-            )
+            what = "not empty and not a run directory (no config.json)"
+            raise UserError(what, at=str(directory), hint=elsewhere)
         return None
     if "model_type" in stored:
-        raise UserError(f"{directory}: holds a model, not a run; choose another --workdir")
+        raise UserError("holds a model, not a run", at=str(directory), hint=elsewhere)
     if (format := stored.pop("format", 1)) != FORMAT:
         when = "an earlier" if format < FORMAT else "a later"
-        raise UserError(
-            f"{directory}: made by {when} version of jaxup (format {format}, here {FORMAT}), which this one cannot "
-            "resume; choose another --workdir (`jaxup export` still writes its models)"
-        )
+        what = f"made by {when} version of jaxup (format {format}, here {FORMAT}), which this one cannot resume"
+        raise UserError(what, at=str(directory), hint=f"{elsewhere} (`jaxup export` still writes its models)")
     return stored
 
 
