@@ -151,14 +151,15 @@ def unchanged(run: Run, name: str, model: ModelConfig, load: Callable[[], Params
 
 def build(run: Run, plan: DepthPlan, model: ModelConfig, source: Callable[[], Params]) -> Params:
     """The plan applied to its one source's sharded parameters, under jit; what is not inherited is fresh."""
-    ((name, _),) = plan.sources
-
-    def result(params: Params) -> Params:
-        return apply(plan, {name: params}, init(model, run.settings.seed))
-
-    built = jax.jit(result, out_shardings=param_shardings(model, run.mesh))(source())
+    make = jax.jit(_made, static_argnums=(0, 1, 2), out_shardings=param_shardings(model, run.mesh))
+    built = make(plan, model, run.settings.seed, source())
     gc.collect()  # flax's modules, which have cycles, would keep the source's arrays
     return built
+
+
+def _made(plan: DepthPlan, model: ModelConfig, seed: int, params: Params) -> Params:
+    ((name, _),) = plan.sources
+    return apply(plan, {name: params}, init(model, seed))
 
 
 def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Callable[[], Params]) -> Result:

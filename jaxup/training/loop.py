@@ -53,7 +53,8 @@ class _Program(NamedTuple):
 
 def random_params(run: Run, model: ModelConfig) -> Params:
     """Fresh float32 parameters, a pure function of the run's seed and the model, laid out on the mesh."""
-    return jax.jit(lambda: init(model, run.settings.seed), out_shardings=param_shardings(model, run.mesh))()
+    fresh = jax.jit(init, static_argnums=(0, 1), out_shardings=param_shardings(model, run.mesh))
+    return fresh(model, run.settings.seed)
 
 
 def load_trained(run: Run, result: Result, model: ModelConfig, selection: Selection = EVERYTHING) -> Params:
@@ -117,7 +118,7 @@ def _program(
             out_shardings=(shardings, replicated),
         ),
         skip_step=jax.jit(skip_step, donate_argnums=0, out_shardings=shardings),
-        eval_step=_eval_step(model, settings, mesh, partition),
+        eval_step=_eval_step(model, settings.compute, settings.step, mesh, partition),
         init_state=jax.jit(init_state, out_shardings=shardings),
         frozen=jax.jit(lambda params: split(params)[1:], out_shardings=tuple(frozen)),
         join=jax.jit(
@@ -132,16 +133,18 @@ def evaluate(run: Run, name: str, model: ModelConfig, params: Params) -> float:
     """Mean cross-entropy in nats over the fixed validation rows; NonFinite if it is none."""
     with jax.set_mesh(run.mesh):
         try:
-            return _evaluate(run, name, _eval_step(model, run.settings, run.mesh, None), (params,))
+            eval_step = _eval_step(model, run.settings.compute, run.settings.step, run.mesh, None)
+            return _evaluate(run, name, eval_step, (params,))
         except _StopNow:
             raise run.processes.stopped("stopped while evaluating; the same command resumes") from None
 
 
-@functools.lru_cache(maxsize=4)
-def _eval_step(model: ModelConfig, settings: Settings, mesh: Mesh, partition: Partition | None) -> Callable:
-    compute = dataclasses.replace(settings.compute, batch_axes=BATCH_AXES)
-    step = make_eval_step(model, compute, settings.step, partition)
-    return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+@functools.lru_cache(maxsize=8)
+def _eval_step(
+    model: ModelConfig, compute: Compute, step: StepConfig, mesh: Mesh, partition: Partition | None
+) -> Callable:
+    eval_step = make_eval_step(model, dataclasses.replace(compute, batch_axes=BATCH_AXES), step, partition)
+    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _evaluate(run: Run, name: str, eval_step: Callable, params: tuple[Params, ...], step: int | None = None) -> float:
