@@ -116,6 +116,13 @@ def finished(made_once, corpus):
     return directory / "whole", (directory / "stdout").read_text()
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """For runs that are about other things: programs for eight devices take twice as long to compile."""
+    with runs.devices(1):
+        yield
+
+
 @pytest.fixture(scope="session")
 def objects():
     """Those of a server of buckets that TensorStore asks, in this process and in those that it starts."""

@@ -1,9 +1,13 @@
 """Tiny training runs: how one is started, and what it leaves behind."""
 
 import bisect
+import contextlib
 import itertools
 import json
 import random
+
+import jax
+import pytest
 
 GPT2 = [
     "--config=inherit_gpt2.py:smoke", "--config.steps=8", "--config.batch_size=8", "--config.model.num_layers=4",
@@ -47,6 +51,14 @@ back much before go good new write our used me man too any day same right look t
 work three word must because does part even place well such here take why things help put years different away again
 off went old number sure yes self model layer return import tokens step
 """
+
+
+@contextlib.contextmanager
+def devices(count):
+    """Runs in this process have so many of the devices that are there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: count)
+        yield
 
 
 def write_corpus(directory):

@@ -14,6 +14,8 @@ from jaxup.data.batches import Batches
 from jaxup.errors import NonFinite, Stopped, UserError
 from jaxup.training import loop
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 # 64 rows of 32 tokens in batches of 8: eight steps are one epoch.
 TINY = [
     "--config.model.hidden_size=16", "--config.model.intermediate_size=24", "--config.model.num_heads=2",

@@ -8,7 +8,7 @@ import types
 
 import numpy as np
 import pytest
-from runs import arguments, losses, metrics, result
+from runs import arguments, devices, losses, metrics, result
 
 from jaxup import train, verify
 from jaxup.data import batches
@@ -18,6 +18,8 @@ from jaxup.experiments import inherit
 from jaxup.export import main as write_model
 from jaxup.training.corrections import Corrections, parse, record
 from jaxup.training.metrics import MetricsLog
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def run(*args):
@@ -65,7 +67,8 @@ def test_a_finished_run_repeated_touches_nothing(whole, command, monkeypatch, ca
     before = files(whole)
     other_mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.log.interval=5"]
     for again in (command("whole"), [f"--resume={whole}"], [f"--resume={whole}", *other_mesh]):
-        run(*again)
+        with devices(8):
+            run(*again)
         assert re.search(
             r"^target_1: finished before, .*\nfinished before: .*SUMMARY.md$", capsys.readouterr().out, re.M
         )
@@ -129,10 +132,11 @@ def test_a_run_can_be_made_longer(whole, folder, command, capsys):
     run(*command("long", "--config.steps=12"))
     shutil.copytree(whole, folder / "longer")
     capsys.readouterr()
-    run(
-        f"--resume={folder / 'longer'}", "--config.steps=12", "--config.mesh.data=2", "--config.mesh.fsdp=4",
-        "--config.checkpoint.keep=1", "--config.eval.rows=16", "--config.log.interval=2",
-    )  # fmt: skip
+    with devices(8):
+        run(
+            f"--resume={folder / 'longer'}", "--config.steps=12", "--config.mesh.data=2", "--config.mesh.fsdp=4",
+            "--config.checkpoint.keep=1", "--config.eval.rows=16", "--config.log.interval=2",
+        )  # fmt: skip
     out = capsys.readouterr().out
     for line in (
         "steps was 8, now 12",
