@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import NonFinite, UserError
-from jaxup.model.config import ModelConfig
+from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params, flops_per_token
@@ -38,7 +38,7 @@ from jaxup.training.partition import Partition, digest
 from jaxup.training.run import Result, Run, Settings, check_digest, describe_model, read_result, write_result
 from jaxup.training.selection import EVERYTHING, Selection
 from jaxup.training.sharding import BATCH_AXES, local_rows, place_batch, state_shardings
-from jaxup.training.step import TrainState, make_eval_step, make_train_step, skip_step
+from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step, skip_step
 
 
 class _Program(NamedTuple):
