@@ -141,6 +141,34 @@ def test_names_without_the_prefix_and_old_buffers_are_read(saved, tmp_path):
     refused(lambda: load(tmp_path / "b"), "wte.weight", "same parameter")
 
 
+@pytest.mark.parametrize("config", [GPT2, LLAMA, CONFIGS["gemma"]], ids=["gpt2", "llama", "gemma"])
+def test_names_are_found_as_transformers_finds_them(config, torch, tmp_path):
+    """Without the base model's prefix, with one too many, and a tied weight under the head's name alone."""
+    from transformers import AutoModelForCausalLM
+
+    save(tmp_path / "a", config, make(config))
+    tensors = safetensors.numpy.load_file(tmp_path / "a" / "model.safetensors")
+    hf = json.loads((tmp_path / "a" / "config.json").read_text())
+    embedding = next(name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight")))
+    prefix = embedding.split(".")[0] + "."
+    forms = [tensors, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()},
+             {prefix + name: tensor for name, tensor in tensors.items()}]  # fmt: skip
+    if config.tie_embeddings:
+        forms += [{"lm_head.weight" if name.endswith(embedding.removeprefix(prefix)) else name: tensor
+                   for name, tensor in form.items()} for form in forms]  # fmt: skip
+    tokens, logits, params = torch.arange(8)[None], [], []
+    for i, form in enumerate(forms):
+        write_hf(tmp_path / f"{i}", form, hf)
+        with torch.no_grad():
+            logits.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"{i}")(tokens).logits)
+        params.append(flatten(load(tmp_path / f"{i}")))
+    assert len(forms) == (6 if config.tie_embeddings else 3)
+    assert all(torch.equal(found, logits[0]) for found in logits)
+    for found in params:
+        assert found.keys() == params[0].keys()
+        assert all(np.array_equal(leaf, params[0][path]) for path, leaf in found.items())
+
+
 # ---- refusals
 
 
@@ -189,6 +217,8 @@ DAMAGE = {
     "missing tensor": (edit_tensors(lambda t: t.pop(NORM)), [NORM, "missing"]),
     "a layer too few": (edit_tensors(lambda t: [t.pop(k) for k in list(t) if ".1." in k]), ["and 6 more"]),
     "unexpected": (edit_tensors(lambda t: t.update({"z\nz": t[NORM]})), ["unexpected", "z\\nz"]),
+    "two names": (edit_tensors(lambda t: t.update({"norm.weight": t[NORM]})), [NORM, "same parameter"]),
+    "a prefix that nobody strips": (edit_tensors(lambda t: t.update({f"module.{NORM}": t.pop(NORM)})), ["missing"]),
     "transposed": (edit_tensors(lambda t: t.update({DOWN: t[DOWN].T.copy()})), [DOWN, "[24, 16]", "[16, 24]"]),
     "float64": (edit_tensors(lambda t: t.update({NORM: t[NORM].astype(np.float64)})), [NORM, "F64"]),
     "NaN": (edit_tensors(lambda t: t.update({NORM: t[NORM] * np.nan})), [NORM, "NaN"]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from jaxup.families.keys import ACTIVATIONS, Key, Rule, activation, boolean
@@ -40,12 +40,19 @@ class Family:
     modules: Mapping[str, str]  # module of ours -> its name in a file, {layer} for its number; see `tensor_name`
     kernels: Layout = "linear"  # of the blocks
     ignored_tensors: tuple[str, ...]  # constant buffers that old versions saved
-    optional_prefix: str = ""  # may be absent from the names of a file
 
     @functools.cached_property
     def decisive(self) -> frozenset[str]:
         """The keys that decide something, or would."""
         return frozenset(self.fixed).union((key.name for key in self.keys), *(rule.names for rule in self.rules))
+
+    def full_name(self, stored: str, known: Collection[str]) -> str:
+        """The name among `known` that transformers finds for one in a file; else what it is.
+
+        The prefix of the base model may be left out, as where it was saved alone, or stand before what is beside it.
+        """
+        prefix = f"{self.modules['norm'].rpartition('.')[0]}."
+        return next((name for name in (stored.removeprefix(prefix), prefix + stored) if name in known), stored)
 
     def tensor_name(self, path: str) -> str:
         """In the files, of a parameter, with {layer}; several may share a tensor, one after the other."""

@@ -74,5 +74,4 @@ GPT2 = Family(
     },
     kernels="conv1d",
     ignored_tensors=(f"{_LAYER}.attn.bias", f"{_LAYER}.attn.masked_bias"),
-    optional_prefix="transformer.",
 )  # fmt: skip

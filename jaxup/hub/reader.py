@@ -26,6 +26,7 @@ from jaxup.model.spec import Param, spec
 from jaxup.text import parse_json
 
 _DTYPES = {NAMES[name]: dtype for name, dtype in DTYPES.items()}
+_HEAD = "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,17 +144,21 @@ def _match(
     name: str, family: Family, table: Mapping[str, Param], infos: dict[str, TensorInfo]
 ) -> tuple[list[tuple[Tensor, TensorInfo]], TensorInfo | None]:
     """Pairs what the model needs with what the files hold; also the copy of a tied head, if any."""
+    num_layers = next(param.shape[0] for param in table.values() if param.stacked)
+    ignored = {name.format(layer=layer) for name in family.ignored_tensors for layer in range(num_layers)}
+    expected = list(expected_tensors(family.rows(table), table))
+    known = ignored.union((tensor.name for tensor in expected), [_HEAD])
     unused: dict[str, tuple[str, TensorInfo]] = {}
     for stored, info in infos.items():
-        full = stored
-        if family.optional_prefix and not stored.startswith((family.optional_prefix, "lm_head.")):
-            full = family.optional_prefix + stored
+        full = family.full_name(stored, known)
         if full in unused:
-            raise UserError(f"{name}: tensors {stored!r} and {unused[full][0]!r} are the same parameter")
+            raise UserError(f"{name}: tensors {stored[:200]!r} and {unused[full][0][:200]!r} are the same parameter")
         unused[full] = (stored, info)
-    num_layers = next(param.shape[0] for param in table.values() if param.stacked)
+    embedding, is_tied = family.tensor_name("embed_tokens"), "lm_head.kernel" not in table
+    if is_tied and _HEAD in unused and embedding not in unused:  # one tensor, stored under its other name
+        unused[embedding] = unused.pop(_HEAD)
     found, missing, misshapen = [], [], []
-    for tensor in expected_tensors(family.rows(table), table):
+    for tensor in expected:
         if tensor.name not in unused:
             missing.append(repr(tensor.name))
             continue
@@ -164,10 +169,9 @@ def _match(
             misshapen.append(f"{stored!r} is {info.dtype}, not one of {', '.join(_DTYPES)}")
         else:
             found.append((tensor, info))
-    for template in family.ignored_tensors:
-        for layer in range(num_layers if "{layer}" in template else 1):
-            unused.pop(template.format(layer=layer), None)
-    _, tied = unused.pop("lm_head.weight", (None, None)) if "lm_head.kernel" not in table else (None, None)
+    for buffer in ignored:
+        unused.pop(buffer, None)
+    _, tied = unused.pop(_HEAD, (None, None)) if is_tied else (None, None)
     if tied is not None and (tied.shape != table["embed_tokens"].shape or tied.dtype not in _DTYPES):
         misshapen.append(f"'lm_head.weight' is {tied.dtype}{list(tied.shape)}, not the tied embedding's")
     unexpected = [repr(stored[:200]) for stored, _ in unused.values()]
