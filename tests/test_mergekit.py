@@ -430,7 +430,7 @@ def test_refusals(old, new, message):
         ("{filter: up_porj, value: 0}", "6:34: the filter 'up_porj' is in no name of a tensor that it applies to; "
                                         "did you mean 'up_proj'?"),
         ("{filter: O_PROJ, value: 0}", "did you mean 'o_proj'?"),
-        ("{filter: layers.5., value: 0}", "6:34: the filter 'layers.5.' is in no name"),  # of layers 0 to 3
+        ("{filter: layers.6., value: 0}", "6:34: the filter 'layers.6.' is in no name"),  # of layers 0 to 5
         ("{filter: mlp.up_porj.weight, value: 0}", "did you mean 'mlp.up_proj.weight'?"),
         ("[" + "{filter: o_proj, value: 1}, " * 65 + "]", "6:25: 65 filters; at most 64"),
     ],
@@ -452,6 +452,15 @@ def test_misspelt_and_ignored_parameters():
     late = with_parameters("scale: [{value: 1}, {filter: o_proj, value: 0}]")
     assert late.plan.rows[0].scales == ()
     assert late.notes == ("r.yaml:6:38: 'o_proj' is never reached: an entry before it matches all that it does",)
+    for filter in ("layers.5.", "s.4.mlp"):  # of the model, and not of its layers 0 to 3
+        other = with_parameters(f"scale: [{{filter: o_proj, value: 0}}, {{filter: {filter}, value: 2}}]")
+        assert other.plan.rows[0].scales == (("o_proj", 0.0),)
+        assert other.notes == (
+            f"r.yaml:6:63: {filter!r} is in no name of a tensor that it applies to: it does nothing",
+        )
+    rest = ", parameters: {scale: {filter: lm_head, value: 2}}"
+    (note,) = load("slices:\n" + one("org/a", "[0, 2]", rest) + one("org/a", "[2, 6]")).notes
+    assert "'lm_head' is in no name of a tensor that it applies to" in note
     own = load(GOOD.replace("- sources", "- base_model: org/b\n  residual_weight: 1\n  sources"))
     assert own.base == "org/a"
     assert own.notes == (

@@ -95,7 +95,7 @@ class _Reader:
         sources = tuple((name, source.num_layers) for name, source in self.sources.items())
         scales, dtypes = self.scales_of_ends(first, last), (self.dtype(recipe, key) for key in ("dtype", "out_dtype"))
         plan = DepthPlan(rows, first.source, first.source, last.source, last.source, sources, scales, *dtypes)
-        self.scaling.refuse_unused({name: source.names for name, source in self.sources.items()})
+        self.scaling.refuse_unused(self.sources)
         template = recipe.get("chat_template")
         if not (template is None or isinstance(template, str)):
             raise recipe.values_at["chat_template"].error(f"chat_template must be text, not {shown(template)}")

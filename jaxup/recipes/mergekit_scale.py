@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxup.depth.marked_yaml import List, Map, Place, mapping, number, shown
@@ -21,7 +22,7 @@ class Scale:
         self.entries = entries  # (filter, values along the layers, place)
         self.numbered = any(c.isdigit() for filter, _, _ in entries for c in filter)
         self.found: set[str] = set()  # filters that are in the name of a tensor that the scope applies to
-        self.applied: str | None = None  # a model whose names were looked through
+        self.applied: dict[str, None] = {}  # the models whose names were looked through
 
 
 class Scaling:
@@ -73,7 +74,7 @@ class Scaling:
         # A filter without a digit finds the same in every layer.
         key = (id(scale), source, layer if scale.numbered else -1)
         if layer is None or key not in self.matches:
-            scale.applied = source
+            scale.applied[source] = None
             self.matches[key] = {}
             for path, name in names.items():
                 hits = [i for i, (filter, _, _) in enumerate(scale.entries) if filter in name]
@@ -98,19 +99,38 @@ class Scaling:
             undecided -= decided.keys()
         return factors, written
 
-    def refuse_unused(self, sources: Mapping[str, Mapping[str, str]]) -> None:
-        """UserError for a filter that none of the tensors it applies to has in its name."""
+    def refuse_unused(self, sources: Mapping[str, tuple[int, Mapping[str, str]]]) -> None:
+        """UserError for a filter that is in no tensor's name; a note if it is only in those of other layers or ends.
+
+        `sources` have the number of layers and the names, with {layer}, of each model.
+        """
         for scale in self.parsed.values():
-            if scale is None or scale.applied is None:
+            if scale is None or not scale.applied:
                 continue
-            names = sources[scale.applied].values()
+            models = [sources[source] for source in scale.applied]
             for filter, _, place in scale.entries:
                 if filter in scale.found:
                     continue
-                whole = {name.partition("{layer}.")[2] or name for name in names}
+                if any(_occurs(filter, count, names.values()) for count, names in models):
+                    self.keys.note(
+                        "is in no name of a tensor that it applies to: it does nothing", shown(filter), place
+                    )
+                    continue
+                whole = {name.partition("{layer}.")[2] or name for _, names in models for name in names.values()}
                 parts = {part for name in whole for part in name.split(".")[-3:-1]}
                 near = nearest(filter.lower(), sorted(parts | whole)) or suggest(filter, sorted(parts))
                 raise place.error(f"the filter {shown(filter)} is in no name of a tensor that it applies to{near}")
+
+
+def _occurs(filter: str, count: int, names: Iterable[str]) -> bool:
+    """Whether it is in the name of a tensor of any of `count` layers.
+
+    Where digits of it are in the number of one layer, they are so in the number that they are, or that a 1 before
+    them makes: no other need be looked at.
+    """
+    digits = re.findall("[0-9]{1,5}", filter)
+    layers = {0, *map(int, digits), *(int(f"1{run}") for run in digits)}
+    return any(filter in name.replace("{layer}", str(i)) for i in layers if i < count for name in names)
 
 
 def _values(value: Any, place: Place) -> tuple[float, ...]:
