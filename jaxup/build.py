@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
     work = prepare(recipe, max_shard_size=args.max_shard_size, allow_pickle=args.allow_pickle)
     check_place(work, out, force=args.force)
     tell(recipe.plan.describe())
+    for note in work.notes:
+        tell(note)
     if args.dry_run:
         tell(f"\n{work.describe(out, args.sparse)}")
         check_space(out.absolute().parent, out, work.needed(args.sparse))

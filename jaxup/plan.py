@@ -1,18 +1,24 @@
 """See what a recipe makes before anything is built: `python -m jaxup.plan RECIPE`.
 
 RECIPE is a mergekit or a plan file, or one line such as 'upscale(MODEL, 19:41, copies=2)'. Only
-config.json of each model is read. What would be built is printed: the order of the layers, what is
-unusual about it, sizes, and what the models disagree about; --png draws it.
+config.json of each model is read, and its tokenizer where the recipe changes that. What would be
+built is printed: the order of the layers, what is unusual about it, sizes, and what the models
+disagree about; --png draws it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from jaxup.errors import Parser, UserError, entry_point
 from jaxup.progress import say
+
+if TYPE_CHECKING:
+    from jaxup.recipes.open import Recipe
 
 
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,16 +61,17 @@ def main(argv: list[str]) -> None:
         args.recipe, models=parse_places(args.model), config_from=args.config_from, revision=args.revision,
         dtype=args.dtype,
     )  # fmt: skip
+    recipe, vocab_size = _with_vocabulary(recipe)
     printed = next((kind for kind, file in wanted.items() if file == "-"), None)
     if printed:
         for note in recipe.notes:
             say(f"note: {note}")
     else:
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-        for line in report(recipe, color=color):
+        for line in report(recipe, vocab_size=vocab_size, color=color):
             print(line)
         sys.stdout.flush()
-    check(recipe)  # printed first, all of it: this names only the first of what keeps the models apart
+    check(recipe, vocab_size)  # printed first, all of it: this names only the first of what keeps the models apart
     if (args.to_mergekit or args.to_plan) and recipe.beyond_plan:
         say(f"note: {recipe.beyond_plan}")
     # All of them are made before the first is written.
@@ -74,6 +81,23 @@ def main(argv: list[str]) -> None:
     for kind, file in files.items():
         write(file, contents[kind])
         print(f"wrote {file}", file=sys.stderr if printed else sys.stdout)
+
+
+def _with_vocabulary(recipe: Recipe) -> tuple[Recipe, int | None]:
+    """The recipe with notes on what becomes of the vocabulary, and the size of that of the result, where it changes."""
+    from jaxup.recipes.report import guessed_vocab_size
+
+    if recipe.tokenizer is None:
+        return recipe, None
+    from jaxup.building.vocabulary import NoTokenizer, open_vocabulary
+
+    try:
+        vocabulary = open_vocabulary(recipe)
+        vocab_size, notes = vocabulary.size, vocabulary.notes
+    except NoTokenizer as error:
+        vocab_size = guessed_vocab_size(recipe)
+        notes = (f"{error}; sizes are those of {vocab_size:,} rows, as config.json has them",)
+    return dataclasses.replace(recipe, notes=recipe.notes + notes), vocab_size
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import textwrap
@@ -23,8 +24,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from passthrough import passthrough
 from plain import load_params
+from test_vocabulary import tokenizer
 
 import jaxup.build
+import jaxup.plan
 from jaxup.building import copying
 from jaxup.building.vocabulary import Vocabulary
 from jaxup.building.work import build, carry_out, prepare
@@ -434,6 +437,50 @@ def test_a_vocabulary_gathers_rows(tmp_path):
     assert not (tmp_path / "out" / "generation_config.json").exists()
 
 
+def test_what_becomes_of_a_vocabulary_is_said(tmp_path, capsys, monkeypatch):
+    """By plan, a dry run and build alike; and plan counts what is built."""
+    monkeypatch.chdir(tmp_path)
+    for name, words in (("a", ["<s>", "</s>", "sun", "moon\x1b[2J"]), ("b", ["</s>", "<s>", "rain", "sun"])):
+        make(tmp_path / name, seed=len(words), eos_token_id=words.index("</s>"))
+        tokenizer(tmp_path / name, words)
+    recipe = "merge_method: passthrough\nbase_model: a\ntokenizer_source: SOURCE\nslices:\n" + "".join(
+        f"- sources: [{{model: {name}, layer_range: [0, 2]}}]\n" for name in "ab"
+    )
+    (tmp_path / "r.yaml").write_text(recipe.replace("SOURCE", "b"))
+    notes = [
+        "embedding of 'a': 13 rows become 4, as the tokenizer has tokens",
+        r"embedding of 'a': 10 rows cut ('moon\x1b[2J', 9 of no token)",
+        "embedding of 'a': 3 rows moved ('</s>', '<s>', 'sun')",
+        "embedding of 'a': 1 row of zeros ('rain')",
+        "head of 'b': 13 rows become 4, as the tokenizer has tokens",
+        "head of 'b': 9 rows cut (9 of no token)",
+        "config.json: eos_token_id 1 becomes 0",
+    ]
+    jaxup.plan.main(["plan", "r.yaml"])
+    planned = capsys.readouterr().out
+    assert all(f"note: {note}\n" in planned for note in notes)
+    for flags in (["--dry-run"], []):
+        main("r.yaml", "out", *flags)
+        said = capsys.readouterr().out
+        assert all(f"\n{note}\n" in said for note in notes)
+    built = weights(tmp_path / "out").values()
+    assert load_config(tmp_path / "out").vocab_size == 4
+    assert re.search(rf"result .* {sum(array.size for array in built):,} parameters", planned)
+    with pytest.warns(UserWarning, match="of 'a'|of 'b'|_token_id") as caught:
+        build("r.yaml", tmp_path / "again")
+    assert set(notes) <= {str(warning.message) for warning in caught}
+    # What only the tokenizers know is not taken for known.
+    for file in tmp_path.glob("?/*token*"):
+        file.unlink()
+    jaxup.plan.main(["plan", "r.yaml"])
+    assert "the tokenizer of 'a', which has none; sizes are those of 13 rows" in capsys.readouterr().out
+    # And what a build refuses is refused.
+    tokenizer(tmp_path / "a", ["<s>", "</s>", "sun", *map(str, range(20))])
+    (tmp_path / "r.yaml").write_text(recipe.replace("SOURCE", "base"))
+    with pytest.warns(UserWarning, match="b: no tokenizer"):
+        refused(lambda: jaxup.plan.main(["plan", "r.yaml"]), "tokens beyond its vocab_size=13")
+
+
 def test_models_that_do_not_fit_are_refused(tmp_path):
     a, b = make(tmp_path / "a"), make(tmp_path / "b", rms_norm_eps=0.5)
     plan = dataclasses.replace(simple(4, [0], name="a"), lm_head="b", sources=(("a", 4), ("b", 4)))
@@ -448,6 +495,12 @@ def test_a_head_that_is_said_to_be_tied_must_be(tmp_path):
     safetensors.numpy.save_file(arrays, path / "model.safetensors")
     build(recipe_of(simple(4, [0]), {"m": path}), tmp_path / "same")
     assert "lm_head.weight" not in weights(tmp_path / "same")
+    bare = {name.removeprefix("model."): array for name, array in arrays.items() if "embed_tokens" not in name}
+    safetensors.numpy.save_file(bare, path / "model.safetensors")
+    build(recipe_of(simple(4, [0]), {"m": path}), tmp_path / "head", verify=True)
+    same = weights(tmp_path / "same")
+    assert same.keys() == weights(tmp_path / "head").keys()
+    assert all(array.tobytes() == same[name].tobytes() for name, array in weights(tmp_path / "head").items())
     arrays["lm_head.weight"][5] += 1
     safetensors.numpy.save_file(arrays, path / "model.safetensors")
     refused(lambda: build(recipe_of(simple(4, [0]), {"m": path}), tmp_path / "out"), "lm_head.weight differs")

@@ -266,6 +266,9 @@ slices:
     text = say(capsys, "recipe.yaml")
     assert "tokenizer: the union of all models'; embedding and head get its rows" in text
     assert "do not go together" not in text
+    assert "note: recipe.yaml: tokenizer_source needs the tokenizer of 'mistral', which has none; sizes are" in text
+    text = say(capsys, "recipe.yaml", "--model", "mistral=org/far", "--config-from", "mistral")
+    assert "the tokenizer of 'mistral', which is not at hand; sizes are those of 40,000 rows" in text
 
 
 def test_color_is_for_terminals(here, capsys, monkeypatch):

@@ -64,6 +64,34 @@ def test_a_row_goes_where_its_token_is(recipe, source, tmp_path):
     assert json.loads(vocabulary.files["generation_config.json"]) == {**ids, "top_p": 0.9}
 
 
+@pytest.mark.parametrize(
+    ("source", "notes"),
+    [
+        ("base", ["embedding of 'a': 8 rows become 5, as the tokenizer has tokens",
+                  "embedding of 'a': 3 rows cut (3 of no token)",
+                  "head of 'b': 7 rows become 5, as the tokenizer has tokens",
+                  "head of 'b': 3 rows cut ('rain', 'ice', '<|b|>')",
+                  "head of 'b': 4 rows moved ('<s>', '</s>', 'sun', 'sea')",
+                  "head of 'b': 1 row of zeros ('moon')",
+                  "config.json: pad_token_id 7 becomes null: the result's tokenizer has no such token"]),
+        ("union", ["embedding of 'a': 3 rows of zeros ('rain', 'ice', '<|b|>')"]),
+        ("b", ["embedding of 'a': 4 rows cut ('moon', 3 of no token)", "config.json: bos_token_id 0 becomes 1",
+               "generation_config.json: eos_token_id [1] becomes [0]"]),
+    ],
+)  # fmt: skip
+def test_what_becomes_of_rows_and_ids_is_said(recipe, source, notes):
+    """Of an embedding and of a head that is another's; a head that is tied is none."""
+    models = {}
+    for name, model in recipe.models.items():
+        config = replace(model.config, tie_embeddings=False)
+        models[name] = replace(model, config=config, hf=model.hf | {"pad_token_id": 7})
+    said = open_vocabulary(replace(recipe, tokenizer=source, models=models)).notes
+    assert set(notes) <= set(said)
+    assert len(notes) == len(said) or source != "base"
+    tied = open_vocabulary(replace(recipe, tokenizer=source)).notes
+    assert not any("head" in note for note in tied)
+
+
 CHAT = [
     {"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": "A"},
     {"role": "user", "content": "V"},

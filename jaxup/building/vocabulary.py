@@ -11,7 +11,7 @@ import dataclasses
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxup.data.tokenizer import auto_tokenizer
 from jaxup.errors import UserError, first_line, suggest
+from jaxup.families.keys import short
 from jaxup.hub.directory import TOKEN_IDS, carried_files, tokenizer_directory
 from jaxup.recipes.open import Recipe
 from jaxup.text import parse_json
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _GENERATION = "generation_config.json"
+_SHOWN = 5  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +42,18 @@ class Vocabulary:
       files: of the tokenizer, the chat template and the generation config, by name; they replace
         all of the base model's. None: the base model's.
       token_ids: keys of config.json that name tokens, where they change.
+      notes: what becomes of rows and ids of the models, one line each.
     """
 
     size: int | None = None
     rows: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     files: Mapping[str, bytes] | None = None
     token_ids: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class NoTokenizer(UserError):
+    """The tokenizer that would say which token has which row is not at hand."""
 
 
 def open_vocabulary(recipe: Recipe) -> Vocabulary:
@@ -63,9 +71,11 @@ def open_vocabulary(recipe: Recipe) -> Vocabulary:
 def _remapped(recipe: Recipe, source: str) -> Vocabulary:
     source = recipe.base if source == "base" else source
     names = [recipe.base, *([] if source == "union" else [source]), *recipe.models]
+    if absent := [name for name in names if recipe.models[name].stand_in]:
+        raise NoTokenizer(f"{recipe.name}: tokenizer_source needs the tokenizer of {absent[0]!r}, which is not at hand")
     tokenizers = {name: _load(recipe, name) for name in dict.fromkeys(names)}
     if (own := tokenizers[recipe.base]) is None:
-        raise UserError(f"{recipe.name}: tokenizer_source needs the tokenizer of {recipe.base!r}, which has none")
+        raise NoTokenizer(f"{recipe.name}: tokenizer_source needs the tokenizer of {recipe.base!r}, which has none")
     known = {}  # of each model: token -> row
     for name, tokenizer in tokenizers.items():
         if tokenizer is None:
@@ -98,10 +108,57 @@ def _remapped(recipe: Recipe, source: str) -> Vocabulary:
                 rows[end][i] = known[donor].get(token, -1)
     # The ids that name tokens, from the base model's tokenizer to this one.
     move = {i: vocab[token] for token, i in known[recipe.base].items() if token in vocab}
+    hf = recipe.models[recipe.base].hf
+    token_ids = _moved(hf, move)
+    notes = [*_changes(recipe, rows, known, vocab), *_named("config.json", hf, token_ids)]
     if _GENERATION in files:
         settings = parse_json(files[_GENERATION], f"{recipe.base}: {_GENERATION}")
-        files[_GENERATION] = _json(settings | _moved(settings, move))
-    return Vocabulary(size, rows, files, _moved(recipe.models[recipe.base].hf, move))
+        moved = _moved(settings, move)
+        files[_GENERATION] = _json(settings | moved)
+        notes += _named(_GENERATION, settings, moved)
+    return Vocabulary(size, rows, files, token_ids, tuple(notes))
+
+
+def _changes(
+    recipe: Recipe, rows: Mapping[str, np.ndarray], known: Mapping[str, dict[str, int]], vocab: Mapping[str, int]
+) -> Iterator[str]:
+    """What becomes of the rows of embedding and head, in words: those that are cut, that move, and that are zeros."""
+    donors = {"embedding": recipe.plan.embed_tokens}
+    if recipe.plan.head({name: config.tie_embeddings for name, config in recipe.configs.items()}) is not None:
+        donors["head"] = recipe.plan.lm_head
+    for donor in dict.fromkeys(filter(None, donors.values())):
+        ends = [end for end, name in donors.items() if name == donor]
+        new = rows["embed_tokens" if ends[0] == "embedding" else "lm_head"]
+        whose, size = f"{' and '.join(ends)} of {donor!r}", recipe.models[donor].config.vocab_size
+        if size != len(new):
+            yield f"{whose}: {size:,} rows become {len(new):,}, as the tokenizer has tokens"
+        own, tokens = ({i: token for token, i in of.items()} for of in (known[donor], vocab))
+        places = np.arange(len(new))
+        for what, found, named in (
+            ("cut", np.setdiff1d(np.arange(size), new), own),
+            ("moved", places[(new >= 0) & (new != places)], tokens),
+            ("of zeros", places[new < 0], tokens),
+        ):
+            if len(found):
+                yield f"{whose}: {len(found):,} row{'s' * (len(found) > 1)} {what} ({_some(found.tolist(), named)})"
+
+
+def _some(rows: list[int], tokens: Mapping[int, str]) -> str:
+    """The first of the tokens of these rows, which may be any characters, and how many more there are."""
+    named = [tokens[i] for i in rows if i in tokens]
+    shown = [short(token) for token in named[:_SHOWN]]
+    shown += [f"{len(named) - _SHOWN:,} more"] if len(named) > _SHOWN else []
+    shown += [f"{len(rows) - len(named):,} of no token"] if len(rows) > len(named) else []
+    return ", ".join(shown)
+
+
+def _named(file: str, settings: Mapping[str, Any], moved: Mapping[str, Any]) -> Iterator[str]:
+    """The ids in a file that become others, or that the result has no token for."""
+    for key, value in moved.items():
+        if value != (old := settings[key]):
+            lost = value is None or (isinstance(value, list) and len(value) < len(old))
+            hint = ": the result's tokenizer has no such token" if lost else ""
+            yield f"{file}: {key} {short(old)} becomes {json.dumps(value)}{hint}"
 
 
 def _union(
@@ -145,8 +202,8 @@ def _moved(ids: Mapping[str, Any], move: Mapping[int, int]) -> dict[str, Any]:
 
     def new(value: Any) -> Any:
         if isinstance(value, list):
-            return [move[i] for i in value if i in move] or None
-        return move.get(value)
+            return [i for i in map(new, value) if isinstance(i, int)] or None
+        return move.get(value) if isinstance(value, int) else None
 
     return {key: new(ids[key]) for key in TOKEN_IDS if ids.get(key) is not None}
 

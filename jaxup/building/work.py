@@ -69,6 +69,7 @@ class Work:
     shards: Mapping[str, list[tuple[Stored, Origin]]]
     texts: Mapping[str, bytes]  # the files that hold no tensors
     rows: Mapping[str, np.ndarray]  # see `Vocabulary`
+    notes: tuple[str, ...]  # on the vocabulary
 
     @property
     def tensors(self) -> list[tuple[Stored, Origin]]:
@@ -157,7 +158,7 @@ def prepare(
         texts[INDEX] = index(shards)
     texts[PLAN] = _plan_text(recipe).encode()
     parts = {file: [origins[stored.tensor.name] for stored in shard] for file, shard in shards.items()}
-    return Work(recipe, made, checkpoints, parts, texts, rows)
+    return Work(recipe, made, checkpoints, parts, texts, rows, vocabulary.notes)
 
 
 def build(
@@ -195,6 +196,8 @@ def build(
         for note in recipe.notes:
             warnings.warn(note, stacklevel=2)
     work = prepare(recipe, max_shard_size=max_shard_size, allow_pickle=allow_pickle, vocabulary=vocabulary)
+    for note in work.notes:
+        warnings.warn(note, stacklevel=2)
     return carry_out(work, Path(out), sparse=sparse, force=force, verify=verify, progress=progress)
 
 

@@ -22,8 +22,11 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DULL = frozenset(("transformers_version", "architectures", "use_cache", "name_or_path", "dtype", "torch_dtype"))
 
 
-def report(recipe: Recipe, *, color: bool = False) -> Iterator[str]:
-    """The lines that describe a recipe; those on what the models disagree about come last."""
+def report(recipe: Recipe, *, vocab_size: int | None, color: bool = False) -> Iterator[str]:
+    """The lines that describe a recipe; those on what the models disagree about come last.
+
+    `vocab_size` is that of the result, where the recipe gives it another tokenizer.
+    """
     before = " + ".join(str(count) for _, count in recipe.plan.sources)
     yield printable(f"{recipe.name}: {before} -> {recipe.plan.num_layers} layers")
     if recipe.notes:
@@ -32,25 +35,25 @@ def report(recipe: Recipe, *, color: bool = False) -> Iterator[str]:
     yield ""
     yield describe(recipe.plan, color=color)
     yield ""
-    yield from _sizes(recipe)
+    yield from _sizes(recipe, vocab_size)
     yield ""
     yield from map(printable, (*_origins(recipe), *_disagreements(recipe)))
 
 
-def check(recipe: Recipe) -> Outcome:
+def check(recipe: Recipe, vocab_size: int | None) -> Outcome:
     """What the recipe comes to, if tensors have the dtype that config.json names; UserError if nothing can be built."""
     stored = lambda source, path, layer: _dtype(recipe.models[source or recipe.base].hf)  # noqa: E731
-    return outcome(recipe, stored, vocab_size=_vocab_size(recipe))
+    return outcome(recipe, stored, vocab_size=vocab_size)
 
 
-def _sizes(recipe: Recipe) -> Iterator[str]:
+def _sizes(recipe: Recipe, vocab_size: int | None) -> Iterator[str]:
     """Layers, parameters and bytes of each model and of the result, as a table."""
     rows = []
     for name, model in recipe.models.items():
         dtype, count = _dtype(model.hf), count_params(model.config)
         rows.append((named(name), model.config, count * _BYTES[dtype], dtype))
     with contextlib.suppress(UserError):  # what it is that does not fit is said below
-        result = check(recipe)
+        result = check(recipe, vocab_size)
         sizes = result.nbytes()
         rows.append(("result", result.config, sum(sizes.values()), " and ".join(sizes)))
     cells = [
@@ -98,7 +101,7 @@ def _disagreements(recipe: Recipe) -> Iterator[str]:
     families = [family_of_hf(model.hf) for model in models.values()]
     fatal: dict[str, dict[str, str]] = {}
     for field, (a, name_a), (b, name_b) in disagreements(plan, configs):
-        if field != "vocab_size" or _vocab_size(recipe) is None:
+        if field != "vocab_size" or recipe.tokenizer is None:
             fatal.setdefault(field, {name_a: repr(a)})[name_b] = repr(b)
 
     followed = f"{recipe.base!r} is followed"
@@ -131,10 +134,9 @@ def _shown(values: Mapping[str, str]) -> str:
     return ", ".join(f"{value} in {' and '.join(names)}" for value, names in groups.items())
 
 
-def _vocab_size(recipe: Recipe) -> int | None:
-    """Of the result where the recipe gives it another tokenizer: only the tokenizers would say exactly."""
-    if recipe.tokenizer is None:
-        return None
-    if recipe.tokenizer == "union":
+def guessed_vocab_size(recipe: Recipe) -> int:
+    """Of the result where the recipe gives it another tokenizer, if that is not at hand, which would say exactly."""
+    name = recipe.tokenizer or "base"
+    if name == "union":
         return max(config.vocab_size for config in recipe.configs.values())
-    return recipe.configs[recipe.base if recipe.tokenizer == "base" else recipe.tokenizer].vocab_size
+    return recipe.configs[recipe.base if name == "base" else name].vocab_size
