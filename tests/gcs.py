@@ -11,6 +11,7 @@ import http.server
 import itertools
 import json
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -28,7 +29,7 @@ class Objects(dict[str, Object]):
 
     def __init__(self) -> None:
         self.lock, self.generations, self.asked = threading.Lock(), itertools.count(1), list[str]()
-        self.url = ""
+        self.url, self.seconds = "", 0.0  # before each answer to a GET
 
     def put(self, name: str, data: bytes) -> Object:
         self[name] = Object(data, next(self.generations))
@@ -60,6 +61,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version, wbufsize, disable_nagle_algorithm = "HTTP/1.1", -1, True  # an answer is one packet
 
     def do_GET(self) -> None:
+        time.sleep(self.held.seconds)
         name, asked = self._name()
         if name.endswith("/"):
             return self._list(name, asked)

@@ -64,9 +64,10 @@ def test_what_names_no_bucket_is_one_line():
             place(text)
 
 
-def test_a_store_that_does_not_answer_is_one_line(here, monkeypatch):
-    monkeypatch.setattr("jaxup.files.bucket._LOOK", 0.0)
-    monkeypatch.setattr("jaxup.files.bucket._PATIENCE", 0.0)
+def test_a_store_that_does_not_answer_is_one_line(here, objects, monkeypatch):
+    monkeypatch.setattr("jaxup.files.bucket._LOOK", 0.01)
+    monkeypatch.setattr("jaxup.files.bucket._PATIENCE", 0.01)
+    monkeypatch.setattr(objects, "seconds", 2.0)
     bucket._opened.cache_clear()
     with pytest.raises(UserError, match=r"\A[^\n]*config.json: cannot be read: no answer in time\Z"):
         train.main(["train", "--resume=gs://bucket/here"])

@@ -11,7 +11,7 @@ import pytest
 from runs import arguments, devices, losses, metrics, result
 
 from jaxup import train, verify
-from jaxup.data import batches
+from jaxup.data import open as open_module
 from jaxup.data.batches import Batches
 from jaxup.errors import NonFinite, UserError
 from jaxup.experiments import inherit
@@ -272,7 +272,7 @@ def test_an_update_that_is_not_finite_is_not_made(folder, command):
 
 def test_a_validation_loss_that_is_none_ends_the_run(folder, command, monkeypatch):
     """Where weights and the loss of training are finite. The state is kept, and with fewer rows it goes on."""
-    read, evaluations, sound = batches.validation_batches, [], 0
+    read, evaluations, sound = open_module.validation_batches, [], 0
 
     def spoilt(*args, **kwargs):
         evaluations.append(kwargs)
@@ -281,7 +281,7 @@ def test_a_validation_loss_that_is_none_ends_the_run(folder, command, monkeypatc
                 batch["loss_weights"][0, 0] = np.nan
             yield batch
 
-    monkeypatch.setattr(batches, "validation_batches", spoilt)
+    monkeypatch.setattr(open_module, "validation_batches", spoilt)
     rows = "--config.eval.rows=16"
     with pytest.raises(NonFinite, match=r"^reference: validation loss nan is not finite, from row 8 of validation on"):
         run(*command("unmeasured", rows))
