@@ -169,7 +169,7 @@ from jaxup.errors import UserError, entry_point
 from jaxup.train import main
 from jaxup.training import checkpoint, loop
 rank, place, fault = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1)
-check, train = loop.Meter.check, loop._train
+check, train, load = loop.Meter.check, loop._train, checkpoint.Checkpoints._load
 def provoke():
     if os.environ["JAX_PROCESS_ID"] == rank:
         exec(fault)
@@ -181,7 +181,11 @@ def before(*args):
     if place == "loop":
         provoke()
     return train(*args)
-loop.Meter.check, loop._train = late, before
+def reading(self, *args):
+    if place == "restore":
+        provoke()
+    return load(self, *args)
+loop.Meter.check, loop._train, checkpoint.Checkpoints._load = late, before, reading
 entry_point(main)
 """
 IN_C = "threading.Timer(1, os.kill, (os.getpid(), 15)).start(); hashlib.pbkdf2_hmac('md5', b'', b'', 2**31 - 1)"
@@ -199,6 +203,8 @@ STALLED = "made no progress for longer than processes.timeout=5 s"
         (1, "step", "os.kill(os.getpid(), signal.SIGSTOP)", (5, None), ("process 1 still there, and not running", "")),
         (1, "step", "time.sleep(1000)", (5, 5), (f"process 1 {STALLED}",) * 2),
         (0, "step", "time.sleep(1000)", (5, 5), (f"process 0 {STALLED}",) * 2),
+        # What was being read is not at fault.
+        (1, "restore", "os.kill(os.getpid(), signal.SIGKILL)", (5, -9), ("process 1 died, or cannot be reached", "")),
         # The main thread is in C, where no handler of Python's is called.
         (1, "loop", IN_C, (143, 143), ("process 1: stopped by SIGTERM", "stopped by SIGTERM")),
         (0, "loop", "os.kill(os.getpid(), signal.SIGTERM)", (143, 143),

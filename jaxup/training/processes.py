@@ -95,7 +95,8 @@ class Processes:
             try:
                 if error is None:
                     gather(None, "done")
-                if re.match("[A-Z_]{5,}: ", str(error)):  # the name of a status of XLA
+                # A status of XLA, a barrier of Orbax: what was to be read or written when it came is not at fault.
+                if re.search(r"\b[A-Z_]{5,}: |[Bb]arrier", f"{error} {getattr(error, '__context__', '')}"):
                     self._await_cause()
             except BaseException as later:  # a signal, or the end of another process, while waiting for it
                 error = later
@@ -231,7 +232,9 @@ class Processes:
         deadline = time.monotonic() + _SILENT + 2
         while time.monotonic() < deadline:
             if self._silent:
-                raise Stopped(self._fate().line, LOST)
+                if (end := self._fate()).stalled:
+                    self._give_up(end)
+                raise Stopped(end.line, LOST)
             if self._ending is not None:
                 raise Stopped(self._ending[1].line, self._ending[1].code)
             time.sleep(0.1)
