@@ -60,7 +60,7 @@ class Processes:
         self._service: Any = None  # once they have
         self._rank, self._count = 0, 1
         self._several, self._joining = False, False  # which the environment says; `_service` is there once it is so
-        self._closed, self._leaving = False, False
+        self._closed, self._leaving = False, 0  # the exit code that it leaves with, once it does
         self._signalled: float | None = None  # when a signal came that the thread has not dealt with yet
         self._again = False  # what the handler raised was swallowed
         self._handled = ""  # what the handler made of it: "raised" or "deferred"
@@ -241,7 +241,8 @@ class Processes:
 
     def _leave(self, error: BaseException) -> None:
         """Ends the process, telling the others: they need not wait for it."""
-        self._leaving, self._joining, code, line = True, False, exit_code(error), line_of(error)
+        code, line = exit_code(error), line_of(error)
+        self._leaving, self._joining = code, False
         if hasattr(error, "exit_code") or isinstance(error, KeyboardInterrupt):
             say(line)
         else:
@@ -284,7 +285,7 @@ class Processes:
                 self._talk()
             if self._ending is not None and time.monotonic() > self._ending[0]:
                 self._say_end(self._ending[1])
-                self._exit(self._ending[1].code, "" if self._leaving else self._ending[1].line)
+                self._exit(self._leaving or self._ending[1].code, "" if self._leaving else self._ending[1].line)
         faulthandler.cancel_dump_traceback_later()
 
     def _own_signal(self, seconds: float) -> None:
@@ -409,7 +410,7 @@ class Processes:
             end = self._fate()
             if end.stalled and not self._leaving:
                 self._give_up(end)
-            self._exit(LOST, "" if self._leaving else end.line)
+            self._exit(self._leaving or LOST, "" if self._leaving else end.line)
 
     def _fate(self) -> End:
         """Of those that are silent, or of process 0 and with it the service."""
