@@ -246,7 +246,9 @@ def test_a_second_preparation_waits_for_the_first(tmp_path, config, capsys):
     with ThreadPoolExecutor() as pool:
         with store.Store(config.store).lock():
             second = pool.submit(open_data, config, root="")
-            while (said := capsys.readouterr().err) == "":
+            said = ""
+            while not said.endswith("\n"):  # all of the line
+                said += capsys.readouterr().err
                 assert not second.done()
             assert f"waiting for process {os.getpid()} on " in said
             assert said.endswith(f", which prepares {config.store}\n")

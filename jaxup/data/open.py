@@ -235,7 +235,7 @@ class _Opening:
         }  # fmt: skip
         kept = copy.copy(tokenizer)
         kept.chat_template = made["chat_template"] or tokenizer.chat_template
-        prepare(config, store, self._encoding(kinds, vocab_size), streams, made, read, self._check_token, kept)
+        prepare(config, store, self._encoding(kinds, vocab_size), streams, made, begun, read, self._check_token, kept)
 
     def _encoding(self, kinds: set[str], vocab_size: int) -> Encoding:
         if self._corpus and kinds == {"ids"}:

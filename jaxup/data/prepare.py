@@ -25,7 +25,7 @@ from jaxup.data.config import DataConfig
 from jaxup.data.mixture import Example, Mixture, documents
 from jaxup.data.rows import CONCATENATED, Concatenated, Scratch, write_packed
 from jaxup.data.sources import SPLITS, draw
-from jaxup.data.store import PROGRESS, Store, check_same
+from jaxup.data.store import PROGRESS, Store
 from jaxup.data.tokenizer import batched, bpe_vocab_size, encoder, train_bpe
 from jaxup.errors import NoRoom, UserError, storage_error, within
 from jaxup.progress import Progress, say
@@ -117,14 +117,14 @@ def trained_tokenizer(spec: str, streams: Streams) -> PreTrainedTokenizerBase:
 
 def prepare(
     config: DataConfig, store: Store, encoding: Encoding, streams: Streams, made: dict[str, Any],
-    read: dict[str, int], check: Check, tokenizer: PreTrainedTokenizerBase,
+    begun: dict[str, Any] | None, read: dict[str, int], check: Check, tokenizer: PreTrainedTokenizerBase,
 ) -> None:  # fmt: skip
     """Makes `store` complete, `tokenizer` in it. The caller holds the lock. `made` is what META says.
 
-    `check` may refuse the largest token id of an example; it is told where that lies.
+    `begun` is its record, if there is one, of the same rows. `check` may refuse the largest token id of an example; it
+    is told where that lies.
     """
-    progress = store.read_json(PROGRESS) or {"made": made, "kept": False, **_nothing_read()}
-    check_same(store, progress["made"], made)
+    progress = begun or {"made": made, "kept": False, **_nothing_read()}
     started, concatenated = time.monotonic(), config.packing == CONCATENATED
     # Beside the rows, where a killed process finds it again; for an object store somewhere on this machine.
     beside = contextlib.nullcontext(f"{store.path}/scratch")
@@ -161,6 +161,8 @@ def prepare(
             read = {"rows": progress["read"] + bad, "bad": bad}
         store.finish({**made, "statistics": {"shared": 0, **counts, **read}})
         shutil.rmtree(directory, ignore_errors=True)
+    if rest := progress["sink"].get("rest"):  # until now a killed process goes on from it
+        store.delete(rest)
     store.delete(PROGRESS)
     if concatenated:
         told = ", ".join(f"{counts[split]['tokens']:,} {split} tokens" for split in SPLITS)
@@ -193,8 +195,6 @@ def _concatenate(
             tokens = f"its {split} split has {counts[split]['tokens']} tokens"
             what = f"no text found for one row: {tokens}, data.seq_len={config.seq_len} needs {config.seq_len + 1}"
             raise UserError(what, at=("source", config.files))
-    if progress["sink"]["rest"]:
-        store.delete(progress["sink"]["rest"])
     return found
 
 

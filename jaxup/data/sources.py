@@ -130,14 +130,14 @@ class _Choice:
     corpus: Corpus | None
     side: Split | None
 
-    def pick(self, splits: Mapping[str, Any], unnamed: str = "") -> dict[Split | None, str]:
+    def pick(self, splits: Mapping[str, Any]) -> dict[Split | None, str]:
         """side -> the name of a split: of a corpus two where it has them; None: what decides the side comes later."""
         there = [name for name in splits if name]
         if self.named and self.named not in there:
             what = f'no split "{self.named}"{suggest(self.named, there)}; its splits: {", ".join(there) or "none"}'
             raise UserError(what, at=self.spec)
         held = next((name for name in _HELD_OUT if name in there), None)
-        train = self.named or next((name for name in ("train", unnamed) if name in splits), None)
+        train = self.named or next((name for name in ("train", "") if name in splits), None)
         if self.side == "validation":
             train = self.named or held or train or (there[0] if len(there) == 1 else None)
         if train is None:
