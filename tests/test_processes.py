@@ -129,6 +129,19 @@ def test_a_signal_is_no_fault_of_what_is_restored():
         raise Stopped("stopped by SIGTERM", 143)
 
 
+def test_who_is_stopped_knows_why(monkeypatch):
+    left = []
+    monkeypatch.setattr(Processes, "_leave", lambda self, error: left.append(error))
+    monkeypatch.setattr(Processes, "_await_cause", lambda self: pytest.fail("waits for what others say"))
+    stopped = Stopped("stopped by SIGTERM", 143)
+    stopped.__context__ = RuntimeError("DEADLINE_EXCEEDED: the value is not there yet")  # a wait of `together.told`
+    several = Processes(60.0)
+    several._several = True
+    with pytest.raises(Stopped), several:
+        raise stopped
+    assert [error.exit_code for error in left] == [143]
+
+
 def test_what_is_silenced_for_orbax_is_not_for_good(tmp_path, monkeypatch):
     heard = []
     monkeypatch.setattr(sys, "unraisablehook", heard.append)
@@ -251,10 +264,13 @@ class Met:
             end = self.meeting.turn(readable)
             self.end = self.end or end
 
-    def die(self):
-        """As when a process ends: its connections close."""
+    def pause(self):
         self._stop = True
         self._thread.join()
+
+    def die(self):
+        """As when a process ends: its connections close."""
+        self.pause()
         for peer in self.meeting.sockets:
             peer.close()
 
@@ -316,6 +332,18 @@ def test_who_ends_before_it_has_joined_says_why(meet):
     (two,) = meet(3, 2)  # comes later, and is told
     processes.wait_until(lambda: two.end is not None)
     assert (zero.end, two.end, one.end) == ((1, end), (1, end), None)
+
+
+def test_who_has_said_why_it_ends_has_not_died(meet):
+    end = End(143, "stopped by SIGTERM")
+    zero, one, two = meet(3, 0, 1, 2)
+    processes.wait_until(lambda: zero.meeting.absent == [])
+    two.pause()  # what it is told it reads in one
+    one.meeting.say_end(end)
+    processes.wait_until(lambda: zero.end is not None)
+    one.die()
+    processes.wait_until(lambda: len(zero.meeting.sockets) == 2)  # the door, and the one that is left
+    assert two.meeting.turn(two.meeting.sockets) == (1, end)
 
 
 @pytest.mark.parametrize(

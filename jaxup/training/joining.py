@@ -167,12 +167,13 @@ class Meeting:
                 self._begun[peer] = rest
                 for line in lines:
                     kind, value = json.loads(line)
-                    ended = self._take(peer, kind, value) or ended
+                    said = self._take(peer, kind, value)
+                    ended = ended or said
             except (OSError, ValueError, TypeError, RecursionError):
                 if (rank := self._others.get(peer)) is not None:
                     ended = ended or (rank, None)
                 self._drop(peer)
-        if ended and self._rank == 0:
+        if ended and self._rank == 0 and self._ended is None:  # that it then closes its connection is no death
             self._ended = ended
             self._say([peer for peer, rank in self._others.items() if rank != ended[0]], "end", ended)
         if self._door and len(self._ready) == self._total:

@@ -96,7 +96,8 @@ class Processes:
                 if error is None:
                     gather(None, "done")
                 # A status of XLA, a barrier of Orbax: what was to be read or written when it came is not at fault.
-                if re.search(r"\b[A-Z_]{5,}: |[Bb]arrier", f"{error} {getattr(error, '__context__', '')}"):
+                text = f"{error} {getattr(error, '__context__', '')}"
+                if not isinstance(error, Stopped) and re.search(r"\b[A-Z_]{5,}: |[Bb]arrier", text):
                     self._await_cause()
             except BaseException as later:  # a signal, or the end of another process, while waiting for it
                 error = later
@@ -231,12 +232,12 @@ class Processes:
         """A collective fails when another process has ended; which, and why, is known a little later."""
         deadline = time.monotonic() + _SILENT + 2
         while time.monotonic() < deadline:
+            if self._ending is not None:
+                raise Stopped(self._ending[1].line, self._ending[1].code)
             if self._silent:
                 if (end := self._fate()).stalled:
                     self._give_up(end)
                 raise Stopped(end.line, LOST)
-            if self._ending is not None:
-                raise Stopped(self._ending[1].line, self._ending[1].code)
             time.sleep(0.1)
 
     def _leave(self, error: BaseException) -> None:
@@ -299,8 +300,8 @@ class Processes:
         elif not self._leaving:
             end = End(128 + self._signal, f"stopped by {signal.Signals(self._signal).name}")
             self._say_end(end)
-            if not self._handled:
-                self._ending = (time.monotonic(), end)
+            if self._several or not self._handled:  # the others leave, and the service with them
+                self._ending = (time.monotonic() + (_GRACE if self._handled else 0), end)
         self._signalled = None
 
     def _talk(self) -> None:
