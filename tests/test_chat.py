@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from hypothesis import strategies as st
 from test_data import tree
 from test_packing import problems, realistic
 
-from jaxup.data import chat_formats, docstrings, store
+from jaxup.data import chat_formats, docstrings, rendering, store
 from jaxup.data import prepare as prepare_module
 from jaxup.data import rows as rows_module
 from jaxup.data import tokenizer as tokenizer_module
-from jaxup.data.chat_formats import Encoded, open_format
+from jaxup.data.chat_formats import Encoded, Format, open_format
 from jaxup.data.chat_templates import TEMPLATES
 from jaxup.data.config import DataConfig
 from jaxup.data.layouts import parse
@@ -355,9 +356,28 @@ def test_a_killed_preparation_goes_on(tmp_path, config, opened, monkeypatch):
     assert killed(rows_module, "assemble", 2) == 100
     assert killed(store.Store, "finish", 1) == 100
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "_ahead", None)
+        patch.setattr(Format, "tokenize", None)
         resumed = opened(broken)
     assert tree(resumed.store) == tree(straight.store)
+
+
+def test_a_signal_does_not_wait_for_what_templates_make(config, tmp_path):
+    slow = "{% for a in range(1000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}"
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    tok = tokenizer("{% if messages[0].content[:2] != '0 ' %}" + slow + "{% endif %}" + turns)
+
+    def stop(*_):
+        raise Killed
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 3)  # it is not through with the first batch for a minute
+    try:
+        with pytest.raises(Killed):
+            open_data(dataclasses.replace(config, format=""), tokenizer=tok, root=str(tmp_path))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert rendering.renderer._process is None
 
 
 def test_lost_scratch_files_are_made_again(tmp_path, config, opened, monkeypatch):

@@ -38,7 +38,9 @@ def trained(row, tok, name=None, layout=None, history=""):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         format = open_format(name, tok, history)
-        made = format.examples(parse(row, layouts[0]))
+        (made,) = format.examples([parse(row, layouts[0])])
+        if isinstance(made, UserError):
+            raise made
         shown = [show(format, one, False).replace("↵", "") for one in format.tokenize(made)]
     assert shown == [show(format, format.tokenize([one])[0], False).replace("↵", "") for one in made]
     return shown, [str(warning.message) for warning in said]

@@ -15,25 +15,28 @@ reply. Where a row says what a format has no place for, such as tools, the conve
 from __future__ import annotations
 
 import abc
+import bisect
 import contextlib
 import functools
+import itertools
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxup.data.chat_templates import ALIASES, SPELLINGS
 from jaxup.data.layouts import Segment, Segments
-from jaxup.data.rendering import render
+from jaxup.data.rendering import render, render_all, renderer
 from jaxup.data.tokenizer import tokenizing
 from jaxup.data.turns import SPOKEN, TOOLS, Conversation, Turn
 from jaxup.errors import UserError, suggest
 from jaxup.text import escaped
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 
@@ -78,7 +81,7 @@ def open_format(name: str | None, tokenizer: PreTrainedTokenizerBase, history: s
 
 
 class Format(abc.ABC):
-    """`encode` is `render` and `tokenize`, which are apart so that many can be tokenised at once."""
+    """`examples` of many conversations and then `tokenize`, or `encode` of one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, history: str = ""):
         from tokenizers import Tokenizer
@@ -93,17 +96,22 @@ class Format(abc.ABC):
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self._warned: set[str] = set()
 
-    def examples(self, conversation: Conversation | Segments) -> list[Rendered]:
-        """What is trained on of it: one example, or with a `history` as many as that says."""
+    def examples(self, conversations: Sequence[Conversation | Segments]) -> list[list[Rendered] | UserError]:
+        """What is trained on of each: one example, or with a `history` as many as that says. Or why it is not."""
+        parts = [self._parts(conversation) for conversation in conversations]
+        made = iter(self._render_all([part for of in parts for part in of]))
+        return [_all(itertools.islice(made, len(of))) for of in parts]
+
+    def _parts(self, conversation: Conversation | Segments) -> list[Conversation | Segments]:
         if not isinstance(conversation, Conversation) or not self._history:
-            return [self.render(conversation)]
+            return [conversation]
         answers = [i for i, turn in enumerate(conversation) if turn.trained and turn.role == "assistant"]
-        made = []
+        made: list[Conversation | Segments] = []
         for i, before in list(zip(answers, [-1, *answers]))[-1 if self._history == "last" else 0 :]:
             turns = [turn._replace(trained=turn.trained and n > before) for n, turn in enumerate(conversation[: i + 1])]
             written = conversation.written if i + 1 == len(conversation) else ""
-            made.append(self.render(Conversation(turns, conversation.options, written)))
-        return made or [self.render(conversation)]
+            made.append(Conversation(turns, conversation.options, written))
+        return made or [conversation]
 
     def encode(self, conversation: Conversation | Segments) -> Encoded:
         """Of a conversation that is one example."""
@@ -111,14 +119,21 @@ class Format(abc.ABC):
 
     def render(self, conversation: Conversation | Segments) -> Rendered:
         """All of it as one example. Raises UserError, in one line, for what the format cannot express."""
-        if not isinstance(conversation, Conversation):
-            return self._render_segments(conversation)
-        for turn in conversation:
+        (made,) = self._render_all([conversation])
+        if isinstance(made, UserError):
+            raise made
+        return made
+
+    def _render_all(self, parts: Sequence[Conversation | Segments]) -> list[Rendered | UserError]:
+        chats = [part for part in parts if isinstance(part, Conversation)]
+        for turn in (turn for chat in chats for turn in chat):
             if found := self._special.search(turn.text) or self._special.search(turn.input):
                 self._warn("special", f"a turn's text spells {found[0]!r}, which becomes that special token")
-        rendered = self._render_turns(conversation)
-        self.check()
-        return rendered
+        made = iter(rendered := self._render_chats(chats))
+        if any(isinstance(one, Rendered) for one in rendered):
+            self.check()
+        segments = functools.partial(_or_error, self._render_segments)
+        return [next(made) if isinstance(part, Conversation) else segments(part) for part in parts]
 
     def check(self, *, strict: bool = False) -> None:
         """Warns of all `doubts`, once; UserError if it is `strict`."""
@@ -135,15 +150,17 @@ class Format(abc.ABC):
             encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
         result = []
         for (text, spans), encoding in zip(rendered, encodings):
-            is_trained = np.zeros(len(text) + 1, bool)
+            ids = np.array(encoding.ids, np.int32)
+            trained = np.zeros(len(ids), bool)
             for start, end in spans:
-                is_trained[start:end] = True
-            begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-            trained = is_trained[begins]
-            for i in np.flatnonzero(~trained & is_trained[ends - 1] & (ends > begins)):
-                token = text[begins[i] : ends[i]]
-                self._warn("border", f"not trained on: {token!r}, one token that begins before what is trained")
-            result.append(Encoded(np.array(encoding.ids, np.int32), trained))
+                # Two searches: to have all offsets of a text as Python's numbers takes as long as a third of its ids.
+                first, last = (_begins_from(encoding, at) for at in (start, end))
+                trained[first:last] = True
+                before, after = _characters(encoding, first - 1) if first and not trained[first - 1] else (0, 0)
+                if after > start:
+                    token = text[before:after]
+                    self._warn("border", f"not trained on: {token!r}, one token that begins before what is trained")
+            result.append(Encoded(ids, trained))
         return result
 
     def _warn(self, about: str, message: str) -> None:
@@ -178,7 +195,9 @@ class Format(abc.ABC):
         asked, answered, system = Turn("user", "a", False), Turn("assistant", "b", True), Turn("system", "c", False)
         for turns in ((asked, answered), (system, asked, answered)):
             with contextlib.suppress(UserError):
-                return self._tokenize([self._render_turns(Conversation(turns))])[0]
+                (rendered,) = self._render_chats([Conversation(turns)])
+                if isinstance(rendered, Rendered):
+                    return self._tokenize([rendered])[0]
         return None
 
     @functools.cached_property
@@ -190,7 +209,7 @@ class Format(abc.ABC):
         return "".join(self.tokenizer.convert_ids_to_tokens(whole[: starts[0] if starts else 0]))
 
     @abc.abstractmethod
-    def _render_turns(self, turns: Conversation) -> Rendered: ...
+    def _render_chats(self, chats: Sequence[Conversation]) -> list[Rendered | UserError]: ...
 
     def _render_segments(self, segments: Segments) -> Rendered:
         """The pieces as they are, after what the tokenizer begins with and before one EOS, if they lack it."""
@@ -217,6 +236,9 @@ class NamedFormat(Format):
             told = f"chat format {name}: not in the tokenizer, so plain text of several tokens: {', '.join(missing)}"
             warnings.warn(told, stacklevel=3)
         self._name, self._spelling = name, spelling
+
+    def _render_chats(self, chats: Sequence[Conversation]) -> list[Rendered | UserError]:
+        return [_or_error(self._render_turns, chat) for chat in chats]
 
     def _render_turns(self, turns: Conversation) -> Rendered:
         unsaid = [f'"{key}"' for key in turns.options]
@@ -280,13 +302,29 @@ class TemplateFormat(Format):
     def doubts(self) -> list[str]:
         return [*super().doubts, *self._notes]
 
-    def _render_turns(self, turns: Conversation) -> Rendered:
-        said = [turn.joined() for turn in turns]
-        messages, trained = [turn.message for turn in said], [turn.trained for turn in said]
-        try:
-            text, found, self._notes = render(self.tokenizer, messages, trained, turns.options)
-        except UserError as error:
-            raise UserError(error.what, hint=error.hint or _NAME_ONE) from None
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, history: str = ""):
+        super().__init__(tokenizer, history)
+        if tokenizer.chat_template:
+            renderer.start()
+
+    def _render_chats(self, chats: Sequence[Conversation]) -> list[Rendered | UserError]:
+        said = [[turn.joined() for turn in chat] for chat in chats]
+        asked = [
+            ([turn.message for turn in turns], [turn.trained for turn in turns], chat.options)
+            for chat, turns in zip(chats, said)
+        ]
+        made: list[Rendered | UserError] = []
+        for turns, answer in zip(said, render_all(self.tokenizer, asked), strict=True):
+            if isinstance(answer, UserError):
+                made.append(UserError(answer.what, hint=answer.hint or _NAME_ONE))
+            else:
+                text, found, self._notes = answer
+                made.append(_or_error(self._unmasked, turns, text, found))
+        return made
+
+    @staticmethod
+    def _unmasked(said: Sequence[Turn], text: str, found: Sequence[tuple[int, int]]) -> Rendered:
+        """Without the parts of turns that are not trained on."""
         spans: list[tuple[int, int]] = []
         for turn, (start, end) in zip((turn.stripped() for turn in said if turn.trained), found, strict=True):
             at = text.rfind(turn.text, start, end)
@@ -341,6 +379,35 @@ def show(format: Format, encoded: Encoded, color: bool) -> str:
             text = text.replace("⟦", "\\u27e6").replace("⟧", "\\u27e7").replace("\n", "↵\n")
             shown.append(f"⟦{text}⟧" if encoded.trained[edge] else text)
     return "".join(shown).replace("⟧⟦", "")
+
+
+def _begins_from(encoding: Encoding, at: int) -> int:
+    """The first token that begins with the character number `at`, or after it."""
+    return bisect.bisect_left(range(len(encoding)), at, key=lambda i: _characters(encoding, i)[0])
+
+
+def _characters(encoding: Encoding, token: int) -> tuple[int, int]:
+    """[start, end) of those it is made of."""
+    found = encoding.token_to_chars(token)
+    assert found is not None  # of what a post-processor adds
+    return found
+
+
+def _all(made: Iterable[Rendered | UserError]) -> list[Rendered] | UserError:
+    """The first error, if there is one."""
+    found = []
+    for one in made:
+        if isinstance(one, UserError):
+            return one
+        found.append(one)
+    return found
+
+
+def _or_error(make: Callable[..., Rendered], *of: Any) -> Rendered | UserError:
+    try:
+        return make(*of)
+    except UserError as error:
+        return error
 
 
 def _join(pieces: Iterable[tuple[str, bool]]) -> Rendered:

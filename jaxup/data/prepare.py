@@ -13,7 +13,7 @@ import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -23,6 +23,7 @@ import numpy as np
 from jaxup.data.chat_formats import Encoded, Rendered
 from jaxup.data.config import DataConfig
 from jaxup.data.mixture import Example, Mixture, documents
+from jaxup.data.rendering import renderer
 from jaxup.data.rows import CONCATENATED, Concatenated, Scratch, write_packed
 from jaxup.data.sources import SPLITS, draw
 from jaxup.data.store import PROGRESS, Store
@@ -51,7 +52,7 @@ Tokenise = Callable[[dict[str, Any]], Iterator[Batch]]
 class Encoding(Protocol):
     """What makes tokens of examples: a chat format, `Plain`, `Ids`."""
 
-    def examples(self, said: Any) -> list[Any]: ...
+    def examples(self, said: Sequence[Any]) -> Sequence[list[Any] | UserError]: ...
     def tokenize(self, rendered: Sequence[Any]) -> list[Encoded]: ...
 
 
@@ -61,8 +62,8 @@ class Plain:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._encode, self._eos = encoder(tokenizer), tokenizer.eos_token_id
 
-    def examples(self, said: Any) -> list[Rendered]:
-        return [Rendered(said[0].text, ())]
+    def examples(self, said: Sequence[Any]) -> list[list[Rendered]]:
+        return [[Rendered(one[0].text, ())] for one in said]
 
     def tokenize(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         made = (np.array([*ids, self._eos], np.int32) for ids in self._encode([text for text, _ in rendered]))
@@ -75,8 +76,8 @@ class Ids:
     def __init__(self, spec: str, vocab_size: int):
         self._spec, self._vocab_size = spec, vocab_size
 
-    def examples(self, said: Any) -> list[tuple[np.ndarray]]:
-        return [(said,)]
+    def examples(self, said: Sequence[Any]) -> list[list[tuple[np.ndarray]]]:
+        return [[(one,)] for one in said]
 
     def tokenize(self, rendered: Sequence[tuple[np.ndarray]]) -> list[Encoded]:
         for (ids,) in rendered:
@@ -95,8 +96,9 @@ def look(streams: Streams, config: DataConfig, encoding: Encoding) -> dict[str, 
             counts = {"rows": counts["rows"] + rows, "bad": counts["bad"] + bad}
             first = next(iter(mixture))
         if config.on_bad == "error":
-            with within("format", first.place):
-                encoding.examples(first.said)
+            (made,) = encoding.examples([first.said])
+            if isinstance(made, UserError):
+                raise made.within("format", first.place)
     return counts
 
 
@@ -233,15 +235,23 @@ def _tokenised(
     `progress` is up to date with what was handed out; what it counts as read is passed over.
     """
     counts, whole = progress["counts"], config.packing == CONCATENATED
-    rendered = _rendered(config, encoding, itertools.islice(_read(streams), progress["read"], None))
-    batches = batched(rendered, lambda one: sum(len(text[0]) for text in one.texts))
+    read = itertools.islice(() if progress["done"] else _read(streams), progress["read"], None)
+    batches = batched(read, lambda one: _size(one.said))
+
+    def render(batch: list[Example]) -> list[_Rendered]:
+        made = encoding.examples([one.said for one in batch])
+        return [_rendered(config, *pair) for pair in zip(batch, made, strict=True)]
 
     def tokenise(batch: list[_Rendered]) -> Iterator[tuple[_Rendered, Encoded]]:
         texts = [(one, text) for one in batch for text in one.texts]
         return zip([one for one, _ in texts], encoding.tokenize([text for _, text in texts]))
 
-    with Progress("tokenising", total=None, unit="examples", start=progress["read"]) as bar:
-        for batch, encoded in () if progress["done"] else _ahead(tokenise, batches):
+    with (
+        Progress("tokenising", total=None, unit="examples", start=progress["read"]) as bar,
+        contextlib.closing(_ahead(render, batches)) as rendered,
+        contextlib.closing(_ahead(tokenise, (made for _, made in rendered))) as tokenised,
+    ):
+        for batch, encoded in tokenised:
             progress["read"] += len(batch)
             for refused in filter(None, (one.refused for one in batch)):
                 counts["refused"] += 1
@@ -280,28 +290,34 @@ class _Rendered(NamedTuple):
     refused: str = ""
 
 
-def _rendered(config: DataConfig, encoding: Encoding, examples: Iterable[Example]) -> Iterator[_Rendered]:
-    for said, place, side in examples:
-        try:
-            with within("format", place):
-                one = _Rendered(place, side, encoding.examples(said))
-        except UserError as error:
-            if config.on_bad == "error":
-                raise
-            one = _Rendered(place, side, [], str(error.within("data.")))
-        yield one
+def _rendered(config: DataConfig, example: Example, texts: list[Any] | UserError) -> _Rendered:
+    if not isinstance(texts, UserError):
+        return _Rendered(example.place, example.side, texts)
+    error = texts.within("format", example.place)
+    if config.on_bad == "error":
+        raise error
+    return _Rendered(example.place, example.side, [], str(error.within("data.")))
 
 
-def _ahead(work: Callable[[T], S], items: Iterable[T]) -> Iterator[tuple[T, S]]:
+def _size(said: Any) -> int:
+    """Characters, or tokens."""
+    return len(said) if isinstance(said, np.ndarray) else sum(len(one.text) for one in said)
+
+
+def _ahead(work: Callable[[T], S], items: Iterable[T]) -> Generator[tuple[T, S]]:
     """Each item and what `work` makes of it, in a thread: meanwhile the next item is got ready."""
     with ThreadPoolExecutor(1) as pool:
-        begun: tuple[T, Future[S]] | None = None
-        for item in items:
-            before, begun = begun, (item, pool.submit(work, item))
-            if before is not None:
-                yield before[0], before[1].result()
-        if begun is not None:
-            yield begun[0], begun[1].result()
+        try:
+            begun: tuple[T, Future[S]] | None = None
+            for item in items:
+                before, begun = begun, (item, pool.submit(work, item))
+                if before is not None:
+                    yield before[0], before[1].result()
+            if begun is not None:
+                yield begun[0], begun[1].result()
+        except BaseException:
+            renderer.stop()  # of what it is asked there may be for minutes, for which nobody waits
+            raise
 
 
 def _read(streams: Streams) -> Iterator[Example]:

@@ -31,11 +31,14 @@ SECONDS = 5  # of processor time for one conversation
 MEMORY = 2**29  # bytes, beside what the process has when it starts
 TEXT = 2**20  # characters that a template may add, beside saying everything twice
 
+Asked = tuple[Sequence[Mapping[str, Any]], Sequence[bool] | None, Mapping[str, Any]]  # the arguments of `render`
+Answered = tuple[str, list[tuple[int, int]], list[str]]  # and what it returns
+
 
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], trained: Sequence[bool] | None = None,
     options: Mapping[str, Any] = NOTHING,
-) -> tuple[str, list[tuple[int, int]], list[str]]:  # fmt: skip
+) -> Answered:  # fmt: skip
     """The conversation as the tokenizer's chat template spells it.
 
     Args:
@@ -50,56 +53,77 @@ def render(
       UserError: there is no template, it refuses the messages, loses a part of what they say or goes beyond a limit,
         or what is trained on is unclear.
     """
+    (made,) = render_all(tokenizer, [(messages, trained, options)])
+    if isinstance(made, UserError):
+        raise made
+    return made
+
+
+def render_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Asked]) -> list[Answered | UserError]:
+    """`render` of many conversations, which do not wait for each other; with errors in their places."""
     if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template")
+        return [UserError("the tokenizer has no chat template") for _ in conversations]
     try:
         template = tokenizer.get_chat_template()
         if not isinstance(template, str):
             raise ValueError(f"must be text, not {type(template).__name__}")
     except ValueError as error:  # or there are several, and none of them is the default
-        raise UserError(f"the tokenizer's chat template: {escaped(first_line(error))[:200]}") from None
-    said = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    request = json.dumps([said, trained, dict(options)], default=str)  # such as a date of parquet's
-    answer = renderer.ask(json.dumps([template, tokenizer.special_tokens_map]), request)
-    if "error" in answer:
-        raise UserError(answer["error"], hint=answer.get("hint", ""))
-    return answer["text"], [(start, end) for start, end in answer["spans"]], answer["notes"]
+        what = f"the tokenizer's chat template: {escaped(first_line(error))[:200]}"
+        return [UserError(what) for _ in conversations]
+    requests = []
+    for messages, trained, options in conversations:
+        said = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        requests.append(json.dumps([said, trained, dict(options)], default=str))  # such as a date of parquet's
+    return [
+        UserError(answer["error"], hint=answer.get("hint", "")) if "error" in answer
+        else (answer["text"], [(start, end) for start, end in answer["spans"]], answer["notes"])
+        for answer in renderer.ask(json.dumps([template, tokenizer.special_tokens_map]), requests)
+    ]  # fmt: skip
 
 
 class Renderer:
-    """The process, as it is seen from here: each line of JSON that asks is answered by one."""
+    """The process, as it is seen from here: each line of JSON that asks is answered by one.
+
+    It is started with the first question, or before it is needed by `start`. `stop`, which may be called from another
+    thread, ends it: what it was asked then raises UserError.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._template = ""  # that it was told last
         self._lock = threading.Lock()
 
-    def ask(self, template: str, request: str) -> dict[str, Any]:
+    def ask(self, template: str, requests: Sequence[str]) -> list[dict[str, Any]]:
+        """An answer to each; one that ends the process has an error for an answer."""
+        answers: list[dict[str, Any]] = []
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            process = self._process
-            assert process is not None
-            assert process.stdin is not None
-            assert process.stdout is not None
-            lines = [request] if template == self._template else [template, request]
-            self._template = template
-            try:
-                with contextlib.suppress(BrokenPipeError):  # it has ended, and how is told below
-                    process.stdin.write("".join(f"{line}\n" for line in lines).encode())
-                    process.stdin.flush()
-                answer = process.stdout.readline()
-            except BaseException:  # a signal's: what comes would be taken for the answer to the next
-                self.stop()
-                raise
-            if answer.endswith(b"\n"):
-                return json.loads(answer)
-            code = process.wait()
-            self.stop()
-        many = f"takes more than {SECONDS} s for one conversation"
-        return {"error": f"the chat template {many if code == -signal.SIGPROF else f'ended its process ({code})'}"}
+            while len(answers) < len(requests):
+                process = self.start()
+                lines = [*([] if template == self._template else [template]), *requests[len(answers) :]]
+                self._template = template
+                asking = threading.Thread(target=_write, args=(process, lines), daemon=True)
+                asking.start()
+                try:
+                    while len(answers) < len(requests) and (answer := process.stdout.readline()).endswith(b"\n"):
+                        answers.append(json.loads(answer))
+                except BaseException:  # a signal's: what comes would be taken for the answer to the next
+                    self.stop()
+                    raise
+                if len(answers) < len(requests):
+                    code = process.wait()
+                    if process is not self._process:
+                        raise UserError("the chat templates are not rendered any more")
+                    self.stop()
+                    why = f"takes more than {SECONDS} s for one conversation"
+                    why = why if code == -signal.SIGPROF else f"ended its process ({code})"
+                    answers.append({"error": f"the chat template {why}"})
+                asking.join()
+        return answers
 
-    def _start(self) -> None:
+    def start(self) -> Any:
+        """The process, which is there at once and takes a second to be ready."""
+        if self._process is not None and self._process.poll() is None:
+            return self._process
         self.stop()
         path = os.pathsep.join(map(os.path.abspath, sys.path))
         self._process = subprocess.Popen(
@@ -107,14 +131,22 @@ class Renderer:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
             start_new_session=True,  # Ctrl-C is for this process, which may want to go on
+            bufsize=2**20,  # a line at a time is a switch of threads at a time
         )  # fmt: skip
+        return self._process
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            with self._process:  # closes the pipes and waits
-                self._process = None
-        self._template = ""
+        process, self._process, self._template = self._process, None, ""
+        if process is not None:
+            process.kill()
+            with contextlib.suppress(OSError), process:  # closes the pipes, one of which may have more to write
+                pass
+
+
+def _write(process: Any, lines: list[str]) -> None:
+    with contextlib.suppress(OSError, ValueError):  # it has ended, and how the one that reads its answers tells
+        process.stdin.write("".join(f"{line}\n" for line in lines).encode())
+        process.stdin.flush()
 
 
 renderer = Renderer()

@@ -110,6 +110,10 @@ def _turn(turn: Any, who: str, what: str, unmask: bool, masked: bool, where: str
     if name not in ROLES and name not in CALLS:
         raise BadRow(f"{where}: {shown(name)} is no role{suggest(name[:40], ROLES)}")
     role = ROLES.get(name, "assistant")
+    if len(turn) == 2 and name not in CALLS and isinstance(turn.get(what), str):  # most are no more than that
+        return Turn(
+            role, text_of(turn[what], f'{where}: its "{what}"'), role == "assistant" or (unmask and role == "user")
+        )
     more = {key: without_null(value) for key, value in turn.items() if key not in (who, what) and not is_nothing(value)}
     flags = {key: more.pop(key) for key in list(more) if _OF_LOSS.search(key)}
     for key in REASONING:
