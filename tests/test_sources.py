@@ -309,6 +309,51 @@ def test_names_of_splits_among_other_text_say_nothing(tmp_path):
         find_files(place)
 
 
+CARD = """---
+license: mit
+configs:
+- config_name: {name}
+  data_files:
+  - split: train
+    path: {train}
+  - split: test
+    path:
+    - test-questions.jsonl
+    - {more}
+---
+# A dataset
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "more"),
+    [("default", "data/*.jsonl", "odd/**/c.jsonl"), ("en", "./data/b.jsonl", "odd/deep/c.jsonl")],
+)
+def test_the_splits_of_a_datasets_card(name, train, more, tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+    place = tmp_path / "place"
+    for path in ("test-questions", "data/b", "data/deep/train", "odd/deep/c"):
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(place / f"{path}.jsonl", [path])
+    (place / "README.md").write_text(CARD.format(name=name, train=train, more=more))
+    theirs = datasets.load_dataset(str(place), cache_dir=str(tmp_path / "cache"))
+    for split in ("train", "test"):
+        read = [row.value["text"] for file in find_files(f"{place}:{split}") for row in file.rows()]
+        assert sorted(read) == sorted(theirs[split]["text"])
+    find_files(str(place))
+    assert "the split train is read; not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["no card", "---\nconfigs: 3\n---\n", "---\n- [\n---\n", "---\nconfigs:\n- data_files:\n  - x: 1\n---\n", "\xff"],
+)
+def test_a_card_that_says_nothing_of_files(card, tmp_path):
+    place = in_directory(tmp_path, train=["a"], test=["b"])
+    (tmp_path / "README.md").write_bytes(card.encode("latin-1"))
+    assert names(find_files(place)) == [("train", None)]
+
+
 # Compressed files
 
 

@@ -8,8 +8,9 @@
 | `python` | in a corpus the standard library of the running interpreter, about 10 MB; `./python` is a directory |
 
 Where a dataset or a directory has splits, "train" is read; `SPEC:SPLIT` names another. A directory's are told by the
-names of its files, as `datasets.load_dataset` tells them. A corpus is split in two by itself: by the splits that it
-has, else a dataset by `train_test_split`, as nanoGPT does, and files by a hash of (file, row).
+card of a dataset (README.md), else by the names of its files, as `datasets.load_dataset` tells them. A corpus is split
+in two by itself: by the splits that it has, else a dataset by `train_test_split`, as nanoGPT does, and files by a hash
+of (file, row).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import fnmatch
 import functools
 import hashlib
 import os
@@ -179,10 +181,11 @@ class _Choice:
             raise UserError(f"{what} (looked for {looked})", at=self.spec)
         splits: dict[str, list[str]] = {}
         data = ROWS.issuperset(map(kind_of, found.values()))  # among other text such names say nothing
+        told = self._told_by_card(directory, list(found))
         for name in sorted(found):
-            splits.setdefault(split_of(name) if data else "", []).append(name)
+            splits.setdefault(told.get(name, "") if told else split_of(name) if data else "", []).append(name)
         chosen: dict[Split | None, str] = {self.side: ""}
-        if self.corpus and not (self.named or self.side) and not ("train" in splits and len(splits) > 1):
+        if self.corpus and not (self.named or self.side or told) and not ("train" in splits and len(splits) > 1):
             splits = {"": sorted(found)}  # what held-out files there are would be all that is read
         if self.named or list(splits) != [""]:
             chosen = self.pick(splits)
@@ -190,6 +193,33 @@ class _Choice:
             dataclasses.replace(self, side=side).drawn(_file(found[name], name, self.corpus))
             for side, split in chosen.items() for name in splits[split]
         ]  # fmt: skip
+
+    def _told_by_card(self, directory: Path, names: list[str]) -> dict[str, str]:
+        """name -> split, of the files that the card of a dataset lists; nothing if it lists none."""
+        card = directory / "README.md"
+        if not card.is_file() or card.stat().st_size > MIB:
+            return {}
+        import yaml
+        from huggingface_hub import metadata_load
+
+        try:
+            configs = [
+                config for config in (metadata_load(card) or {}).get("configs") or () if config.get("data_files")
+            ]
+            default = [config for config in configs if config.get("default") or config.get("config_name") == "default"]
+            found: dict[str, str] = {}
+            for config in default[:1] or configs:
+                files = config["data_files"]
+                for entry in files if isinstance(files, list) else [files]:
+                    split, paths = ("train", entry) if isinstance(entry, str) else (entry["split"], entry["path"])
+                    for pattern in [paths] if isinstance(paths, str) else paths:
+                        for name in filter(functools.partial(_matches, pattern), names):
+                            found.setdefault(name, str(split))
+        except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError):  # whatever else it is, no such list
+            return {}
+        if found and len(configs) > 1 and not default:
+            say(f"{self.spec}: its configurations {', '.join(str(c.get('config_name')) for c in configs)} are all read")
+        return found
 
     def datasets(self, name: str, data: Any) -> list[File]:
         """`data` is a datasets.Dataset or DatasetDict."""
@@ -268,6 +298,13 @@ def _tokens(path: Path, side: Split) -> File:
 
     hashed = functools.partial(file_hash, path)
     return File(path=str(path), name=path.name, size=size, hash=hashed, rows=rows, layout="ids", side=lambda row: side)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """As a glob: no `*` but `**` goes across directories."""
+    pattern = pattern.removeprefix("./")
+    deep = "**" in pattern or name.count("/") == pattern.count("/")
+    return deep and (fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern.replace("**/", "")))
 
 
 def split_of(name: str) -> str:
