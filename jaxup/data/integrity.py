@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HEAD = 4096  # bytes that tell one shard from another
 WHOLE = 2**30  # a local store of so many bytes is hashed whole each time: a second or so
-_THREADS = 8  # enough for the disk, and for requests over a network
+_THREADS = 4  # enough for the disk, and for requests over a network; each holds a shard
 
 _SPLIT = dict.fromkeys(("examples", "too_long", "untrained", "tokens", "loss_tokens", "most", "rows"), int)
 _COUNTS: dict[str, Any] = dict.fromkeys(("rows", "bad", "refused", "shared"), int)

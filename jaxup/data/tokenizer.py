@@ -31,7 +31,7 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiec
 
 _MOST_GROWTH = 100  # of text by a normaliser
 END_OF_TEXT = "<|endoftext|>"
-BATCH_CHARACTERS = 2**20  # texts are tokenised in batches of about so much,
+BATCH_CHARACTERS = 2**18  # texts are tokenised in batches of about so much,
 BATCH_TEXTS = 1024  # and no more than so many of them
 SMALLEST_VOCABULARY = 257  # the 256 bytes and END_OF_TEXT
 
