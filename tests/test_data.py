@@ -24,6 +24,8 @@ from jaxup.data.prepare import _nothing_read
 from jaxup.data.rows import CONCATENATED, Rows, unmarked
 from jaxup.data.tokenizer import load_tokenizer, train_bpe
 from jaxup.errors import NoRoom, UserError
+from jaxup.experiments.common import open_text
+from jaxup.experiments.defaults import text_data
 
 
 def read_meta(data):
@@ -295,7 +297,7 @@ def test_a_damaged_store_is_noticed(tmp_path, config):
         open_data(config, root=str(tmp_path))
 
 
-def test_nanogpt_tokens(tmp_path, config, monkeypatch):
+def test_nanogpt_tokens(tmp_path, config, monkeypatch, capsys):
     monkeypatch.setattr(sources, "TOKEN_SLICE", 100)
     monkeypatch.setattr(store, "SHARD_ROWS", 4)
     rng = np.random.default_rng(0)
@@ -308,6 +310,9 @@ def test_nanogpt_tokens(tmp_path, config, monkeypatch):
     for rows, stream in ((data.train, streams["train"]), (data.validation, streams["val"])):
         expected = [stream[i : i + 17] for i in range(0, len(stream) - 16, 16)]
         np.testing.assert_array_equal(rows.read(np.arange(len(rows)))[0], expected)
+    again = open_text(dataclasses.replace(config, val_fraction=0.3, seed=text_data().seed), root=str(tmp_path))
+    assert again.store == data.store
+    assert f"data.val_fraction=0.3: nothing reads it; {config.files} has a split" in capsys.readouterr().err
     with pytest.raises(UserError, match="holds tokens; name the tokenizer"):
         open_data(dataclasses.replace(config, tokenizer="bpe:300"), root=str(tmp_path))
     np.full(100, 60000, np.uint16).tofile(tmp_path / "bins" / "val.bin")

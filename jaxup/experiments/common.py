@@ -30,7 +30,7 @@ from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params
-from jaxup.progress import printable
+from jaxup.progress import printable, say
 from jaxup.training.loop import evaluate, random_params, train_model
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Result, Run, Settings, check_digest, describe_model, read_result, write_result
@@ -133,7 +133,10 @@ class Experiment(abc.ABC):
 def open_text(config: DataConfig, *, root: str, vocab_size: int | None = None) -> Data:
     """See `open_data`; UserError also for a seed that splits nothing, which only the source can tell."""
     data = open_data(config, root=root, vocab_size=vocab_size)
-    if config.seed != text_data().seed and (Store(data.store).read_json(META) or {}).get("seed") is None:
+    meta = Store(data.store).read_json(META) or {}
+    if config.val_fraction != text_data().val_fraction and meta.get("val_fraction") is None and not config.val_files:
+        say(f"data.val_fraction={config.val_fraction}: nothing reads it; {config.files} has a split for validation")
+    if config.seed != text_data().seed and meta.get("seed") is None:
         what = f"nothing reads it: {config.files} is not split at random"
         raise UserError(what, at=f"data.seed={config.seed}", hint="files are split by their names")
     return data
