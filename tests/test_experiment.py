@@ -46,7 +46,7 @@ def test_a_file_cannot_misspell_a_key_that_all_have(tmp_path):
     file.write_text(f"{begin} c.study = {{'seeds': 3}}\n c.eval.rows = 1\n return c\n")
     assert load(str(file)).study.seeds == 3
     file.write_text(f"{begin} c.eval.row = 1\n return c\n")
-    with pytest.raises(AttributeError, match=r"row.*locked"):
+    with pytest.raises(UserError, match=r'mine.py:4: AttributeError: Key "row" .* locked; did you mean "rows"'):
         load(str(file))
 
 
@@ -199,16 +199,43 @@ def test_of_a_run_only_what_is_read_must_stay(tmp_path):
         check_config(tmp_path, config)
 
 
+BEGIN = "from jaxup.experiments.config import load\ndef get_config(arg=''):\n c = load('heal.py', shipped=True)\n "
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("x = 1\ndef get_config(:\n", r"mine.py:2: invalid syntax"), ("import nosuchmodule", "mine.py: No module named"),
-     ("x = 1", "defines no get_config")],
+    [
+        ("x = 1\ndef get_config(:\n", r"mine.py:2: invalid syntax$"),
+        ("\nimport nosuchmodule", "mine.py:2: ModuleNotFoundError: No module named 'nosuchmodule'$"),
+        ("from jaxup.experiments.config import laod", r"mine.py:1: ImportError: cannot import name 'laod'"),
+        ("x = 1", "mine.py defines no get_config"),
+        ("x = 1\ny = z", "mine.py:2: NameError: name 'z' is not defined$"),
+        (f"{BEGIN}return d", "mine.py:4: NameError: name 'd' is not defined$"),
+        (f"{BEGIN}c.log.intervals = 1\n return c", "mine.py:4: AttributeError: Key .* config is locked; did you mean"),
+        (f"{BEGIN}c.steps = 'x'\n return c", "mine.py:4: TypeError: Could not override field 'steps'"),
+        (f"{BEGIN}return c['x']", "mine.py:4: KeyError: 'x'$"),
+        (f"{BEGIN}pass", "mine.py: get_config returns a NoneType, and no ConfigDict$"),
+        (f"{BEGIN}return load('hael.py', shipped=True)", "did you mean 'heal.py'"),
+    ],
 )  # fmt: skip
 def test_a_broken_file_is_one_line(tmp_path, text, message):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError, match=message) as error:
         load(str(tmp_path / "mine.py"))
     assert "\n" not in str(error.value)
+
+
+def test_variants_that_a_file_does_not_read_are_refused(tmp_path):
+    file = tmp_path / "mine.py"
+    for head in ("arg: str = ''", ""):
+        file.write_text(BEGIN.replace("arg=''", head) + "return c")
+        assert load(str(file)) == load("heal.py")
+        with pytest.raises(UserError, match=r"mine.py:quick: \S*mine.py reads no variants, and so not 'quick'$"):
+            load(f"{file}:quick")
+    file.write_text(BEGIN.replace("'heal.py'", "'heal.py:' + arg") + "return c")
+    assert load(f"{file}:quick") == load("heal.py:quick")
+    with pytest.raises(UserError, match=r"heal.py:nope: unknown variant 'nope'; known: default, quick"):
+        load(f"{file}:nope")
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,19 @@ a misspelt key cannot be added by accident.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib.util
 import inspect
 import operator
+import re
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxup.errors import UserError, suggest, within
+from jaxup.errors import UserError, first_line, suggest, within
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -61,24 +64,56 @@ _files: ContextVar[list[dict[str, Any]] | None] = ContextVar("files", default=No
 
 def _read(spec: str, shipped: bool) -> ConfigDict:
     """What the file says."""
+    from ml_collections import ConfigDict
+
     name, _, variant = spec.partition(":")
     path = find(name, shipped=shipped)
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"{path} is not a Python file", at="--config")
     module = importlib.util.module_from_spec(module_spec)
-    try:
+    with _mistakes(path):
         module_spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
-    except ImportError as error:
-        raise UserError(f"{path}: {error}") from None
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} defines no get_config(arg)", at="--config")
-    with within(f"--config={spec}"):
-        config = module.get_config(variant)
+    if variant and not _reads_variants(path):
+        raise UserError(f"{path} reads no variants, and so not {variant!r}", at=f"--config={spec}")
+    takes = inspect.signature(module.get_config).parameters
+    with _mistakes(path), within(f"--config={spec}"):
+        config = module.get_config(*[variant] * bool(takes))
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config returns a {type(config).__name__}, and no ConfigDict", at=str(path))
     config.lock()
     return config
+
+
+@contextlib.contextmanager
+def _mistakes(path: Path) -> Iterator[None]:
+    """What goes wrong in a file that someone has written is said in one line, with the line in that file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{error.filename or path}:{error.lineno}: {error.msg}") from None
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), 1)
+        # A KeyError quotes what it says, and ml_collections lists all other keys of a section in it.
+        said = error.args[0] if isinstance(error, KeyError | AttributeError) and error.args else error
+        what, _, rest = str(said.args[0] if isinstance(said, KeyError) else said).partition(". Other fields")
+        what = first_line(Exception(what)) + "".join(re.findall("\n(Did you mean .*)", rest)).replace("Did", "; did")
+        raise UserError(f"{path}:{line}: {type(error).__name__}: {what}") from error
+
+
+def _reads_variants(path: Path) -> bool:
+    """Whether get_config does anything with its argument."""
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "get_config":
+            names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+            arguments = ast.walk(node.args)
+            return any(each.arg in names for each in arguments if isinstance(each, ast.arg))
+    return True  # it comes from elsewhere
 
 
 def change(config: ConfigDict, overrides: Iterable[tuple[str, str]], files: Sequence[Mapping[str, Any]] | None) -> None:
