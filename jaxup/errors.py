@@ -104,9 +104,9 @@ class NonFinite(Exception):
 class Parser(argparse.ArgumentParser):
     """The ArgumentParser of the command `jaxup NAME`: a wrong flag is a user's mistake like any other, one line."""
 
-    def __init__(self, name: str, description: str | None):
+    def __init__(self, name: str, description: str | None, *, add_help: bool = True):
         super().__init__(
-            prog=f"jaxup {name}", description=description, allow_abbrev=False,
+            prog=f"jaxup {name}", description=description, allow_abbrev=False, add_help=add_help,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
 

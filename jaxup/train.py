@@ -1,5 +1,8 @@
 """Train models as an experiment file describes: `python -m jaxup.train --config=inherit_gpt2.py`.
 
+With neither --config nor --resume the shipped files are listed; `--config=FILE --help` prints what one of them says of
+itself, and every key with its value.
+
 The same command again resumes the run in its directory, or does nothing if it is finished; so does `--resume=DIR`,
 which has the configuration. What does not decide the numbers may change (mesh, log, eval, checkpoint, sample; and
 steps or epochs may be more, if the rate is constant). Exit codes: 0 done, 2 a mistake in the command, configuration
@@ -21,8 +24,9 @@ from jaxup.training.corrections import RATE, SKIP, parse
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-    parser = Parser("train", __doc__)
-    begin = parser.add_mutually_exclusive_group(required=True)
+    parser = Parser("train", __doc__, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="this text; with --config or --resume, what it says")
+    begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--config", metavar="FILE[:VARIANT]",
                        help="experiment file, looked for here and in configs/; variants after a colon")  # fmt: skip
     begin.add_argument("--resume", metavar="DIR", help="go on with the run in this directory, as it was configured")
@@ -50,6 +54,14 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
                 raise UserError(f"{flag}: needs a value")
             text = rest.pop(0)
         overrides.append((flag.removeprefix("--config."), text))
+    if args.config is args.resume is None:
+        if args.help:
+            parser.print_help()
+            parser.exit()
+        from jaxup.experiments.shown import listed
+
+        print(listed(), flush=True)
+        raise UserError("what to train is not said", hint="give --config=FILE, or --resume=RUN")
     if args.resume is not None and args.workdir:
         raise UserError(f"--workdir={args.workdir}: --resume={args.resume} names the directory")
     return args, overrides
@@ -65,6 +77,11 @@ def main(argv: list[str]) -> None:
         name, _, variant = args.config.partition(":")
         title = "-".join(filter(None, [Path(name).stem, variant.replace(",", "-").replace("/", "-")]))
         workdir = place(args.workdir or f"runs/{title}")
+    if args.help:
+        from jaxup.experiments.shown import described
+
+        print(described(config, args.config or ""))
+        return
     run_experiment(config, workdir, title, parse(args.skip_step, args.rate_from))
 
 

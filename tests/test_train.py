@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -309,6 +310,7 @@ def test_documented_flags_exist():
 
 ENTRIES = (
     "", ".train", ".generate", ".export", ".plan", ".build", ".prepare", ".verify", ".__main__", ".experiments.config",
+    ".experiments.shown",
 )  # fmt: skip
 
 
@@ -326,6 +328,56 @@ def test_console_command(args, code):
     done = processes.run("-m", "jaxup", *args, check=False)
     assert done.returncode == code
     assert (len(done.stderr.splitlines()), "Traceback" in done.stderr) == (1 if code else 0, False)
+
+
+def test_what_may_be_run_is_listed(capsys):
+    with pytest.raises(UserError, match=r"\Awhat to train is not said; give --config=FILE, or --resume=RUN\Z"):
+        run()
+    listed = capsys.readouterr().out
+    for file in (ROOT / "configs").glob("*.py"):
+        assert re.search(rf"^  {file.name} +{re.escape(file.read_text()[3:].splitlines()[0])}$", listed, re.M)
+    assert re.search(r"inherit_gpt2.*\n +smoke, medium, large, xl, attn, .*layers=, control=, seed=\n", listed)
+
+
+def test_what_an_experiment_file_says(finished, capsys, monkeypatch):
+    """Its docstring, and every key with its value, its meaning, and what keeps it from being read."""
+    from jaxup.experiments.config import find, leaves, load
+
+    monkeypatch.setattr(train, "run_experiment", None)
+    for spec in ("heal.py", "heal.py:quick,lora", "heal_tunguska.py", "inherit_gpt2.py", "inherit_llama.py:tiny"):
+        run("--help", f"--config={spec}", "--config.seed=7")
+        said = capsys.readouterr().out
+        assert said.startswith(find(spec.partition(":")[0]).read_text()[3:].splitlines()[0])
+        values = dict(leaves(load(spec, [("seed", "7")]).to_dict()))
+        given = dict(re.findall(r"^  ([\w.]+)=(.*?)(?:  .*)?$", said, re.M))
+        assert given.keys() == values.keys()
+        assert given["seed"] == "7"
+        again = load(spec, [(key, text) for key, text in given.items() if values[key] not in ("def ", "")])
+        assert again == load(spec, [("seed", "7")])
+        assert re.search(r"^  optimizer.learning_rate=[\d.e-]+ +the peak$", said, re.M)
+        assert re.search(r"^  step.spike_window=100 +\(not read: step.spike_factor=0.0\)$", said, re.M)
+    run(f"--resume={finished[0]}", "--help")
+    said = capsys.readouterr().out
+    assert re.search(r"^  model.hidden_size=16$", said, re.M)
+    with pytest.raises(UserError, match="unknown key 'sed'; did you mean 'seed'"):
+        run("--help", "--config=heal.py", "--config.sed=7")
+
+
+def test_every_comment_beside_a_default_is_found():
+    """Whoever adds a key sees its comment in the help."""
+    from jaxup.experiments import defaults
+    from jaxup.experiments.config import leaves
+    from jaxup.experiments.shown import comments
+
+    for kind in defaults.SECTIONS:
+        said, keys = comments(kind), dict(leaves(defaults.defaults(kind, small=True).to_dict()))
+        sections = {".".join(key.split(".")[:count]) for key in keys for count in range(1, key.count(".") + 1)}
+        assert said.keys() <= keys.keys() | sections
+        assert len(said.keys() & keys.keys()) > 30
+        about = "\n".join(said.values())
+        for function in (defaults.defaults, defaults.SECTIONS[kind]):
+            for comment in re.findall(r"^    c\..*  # (.*)$", inspect.getsource(function), re.M):
+                assert comment in about or "1e-4 is more" in comment
 
 
 def test_both_spellings_of_a_command_say_the_same(capsys):

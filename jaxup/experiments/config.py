@@ -60,6 +60,7 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = (), *, shipped: bool 
 
 
 _files: ContextVar[list[dict[str, Any]] | None] = ContextVar("files", default=None)
+_options: ContextVar[list[dict[str, Any]]] = ContextVar("options")  # those of each call of `variants`
 
 
 def _read(spec: str, shipped: bool) -> ConfigDict:
@@ -133,7 +134,7 @@ def change(config: ConfigDict, overrides: Iterable[tuple[str, str]], files: Sequ
         return  # no kind of experiment, as whoever makes one will say
     usual = [defaults(kind, small=small).to_dict() for small in (False, True)]
     wrong: dict[tuple[str, Any], list[str]] = {}  # by why nothing reads them
-    for key, value in _leaves(config.to_dict()):
+    for key, value in leaves(config.to_dict()):
         why = unread(config, key) if files is not None or key in named else None
         if why is None or SAYS_NOTHING.get(key) == value:
             continue
@@ -180,10 +181,11 @@ def get(config: Any, key: str) -> Any:
         return None
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -194,6 +196,7 @@ def variants(arg: str, **options: Any) -> dict[str, Any]:
     A tuple lists choices, the first being the default; False is a switch; a number or string gives
     the type. A bare word is a switch or a choice: `large` where `size=("default", "large")`.
     """
+    _options.get([]).append(options)
     values = {k: v[0] if isinstance(v, tuple) else v for k, v in options.items()}
     words = {str(choice): key for key, v in options.items() if isinstance(v, tuple) for choice in v}
     words.update({key: key for key, v in options.items() if v is False})
@@ -215,6 +218,21 @@ def variants(arg: str, **options: Any) -> dict[str, Any]:
             raise UserError(f"variant {key}={text}{suggest(text, options[key])}")
         values[key] = value
     return values
+
+
+def known_variants(name: str) -> list[str]:
+    """What may stand after the colon of an experiment file: words, and NAME= before a value."""
+    token = _options.set([])
+    try:
+        load(name)
+        first = next(iter(_options.get()), {}) if _reads_variants(find(name)) else {}
+    finally:
+        _options.reset(token)
+    words = [choice for v in first.values() if isinstance(v, tuple) for choice in v[1:] if isinstance(choice, str)]
+    words += [key for key, v in first.items() if v is False]
+    return words + [
+        f"{key}=" for key, v in first.items() if v is not False and not (isinstance(v, tuple) and v[-1] in words)
+    ]
 
 
 def section(kind: type[T], values: Any, **more: Any) -> T:

@@ -60,8 +60,8 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c = ConfigDict()
     c.experiment = kind  # one of jaxup.experiments.KINDS
     c.seed = 0  # of initialisation and batches
-    c.steps = 0  # updates of each model; or
-    c.epochs = 0  # instead of steps: passes over the training rows that `data` leaves
+    c.steps = 0  # updates of each model; 0 where there are epochs
+    c.epochs = 0  # instead of steps, passes over the training rows that `data` leaves
     c.batch_size = 16  # rows of an update
 
     c.optimizer = optimizer()
@@ -75,13 +75,13 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c.compute.attention = "auto"  # see jaxup.model.attention
     c.compute.remat = "none" if small else "full"  # what the backward pass computes again: none, dots, full
     c.compute.unroll = 0 if small else 1  # layers per iteration of the scan; 0 = all, which is faster on a CPU
-    data, fsdp = (-1, 1) if small else (1, -1)  # devices along each axis; -1 = all that are left
-    c.mesh = ConfigDict({"data": data, "fsdp": fsdp, "tensor": 1})
+    data, fsdp = (-1, 1) if small else (1, -1)
+    c.mesh = ConfigDict({"data": data, "fsdp": fsdp, "tensor": 1})  # devices along each axis; -1 = all that are left
 
-    # Intervals are steps. `rows`: the first so many of validation, 0 = all; `keep`: the newest so many.
+    # Intervals are steps. `rows`: the first so many of validation, 0 = all.
     c.eval = ConfigDict({"interval": 1000, "rows": 128 if small else 512, "batch_size": 32 if small else 64})
-    c.log = ConfigDict({"interval": 10, "trackers": ()})  # "tensorboard", "wandb"
-    c.checkpoint = ConfigDict({"interval": 1000, "keep": 2})
+    c.log = ConfigDict({"interval": 10, "trackers": ()})  # trackers: "tensorboard", "wandb"
+    c.checkpoint = ConfigDict({"interval": 1000, "keep": 2})  # `keep`: the newest so many
     # Of several processes: seconds without a training step, or ten times as many without anything else that is done,
     # after which all leave and say which of them it was that made no progress. For all to start: as many, at least 60.
     c.processes = ConfigDict({"timeout": 600.0})
@@ -189,7 +189,7 @@ def _heal(c: ConfigDict) -> None:
     c.train.layers = "all"  # all, copies, originals, new, or layers such as 9:12,20
     c.train.parameters = ""  # a regular expression: only what has such a path
     c.train.freeze = ""  # of these layers, those to leave out: originals, 0:9, ...
-    c.train.rates = ConfigDict({"copies": 1.0, "originals": 1.0, "new": 1.0, "ends": 1.0})
+    c.train.rates = ConfigDict({"copies": 1.0, "originals": 1.0, "new": 1.0, "ends": 1.0})  # times the learning rate
     c.lora = ConfigDict()
     c.lora.rank = 0  # 0 = no adapters
     c.lora.alpha = 0.0  # 0 = twice the rank
