@@ -17,7 +17,7 @@ from damage import damage
 from runs import arguments, losses, metrics
 
 import jaxup
-from jaxup import __main__, build, export, plan, prepare, train, verify
+from jaxup import __main__, build, export, plan, prepare, resume, train, verify
 from jaxup.errors import NonFinite, UserError
 from jaxup.recipes import line as recipe_line
 
@@ -282,8 +282,8 @@ def test_documented_commands_parse(command):
     from jaxup.experiments.config import load
 
     words = shlex.split(command[command.index("-m jaxup.") :])
-    if words[1] == "jaxup.train":
-        args, overrides = train.parse_args(words[1:])
+    if words[1] in ("jaxup.train", "jaxup.resume"):
+        args, overrides = train.parse_args(words[1:] if words[1] == "jaxup.train" else resume.as_train(words[1:]))
         load(args.config or "inherit_gpt2.py", overrides)  # with --resume it is that of a run
     else:
         modules = {m.__name__: m for m in (generate, export, plan, build, prepare, verify)}
@@ -309,8 +309,8 @@ def test_documented_flags_exist():
 
 
 ENTRIES = (
-    "", ".train", ".generate", ".export", ".plan", ".build", ".prepare", ".verify", ".__main__", ".experiments.config",
-    ".experiments.shown",
+    "", ".train", ".resume", ".generate", ".export", ".plan", ".build", ".prepare", ".verify", ".__main__",
+    ".experiments.config", ".experiments.shown",
 )  # fmt: skip
 
 
@@ -378,6 +378,18 @@ def test_every_comment_beside_a_default_is_found():
         for function in (defaults.defaults, defaults.SECTIONS[kind]):
             for comment in re.findall(r"^    c\..*  # (.*)$", inspect.getsource(function), re.M):
                 assert comment in about or "1e-4 is more" in comment
+
+
+def test_resume_is_a_command(finished, capsys):
+    workdir = str(finished[0])
+    __main__.main(["jaxup", "resume", workdir, "--config.log.interval", "2"])
+    assert f"finished before: {workdir}/SUMMARY.md" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--config.log.intervl: unknown key 'intervl'; did you mean 'interval'"):
+        resume.main(["resume", "--config.log.intervl=2", workdir])
+    with pytest.raises(UserError, match=r"unknown argument '--skip-stp'; did you mean '--skip-step'"):
+        resume.main(["resume", workdir, "--skip-stp=2"])
+    with pytest.raises(UserError, match=r"the following arguments are required: RUN; see --help"):
+        resume.main(["resume"])
 
 
 def test_both_spellings_of_a_command_say_the_same(capsys):

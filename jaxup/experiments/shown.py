@@ -28,7 +28,7 @@ def listed() -> str:
     return "\n".join([
         *lines, "",
         "`jaxup train --config=FILE[:VARIANT] --help` says what one does, with its variants, and every key and value.",
-        "`jaxup train --config=FILE[:VARIANT] --config.KEY=VALUE` runs it; `--resume=RUN` goes on with a run.",
+        "`jaxup train --config=FILE[:VARIANT] --config.KEY=VALUE` runs it; `jaxup resume RUN` goes on with a run.",
     ])  # fmt: skip
 
 
