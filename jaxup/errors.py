@@ -22,12 +22,39 @@ import contextlib
 import difflib
 import errno
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
 from jaxup.progress import printable, say
+
+# What other tools (mergekit, transformers, TRL, axolotl) call what is here, and what it is called here.
+ELSEWHERE = {
+    "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32",
+    "out_shard_size": "max_shard_size", "torch_dtype": "dtype", "max_new_tokens": "max_tokens",
+    "output_dir": "workdir", "resume_from_checkpoint": "resume", "tokenizer_name": "tokenizer",
+    "model_name_or_path": "path", "base_model": "path", "dataset_name": "data.files",
+    "datasets": "data.files", "train_file": "data.files", "chat_template": "data.format",
+    "max_seq_length": "data.seq_len", "max_length": "data.seq_len", "sequence_len": "data.seq_len",
+    "sample_packing": "data.packing", "max_steps": "steps", "num_train_epochs": "epochs", "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size",
+    "gradient_accumulation_steps": "step.accumulation", "gradient_checkpointing": "compute.remat",
+    "lr": "learning_rate", "lr_scheduler_type": "schedule", "lr_scheduler": "schedule", "max_grad_norm": "clip_norm",
+    "adam_beta1": "b1", "adam_beta2": "b2", "adam_epsilon": "eps", "lora_r": "lora.rank", "lora_alpha": "lora.alpha",
+    "logging_steps": "log.interval", "report_to": "log.trackers", "eval_steps": "eval.interval",
+    "save_steps": "checkpoint.interval", "save_total_limit": "checkpoint.keep",
+}  # fmt: skip
+_BYTES = "tensors are copied from file to file as they are"
+# What others have to be asked for.
+NEEDLESS = {
+    "lazy_unpickle": _BYTES, "low_cpu_memory": _BYTES, "clone_tensors": _BYTES, "gpu_rich": _BYTES,
+    "read_to_gpu": _BYTES, "copy_tokenizer": "the tokenizer comes along", "write_model_card": "there always is one",
+    "cuda": "accelerators are found without it, and a build needs none", "safe_serialization": "nothing else is made",
+    "trust_remote_code": "code in a model directory is never run", "allow_crimes": "what is unusual is said, and built",
+    "do_sample": "tokens are drawn unless --greedy is given",
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -111,7 +138,19 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
+        """What argparse says in a sentence, with what was probably meant."""
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            raise self.unknown(unknown[1].partition("=")[0])
+        choice = re.search(r"invalid choice: '?([^' ]*).*choose from (.*)", message)
+        meant = nearest(choice[1], re.findall(r"[\w.-]+", choice[2])) if choice else ""
+        raise UserError(f"{message}{meant or '; see --help'}")
+
+    def unknown(self, flag: str, meant: str = "") -> UserError:
+        """The error of an argument that the command does not have; `meant`, if anything, is what to give instead."""
+        if why := NEEDLESS.get(_plain(flag)):
+            return UserError(f"unknown argument {flag!r}", hint=f"leave it out: {why}")
+        meant = meant or nearest(flag, self._option_string_actions)
+        return UserError(f"unknown argument {flag!r}{meant or '; see --help'}")
 
 
 def is_panic(error: BaseException) -> bool:
@@ -126,8 +165,15 @@ def first_line(error: BaseException) -> str:
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the candidate nearest to `name`, or "" if none is near."""
-    near = difflib.get_close_matches(str(name), [str(c) for c in candidates], n=1, cutoff=0.6)
+    candidates = [str(c) for c in candidates]
+    ours = ELSEWHERE.get(_plain(name), _plain(name)).rpartition(".")[2]
+    near = [c for c in candidates if _plain(c) == ours] or difflib.get_close_matches(str(name), candidates, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _plain(name: str) -> str:
+    """However it is written: as a flag, or with hyphens."""
+    return str(name).lstrip("-").replace("-", "_").lower()
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jaxup.errors import Parser, UserError, entry_point, suggest
-from jaxup.experiments.config import load
+from jaxup.errors import Parser, UserError, entry_point
+from jaxup.experiments.config import load, meant
 from jaxup.experiments.resuming import load_run
 from jaxup.experiments.run import run_experiment
 from jaxup.files.bucket import place
@@ -46,9 +46,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     while rest:
         flag, given, text = rest.pop(0).partition("=")
         if not flag.startswith("--config."):
-            raise UserError(
-                f"unknown argument {flag!r}{suggest(flag, ['--config', '--resume', '--workdir', SKIP, RATE, '--help'])}"
-            )
+            value = text if given else next((word for word in rest[:1] if not word.startswith("--")), "")
+            raise parser.unknown(flag, meant(flag, value))
         if not given:
             if not rest:
                 raise UserError(f"{flag}: needs a value")

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import functools
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxup.errors import UserError
-from jaxup.experiments.config import find, load, section, variants
+from jaxup.errors import ELSEWHERE, NEEDLESS, UserError
+from jaxup.experiments.config import find, load, meant, section, variants
 from jaxup.experiments.defaults import defaults
 from jaxup.train import parse_args
 
@@ -101,6 +102,9 @@ def test_variants():
         ("inherit_gpt2.py:layers=x", [], "expected an int, not 'x'"),
         ("inherit_gpt2.py:ablation=attention", [], "did you mean 'attn'|known"),
         ("inherit_gpt2.py", [("optimizer.learning_rat", "1")], "did you mean 'learning_rate'"),
+        ("heal.py", [("lr", "3")], r"--config.lr: unknown key 'lr'; did you mean --config.optimizer.learning_rate=3\?"),
+        ("heal.py", [("data.steps", "3")], r"--config.data.steps: unknown key 'steps'; did you mean --config.steps=3"),
+        ("inherit_gpt2.py", [("base_model", "a/b")], r"did you mean --config.reference.path=a/b\?"),
         ("inherit_gpt2.py", [("optimiser.learning_rate", "1")], "did you mean 'optimizer'"),
         ("inherit_gpt2.py", [("optimizer", "1")], "is a section"),
         ("inherit_gpt2.py", [("steps", "many")], "--config.steps: expected an int"),
@@ -244,6 +248,45 @@ def test_variants_that_a_file_does_not_read_are_refused(tmp_path):
 def test_bad_flags(argv):
     with pytest.raises(UserError, match=ONE_LINE):
         parse_args(argv)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --steps 10", "unknown argument '--steps'; did you mean --config.steps=10?"),
+        ("train steps=10", "unknown argument 'steps'; did you mean --config.steps=10?"),
+        ("train --confg.steps=3", "unknown argument '--confg.steps'; did you mean --config.steps=3?"),
+        ("train --config=heal.py --learning-rate 1e-4", "did you mean --config.optimizer.learning_rate=1e-4?"),
+        ("train --config=heal.py --model_name_or_path=a/b", "did you mean --config.base.path=a/b?"),
+        ("train --per_device_train_batch_size 4", "did you mean --config.batch_size=4?"),
+        ("train --lora_r --output_dir=x", "unknown argument '--lora_r'; did you mean --config.lora.rank?"),
+        ("train --output_dir x", "unknown argument '--output_dir'; did you mean '--workdir'?"),
+        ("train --config=x --wrkdir=y", "unknown argument '--wrkdir'; did you mean '--workdir'?"),
+        ("train --nothing-like-it", "unknown argument '--nothing-like-it'; see --help"),
+        ("build r.yaml OUT --lazy-unpickle --cuda", "unknown argument '--lazy-unpickle'; leave it out: tensors are"),
+        ("build r.yaml OUT --copy-tokenizer", "'--copy-tokenizer'; leave it out: the tokenizer comes along"),
+        ("build --out-shard-size=5B r.yaml OUT", "'--out-shard-size'; did you mean '--max-shard-size'?"),
+        ("build r.yaml OUT --dtype bf16", "(choose from 'float32', 'bfloat16', 'float16'); did you mean 'bfloat16'?"),
+        ("build r.yaml OUT --dtype int8", "(choose from 'float32', 'bfloat16', 'float16'); see --help"),
+        ("generate m --max_new_tokens 4", "'--max_new_tokens'; did you mean '--max-tokens'?"),
+        ("prepare x --tokenizer y --max-seq-length 4", "'--max-seq-length'; did you mean '--seq-len'?"),
+    ],
+)  # fmt: skip
+def test_words_of_other_tools(command, message):
+    name, *words = command.split()
+    with pytest.raises(UserError) as error:
+        importlib.import_module(f"jaxup.{name}").parse_args([name, *words])
+    # Newer versions of Python leave out the quotes of choices.
+    assert message.replace("'", "") in str(error.value).replace("'", "")
+    assert "\n" not in str(error.value)
+
+
+def test_words_of_other_tools_name_what_is_here():
+    """What is suggested is a key, a value or a flag that there is."""
+    flags = {"max_shard_size", "dtype", "max_tokens", "workdir", "resume", "tokenizer"}
+    ours = {word for word in ELSEWHERE.values() if "float" not in word} - flags
+    assert [word for word in ours if not meant(word)] == []
+    assert not ELSEWHERE.keys() & NEEDLESS.keys()
 
 
 GPT2 = ["", "smoke", "medium", "large,ablation=attn", "xl,control=2,depth_scaled", "layers=3"]

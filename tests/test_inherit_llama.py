@@ -197,7 +197,10 @@ def test_a_signal_at_a_step_that_is_not_finite(runs, swept, monkeypatch):
         (["--config.inherit.control=-1"], "inherit.control must be at least 0"),
         (["--config.model.family=lama"], "model.family: unknown 'lama'; did you mean 'llama'"),
         (["--config.model.family=gpt2"], "a gpt2 model has no such setting"),
-        (["--config.steps=5"], "steps=5, epochs=1: one of them must be positive, the other 0"),
+        (
+            ["--config.steps=5"],
+            "steps=5, epochs=1: one of them must be positive, the other 0; for 5 steps, --config.epochs=0",
+        ),
         (["--config.epochs=0"], "steps=0, epochs=0"),
         (["--config.epochs=-1", "--config.steps=5"], "steps=5, epochs=-1"),
         (["--config.optimizer.warmup_steps=9", "--config.reference.steps=9"], "does not fit a run of 8 steps"),

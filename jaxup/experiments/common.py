@@ -74,7 +74,8 @@ class Experiment(abc.ABC):
         """Of what trains: what can be said before the data says how many steps epochs are."""
         steps, epochs = self._config.steps, self._config.epochs
         if (steps > 0) == (epochs > 0) or min(steps, epochs) < 0:
-            raise UserError(f"steps={steps}, epochs={epochs}: one of them must be positive, the other 0")
+            hint = "" if min(steps, epochs) < 1 else f"for {steps} steps, --config.epochs=0"
+            raise UserError(f"steps={steps}, epochs={epochs}: one of them must be positive, the other 0", hint=hint)
         if steps:
             learning_rate(self._settings.optimizer, steps)
 

@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxup.errors import UserError, first_line, suggest, within
+from jaxup.errors import ELSEWHERE, UserError, first_line, suggest, within
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -245,6 +245,18 @@ def section(kind: type[T], values: Any, **more: Any) -> T:
     return kind(**given)
 
 
+def meant(word: str, value: str = "", config: ConfigDict | None = None) -> str:
+    """`"; did you mean --config.KEY=VALUE?"` for what others call a key, or its last part; "" if there is none."""
+    from jaxup.experiments.defaults import SECTIONS, defaults
+
+    configs = [config] if config is not None else [defaults(kind, small=True) for kind in SECTIONS]
+    name = word.lstrip("-").replace("-", "_").rpartition(".")[2]
+    name = ELSEWHERE.get(name, name)
+    keys = [key for one in configs for key, _ in leaves(one.to_dict()) if f".{key}".endswith(f".{name}")]
+    value = f"={value}" if value else ""
+    return f"; did you mean --config.{min(keys, key=len)}{value}?" if keys else ""
+
+
 def override(config: ConfigDict, dotted: str, text: str) -> None:
     from ml_collections import ConfigDict
 
@@ -252,7 +264,8 @@ def override(config: ConfigDict, dotted: str, text: str) -> None:
     for depth, key in enumerate(path):
         where = ".".join(["--config", *path[: depth + 1]])
         if not isinstance(node, ConfigDict) or key not in node:
-            raise UserError(f"{where}: unknown key {key!r}{suggest(key, node if isinstance(node, ConfigDict) else ())}")
+            known = node if isinstance(node, ConfigDict) else ()
+            raise UserError(f"{where}: unknown key {key!r}{meant(key, text, config) or suggest(key, known)}")
         if depth < len(path) - 1:
             node = node[key]
     if isinstance(node[key], ConfigDict):

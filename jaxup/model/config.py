@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxup.errors import UserError
+from jaxup.errors import UserError, nearest
 from jaxup.text import kinds_of, misfit
 
 MAX_LAYERS = 10_000  # ten times the deepest trained: a slip of the keyboard must not fill the memory
@@ -131,8 +131,8 @@ class ModelConfig:
         if len(set(self.kinds)) == 1:
             object.__setattr__(self, "kinds", self.kinds[:1])
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"model: {name}={getattr(self, name)!r} is not one of {choices}")
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"model: {name}={value!r} is not one of {choices}{nearest(value, choices)}")
 
     @property
     def kinds_of_layers(self) -> tuple[LayerKind, ...]:
@@ -240,5 +240,5 @@ class Compute:
             ("attention", ("auto", "xla", "blocked", "cudnn")),
             ("remat", ("none", "dots", "full")),
         ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"compute: {name}={getattr(self, name)!r} is not one of {choices}")
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"compute: {name}={value!r} is not one of {choices}{nearest(value, choices)}")
