@@ -276,8 +276,31 @@ def documented_commands():
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if "jaxup." in line]
 
 
+@pytest.fixture
+def documented_files(tmp_path, monkeypatch):
+    """What the pages call `# FILE.py` lies here."""
+    files = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", DOCS, re.S))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return files
+
+
+def test_documented_experiment_file(documented_files, capsys):
+    from jaxup.experiments.config import load
+
+    c, short = load("mine.py"), load("mine.py:short,copies=1")
+    assert (c.plan, c.steps, c.epochs, c.train.layers) == ("upscale(base, 8:24, copies=2)", 0, 2, "copies")
+    assert (short.plan, short.steps, short.epochs) == ("upscale(base, 8:24, copies=1)", 100, 0)
+    assert c.lora.rank > 0
+    run("--config=mine.py", "--help")
+    assert capsys.readouterr().out.startswith("Name-7B with its middle layers twice more")
+    with pytest.raises(UserError, match="unknown variant 'shrt'; did you mean 'short'"):
+        load("mine.py:shrt")
+
+
 @pytest.mark.parametrize("command", documented_commands())
-def test_documented_commands_parse(command):
+def test_documented_commands_parse(command, documented_files):
     """Each command line names an entry point, files, variants and keys that exist."""
     from jaxup.experiments.config import load
 
