@@ -213,6 +213,8 @@ BEGIN = "from jaxup.experiments.config import load\ndef get_config(arg=''):\n c 
         ("\nimport nosuchmodule", "mine.py:2: ModuleNotFoundError: No module named 'nosuchmodule'$"),
         ("from jaxup.experiments.config import laod", r"mine.py:1: ImportError: cannot import name 'laod'"),
         ("x = 1", "mine.py defines no get_config"),
+        ("\0", "mine.py:1: source code string cannot contain null bytes$"),
+        ("def get_config(arg, more): ...", "mine.py:1: TypeError: get_config.. missing 1 required positional argument"),
         ("x = 1\ny = z", "mine.py:2: NameError: name 'z' is not defined$"),
         (f"{BEGIN}return d", "mine.py:4: NameError: name 'd' is not defined$"),
         (f"{BEGIN}c.log.intervals = 1\n return c", "mine.py:4: AttributeError: Key .* config is locked; did you mean"),
@@ -222,11 +224,13 @@ BEGIN = "from jaxup.experiments.config import load\ndef get_config(arg=''):\n c 
         (f"{BEGIN}return load('hael.py', shipped=True)", "did you mean 'heal.py'"),
     ],
 )  # fmt: skip
-def test_a_broken_file_is_one_line(tmp_path, text, message):
+def test_a_broken_file_is_one_line(tmp_path, monkeypatch, text, message):
     (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(UserError, match=message) as error:
-        load(str(tmp_path / "mine.py"))
-    assert "\n" not in str(error.value)
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "mine.py"), "mine.py"):
+        with pytest.raises(UserError, match=message) as error:
+            load(name)
+        assert "\n" not in str(error.value)
 
 
 def test_variants_that_a_file_does_not_read_are_refused(tmp_path):

@@ -96,10 +96,10 @@ def _mistakes(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except SyntaxError as error:
-        raise UserError(f"{error.filename or path}:{error.lineno}: {error.msg}") from None
+        raise UserError(f"{error.filename or path}:{error.lineno or 1}: {error.msg}") from None
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), 1)
+        line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path.absolute())), 1)
         # A KeyError quotes what it says, and ml_collections lists all other keys of a section in it.
         said = error.args[0] if isinstance(error, KeyError | AttributeError) and error.args else error
         what, _, rest = str(said.args[0] if isinstance(said, KeyError) else said).partition(". Other fields")

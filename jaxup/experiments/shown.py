@@ -58,7 +58,7 @@ def described(config: ConfigDict, spec: str = "") -> str:
 
 def _text(value: Any) -> str:
     """As it may be given on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return printable(",".join(map(str, value)) if isinstance(value, tuple) else value, keep="")
 
 
 def comments(kind: str) -> dict[str, str]:
