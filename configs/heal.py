@@ -40,6 +40,8 @@ Variants, after a colon and separated by commas:
     lora, qlora            adapters on what trains, merged into the export; qlora: while training the
                            blocks are stored in 4 bits (NF4)
     rank=N                 of the adapters (default 64; quick: 16); alpha is twice that
+    small                  for one's own model and some hundred chats, on one GPU or a CPU: 16 rows of
+                           512 tokens a step, in float32 (`--config.compute.dtype=bfloat16` on a GPU)
     control=1              also the base itself, trained on the same batches (quick: unless control=0)
     seed=N                 of initialisation, split and batches
 
@@ -57,7 +59,7 @@ from jaxup.experiments.defaults import defaults, llama
 def get_config(arg: str = "") -> ConfigDict:
     v = variants(
         arg,
-        size=("default", "quick", "smoke"),
+        size=("default", "small", "quick", "smoke"),
         lr=0.0,
         epochs=0,
         steps=0,
@@ -76,13 +78,14 @@ def get_config(arg: str = "") -> ConfigDict:
     adapters = v["lora"] or v["qlora"]
     if v["rank"] and not adapters:
         raise UserError(f"variant rank={v['rank']}: goes with lora or qlora")
-    small, smoke = v["size"] != "default", v["size"] == "smoke"
+    own, smoke = v["size"] == "small", v["size"] == "smoke"
+    small = smoke or v["size"] == "quick"
 
-    c = defaults("heal", small=small)  # jaxup/experiments/defaults.py has every key and its meaning
+    c = defaults("heal", small=small or own)  # jaxup/experiments/defaults.py has every key and its meaning
     c.seed = v["seed"]
     c.steps = v["steps"]
     c.epochs = 0 if v["steps"] else v["epochs"] or 2
-    c.batch_size = 16 if small else 512
+    c.batch_size = 16 if small or own else 512
     c.plan = "upscale(base, 2:4, copies=2)" if small else ""
 
     c.model = llama(
@@ -100,6 +103,8 @@ def get_config(arg: str = "") -> ConfigDict:
         c.data.seq_len = 128 if smoke else 256
         c.data.val_fraction = 0.1
 
+    if own:
+        c.data.seq_len = 512
     c.heal.control = small if v["control"] < 0 else bool(v["control"])
     c.train.layers = v["layers"].replace("+", ",")
     c.train.parameters = v["parameters"]
@@ -111,7 +116,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     rate = v["lr"] or (1e-3 if small else 2e-5)
     c.optimizer.update(learning_rate=rate, schedule="constant", weight_decay=0.0)
-    if not small:
+    if not (small or own):
         c.step.accumulation, c.step.loss_chunk = 16, 512
 
     c.eval.interval = 8 if smoke else 25 if small else 10

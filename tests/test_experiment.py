@@ -242,7 +242,7 @@ def test_variants_that_a_file_does_not_read_are_refused(tmp_path):
             load(f"{file}:quick")
     file.write_text(BEGIN.replace("'heal.py'", "'heal.py:' + arg") + "return c")
     assert load(f"{file}:quick") == load("heal.py:quick")
-    with pytest.raises(UserError, match=r"heal.py:nope: unknown variant 'nope'; known: default, quick"):
+    with pytest.raises(UserError, match=r"heal.py:nope: unknown variant 'nope'; known: default, small, quick"):
         load(f"{file}:nope")
 
 
@@ -298,7 +298,16 @@ GPT2 += ["ablation=mlp", "ablation=no_norm", "seed=1"]
 LLAMA = ["", "tiny", "smoke", "sweep", "tiny,sweep", "smoke,sweep", "code", "layers=8,control=2", "tiny,code,seed=1"]
 
 
-HEAL = ["", "quick", "smoke", "lr=1e-6,epochs=1", "steps=5,layers=originals,freeze=0:4", "lora,rank=8", "qlora"]
+HEAL = [
+    "",
+    "small",
+    "quick",
+    "smoke",
+    "lr=1e-6,epochs=1",
+    "steps=5,layers=originals,freeze=0:4",
+    "lora,rank=8",
+    "qlora",
+]
 TUNGUSKA = ["", "quick", "smoke", "one_duplicate", "five_duplicates,quick", "interleaved,whole", "lr=1e-4", "epochs=3"]
 TUNGUSKA += ["lora", "quick,qlora", "freeze_originals", "freeze_base=19:41", "quick,freeze_base=0:1+4:6", "undercook=5"]
 
@@ -415,7 +424,7 @@ def asked(config, place):
 
     result = Result(name="", kind="", origin="", layers=1, params=1, steps=1, tokens=1, val_loss=1.0, seconds=0.0,
                     sample="")  # fmt: skip
-    rows = {"vocab_size": 512, "seq_len": 32, "train_rows": 64, "chat_template": None}
+    rows = {"vocab_size": 512, "seq_len": 32, "train_rows": 64, "validation_tokens": 64, "chat_template": None}
     tokenizer = mock.Mock(side_effect=note("tokenizer", {"input_ids": [1, 2]}), chat_template=None, eos_token_id=0)
     text = mock.Mock(Data, tokenizer=tokenizer, store="text", **rows)
     text.whole = lambda: mock.Mock(Data, store="all")
@@ -578,3 +587,23 @@ def test_the_low_data_recipe_is_the_papers():
     assert (code.b1, code.b2, code.clip_norm) == (0.9, 0.999, 0)
     assert load("inherit_llama.py:code").inherit.parts == ("attention", "mlp", "norms", "lm_head")
     assert load("inherit_llama.py:sweep").inherit.sweep == "4,6,8,10,13,16,18,20"
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "said"),
+    [
+        (16, 1000, ""),
+        (12, 1000, "batch_size=16 rows, and there are 12 for training: 30 steps see each 40 times"),
+        (16, 999, "the validation loss is of 999 tokens, and uncertain"),
+    ],
+)
+def test_too_few_data_are_said(rows, tokens, said, capsys):
+    from jaxup.experiments.heal import Heal
+
+    experiment = object.__new__(Heal)
+    experiment._settings = mock.Mock(batch_size=16)
+    experiment.data, experiment.steps = mock.Mock(train_rows=rows, validation_tokens=tokens), 30
+    experiment._say_little()
+    heard = capsys.readouterr().err
+    assert said in heard
+    assert bool(said) == bool(heard)

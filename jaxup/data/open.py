@@ -75,6 +75,11 @@ class Data:
             f"tokens, {vocabulary}, rows of {self.seq_len}"
         )
 
+    @property
+    def validation_tokens(self) -> int:
+        """With a loss."""
+        return self.validation.num_tokens if self.format is None else self.statistics["validation"]["loss_tokens"]
+
     def part(self, fraction: float, tokens: int) -> Data:
         """The same with a fraction of its training rows in use, or so many tokens (0 = all); at least one row.
 

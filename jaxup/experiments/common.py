@@ -87,7 +87,20 @@ class Experiment(abc.ABC):
     def _count_steps(self) -> None:
         """Of the data just opened."""
         self.steps = self._config.steps or self._steps_of(self._config.epochs)
+        self._say_little()
         learning_rate(self._settings.optimizer, self.steps)  # refuses a warmup that does not fit
+
+    def _say_little(self) -> None:
+        """Of data that are too few for what is asked of them."""
+        batch, rows, tokens = self._settings.batch_size, self.data.train_rows, self.data.validation_tokens
+        if jax.process_index() != 0:
+            return
+        if rows < batch:
+            what = f"a step takes batch_size={batch} rows, and there are {rows} for training"
+            say(f"{what}: {self.steps} steps see each {self.steps * batch / rows:.0f} times; take a smaller batch_size")
+        if tokens < _FEW:
+            what = f"the validation loss is of {tokens:,} tokens, and uncertain by a tenth or more"
+            say(f"{what}; data.val_fraction or data.val_files give more")
 
     def _steps_of(self, epochs: int) -> int:
         """Updates until each training row was seen so often."""
@@ -190,6 +203,9 @@ def train_fresh(run: Run, name: str, model: ModelConfig, *, steps: int, kind: st
         run, name, model, kind=kind, steps=steps, origin=origin, initialise=lambda: random_params(run, model)
     )
 
+
+# The loss of a token varies by some 3 nats, and so the mean of n by 3 / sqrt(n).
+_FEW = 1000
 
 _LEAST = {
     "step.accumulation": 1, "step.loss_chunk": 1, "step.z_loss": 0, "step.spike_factor": 0, "step.spike_window": 1,
