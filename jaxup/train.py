@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from jaxup.errors import Parser, UserError, entry_point
-from jaxup.experiments.config import load, meant
+from jaxup.experiments.config import find, load, meant
 from jaxup.experiments.resuming import load_run
 from jaxup.experiments.run import run_experiment
 from jaxup.files.bucket import place
@@ -44,10 +44,10 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     args, rest = parser.parse_known_args(argv[1:])
     overrides, rest = [], list(rest)
     while rest:
-        flag, given, text = rest.pop(0).partition("=")
+        flag, given, text = (word := rest.pop(0)).partition("=")
         if not flag.startswith("--config."):
             value = text if given else next((word for word in rest[:1] if not word.startswith("--")), "")
-            raise parser.unknown(flag, meant(flag, value))
+            raise parser.unknown(flag, _place_meant(word) or meant(flag, value))
         if not given:
             if not rest:
                 raise UserError(f"{flag}: needs a value")
@@ -64,6 +64,19 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     if args.resume is not None and args.workdir:
         raise UserError(f"--workdir={args.workdir}: --resume={args.resume} names the directory")
     return args, overrides
+
+
+def _place_meant(word: str) -> str:
+    """What a file or run that is given without its flag was to be."""
+    if word.startswith("-"):
+        return ""
+    try:
+        if Path(word, "config.json").is_file():
+            return f"; did you mean --resume={word}?"
+        find(word.partition(":")[0])
+    except (UserError, OSError):  # a name that is too long
+        return ""
+    return f"; did you mean --config={word}?"
 
 
 def main(argv: list[str]) -> None:

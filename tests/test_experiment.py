@@ -258,6 +258,11 @@ def test_bad_flags(argv):
     ("command", "message"),
     [
         ("train --steps 10", "unknown argument '--steps'; did you mean --config.steps=10?"),
+        ("train heal.py:lr=1e-5", "unknown argument 'heal.py:lr'; did you mean --config=heal.py:lr=1e-5?"),
+        ("train inherit_gpt2", "unknown argument 'inherit_gpt2'; did you mean --config=inherit_gpt2?"),
+        ("train runs/a", "unknown argument 'runs/a'; did you mean --resume=runs/a?"),
+        (f"train {'x' * 999}", "x'; see --help"),
+        ("train runs/b", "unknown argument 'runs/b'; see --help"),
         ("train steps=10", "unknown argument 'steps'; did you mean --config.steps=10?"),
         ("train --confg.steps=3", "unknown argument '--confg.steps'; did you mean --config.steps=3?"),
         ("train --config=heal.py --learning-rate 1e-4", "did you mean --config.optimizer.learning_rate=1e-4?"),
@@ -276,7 +281,10 @@ def test_bad_flags(argv):
         ("prepare x --tokenizer y --max-seq-length 4", "'--max-seq-length'; did you mean '--seq-len'?"),
     ],
 )  # fmt: skip
-def test_words_of_other_tools(command, message):
+def test_words_of_other_tools(command, message, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
     name, *words = command.split()
     with pytest.raises(UserError) as error:
         importlib.import_module(f"jaxup.{name}").parse_args([name, *words])

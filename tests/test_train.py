@@ -344,6 +344,14 @@ def test_start_up_imports_nothing_heavy(module):
     assert processes.run("-c", code).stdout.strip() == "[]"
 
 
+def test_to_say_what_a_run_would_do_imports_nothing_heavy():
+    code = (
+        "import sys, jaxup.train; jaxup.train.main(sys.argv); print([m for m in ('jax', 'numpy') if m in sys.modules])"
+    )
+    said = processes.run("-c", code, "--config=heal_tunguska.py:quick", "--help").stdout
+    assert said.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize(
     ("args", "code"), [(["--help"], 0), (["--version"], 0), (["trian"], 2), (["train", "--config=no_such.py"], 2)]
 )
