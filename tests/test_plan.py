@@ -202,6 +202,8 @@ def test_notes_come_with_their_places(here, capsys):
     (here / "recipe.yaml").write_text(TUNGUSKA.replace("[19, 41]", "[19, 19]"))
     args = ("recipe.yaml", "--config-from", "mistral")
     assert "\nnote: recipe.yaml:7:18: " in say(capsys, *args)
+    note = "note: recipe:1:15: [8, 24] is layers 8 and 24 only; a range is 8:24"
+    assert f"\n{note}\n" in say(capsys, "drop(mistral, [8, 24])")
     entry.main(["plan", *args, "--to-plan"])
     out, err = capsys.readouterr()
     assert err.startswith("jaxup: note: recipe.yaml:7:18: ")

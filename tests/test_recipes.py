@@ -246,7 +246,8 @@ def test_nested_lines():
         ("upscale(m, 1:3, 2)", "recipe:1:17: upscale takes no more arguments without a name (upscale(MODEL"),
         ("upscale(m, copies=2, 1:3)", "recipe:1:22: '1:3)' has no name"),
         ("upscale(m, 1:3, layers=2:3)", "recipe:1:17: layers is given twice"),
-        ("upscale(m, 1-3)", "recipe:1:12: 1-3 is not understood: a range is written 1:3"),
+        ("upscale(m, 19-40)", "recipe:1:12: 19-40 is not understood: layers 19 to 40 are written 19:41"),
+        ("upscale(m, 3-1)", "recipe:1:12: 3-1 is not understood: layers 1 to 3 are written 1:4"),
         ("upscale(m, -3:)", "recipe:1:12: -3: is not understood: numbers and layers count from 0"),
         ("upscale(m, 1:5:2)", "no step"),
         ("upscale(m, 1:3, copies=1.5)", "recipe:1:24: copies must be a whole number, not 1.5"),
@@ -281,6 +282,25 @@ def test_nested_lines():
 )
 def test_line_refusals(line, message):
     refused(message, lambda: parse(line).plan(56))
+
+
+@pytest.mark.parametrize(
+    ("line", "notes"),
+    [
+        ("upscale(m, [8, 24])", ("recipe:1:12: [8, 24] is layers 8 and 24 only; a range is 8:24",)),
+        ("concat(drop(m, [0,2]), b)", ("recipe:1:16: [0, 2] is layers 0 and 2 only; a range is 0:2",)),
+        ("upscale(drop(m, [2, 9]), [0, 5])", ("recipe:1:17: [2, 9] is", "recipe:1:26: [0, 5] is")),
+        ("upscale(m, [8, 9])", ()),
+        ("upscale(m, [24, 8])", ()),
+        ("drop(m, [8, 9:24])", ()),
+        ("drop(m, [8, 16, 24])", ()),
+        ("inherit(m, parts=[mlp, norms])", ()),
+    ],
+)
+def test_two_layers_that_look_like_a_range(line, notes):
+    found = parse(line).notes
+    assert len(found) == len(notes)
+    assert all(note.startswith(start) for note, start in zip(found, notes))
 
 
 @settings(max_examples=150)

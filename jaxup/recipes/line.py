@@ -82,6 +82,16 @@ class Call:
         """The names of all models, in the order they are written."""
         return [n for source in self.sources for n in ([source] if isinstance(source, str) else source.models)]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was perhaps not meant: a list of two layers that looks like a range's two ends."""
+        found = [note for source in self.sources if isinstance(source, Call) for note in source.notes]
+        for value, column in self.arguments.values():
+            if isinstance(value, list) and [type(item) for item in value] == [int, int] and value[0] + 1 < value[1]:
+                a, b = value
+                found.append(f"{_place(column)}: [{a}, {b}] is layers {a} and {b} only; a range is {a}:{b}")
+        return tuple(found)
+
     def plan(self, num_layers: int | Callable[[str], int]) -> DepthPlan:
         """The plan for models of so many layers, or by their names; UserError if it does not go with them."""
         count = (lambda _: num_layers) if isinstance(num_layers, int) else num_layers
@@ -315,8 +325,9 @@ class _Scanner:
             return text
         if re.fullmatch(r"[\d:-]+", text):
             kind = "ranges of layers have no step: 8:24" if text.count(":") > 1 else "numbers and layers count from 0"
-            if re.fullmatch(r"\d+-\d+", text):
-                kind = f"a range is written {text.replace('-', ':')}, with the layer after its last"
+            if span := re.fullmatch(r"(\d{1,18})-(\d{1,18})", text, re.ASCII):
+                first, last = sorted(map(int, span.groups()))
+                kind = f"layers {first} to {last} are written {first}:{last + 1}"
             raise self.error(f"{text[:30]} is not understood: {kind}", start)
         what = f"{text[:30]!r} is neither a number, a range nor a word" if text else (
             f"{self.rest()!r} is not understood" if self.rest() else "the recipe ends here, in the middle")  # fmt: skip

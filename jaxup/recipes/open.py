@@ -112,8 +112,9 @@ def open_recipe(
     if isinstance(recipe, DepthPlan):
         opened = _of_plan(recipe, found, "a plan made in Python", "a plan made in Python")
     elif not os.path.lexists(os.path.expanduser(recipe)) and recipe_line.is_line(recipe):
-        plan = recipe_line.parse(recipe).plan(lambda model: found[model].config.num_layers)
-        opened = _of_plan(plan, found, recipe, recipe)
+        call = recipe_line.parse(recipe)
+        plan = call.plan(lambda model: found[model].config.num_layers)
+        opened = dataclasses.replace(_of_plan(plan, found, recipe, recipe), notes=call.notes)
     else:
         opened = _open_file(recipe, _read_text(recipe), found)
     if unknown := found.places.keys() - found.asked:
