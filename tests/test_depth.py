@@ -196,7 +196,8 @@ def test_describe():
     assert str(UPSCALE) == UPSCALE.describe()
     assert UPSCALE.describe() == (
         "7 layers from 'base' (6)\n"
-        "0000zz0\n"
+        "====zz=\n"
+        "= original  z zeroed copy\n"
         "  result  layers  role      scales\n"
         "  0-3     0-3     original\n"
         "  4-5     2-3     copy      o_proj x 0, down_proj x 0\n"
@@ -300,7 +301,7 @@ def test_inherit_layers():
     assert layers([7, range(2, 5)]) == [7, 2, 3, 4]
     assert layers(range(0, 12, 5)) == [0, 5, 10]
     assert inherit("m", 12, 12) == inherit("m", 12) == identity("m", 12)
-    assert inherit("m", 3, [0, 0, 1]).strip() == "0X0"
+    assert inherit("m", 3, [0, 0, 1]).strip() == "=X="
     plan = inherit("m", 12, 2, parts=("mlp", "norm"))
     assert plan.strip() == "pp"
     assert plan.rows[0].parts == ("mlp",)
@@ -414,7 +415,7 @@ def test_zeroed_copies_leave_the_function_unchanged(kind):
     params = drawn(4, kind)
     rows = [*[Row("m", i) for i in range(3)], *[Row("m", i, "copy", ZERO) for i in (1, 2, 1)], Row("m", 3)]
     plan = DepthPlan(tuple(rows), *["m"] * 4, (("m", 4),))
-    assert plan.strip() == "000zzz0"
+    assert plan.strip() == "===zzz="
     np.testing.assert_allclose(
         run(compiled_apply(plan, {"m": params}), 7, kind), run(params, 4, kind), rtol=0, atol=1e-6
     )
@@ -488,7 +489,7 @@ def test_compose_refusals():
     plan = UPSCALE
     on = partial(compose, inherit("m", 7, 3))
     refused("'m' has 6 layers, but the plan on it says 7", on, {"m": identity("base", 6)})
-    assert on({"m": plan}).strip() == "000"
+    assert on({"m": plan}).strip() == "==="
     assert compose(inherit("m", 7, 7), {"m": plan}) == plan
     fresh = inherit("base", 6, 7 * [1], parts=("mlp", *ENDS))
     twice = DepthPlan((Row("m", 3), Row("m", 3, "copy")), *["m"] * 4, (("m", 7),))

@@ -227,7 +227,7 @@ def test_tunguska():
     rows = [(i, ()) for i in range(41)] + [(i, ZEROED) for _ in range(2) for i in range(19, 41)]
     rows += [(i, ()) for i in range(41, 55)]
     assert [(row.layer, row.scales) for row in merge.plan.rows] == rows
-    assert merge.plan.strip() == "0" * 41 + "z" * 44 + "0" * 14
+    assert merge.plan.strip() == "=" * 41 + "z" * 44 + "=" * 14
     assert merge == mergekit.Merge(merge.plan, MISTRAL, None, None, None, ())
     assert (merge.plan.scales, merge.plan.dtype, merge.plan.sources) == ((), None, ((MISTRAL, 56),))
     assert mergekit.dump(merge.plan) == yaml.safe_dump(

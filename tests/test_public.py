@@ -169,10 +169,10 @@ class Tags(html.parser.HTMLParser):
 
 def test_a_plan_shows_its_strip_and_its_picture():
     tunguska = jaxup.upscale("org/Mistral-Small", 56, range(19, 41), copies=2)
-    assert repr(tunguska) == f"<DepthPlan 56 -> 100 layers: {'0' * 41}{'z' * 44}{'0' * 15}>"
+    assert repr(tunguska) == f"<DepthPlan 56 -> 100 layers: {'=' * 41}{'z' * 44}{'=' * 15}>"
     assert str(tunguska) == tunguska.describe()
-    assert repr(jaxup.stack("m", 80, 5)) == f"<DepthPlan 80 -> 400 layers: {'0' * 58}...{'X' * 58}>"
-    assert repr(jaxup.concat(jaxup.identity("a", 2), jaxup.identity("b", 1))) == "<DepthPlan 2 + 1 -> 3 layers: 000>"
+    assert repr(jaxup.stack("m", 80, 5)) == f"<DepthPlan 80 -> 400 layers: {'=' * 58}...{'X' * 58}>"
+    assert repr(jaxup.concat(jaxup.identity("a", 2), jaxup.identity("b", 1))) == "<DepthPlan 2 + 1 -> 3 layers: ===>"
     drawn = tunguska._repr_png_()
     assert Image.open(io.BytesIO(drawn)).format == "PNG"
     shown = Tags(tunguska._repr_html_())

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxup.depth import recipes
@@ -78,7 +78,7 @@ def test_llama_pro():
 def test_solar():
     plan = recipes.solar("m", 32, 8)
     assert order(plan) == span(0, 24) + span(8, 32)
-    assert plan.strip() == "0" * 24 + "X" * 16 + "0" * 8
+    assert plan.strip() == "=" * 24 + "X" * 16 + "=" * 8
 
 
 def test_g_stack():
@@ -346,6 +346,7 @@ def test_a_recipe_is_registered_with_the_kinds_of_its_arguments():
 def test_describe_groups_what_repeats():
     lines = recipes.interleave("m", 56, range(19, 41), copies=2).describe().splitlines()
     assert lines[2:] == [
+        "= original  z zeroed copy",
         "  result  layers  role      scales",
         "  0-18    0-18    original",
         "  19      19      original",
@@ -358,8 +359,17 @@ def test_describe_groups_what_repeats():
         "source layers 19-40 are used 3 times",
     ]
     lines = recipes.stack("m", 90, 3, noise=0.5).describe().splitlines()
-    assert lines[1:4] == ["  0 " + "0" * 90 + "X" * 10, "100 " + "X" * 100, "200 " + "X" * 70]
+    assert lines[1:4] == ["  0 " + "=" * 90 + "X" * 10, "100 " + "X" * 100, "200 " + "X" * 70]
     assert "  90-179   0-89    copy      noise 0.5" in lines
+    # What is said in as few lines as it is shown in, is shown.
+    few, many = (recipes.expand("m", 4 * times, 4).describe() for times in (3, 4))
+    assert "  14      11      copy      o_proj x 0, down_proj x 0" in few.splitlines()
+    assert ": the " not in few
+    assert "  0-19: the 5 layers above, 4 times, each time 4 layers on" in many.splitlines()
+    whole = recipes.drop("m", 20, [2, 4, 6, 8, 10]).describe().splitlines()  # ranges are not torn for it
+    assert [line for line in whole if line.startswith(("  0-1 ", "  6-14 "))] == [
+        "  0-1     0-1     original", "  6-14    11-19   original",
+    ]  # fmt: skip
     assert "source layers 1, 3, ..., 55 are never used" in recipes.inherit("m", 56, every=2).describe()
 
 
@@ -379,12 +389,14 @@ def test_describe_nemoria():
 
 
 @settings(max_examples=60)
+@example([(0, "original"), (2, "copy"), (0, "zeroed")] * 6)
+@example([*zip([3, 1, 2, 2, 3, 3, 1, 2, 2, 3, 3, 1, 2, 2, 3], ["original", "copy", "zeroed", "copy", "copy"] * 3)])
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["original", "copy", "zeroed"])), min_size=1, max_size=40))
 def test_the_table_says_where_every_layer_comes_from(layers):
     """The table, unfolded by its own words, is the plan again."""
     rows = [Row("m", layer, "copy" if k == "zeroed" else k, ZEROED if k == "zeroed" else ()) for layer, k in layers]
     text = DepthPlan(tuple(rows), *["m"] * 4, (("m", 4),)).describe()
-    table = [line for line in text.splitlines()[3:] if line.startswith("  ")]
+    table = [line for line in text.splitlines()[4:] if line.startswith("  ")]
     unfolded = []
     for line in table:
         if ":" in line:
@@ -427,7 +439,7 @@ def test_picture():
         elif not kinds and rows[-1]:
             rows.append("")
     legend, *layers, strip = filter(None, rows)
-    assert (legend, layers, strip) == ("0z", ["0", "0", "0z", "0z", "0", "0"], "0000zz00")
+    assert (legend, layers, strip) == ("=z", ["=", "=", "=z", "=z", "=", "="], "====zz==")
     for other in (
         recipes.stack("m" * 300, 80, 5), recipes.inherit("\n\u4e2d", 56, every=2), recipes.identity("m", 1),
         DepthPlan((Row("a", 3), Row("b", 0, "new", parts=())), "a", None, "b", "a",
@@ -448,7 +460,7 @@ def test_one_after_the_other():
         ("a", 0, "original"), ("a", 1, "original"), ("a", 2, "original"), ("b", 0, "original"), ("b", 1, "original"),
         ("a", 2, "copy"), ("a", 2, "copy"), ("a", 3, "original"),
     ]  # fmt: skip
-    assert plan.strip() == "00000Xz0"
+    assert plan.strip() == "=====Xz="
     assert [getattr(plan, end) for end in ENDS] == ["a"] * 4
     assert plan.sources == (("a", 4), ("b", 2))
     two = recipes.concat(recipes.identity("a", 2), recipes.identity("b", 1))
@@ -467,4 +479,4 @@ def test_the_recipes_of_docs_depth():
     plans = [parse(re.split(r"  +", line)[0]).plan(60) for line in lines]
     assert [plan.num_layers for plan in plans] == [104, 104, 75, 71, 104, 240, 6, 30, 52, 99, 48]
     (written,) = re.findall(r"```yaml\n(.*?)```", docs, re.S)
-    assert DepthPlan.from_yaml(written).strip() == "0" * 24 + "z" * 16 + "0" * 8
+    assert DepthPlan.from_yaml(written).strip() == "=" * 24 + "z" * 16 + "=" * 8

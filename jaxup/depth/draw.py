@@ -12,7 +12,7 @@ from jaxup.text import named
 
 # What a character of the strip means, and its colour on a terminal (SGR parameters).
 CHARACTERS = {
-    "0": ("original", "34"),
+    "=": ("original", "34"),
     "X": ("copy", "33"),
     "z": ("zeroed copy", "35"),
     "p": ("partly inherited", "36"),
@@ -22,7 +22,7 @@ _WIDTH = 100  # layers in one row of the strip
 
 
 def strip(plan: DepthPlan) -> str:
-    """One character per layer: 0 original, X copy, z zeroed copy, p partly inherited, n new."""
+    """One character per layer: = original, X copy, z zeroed copy, p partly inherited, n new."""
     return "".join(map(character, plan.rows))
 
 
@@ -35,7 +35,7 @@ def character(row: Row) -> str:
         return "p"
     if row.role == "copy":
         return "z" if row.zeroed else "X"
-    return "0"
+    return "="
 
 
 def describe(plan: DepthPlan, *, color: bool = False) -> str:
@@ -46,15 +46,14 @@ def describe(plan: DepthPlan, *, color: bool = False) -> str:
 
 
 def _strip_rows(plan: DepthPlan, color: bool) -> Iterator[str]:
-    """Rows of 100 layers, the index of the first before each if there are several."""
+    """Rows of 100 layers, the index of the first before each if there are several; and what the characters mean."""
     whole, digits = strip(plan), len(str(plan.num_layers))
     for start in range(0, len(whole), _WIDTH):
         row = whole[start : start + _WIDTH]
         if color:
             row = "".join(_colored(c, "".join(same)) for c, same in itertools.groupby(row))
         yield row if len(whole) <= _WIDTH else f"{start:>{digits}} {row}"
-    if color:
-        yield "  ".join(_colored(c, c) + f" {CHARACTERS[c][0]}" for c in CHARACTERS if c in whole)
+    yield "  ".join(f"{_colored(c, c) if color else c} {CHARACTERS[c][0]}" for c in CHARACTERS if c in whole)
 
 
 def _colored(character: str, text: str) -> str:
@@ -65,7 +64,7 @@ def _colored(character: str, text: str) -> str:
 
 
 def _table(plan: DepthPlan) -> Iterator[str]:
-    """A line for each run of layers; what repeats is shown once, with a line that says how often."""
+    """A line for each run of layers; what repeats many times is shown once, with a line that says how often."""
     header = ("result", "source", "layers", "role", "parts", "scales")
     cells: list[Sequence[str]] = [header]
     notes: dict[int, str] = {}
@@ -133,14 +132,16 @@ def _patterns(rows: Sequence[Row]) -> Iterator[tuple[int, int, int, int]]:
 
     start = done = 0
     while start < count:
-        best, spared = None, 0
+        best, spared = None, _LEAST_SPARED - 1
         for p in range(1, min(longest, (count - start) // 3) + 1):
             times, on = (holds[p][start] + p) // p, shifts[p][start]
             if on is None or times < 3:
                 continue
-            spares = lines[start + times * p] - lines[start + p] - 1
+            stop = start + times * p
+            # The words are a line as well, and so is a run that begins or ends within what repeats.
+            spares = lines[stop] - lines[start + p] - 1 - (start not in heads) - (stop not in heads)
             if spares > spared:
-                best, spared = (start, start + times * p, p, on), spares
+                best, spared = (start, stop, p, on), spares
         if best is None:
             start += 1
             continue
@@ -153,6 +154,7 @@ def _patterns(rows: Sequence[Row]) -> Iterator[tuple[int, int, int, int]]:
 
 
 _MAX_PERIOD = 128
+_LEAST_SPARED = 4  # lines of the table: words are longer to read than lines
 
 
 def _kind(row: Row) -> tuple[object, ...]:

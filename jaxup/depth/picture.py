@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
 # Okabe and Ito's palette, which is told apart with any colour vision.
-COLORS = {"0": "#0072B2", "X": "#E69F00", "z": "#CC79A7", "p": "#56B4E9", "n": "#009E73"}
-_ON = {"0": "#ffffff", "X": "#1b1f24", "z": "#1b1f24", "p": "#1b1f24", "n": "#ffffff"}  # letters on these
+COLORS = {"=": "#0072B2", "X": "#E69F00", "z": "#CC79A7", "p": "#56B4E9", "n": "#009E73"}
+_ON = {"=": "#ffffff", "X": "#1b1f24", "z": "#1b1f24", "p": "#1b1f24", "n": "#ffffff"}  # letters on these
 _INK, _FAINT, _GRID, _PATH, _UNUSED, _PAPER = "#1b1f24", "#646c76", "#e6e9ed", "#4d5763", "#fde7e4", "#ffffff"
 _ALARM = "#b3261e"  # the writing on what is never used
 
@@ -33,6 +33,7 @@ _MARGIN, _TEXT, _SMALL, _TITLE = 48, 26, 22, 36
 _WIDTH, _HEIGHT = 2000, 1100  # of all cells, about
 _CELL = 56  # at most
 _STRIP = 36
+_LETTERED = 24  # cells of this width have the letters of the strip, and so has the legend
 _MAX_PIXELS = 10**8
 
 
@@ -108,7 +109,7 @@ def picture(plan: DepthPlan, title: str) -> Image:
     draw = ImageDraw.Draw(image)
     _write(draw, (_MARGIN, _MARGIN), _fitting(title, _TITLE, wide - 2 * _MARGIN), _TITLE)
     _write(draw, (_MARGIN, _MARGIN + _TITLE + 20), depths, _TEXT, _FAINT)
-    _draw_legend(draw, plan, _MARGIN, _MARGIN + _TITLE + 20 + _TEXT + 40)
+    _draw_legend(draw, plan, _MARGIN, _MARGIN + _TITLE + 20 + _TEXT + 40, lettered=width >= _LETTERED)
 
     def x(i: int) -> int:
         return left + round(i * width)
@@ -129,7 +130,7 @@ def picture(plan: DepthPlan, title: str) -> Image:
         color = COLORS[character(row)]
         draw.rectangle([x(i), band.y(layer), max(x(i + 1), x(i) + 2) - 1 - gap, low - 1 - gap], color)
         draw.rectangle([x(i), strip, max(x(i + 1), x(i) + 2) - 1 - gap, strip + _STRIP - 1], color)
-        if width >= 24:
+        if width >= _LETTERED:
             middle = ((x(i) + x(i + 1) - gap) // 2, strip + _STRIP // 2)
             _write(draw, middle, character(row), _SMALL, _ON[character(row)], "mm")
     _draw_path(draw, plan, where, x)
@@ -169,9 +170,11 @@ def _entries(plan: DepthPlan) -> dict[str, str]:
     return {c: f"{meaning} ({kinds.count(c)})" for c, (meaning, _) in CHARACTERS.items() if c in kinds}
 
 
-def _draw_legend(draw: ImageDraw, plan: DepthPlan, x: int, y: int) -> None:
+def _draw_legend(draw: ImageDraw, plan: DepthPlan, x: int, y: int, *, lettered: bool) -> None:
     for kind, text in _entries(plan).items():
         draw.rectangle([x, y + 2, x + 23, y + 25], COLORS[kind])
+        if lettered:
+            _write(draw, (x + 12, y + 14), kind, _SMALL, _ON[kind], "mm")
         _write(draw, (x + 34, y + 14), text, _TEXT, _INK, "lm")
         x += 34 + _length(text, _TEXT) + 40
 

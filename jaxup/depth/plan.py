@@ -213,7 +213,7 @@ class DepthPlan:
         return plan_yaml.load(text, name)
 
     def strip(self) -> str:
-        """One character per layer: 0 original, X copy, z zeroed copy, p partly inherited, n new."""
+        """One character per layer: = original, X copy, z zeroed copy, p partly inherited, n new."""
         from jaxup.depth import draw
 
         return draw.strip(self)

@@ -49,7 +49,6 @@ def model_card(
     else:
         text = printable(plan.describe())
         fence = backticks(text)
-        lines += ["`0` original, `X` copy, `z` zeroed copy, `p` partly inherited, `n` new.", ""]
         lines.append(f"{fence}text\n{text}\n{fence}")
     if picture is not None:
         lines += ["", f"![Each layer of the result, and the layer it was made from]({picture})"]
