@@ -1,6 +1,7 @@
 """jaxup: change the depth of a language model and train the result, in JAX.
 
     plan = jaxup.open_plan("upscale(org/Name-7B, 8:24, copies=2)")      # or a file; print(plan) shows it
+    plan = jaxup.upscale("org/Name-7B", "8:24", copies=2)               # the same
     model = jaxup.load(plan, dtype="bfloat16")                          # or a directory, Hub id or URL
     logits = jax.jit(lambda model, tokens: model(tokens))(model, tokens)   # int32 [batch, seq] -> [batch, seq, vocab]
     jaxup.save(model, "out")                                            # what transformers loads
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from jaxup.building.work import build as build_model
     from jaxup.depth.apply import apply as apply_plan
     from jaxup.depth.plan import DepthPlan
-    from jaxup.depth.recipes import (
+    from jaxup.hub.load import load
+    from jaxup.hub.save import save
+    from jaxup.hub.text_generation import generate
+    from jaxup.recipes.functions import (
         concat,
         drop,
         duplicate,
@@ -32,9 +36,6 @@ if TYPE_CHECKING:
         stack,
         upscale,
     )
-    from jaxup.hub.load import load
-    from jaxup.hub.save import save
-    from jaxup.hub.text_generation import generate
     from jaxup.recipes.open import open_plan
 
 __version__ = "0.1.0"
@@ -63,7 +64,7 @@ if not TYPE_CHECKING:  # a type checker knows the names from above, and that the
     def __getattr__(name: str):
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module, _, attribute = _PLACES.get(name, "depth.recipes").partition(":")
+        module, _, attribute = _PLACES.get(name, "recipes.functions").partition(":")
         value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute or name)
         globals()[name] = value  # found at once from now on
         return value

@@ -112,6 +112,49 @@ def test_a_plan_knows_where_its_models_are(directory, tmp_path):
         assert_same(jaxup.load(tmp_path / out), model)
 
 
+def test_recipes_know_the_depth_of_a_model(directory):
+    place, plan = str(directory), jaxup.open_plan(f"upscale({directory}, 1:3)")
+    model = jaxup.load(directory)
+    for source in (place, directory, model, f"identity({place})", jaxup.identity(place, 3)):
+        for layers in ("1:3", slice(1, None), range(1, 3), ["1:3"], [slice(1, 3)]):
+            assert jaxup.upscale(source, layers) == plan
+    assert (
+        jaxup.upscale(place, 3, "1:") == jaxup.upscale(place, copies=1, layers="1:3") == jaxup.open_plan(plan) == plan
+    )
+    assert len(plan) == plan.num_layers == 5
+    assert jaxup.identity(place) == jaxup.identity(model) == jaxup.identity(place, 3)
+    assert jaxup.stack(place, 2) == jaxup.stack(place, 3, 2) == jaxup.stack(place, 3, times=2)
+    assert jaxup.inherit(directory, 2) == jaxup.inherit(place, layers=2) == jaxup.inherit(place, 3, 2)
+    assert jaxup.inherit(place, 3, every=2) == jaxup.inherit(model, every=2)
+    for made in (plan, f"upscale({place}, 1:3)"):
+        assert jaxup.drop(made, 4) == jaxup.open_plan(f"drop(upscale({place}, 1:3), 4)")
+    assert jaxup.drop(jaxup.load(plan), 4).sources == (("model", 5),)  # its layers, in no files
+    assert jaxup.drop(Decoder(CONFIG, init(CONFIG, 0)), 2) == jaxup.drop("model", 3, 2)
+    assert jaxup.concat(place, model, plan) == jaxup.concat(*[jaxup.identity(place, 3)] * 2, plan)
+    for function in (jaxup.drop, jaxup.stack):
+        assert "directory, Hub id or URL" in function.__doc__
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda place: jaxup.inherit(place, 2), "inherit: '{}' has 3 layers, not 2; layers=2 says how many of them"),
+        (lambda _: jaxup.upscale("base", "1:3"), "upscale: base is not at hand: no such directory"),
+        (lambda _: jaxup.upscale("base", "1:3"), "; of a model that is not, give the number of layers after its name"),
+        (lambda _: jaxup.upscale(3, "1:3"), "upscale: a model comes here, by its place, loaded or as a plan, not int"),
+        (lambda place: jaxup.upscale(place, "19-40"),
+            "upscale: '19-40' is no range of layers: layers 19 to 40 are written 19:41"),
+        (lambda place: jaxup.upscale(place, "x"), "upscale: 'x' is no range of layers: one is written 8:24"),
+        (lambda place: jaxup.upscale(place, slice(0, 3, 2)), "upscale: 0:3:2 has a step"),
+        (lambda place: jaxup.upscale(jaxup.stack(place, 2), "5:8"), "upscale: 5:8 is too far: 'plan' has layers 0-5"),
+        (lambda place: jaxup.load(f"upscale({place}, 1:3)"), "; a recipe is opened by jaxup.open_plan"),
+        (lambda place: jaxup.open_plan(jaxup.identity(place, 4)), "plan: source '{}' has 4 layers here, but 3 in"),
+    ],
+)  # fmt: skip
+def test_recipes_on_what_is_no_model(directory, call, message):
+    refused(message.format(directory), call, str(directory))
+
+
 def test_what_is_wrong_is_said_in_the_words_of_python(directory, tmp_path):
     message = "org/nope is not at hand: no such directory"
     refused(message, jaxup.open_plan, "identity(org/nope)")

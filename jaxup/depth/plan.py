@@ -149,9 +149,12 @@ class DepthPlan:
             if dtype is not None and dtype not in DTYPES:
                 raise UserError(f"unknown dtype {dtype!r}{suggest(str(dtype), DTYPES)}")
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     @property
     def num_layers(self) -> int:
-        return len(self.rows)
+        return len(self)
 
     def factors(self, path: str) -> tuple[float, ...]:
         """What multiplies the parameter at `path`, one of END_PATHS."""

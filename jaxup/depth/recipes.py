@@ -1,16 +1,19 @@
 """Recipes: functions that make a DepthPlan from a few numbers.
 
-All but `concat` begin with the source's name and its number of layers. Layers are a range, `range(19, 41)`
-for layers 19 to 40, or a list of numbers and ranges. Where a layer occurs several times, the first that
-is not zeroed is the original and the others are its copies. Zeroed copies have o_proj and down_proj
-scaled by 0: they add nothing to the residual stream, so the result computes what the source does until
-it is trained. Numbers that make no sense are a UserError.
+All but `concat` begin with the source's name and its number of layers; `jaxup.recipes.functions` has them on
+models, too. Layers are a range, `range(19, 41)` for layers 19 to 40, also as `slice(19, 41)` or "19:41", or a
+list of numbers and ranges. Where a layer occurs several times, the first that is not zeroed is the original
+and the others are its copies. Zeroed copies have o_proj and down_proj scaled by 0: they add nothing to the
+residual stream, so the result computes what the source does until it is trained. Numbers that make no sense
+are a UserError.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -19,7 +22,7 @@ from jaxup.depth.plan import ALL_PARTS, ENDS, PARTS, ZEROED, DepthPlan, Row
 from jaxup.errors import UserError, suggest, within
 from jaxup.model.config import MAX_LAYERS
 
-Layers = range | Sequence[int | range]  # several layers
+Layers = range | slice | str | Sequence[int | range | slice | str]  # several layers
 
 RECIPES: dict[str, Callable[..., DepthPlan]] = {}  # by name
 
@@ -190,6 +193,30 @@ def concat(*plans: DepthPlan) -> DepthPlan:
     return DepthPlan(tuple(rows), first.embed_tokens, first.embed_positions, last.norm, last.lm_head, sources)
 
 
+def as_range(item: int | range | slice | str, source_layers: int) -> int | range:
+    """A layer or a range of layers, however it is written."""
+    if isinstance(item, str):
+        ends = re.fullmatch(r"(\d{0,18}):(\d{0,18})", item.replace(" ", ""), re.ASCII)
+        if ends is None:
+            raise UserError(f"{item!r} is no range of layers: {hyphenated(item) or 'one is written 8:24'}")
+        item = slice(*(int(end) if end else None for end in ends.groups()))
+    if isinstance(item, slice):
+        stop = source_layers if item.stop is None else item.stop
+        return range(item.start or 0, stop, 1 if item.step is None else item.step)
+    try:
+        return item if isinstance(item, range) else operator.index(item)
+    except TypeError:
+        raise UserError(f"{item!r} is neither a layer nor a range of layers") from None
+
+
+def hyphenated(text: str) -> str:
+    """Of "19-40", what was meant, in words; else ""."""
+    if (ends := re.fullmatch(r"(\d{1,18})-(\d{1,18})", text, re.ASCII)) is None:
+        return ""
+    first, last = sorted(map(int, ends.groups()))
+    return f"layers {first} to {last} are written {first}:{last + 1}"
+
+
 def check_layers(layers: Iterable[int | range], source: str, source_layers: int) -> None:
     """UserError for a layer that the source does not have, and for a range that holds none."""
     has = f"{source!r} has layers 0-{source_layers - 1}, 0:{source_layers} as a range"
@@ -213,7 +240,11 @@ def check_layers(layers: Iterable[int | range], source: str, source_layers: int)
 
 def _spans(source: str, source_layers: int, layers: Layers) -> list[range]:
     """The ranges asked for; a single layer is a range of one."""
-    items = [layers] if isinstance(layers, range) and layers.step == 1 else layers
+    if isinstance(layers, int):
+        raise UserError(f"a range or a list of layers is needed; did you mean {layers}:{layers + 1}?")
+    if isinstance(layers, slice | str) or (isinstance(layers, range) and layers.step == 1):
+        layers = [layers]
+    items = [as_range(item, source_layers) for item in layers]
     if not items:
         raise UserError("the list of layers is empty")
     check_layers(items, source, source_layers)

@@ -92,7 +92,8 @@ def open_storage(path_or_id: str | os.PathLike, *, revision: str | None = None) 
         raise UserError("not a directory", at=str(path))
     repo, own = split_revision(text)
     if not HUB_ID.fullmatch(repo):
-        raise UserError("no such directory", at=str(path))
+        hint = "a recipe is opened by jaxup.open_plan" if re.match(r"\w+\(", text) else ""
+        raise UserError("no such directory", at=str(path), hint=hint)
     if (own or revision) is None:
         with within(text):
             check_hub_id(repo)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from jaxup.depth.compose import compose
 from jaxup.depth.plan import DepthPlan
-from jaxup.depth.recipes import RECIPES, Layers, check_layers, identity
+from jaxup.depth.recipes import RECIPES, Layers, as_range, check_layers, hyphenated, identity
 from jaxup.errors import UserError, suggest, within
 
 _MAX_LENGTH, _MAX_DEPTH, _MAX_ITEMS = 4096, 8, 1000
@@ -56,10 +56,8 @@ class Argument(NamedTuple):
     def resolved(self, source: str, num_layers: int) -> Any:
         """The value, with what a range leaves out; UserError with the column of layers that are not there."""
         many = isinstance(self.value, list)
-        items = [
-            range(item.start or 0, num_layers if item.stop is None else item.stop) if isinstance(item, slice) else item
-            for item in (self.value if many else [self.value])
-        ]
+        written = self.value if many else [self.value]
+        items = [as_range(item, num_layers) if isinstance(item, slice) else item for item in written]
         # A number by itself may be a count, which the recipe itself checks.
         layers = [item for item in items if isinstance(item, range) or (many and isinstance(item, int))]
         with within(_place(self.column)):
@@ -325,10 +323,7 @@ class _Scanner:
             return text
         if re.fullmatch(r"[\d:-]+", text):
             kind = "ranges of layers have no step: 8:24" if text.count(":") > 1 else "numbers and layers count from 0"
-            if span := re.fullmatch(r"(\d{1,18})-(\d{1,18})", text, re.ASCII):
-                first, last = sorted(map(int, span.groups()))
-                kind = f"layers {first} to {last} are written {first}:{last + 1}"
-            raise self.error(f"{text[:30]} is not understood: {kind}", start)
+            raise self.error(f"{text[:30]} is not understood: {hyphenated(text) or kind}", start)
         what = f"{text[:30]!r} is neither a number, a range nor a word" if text else (
             f"{self.rest()!r} is not understood" if self.rest() else "the recipe ends here, in the middle")  # fmt: skip
         raise self.error(what, start)

@@ -18,6 +18,7 @@ from typing import Any
 from jaxup.depth import marked_yaml, plan_yaml
 from jaxup.depth.marked_yaml import Map, Place
 from jaxup.depth.plan import DepthPlan
+from jaxup.depth.recipes import identity
 from jaxup.errors import UserError, first_line, nearest, suggest
 from jaxup.families import family_of_hf
 from jaxup.files.storage import HUB_ID, is_place, split_revision
@@ -75,20 +76,29 @@ class Recipe:
         return "the plan does not hold what the recipe says of tokenizer and chat template" if lost else ""
 
 
-def open_plan(recipe: str | os.PathLike[str], *, models: Mapping[str, str] | None = None) -> DepthPlan:
+def open_plan(recipe: str | os.PathLike[str] | DepthPlan, *, models: Mapping[str, str] | None = None) -> DepthPlan:
     """The plan of a recipe, its sources named by the places of their models, so that `jaxup.load(plan)` finds them.
 
     Args:
-      recipe: one line such as "upscale(org/Name, 8:24, copies=2)", or a mergekit or plan file.
+      recipe: one line such as "upscale(org/Name, 8:24, copies=2)", a mergekit or plan file, or a plan.
       models: where models are: the recipe's name for one -> a directory, Hub id or URL.
 
     Raises:
       UserError: what is wrong in the recipe, with its place; a model whose config.json is not at hand.
     """
-    opened = open_recipe(os.fspath(recipe), models=models, flag="models: ")
+    given = recipe if isinstance(recipe, DepthPlan) else os.fspath(recipe)
+    opened = open_recipe(given, models=models, flag="models: ")
     for note in (*opened.notes, *filter(None, [opened.beyond_plan])):
         warnings.warn(note, stacklevel=2)
     return opened.plan.renamed({name: model.place for name, model in opened.models.items()})
+
+
+def model_plan(place: str) -> DepthPlan:
+    """The plan of a model as it is; UserError if its config.json is not at hand."""
+    found = _Models({}, None, None, None, "")
+    found.hint = "of a model that is not, give the number of layers after its name"
+    model = found[place]
+    return identity(model.place, model.config.num_layers)
 
 
 def open_recipe(
