@@ -80,6 +80,14 @@ def test_what_the_cache_or_the_positions_cannot_hold_is_refused_and_not_clamped(
     tokens = jnp.asarray(tokens_for(config))[:, :9]
     with pytest.raises(UserError, match="9 tokens, and the model has learned 8 positions"):
         model(tokens)
+    for inputs, message in (
+        ({"tokens_BS": np.array([[3, 50]])}, "token 50 is not there: the model has tokens 0-49"),
+        ({"tokens_BS": jnp.array([[3, -100]])}, "token -100 is not there"),
+        ({"tokens_BS": np.array([[3]]), "positions_BS": np.array([[8]])}, "position 8 is not there"),
+        ({"tokens_BS": np.array([[3]]), "order": np.array([0, -1, 2])}, "layer 2 is not there: .* layers 0-1$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model(**inputs)
     beyond = jax.jit(model)(tokens, positions_BS=jnp.arange(9, dtype=jnp.int32)[None])
     assert jnp.isnan(beyond[:, 8]).all()
     cache = KVCache.empty(config, 2, 16, jnp.float32)

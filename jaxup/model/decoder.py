@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
@@ -50,10 +51,12 @@ class Decoder(nnx.Module):
     Calling it on int32 tokens [batch, seq] gives logits [batch, seq, vocab] in the compute dtype; of packed
     rows, `positions_BS` and `segment_ids_BS` say where each token stands and what it belongs to.
 
-    `order`, int32 [runs], says which layer runs when: [0, 1, 2, 1, 2, 3] runs layers 1 and 2 twice,
-    -1 runs nothing, and a layer that the model lacks makes the output NaN. It is an argument of the
-    compiled function: all orders of one length share a program, and no weight is copied. Running the
-    order `plan.order()` gives what the model that `plan` makes gives.
+    `order`, int32 [runs], says which layer runs when: [0, 1, 2, 1, 2, 3] runs layers 1 and 2 twice, and
+    -1 runs nothing. It is an argument of the compiled function: all orders of one length share a program,
+    and no weight is copied. Running the order `plan.order()` gives what the model that `plan` makes gives.
+
+    UserError for tokens, learned positions and layers that the model lacks. Under `jit`, where their numbers
+    are not known, such positions and layers make the output NaN, and such a token is taken for another.
     """
 
     origin: Any = None  # where the params came from: set by whoever loads them
@@ -81,17 +84,19 @@ class Decoder(nnx.Module):
             + (f", by {plan!r}>" if plan else ">")
         )
 
-    def __call__(self, tokens_BS: Int[Array, "batch seq"], **inputs: Any) -> Float[Array, "batch seq vocab"]:
+    def __call__(
+        self, tokens_BS: Int[Array | np.ndarray, "batch seq"], **inputs: Any
+    ) -> Float[Array, "batch seq vocab"]:
         """Logits; `inputs` are those of `hidden`."""
         return self.logits(self.hidden(tokens_BS, **inputs))
 
     def hidden(
         self,
-        tokens_BS: Int[Array, "batch seq"],
+        tokens_BS: Int[Array | np.ndarray, "batch seq"],
         *,
-        positions_BS: Int[Array, "#batch seq"] | None = None,
-        segment_ids_BS: Int[Array, "batch seq"] | None = None,
-        order: Int[Array, " runs"] | None = None,
+        positions_BS: Int[Array | np.ndarray, "#batch seq"] | None = None,
+        segment_ids_BS: Int[Array | np.ndarray, "batch seq"] | None = None,
+        order: Int[Array | np.ndarray, " runs"] | None = None,
         stack: SplitStack | None = None,
     ) -> Float[Array, "batch seq hidden"]:
         """What the head is applied to: the final norm's output. A `stack` takes the place of the blocks."""
@@ -103,10 +108,10 @@ class Decoder(nnx.Module):
 
     def decode(
         self,
-        tokens_BS: Int[Array, "batch seq"],
+        tokens_BS: Int[Array | np.ndarray, "batch seq"],
         cache: KVCache,
-        first_B: Int[Array, " batch"] | None = None,
-        order: Int[Array, " runs"] | None = None,
+        first_B: Int[Array | np.ndarray, " batch"] | None = None,
+        order: Int[Array | np.ndarray, " runs"] | None = None,
     ) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Logits after the last of the next `seq` tokens, and the cache with these tokens added.
 
@@ -140,9 +145,13 @@ class Decoder(nnx.Module):
     # ---- what these consist of
 
     def embed(
-        self, tokens_BS: Int[Array, "batch seq"], positions_BS: Int[Array, "#batch seq"]
+        self, tokens_BS: Int[Array | np.ndarray, "batch seq"], positions_BS: Int[Array | np.ndarray, "#batch seq"]
     ) -> Float[Array, "batch seq hidden"]:
         """What the first block is applied to."""
+        # Indexing alone would take the last token in the place of one that is not there.
+        _check("token", tokens_BS, self.config.vocab_size)
+        if self.embed_positions is not None:
+            _check("position", positions_BS, self.config.max_positions)
         dtype = jnp.dtype(self.compute.dtype)
         # Cast after the look-up: the rows that are read, not the whole table.
         x_BSD = self.embed_tokens[...][tokens_BS].astype(dtype)
@@ -168,12 +177,12 @@ class Decoder(nnx.Module):
     def run(
         self,
         x_BSD: Float[Array, "batch seq hidden"],
-        positions_BS: Int[Array, "#batch seq"],
+        positions_BS: Int[Array | np.ndarray, "#batch seq"],
         *,
-        segment_ids_BS: Int[Array, "batch seq"] | None = None,
+        segment_ids_BS: Int[Array | np.ndarray, "batch seq"] | None = None,
         cache: KVCache | None = None,
-        first_B: Int[Array, " batch"] | None = None,
-        order: Int[Array, " runs"] | None = None,
+        first_B: Int[Array | np.ndarray, " batch"] | None = None,
+        order: Int[Array | np.ndarray, " runs"] | None = None,
         stack: SplitStack | None = None,
     ) -> tuple[Float[Array, "batch seq hidden"], Any]:
         """The blocks applied one after the other; and, with a `cache`, its (k, v) with theirs."""
@@ -211,6 +220,7 @@ class Decoder(nnx.Module):
         runs: Any = (self.blocks, jnp.arange(num_layers), columns)
         length = num_layers
         if order is not None:
+            _check("layer", order, num_layers, first=-1)
             order = jnp.asarray(order, jnp.int32)
             step, runs, length = ordered, (order, jnp.cumsum(order >= 0) - 1), order.shape[0]
         if policy is not None:
@@ -219,6 +229,15 @@ class Decoder(nnx.Module):
         kv = None if cache is None else (cache.k_LBTKH, cache.v_LBTKH)
         unroll = min(self.compute.unroll, length) or length
         return jax.lax.scan(step, (x_BSD, kv), runs, unroll=unroll)[0]
+
+
+def _check(what: str, numbers: Array | np.ndarray, count: int, first: int = 0) -> None:
+    """UserError for numbers that are not from `first` to `count` - 1, if they are known in this process."""
+    if isinstance(numbers, jax.core.Tracer) or not getattr(numbers, "is_fully_addressable", True):
+        return
+    known = np.asarray(numbers)
+    if (wrong := known[(known < first) | (known >= count)]).size:
+        raise UserError(f"{what} {wrong[0]} is not there: the model has {what}s 0-{count - 1}")
 
 
 # "dots" keeps every matrix product's output, "full" only each block's input.
