@@ -130,6 +130,8 @@ def test_recipes_know_the_depth_of_a_model(directory):
         assert jaxup.drop(made, 4) == jaxup.open_plan(f"drop(upscale({place}, 1:3), 4)")
     assert jaxup.drop(jaxup.load(plan), 4).sources == (("model", 5),)  # its layers, in no files
     assert jaxup.drop(Decoder(CONFIG, init(CONFIG, 0)), 2) == jaxup.drop("model", 3, 2)
+    with pytest.warns(UserWarning, match=r"^drop: \[0, 2\] is layers 0 and 2 only; a range is 0:2$"):
+        assert len(jaxup.drop(place, [0, 2])) == 1
     assert jaxup.concat(place, model, plan) == jaxup.concat(*[jaxup.identity(place, 3)] * 2, plan)
     for function in (jaxup.drop, jaxup.stack):
         assert "directory, Hub id or URL" in function.__doc__

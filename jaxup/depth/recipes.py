@@ -209,6 +209,14 @@ def as_range(item: int | range | slice | str, source_layers: int) -> int | range
         raise UserError(f"{item!r} is neither a layer nor a range of layers") from None
 
 
+def only_two(layers: object) -> str:
+    """Of a list such as [8, 24], which may be meant for a range, what it is, in words; else ""."""
+    if not isinstance(layers, list) or [type(layer) for layer in layers] != [int, int] or layers[0] + 1 >= layers[1]:
+        return ""
+    first, second = layers
+    return f"[{first}, {second}] is layers {first} and {second} only; a range is {first}:{second}"
+
+
 def hyphenated(text: str) -> str:
     """Of "19-40", what was meant, in words; else ""."""
     if (ends := re.fullmatch(r"(\d{1,18})-(\d{1,18})", text, re.ASCII)) is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, cast, overload, runtime_checkable
 
@@ -77,6 +78,8 @@ def _on_models(function: Callable[Concatenate[str, int, _P], DepthPlan]) -> _Fun
 
     @functools.wraps(function)
     def call(source: Any, *args: Any, **kwargs: Any) -> DepthPlan:
+        for note in filter(None, map(recipes.only_two, (*args, *kwargs.values()))):
+            warnings.warn(f"{name}: {note}", stacklevel=2)
         counted = hasattr(args[0] if args else kwargs.get("source_layers"), "__index__")
         if isinstance(source, str) and counted and binds(source, *args, **kwargs):
             # What could be read as a model and a number of its layers, too.

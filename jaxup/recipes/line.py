@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from jaxup.depth.compose import compose
 from jaxup.depth.plan import DepthPlan
-from jaxup.depth.recipes import RECIPES, Layers, as_range, check_layers, hyphenated, identity
+from jaxup.depth.recipes import RECIPES, Layers, as_range, check_layers, hyphenated, identity, only_two
 from jaxup.errors import UserError, suggest, within
 
 _MAX_LENGTH, _MAX_DEPTH, _MAX_ITEMS = 4096, 8, 1000
@@ -85,9 +85,8 @@ class Call:
         """What was perhaps not meant: a list of two layers that looks like a range's two ends."""
         found = [note for source in self.sources if isinstance(source, Call) for note in source.notes]
         for value, column in self.arguments.values():
-            if isinstance(value, list) and [type(item) for item in value] == [int, int] and value[0] + 1 < value[1]:
-                a, b = value
-                found.append(f"{_place(column)}: [{a}, {b}] is layers {a} and {b} only; a range is {a}:{b}")
+            if note := only_two(value):
+                found.append(f"{_place(column)}: {note}")
         return tuple(found)
 
     def plan(self, num_layers: int | Callable[[str], int]) -> DepthPlan:
