@@ -393,6 +393,7 @@ def test_the_base_gives_config_and_files(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "plan.png" in card
     assert "never used" in card
+    assert "= original" in card
 
 
 def test_sources_that_are_far_or_pickled(tmp_path, torch):
