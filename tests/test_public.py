@@ -106,6 +106,15 @@ def test_a_plan_knows_where_its_models_are(directory, tmp_path):
     grown = jaxup.apply_plan(plan, {str(directory): nnx.to_pure_dict(nnx.state(jaxup.load(directory)))})
     for path, leaf in flatten(grown).items():
         np.testing.assert_array_equal(leaf, params(model)[path])
+    base = jaxup.load(directory)
+    for sources in (base, {str(directory): base}):
+        made = jax.jit(jaxup.apply_plan, static_argnums=0)(plan, sources)
+        assert_same(made, model)
+        assert (made.config, made.compute) == (model.config, model.compute)
+    two = jaxup.concat(plan, jaxup.identity("b", 3))
+    refused("apply: the plan has 2 sources; give a mapping", jaxup.apply_plan, two, base)
+    refused("apply: some sources are models and some are params", jaxup.apply_plan, plan,
+            {str(directory): base, "b": params(base)})  # fmt: skip
     for recipe, out in ((line, "line"), (plan, "plan"), (tmp_path / "plan.yaml", "file")):
         models = {"base": str(directory)} if out == "file" else None
         jaxup.build_model(recipe if out == "plan" else str(recipe), tmp_path / out, models=models)

@@ -8,28 +8,39 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxup.depth.materials import Bill, Material, common, materials
 from jaxup.depth.plan import ENDS, DepthPlan
+from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest, within
-from jaxup.model.decoder import Params
+from jaxup.model.decoder import Decoder, Params, abstract
 from jaxup.model.spec import PART_OF, STACK, flatten, unflatten
 
 INIT = None  # the name, among the sources, of the freshly initialised tree
 
 
+@overload
+def apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None = None) -> Params: ...
+
+
+@overload
+def apply(plan: DepthPlan, sources: Decoder | Mapping[str, Decoder], init: Params | None = None) -> Decoder: ...
+
+
 @within("apply")
-def apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None = None) -> Params:
-    """The params that `plan` makes from those of its sources.
+def apply(plan: DepthPlan, sources: Any, init: Params | None = None) -> Any:
+    """The params that `plan` makes from those of its sources, or of models the model.
 
     Args:
       plan: hashable; make it static under `jax.jit`.
-      sources: params of each of the plan's sources, and maybe others, leaves under "blocks" [L, ...].
+      sources: params of each of the plan's sources, and maybe others, leaves under "blocks" [L, ...]; or
+        models, or, of one source, the model itself.
       init: freshly initialised params of the result's depth, leaves under "blocks" [M, ...], from which
         what the plan does not inherit is taken.
 
@@ -39,10 +50,28 @@ def apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None = 
       says otherwise. Scaling is done in float32; a scale of 0 gives +0.0 and a scale of 1 a
       bit-exact copy. The layer axis must not be sharded; the sharding of the others is kept.
       Embeddings, final norm and head may be the very arrays of the sources, which then must not be donated.
+      A model computes as that of the first layer does.
 
     Raises:
       UserError: sources or `init` are missing, or do not fit the plan or each other.
     """
+    if isinstance(sources, Decoder):
+        if len(plan.sources) != 1:
+            raise UserError(f"the plan has {len(plan.sources)} sources; give a mapping from their names to models")
+        sources = {plan.sources[0][0]: sources}
+    models = {name: model for name, model in sources.items() if isinstance(model, Decoder)}
+    if models:
+        if len(models) < len(sources):
+            raise UserError("some sources are models and some are params")
+        params = {name: nnx.to_pure_dict(nnx.state(model, nnx.Param)) for name, model in models.items()}
+        made = _apply(plan, params, init)
+        config = result_config(plan, {name: model.config for name, model in models.items()})
+        return nnx.merge(abstract(config, models[plan.rows[0].source].compute)[0], made)
+    return _apply(plan, sources, init)
+
+
+def _apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None) -> Params:
+    """`apply` on params."""
     trees: dict[str | None, dict[str, Any]] = {}
     for name, _ in plan.sources:
         if name not in sources:
