@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jaxup.errors import Parser, UserError, entry_point, within
 from jaxup.hub.text_generation import OPTIONS, Prompt, Writing, check_options, encode, stop_ids
+from jaxup.progress import say
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -62,6 +63,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             prompt.encode()
         except UnicodeEncodeError:
             raise UserError(f"--prompt: not text in UTF-8: {prompt!r}") from None
+    if not args.chat and (blank := next((prompt for prompt in prompts if prompt.endswith((" ", "\t"))), None)):
+        # A word's token has the blank before it: after one of its own no word that was learned can follow.
+        say(f"{blank[-40:]!r}: the prompt ends in a blank, after which most models write badly; better without it")
     return prompts
 
 

@@ -117,7 +117,7 @@ def trained(folder: Path) -> dict[str, str]:
     return found
 
 
-GENERATE = ["generate", "model", "--prompt", "def ", "--greedy", "--max-tokens", "8"]
+GENERATE = ["generate", "model", "--prompt", "def", "--greedy", "--max-tokens", "8"]
 
 
 def written(folder: Path) -> dict[str, str]:

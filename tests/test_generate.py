@@ -417,7 +417,11 @@ def test_what_the_command_asks_for(model_dir, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("猫\nthe cat\n".encode())))
     run(model_dir, "--chat", "--system", "it", "--prompt-file", "-")
     assert seen["prompts"] == [prompt_ids(tokenizer, message, "it") for message in ("猫", "the cat")]
-    assert capsys.readouterr().out == "[1] 猫\nsat well 猫\n\n[2] the cat\nsat well 猫\n\n"
+    out, err = capsys.readouterr()
+    assert out == "[1] 猫\nsat well 猫\n\n[2] the cat\nsat well 猫\n\n"
+    assert "blank" not in err
+    run(model_dir, "--prompt", "the cat", "--prompt", "it ")
+    assert "jaxup: 'it ': the prompt ends in a blank, after which" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -44,7 +44,7 @@ def test_the_run_directory(finished, corpus):
     assert {row[4] for row in rows} == {f"{8 * 8 * 32:,}"}
     for name in names:
         results = json.loads((workdir / "checkpoints" / name / "result.json").read_text())
-        assert results["sample"].startswith("def ")
+        assert results["sample"].startswith("def")
         assert results["kind"] == name.partition("_")[0]
     assert (workdir / "plots" / "validation_loss.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "plan.yaml").read_text() == (workdir / "export" / "jaxup_plan.yaml").read_text()
@@ -307,10 +307,12 @@ def test_documented_commands_parse(command, documented_files):
     words = shlex.split(command[command.index("-m jaxup.") :])
     if words[1] in ("jaxup.train", "jaxup.resume"):
         args, overrides = train.parse_args(words[1:] if words[1] == "jaxup.train" else resume.as_train(words[1:]))
-        load(args.config or "inherit_gpt2.py", overrides)  # with --resume it is that of a run
+        config = load(args.config or "inherit_gpt2.py", overrides)  # with --resume it is that of a run
+        assert config.sample.prompt.strip() == config.sample.prompt
     else:
         modules = {m.__name__: m for m in (generate, export, plan, build, prepare, verify)}
         args = modules[words[1]].parse_args(words[1:])
+        assert all(prompt.strip() == prompt for prompt in getattr(args, "prompt", None) or ())
         if "(" in getattr(args, "recipe", ""):
             assert recipe_line.parse(args.recipe).plan(num_layers=12)
 

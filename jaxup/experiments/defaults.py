@@ -86,7 +86,7 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     # after which all leave and say which of them it was that made no progress. For all to start: as many, at least 60.
     c.processes = ConfigDict({"timeout": 600.0})
     # The text of each model in SUMMARY.md. Temperature 0: always the likeliest token; top_k 0: drawn from all.
-    c.sample = ConfigDict({"prompt": "def " if small else "The", "tokens": 60, "temperature": 0.8, "top_k": 50})
+    c.sample = ConfigDict({"prompt": "def" if small else "The", "tokens": 60, "temperature": 0.8, "top_k": 50})
     if kind in SECTIONS:
         SECTIONS[kind](c)
     for key in c:
