@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import itertools
 import json
 import logging
 import re
@@ -22,7 +23,7 @@ from jaxup.hub.writer import save
 from jaxup.model import sampling
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract, init
-from jaxup.model.sampling import generate, restrict
+from jaxup.model.sampling import Session, generate, restrict
 from jaxup.model.sharding import param_shardings
 from jaxup.training.sharding import MeshConfig, make_mesh
 
@@ -135,6 +136,30 @@ def test_sharded_params_give_the_same_tokens(params, compiled):
     assert [name for name in compiled() if name in ("prefill", "decode")] == ["prefill", "decode"]
     assert rows(generate(LLAMA, placed, prompts, **how)) == expected
     assert compiled() == []
+
+
+def test_a_text_by_turns_is_what_generate_draws_of_each_with_two_programs(params, compiled):
+    how = {name: value for name, value in SAMPLED.items() if name != "max_tokens"}
+    session = Session(LLAMA, params, context=140, **how)
+    first, more, other = ragged([5, 64, 40], 60)
+    drawn = list(session(first, max_tokens=6))
+    turns = [[*first, *drawn, *more], [*first, *drawn], [*first, *other], first[:1]]
+    compiled()
+    replies = [list(session(turn, max_tokens=6)) for turn in turns]
+    assert compiled() == []
+    assert list(itertools.islice(session(turns[0], max_tokens=50), 3)) == replies[0][:3]
+    next(iter(session(other, max_tokens=6)))  # broken off, here and above
+    session._state[0].k_LBTKH.delete()  # as what is broken off inside of a step leaves it
+    again = list(session(turns[0], max_tokens=6, eos_ids=replies[0][2:3]))
+    assert again == replies[0][:3]
+    assert list(session(turns[1], max_tokens=6)) == replies[1]
+    for prompt, reply in zip([first, *turns], [drawn, *replies]):
+        assert rows(generate(LLAMA, params, [prompt], **SAMPLED)) == [reply]
+    assert len(list(session([1] * 139, max_tokens=1))) == 1
+    with pytest.raises(UserError, match="139 tokens and 2 new ones, and the context holds 140"):
+        next(session([1] * 139, max_tokens=2))
+    with pytest.raises(UserError, match="the prompt has the token 64, the model those up to 63"):
+        next(session([64], max_tokens=2))
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.3), (0, 0.01), (7, 1.0), (20, 0.8), (99, 0.999)])

@@ -1,4 +1,4 @@
-"""Generation with a key/value cache: ragged prompts as one batch, two programs for all of them.
+"""Generation with a key/value cache: ragged prompts as one batch, or one text by turns; two programs for all of them.
 
 Shape suffixes: B batch, S sequence, V vocabulary.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,18 +62,10 @@ def generate(
     tokens_BS = np.zeros((len(lengths), _padded(longest)), np.int32)
     for row, prompt in zip(tokens_BS, prompts, strict=True):
         row[-len(prompt) :] = prompt
-    if not 0 <= tokens_BS.min() <= tokens_BS.max() < config.vocab_size:
-        wrong = tokens_BS.min() if tokens_BS.min() < 0 else tokens_BS.max()
-        raise UserError(
-            f"generate: the prompt has the token {wrong}, the model those up to {config.vocab_size - 1}; "
-            "is this another model's tokenizer?"
-        )
+    _check_tokens(tokens_BS, config)
     first_B = tokens_BS.shape[1] - np.asarray(lengths, np.int32)
-    # Parameters in host memory would be sent to the device for every token.
-    params = jax.tree.map(jnp.asarray, params)
-    sharding = jax.tree.leaves(params)[0].sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    prefill, decode = _programs(config, dtype, temperature, top_k, top_p, vocab_size, mesh)
+    params, mesh = _placed(params)
+    prefill, decode, _ = _programs(config, dtype, temperature, top_k, top_p, vocab_size, mesh)
 
     def steps():
         ended_B = np.zeros(len(lengths), bool)
@@ -93,6 +86,83 @@ def generate(
     return steps()
 
 
+class Session:
+    """One text that is added to and gone on from, by turns; two programs for all turns, whatever their lengths.
+
+    Keys and values are kept: of each turn only what comes after that of the turn before is computed. The first reply
+    is what `generate` draws for the same prompt, alone, up to rounding.
+
+    Args:
+      context: positions that there are for all of the text.
+      others: as for `generate`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, params: Params, *, context: int, temperature: float, top_k: int, top_p: float,
+        seed: int, vocab_size: int, dtype: str = "float32",
+    ):  # fmt: skip
+        self._config, self._context, self._seed, self._dtype = config, context, seed, dtype
+        self._params, mesh = _placed(params)
+        self._extend = _programs(config, dtype, temperature, top_k, top_p, vocab_size, mesh)[2]
+        self._fed: list[int] = []  # tokens of which the state has keys and values
+        self._state: Any = None
+
+    def __call__(self, ids: Sequence[int], *, max_tokens: int, eos_ids: Collection[int] = ()) -> Iterator[int]:
+        """Yields what is drawn after the text `ids`, at most `max_tokens`, up to and with one of `eos_ids`.
+
+        May be broken off at any point, by Ctrl-C too. UserError for no tokens, those that the model does not have, and
+        more than the context holds.
+        """
+        if not 0 < len(ids) <= self._context - max_tokens:
+            raise UserError(f"{len(ids)} tokens and {max_tokens} new ones, and the context holds {self._context}")
+        _check_tokens(np.asarray(ids), self._config)
+        if self._state is None or self._state[0].k_LBTKH.is_deleted():  # or a step was broken off
+            self._fed, self._state = [], self._empty()
+        pairs = enumerate(zip(self._fed, ids[:-1]))
+        same = next((i for i, (old, new) in pairs if old != new), min(len(self._fed), len(ids) - 1))
+        del self._fed[same:]
+        # Chunks of one length: the last ends with the text, and repeats what it must. Before the first position there
+        # are as many slots of padding, where a chunk may begin.
+        for end in (*range(same + _BUCKET, len(ids), _BUCKET), len(ids)):
+            chunk_BS = np.asarray([[0] * _BUCKET + list(ids[:end])], np.int32)[:, -_BUCKET:]
+            next_B, self._state = self._extend(self._params, chunk_BS, self._state, np.int32(end))
+            self._fed = list(ids[:end])
+        for left in reversed(range(max_tokens)):
+            drawn_B = next_B
+            if left:  # the next step is dispatched before this one's token is read
+                slot = np.int32(_BUCKET + len(self._fed))
+                next_B, self._state = self._extend(self._params, drawn_B, self._state, slot)
+            token = int(np.asarray(drawn_B)[0])
+            self._fed += [token] * (left > 0)
+            yield token
+            if token in eos_ids:
+                return
+
+    def _empty(self) -> Any:
+        cache = KVCache.empty(self._config, 1, _BUCKET + self._context, jnp.dtype(self._dtype))
+        return cache, np.asarray([_BUCKET], np.int32), _keys(self._seed, 1)
+
+
+def _placed(params: Params) -> tuple[Params, Mesh | None]:
+    """On devices: parameters in host memory would be sent there for every token. And the mesh that they lie on."""
+    params = jax.tree.map(jnp.asarray, params)
+    sharding = jax.tree.leaves(params)[0].sharding
+    return params, sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+def _check_tokens(tokens: np.ndarray, config: ModelConfig) -> None:
+    if not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
+        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise UserError(
+            f"generate: the prompt has the token {wrong}, the model those up to {config.vocab_size - 1}; "
+            "is this another model's tokenizer?"
+        )
+
+
+def _keys(seed: Any, batch: int) -> Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+
+
 def _padded(length: int) -> int:
     return -(-length // _BUCKET) * _BUCKET
 
@@ -100,7 +170,7 @@ def _padded(length: int) -> int:
 @functools.lru_cache(maxsize=8)
 def _programs(
     config: ModelConfig, dtype: str, temperature: float, top_k: int, top_p: float, vocab_size: int, mesh: Mesh | None
-) -> tuple[Callable, Callable]:
+) -> tuple[Callable, Callable, Callable]:
     graphdef, _ = abstract(config, Compute(dtype=dtype))
 
     def step(params, tokens_BS, state):
@@ -118,18 +188,23 @@ def _programs(
 
     def prefill(params, tokens_BS, first_B, seed, *, length):
         batch = tokens_BS.shape[0]
-        key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
         cache = KVCache.empty(config, batch, length, jnp.dtype(dtype))
-        return step(params, tokens_BS, (cache, first_B, key_B))
+        return step(params, tokens_BS, (cache, first_B, _keys(seed, batch)))
 
     def decode(params, tokens_B, state):
         return step(params, tokens_B[:, None], state)
+
+    def extend(params, tokens, state, slot):
+        """From any slot on: what is after it is forgotten."""
+        cache, first_B, key_B = state
+        return step(params, tokens.reshape(1, -1), (cache._replace(length=slot), first_B, key_B))
 
     # Every process reads the tokens; how the cache is split follows from the parameters.
     out = None if mesh is None else (NamedSharding(mesh, PartitionSpec()), None)
     return (
         jax.jit(prefill, static_argnames="length", out_shardings=out),
         jax.jit(decode, donate_argnums=2, out_shardings=out),
+        jax.jit(extend, donate_argnums=2, out_shardings=out),
     )
 
 
