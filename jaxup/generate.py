@@ -10,11 +10,19 @@ import argparse
 import functools
 import sys
 import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxup.errors import Parser, UserError, entry_point, within
 from jaxup.hub.text_generation import OPTIONS, Prompt, Writing, check_options, encode, stop_ids
-from jaxup.progress import say
+from jaxup.progress import Progress, printable, say
+from jaxup.text import misfit, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxup.model.decoder import Decoder
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -25,37 +33,92 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--prompt-file", metavar="FILE", help="a prompt per line, empty lines left out; - = standard input")
     add("--chat", action="store_true", help="the prompt is a message, put into the tokenizer's chat template")
     add("--system", metavar="TEXT", help="with --chat: the system's message before it")
-    add("--max-tokens", metavar="N", type=int, default=100, help="new tokens at most (100)")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--temperature", metavar="T", type=float, default=0.8, help="divides the logits (0.8); 0 = greedy")
-    how.add_argument("--greedy", action="store_const", dest="temperature", const=0.0, help="always the likeliest token")
-    add("--top-k", metavar="K", type=int, default=0, help="draw from the K likeliest tokens; 0 = from all (0)")
-    add("--top-p", metavar="P", type=float, default=1.0, help="draw from the fewest tokens that hold P of it (1)")
-    add("--seed", metavar="N", type=int, default=0, help="the same seed gives the same text (0)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of parameters and computation (float32)")
-    add("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
-    add("--strict", action="store_true", help="refuse NaN and infinite parameters instead of warning")
-    add("--allow-pickle", action="store_true", help="read pytorch_model.bin if there are no safetensors")
+    add_flags(parser, DEFAULTS)
     args = parser.parse_args(argv[1:])
-    check_options(vars(args), lambda name: f"--{name.replace('_', '-')}")
+    check_flags(args, DEFAULTS)
     if args.system is not None and not args.chat:
         raise UserError("--system goes with --chat")
     return args
 
 
+_OWN = {"temperature": "temperature", "top_k": "top_k", "tokens": "max_tokens"}  # of a run's section `sample`
+DEFAULTS = {"max_tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 0}
+
+
+def add_flags(parser: Parser, defaults: Mapping[str, Any]) -> None:
+    """How text is drawn and the model is read. What is not given is None: see `drawing`."""
+    add, usual = parser.add_argument, "({})".format
+    add("--max-tokens", metavar="N", type=int, help=f"new tokens at most {usual(defaults['max_tokens'])}")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--temperature", metavar="T", type=float,
+                     help=f"divides the logits {usual(defaults['temperature'])}; 0 = greedy")  # fmt: skip
+    how.add_argument("--greedy", action="store_const", dest="temperature", const=0.0, help="always the likeliest token")
+    add("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens; 0 = from all (0)")
+    add("--top-p", metavar="P", type=float, help="draw from the fewest tokens that hold P of it (1)")
+    add("--seed", metavar="N", type=int, help="the same seed gives the same text (0)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of parameters and computation (float32)")
+    add("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
+    add("--strict", action="store_true", help="refuse NaN and infinite parameters instead of warning")
+    add("--allow-pickle", action="store_true", help="read pytorch_model.bin if there are no safetensors")
+    parser.epilog = "What is not given of how text is drawn is, of a run, that of its own samples (config.sample)."
+
+
+def check_flags(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    check_options({**defaults, **_given(args)}, lambda name: f"--{name.replace('_', '-')}")
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+
+
+def drawing(
+    args: argparse.Namespace,
+    run: Path | None,
+    defaults: Mapping[str, Any],
+    *,
+    own: Collection[str] = tuple(_OWN.values()),
+) -> dict[str, Any]:
+    """How text is drawn: as flags say, else (of what `own` names) as a run draws its samples, else by default."""
+    given, settings = _given(args), dict[str, Any]()
+    if run is not None:
+        file, hint = run / "config.json", "put it back"
+        sample = (read_json(file, {"sample": dict[str, Any] | None}, hint) or {}).get("sample") or {}
+        if wrong := misfit(sample, {"temperature": float | None, "top_k": int | None, "tokens": int | None}):
+            raise UserError(f"damaged: sample.{wrong}", at=str(file), hint=hint)
+        settings = {_OWN[key]: value for key, value in sample.items() if _OWN.get(key) in {*own} - given.keys()}
+        # What a run does not write is no text of none; and greedily there is nothing that is drawn.
+        if settings.get("max_tokens") == 0:
+            del settings["max_tokens"]
+        if settings.get("temperature") == 0 and given.keys() & {"top_k", "top_p"}:
+            del settings["temperature"]
+        if {**settings, **given}.get("temperature") == 0:
+            settings.pop("top_k", None)
+        with within(str(file)):
+            check_options({**defaults, **given, **settings}, "sample: {}".format)
+        if settings:
+            said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+            say(f"drawn as the run's own samples are: {said}")
+    return {**defaults, **settings, **given}
+
+
+def read_lines(flag: str, file: str) -> list[str]:
+    """The lines of a file, or with - of standard input, that are not empty."""
+    try:
+        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        lines = raw.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{flag}: {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{flag}: {file}: not text in UTF-8") from None
+    if not (found := [line.removesuffix("\r") for line in lines if line.strip()]):
+        raise UserError(f"{flag}: {file}: no prompt in it")
+    return found
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt or ())
     if args.prompt_file is not None:
-        try:
-            raw = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
-            lines = raw.decode("utf-8-sig").split("\n")
-        except OSError as error:
-            raise UserError(f"--prompt-file: {args.prompt_file}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"--prompt-file: {args.prompt_file}: not text in UTF-8") from None
-        prompts += [line.removesuffix("\r") for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f"--prompt-file: {args.prompt_file}: no prompt in it")
+        prompts += read_lines("--prompt-file", args.prompt_file)
     if not prompts:
         raise UserError("nothing to go on from: give --prompt or --prompt-file")
     for prompt in prompts:
@@ -69,45 +132,60 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def main(argv: list[str]) -> None:
-    args = parse_args(argv)
-    texts = read_prompts(args)
+class Opened(NamedTuple):
+    """A model of which all is known but its parameters."""
 
+    name: str  # of its directory
+    run: Path | None  # that it is of
+    tokenizer: PreTrainedTokenizerBase
+    ends: tuple[int, ...]  # tokens that end a text
+    load: Callable[[], Decoder]
+
+
+def open_model(args: argparse.Namespace) -> Opened:
+    """The model that a command is told with `add_flags`."""
     from jaxup.data.tokenizer import load_tokenizer
     from jaxup.files.bucket import place
     from jaxup.hub.directory import tokenizer_directory
     from jaxup.hub.load import load
     from jaxup.hub.reader import load_config
-    from jaxup.progress import Progress, printable
 
-    path = place(args.model)
-    if (path / "checkpoints").is_dir():
-        path = path / "export"
+    name, run = args.model, None
+    if ((path := place(name)) / "checkpoints").is_dir():
+        run, path = path, path / "export"
         if not path.is_dir():
-            raise UserError(f"{args.model}: this run has no export yet; it is written when the run finishes")
-        args.model = str(path)
-    load_config(args.model, revision=args.revision)  # what is no model shall not be called one without tokenizer
-    directory = tokenizer_directory(args.model, revision=args.revision)
+            raise UserError(f"{name}: this run has no export yet; it is written when the run finishes")
+        name = str(path)
+    load_config(name, revision=args.revision)  # what is no model shall not be called one without tokenizer
+    directory = tokenizer_directory(name, revision=args.revision)
     tokenizer = load_tokenizer(str(directory))
-    ends = stop_ids(directory, tokenizer)
+    how = {flag: getattr(args, flag) for flag in ("dtype", "revision", "strict", "allow_pickle")}
+    reading = functools.partial(load, name, progress=True, **how)
+    return Opened(name, run, tokenizer, stop_ids(directory, tokenizer), reading)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    texts = read_prompts(args)
+    opened = open_model(args)
+    how, tokenizer = drawing(args, opened.run, DEFAULTS), opened.tokenizer
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     prompts: list[Prompt] = [[*system, {"role": "user", "content": text}] if args.chat else text for text in texts]
     with within("--chat" if args.chat else args.model):
         for prompt in prompts:  # what cannot be spelt is refused before the model is read
             encode(tokenizer, prompt)
-    how = {name: getattr(args, name) for name in ("dtype", "revision", "strict", "allow_pickle")}
-    model = load(args.model, progress=True, **how)
+    model = opened.load()
 
     began = time.monotonic()
     # Elsewhere than on a terminal the text is to the letter what the model writes.
     shown = functools.partial(printable, keep="\n\t") if sys.stdout.isatty() else str
-    writing = Writing(model, tokenizer, prompts, eos_ids=ends, **{name: getattr(args, name) for name in OPTIONS})
+    writing = Writing(model, tokenizer, prompts, eos_ids=opened.ends, **how)
     written = ["" if args.chat else text for text in texts]
     single = len(texts) == 1
     if single:
         print(shown(written[0]), end="", flush=True)
     interrupted = False
-    with Progress("generate", total=args.max_tokens, unit="tokens of each prompt", shown=not single) as progress:
+    with Progress("generate", total=how["max_tokens"], unit="tokens of each prompt", shown=not single) as progress:
         try:
             for pieces in writing:
                 if len(writing.counts) == 1:

@@ -1,5 +1,6 @@
 """Generation: tokens against transformers', their text against its tokenizers, and the command."""
 
+import argparse
 import importlib
 import io
 import itertools
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 from scipy.special import softmax
 
+from jaxup import chat
 from jaxup.data.chat_formats import prompt_ids
 from jaxup.data.tokenizer import train_bpe
 from jaxup.errors import UserError
@@ -28,6 +30,7 @@ from jaxup.model.sharding import param_shardings
 from jaxup.training.sharding import MeshConfig, make_mesh
 
 command = importlib.import_module("jaxup.generate")  # in the package the name is the function's
+UNASKED = argparse.Namespace(**dict.fromkeys(text_generation.OPTIONS))
 
 GREEDY = dict(max_tokens=24, temperature=0.0, top_k=0, seed=0)
 SAMPLED = dict(max_tokens=6, temperature=0.9, top_k=30, top_p=0.95, seed=3, vocab_size=60)
@@ -527,3 +530,166 @@ def test_directories_that_cannot_write(model_dir, tmp_path):
     (tmp_path / "bare" / "config.json").write_bytes((model_dir / "config.json").read_bytes())
     with pytest.raises(UserError, match=r"\Atokenizer: no tokenizer in [^\n]*\Z"):
         run(tmp_path / "bare", "--prompt", "a")
+
+
+@pytest.mark.parametrize(
+    ("sample", "flags", "expected"),
+    [
+        ({"temperature": 0.5, "top_k": 7, "tokens": 9, "prompt": "a"}, {},
+         {"temperature": 0.5, "top_k": 7, "max_tokens": 9}),
+        ({"temperature": 0.5, "top_k": 7, "tokens": 9}, {"temperature": 1.5, "max_tokens": 3},
+         {"temperature": 1.5, "top_k": 7, "max_tokens": 3}),
+        ({"temperature": 0.5, "top_k": 7, "tokens": 0}, {"temperature": 0.0}, {"temperature": 0.0}),
+        ({"temperature": 0, "top_k": 50}, {}, {"temperature": 0}),
+        ({"temperature": 0, "top_k": 50}, {"top_p": 0.5}, {"top_p": 0.5, "top_k": 50}),
+        (None, {}, {}),
+        ({"temperature": -1.0}, {}, "config.json: sample: temperature must be a number and not negative, not -1.0"),
+        ({"tokens": "9"}, {}, "config.json: damaged: sample.tokens must be int | None, not '9'; put it back"),
+    ],
+)  # fmt: skip
+def test_a_run_is_drawn_from_as_its_own_samples_are(sample, flags, expected, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({} if sample is None else {"sample": sample}))
+    args = argparse.Namespace(**{**vars(UNASKED), **flags})
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            command.drawing(args, tmp_path, command.DEFAULTS)
+        return
+    assert command.drawing(args, tmp_path, command.DEFAULTS) == command.DEFAULTS | expected
+    said = capsys.readouterr().err.strip().partition("own samples are: ")[2]
+    own = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in expected.items() if name not in flags)
+    assert said == own
+    assert command.drawing(args, None, command.DEFAULTS) == command.DEFAULTS | flags
+
+
+# ---- a conversation
+
+
+def talk(*args):
+    chat.main(["chat", *map(str, args)])
+
+
+def test_a_conversation_is_what_generate_writes_of_all_that_was_said(model_dir, tmp_path, capsys, compiled):
+    from transformers import AutoTokenizer
+
+    turns = ["the cat", "it sat on", "the mat " * 20, "/reset", "the cat"]
+    (tmp_path / "turns.txt").write_text("\n\n".join(turns))
+    talk(model_dir, "--prompts", tmp_path / "turns.txt", "--greedy", "--max-tokens", 9, "--system", "sat")
+    assert [name for name in compiled() if name in ("prefill", "decode", "extend")] == ["extend", "extend"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:6:2] == [f"> {turn}" for turn in turns[:3]]
+    assert lines[6:] == ["> /reset", "> the cat", lines[1]]
+    said, chats = [{"role": "system", "content": "sat"}], []
+    for turn, reply in zip(turns[:3], lines[1:6:2]):
+        said = [*said, {"role": "user", "content": turn}]
+        chats.append(said)
+        said = [*said, {"role": "assistant", "content": reply}]
+    model, tokenizer = hub.load(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    assert text_generation.generate(model, tokenizer, chats, max_tokens=9, temperature=0.0) == lines[1:6:2]
+
+
+class Terminal:
+    """In place of the session of a model, and of who types: what is written, typed, and seen."""
+
+    def __init__(self, monkeypatch, tokenizer, typed, *replies):
+        self.tokenizer, self.replies, self.prompts, self.typed = tokenizer, list(replies), [], iter(typed)
+        monkeypatch.setattr(sampling, "Session", lambda *args, **how: self)
+        monkeypatch.setattr("sys.stdin", self)
+        monkeypatch.setattr("builtins.input", self.type)
+
+    def __call__(self, ids, *, max_tokens, eos_ids):
+        self.prompts.append(self.tokenizer.decode(ids, skip_special_tokens=True))
+        reply = self.replies.pop(0)
+        drawn = self.tokenizer(reply.strip("^"), add_special_tokens=False)["input_ids"]
+        yield from [*drawn, self.tokenizer.eos_token_id][: len(drawn) if reply.endswith("^") else max_tokens]
+        if reply.endswith("^"):
+            raise KeyboardInterrupt
+
+    def isatty(self):
+        return True
+
+    def type(self, prompt):
+        line = next(self.typed, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+
+def test_what_is_typed(model_dir, monkeypatch, capsys):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    typed = ["the cat", "", "it", "/rest", "a " * 300, "so", "/reset", "on", "/quit", "never"]
+    terminal = Terminal(monkeypatch, tokenizer, typed, "sat well^", "^", "mat\x1b[2J", "")
+    talk(model_dir)
+    out, err = capsys.readouterr()
+    assert terminal.prompts == [
+        "[user]the cat\n[assistant]",
+        "[user]the cat\n[assistant]sat well\n[user]it\n[assistant]",
+        "[user]the cat\n[assistant]sat well\n[user]so\n[assistant]",  # what had no answer was not said
+        "[user]on\n[assistant]",
+    ]
+    assert out == "sat well\n\nmat\x1b[2J\n\n"  # capsys is no terminal
+    assert [line.removeprefix("jaxup: ") for line in err.splitlines() if line.startswith("jaxup: ")] == [
+        "a context of 256 tokens; /reset begins anew, /quit leaves",
+        *["the reply was ended; Ctrl-C again leaves"] * 2,
+        "unknown command '/rest'; did you mean '/reset'?",
+        f"{len(prompt_ids(tokenizer, 'a ' * 300))} tokens, and the context holds 256 with the reply",
+        "the reply is empty: the model ended it at once",
+    ]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    terminal = Terminal(monkeypatch, tokenizer, ["on", KeyboardInterrupt()], "mat\x1b[2J")
+    with pytest.raises(KeyboardInterrupt):
+        talk(model_dir)
+    assert capsys.readouterr().out == "mat [2J\n\n"
+
+
+def test_a_full_context_loses_its_oldest_questions(model_dir, monkeypatch, capsys):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    typed = ["the cat sat", "on the mat", "it sat well", "the " * 30]
+    terminal = Terminal(monkeypatch, tokenizer, typed, "mat", "cat", "sat", "on " * 90)
+    talk(model_dir, "--context", 96, "--system", "it")
+    assert terminal.prompts == [
+        "[system]it\n[user]the cat sat\n[assistant]",
+        "[system]it\n[user]the cat sat\n[assistant]mat\n[user]on the mat\n[assistant]",
+        "[system]it\n[user]on the mat\n[assistant]cat\n[user]it sat well\n[assistant]",
+        f"[system]it\n[user]{'the ' * 30}\n[assistant]",
+    ]
+    err = capsys.readouterr().err
+    assert "is full: the oldest question was left out, with what was answered" in err
+    assert "is full: the oldest 2 questions were left out" in err
+    assert "the reply was cut: the context of 96 tokens is full\n" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--format", "chatlm"], "--format: 'chatlm' is not known; did you mean 'chatml'?"),
+        (["--context", "0"], "--context must be at least 1, not 0"),
+        (["--context", "257"], "--context: context: 257 tokens, and the model takes from 1 to 256"),
+        (["--prompts", "/nowhere.txt"], "--prompts: /nowhere.txt: No such file"),
+        (["--greedy", "--top-p", "0.9"], "--top-p goes with a temperature above 0"),
+    ],
+)
+def test_mistakes_of_a_conversation(args, message, model_dir, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the cat")))
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        talk(model_dir, *args)
+    assert "\n" not in str(error.value)
+
+
+def test_a_format_in_place_of_a_template(model_dir, tmp_path, monkeypatch):
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    bare = shutil.copytree(model_dir, tmp_path / "bare")
+    for file in ("jaxup_manifest.json", "chat_template.jinja"):
+        (bare / file).unlink()
+    tokenizer = AutoTokenizer.from_pretrained(bare)
+    terminal = Terminal(monkeypatch, tokenizer, ["the cat"], "sat")
+    with pytest.raises(UserError, match="bare: the tokenizer has no chat template; name one with --format: metharme"):
+        talk(bare)
+    talk(bare, "--format", "metharme")
+    assert terminal.prompts == ["<|user|>the cat<|model|>"]

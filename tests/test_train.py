@@ -17,7 +17,7 @@ from damage import damage
 from runs import arguments, losses, metrics
 
 import jaxup
-from jaxup import __main__, build, export, plan, prepare, resume, train, verify
+from jaxup import __main__, build, chat, export, plan, prepare, resume, train, verify
 from jaxup.errors import NonFinite, UserError
 from jaxup.recipes import line as recipe_line
 
@@ -98,6 +98,7 @@ def test_generate_from_the_run(finished, capsys):
     assert capsys.readouterr().out == first.out
     assert first.out.startswith("def f")
     assert "tokens/s" in first.err
+    assert "jaxup: drawn as the run's own samples are: temperature 0.8, top k 50\n" in first.err
 
 
 def test_killed_and_resumed_ends_with_the_same_numbers(finished, corpus, tmp_path):
@@ -310,7 +311,7 @@ def test_documented_commands_parse(command, documented_files):
         config = load(args.config or "inherit_gpt2.py", overrides)  # with --resume it is that of a run
         assert config.sample.prompt.strip() == config.sample.prompt
     else:
-        modules = {m.__name__: m for m in (generate, export, plan, build, prepare, verify)}
+        modules = {m.__name__: m for m in (generate, chat, export, plan, build, prepare, verify)}
         args = modules[words[1]].parse_args(words[1:])
         assert all(prompt.strip() == prompt for prompt in getattr(args, "prompt", None) or ())
         if "(" in getattr(args, "recipe", ""):
@@ -334,7 +335,7 @@ def test_documented_flags_exist():
 
 
 ENTRIES = (
-    "", ".train", ".resume", ".generate", ".export", ".plan", ".build", ".prepare", ".verify", ".__main__",
+    "", ".train", ".resume", ".generate", ".chat", ".export", ".plan", ".build", ".prepare", ".verify", ".__main__",
     ".experiments.config", ".experiments.shown",
 )  # fmt: skip
 

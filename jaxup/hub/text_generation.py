@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +72,13 @@ class Writing:
             origin = model.origin
             eos_ids = stop_ids(origin and tokenizer_directory(origin.path, revision=origin.revision), tokenizer)
         ids = [encode(tokenizer, prompt) for prompt in prompts]
-        vocab_size = min(max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size)
         self.counts: list[int] = []
         self._ends = frozenset(eos_ids)
         # A reply in a chat is a text of its own; otherwise the prompt's goes on.
         self._texts = [Detokenizer(tokenizer, row if isinstance(p, str) else []) for row, p in zip(ids, prompts)]
         self._steps = sampling.generate(
-            model.config, nnx.to_pure_dict(nnx.state(model)), ids, vocab_size=vocab_size, eos_ids=tuple(eos_ids),
-            dtype=model.compute.dtype, **options,
+            model.config, nnx.to_pure_dict(nnx.state(model)), ids, eos_ids=tuple(eos_ids),
+            vocab_size=_vocab_size(model, tokenizer), dtype=model.compute.dtype, **options,
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -93,6 +92,77 @@ class Writing:
     def rest(self) -> list[str]:
         """What no piece had yet: a last character may lack some of its bytes."""
         return [text.rest() for text in self._texts]
+
+
+class Chat:
+    """A conversation that is remembered; one compilation serves all of it, whatever is said.
+
+    `reply(text)` gives the pieces of the next reply. What is said with it is in `messages` then, and what of it was
+    drawn if it was broken off. A context that is full loses its oldest questions with their answers: `dropped` counts
+    those that the last reply did without. `cut` is why it ended before the model ended it, in words; or "".
+
+    Args:
+      model, tokenizer: as for `generate`; the tokenizer with a chat template.
+      eos_ids: tokens that end a reply.
+      context: tokens of all that is said; 0 = as many as the model takes, and at most 4,096.
+      system: what it is told to begin with.
+      options: as of `generate`, all of them.
+
+    Raises:
+      UserError: a value that cannot be.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: PreTrainedTokenizerBase, *, eos_ids: Collection[int],
+                 context: int = 0, system: str | None = None, **options: Any):  # fmt: skip
+        from flax import nnx
+
+        from jaxup.model import sampling
+
+        check_options(options)
+        most = model.config.max_positions
+        if not 0 <= context <= most:
+            raise UserError(f"{context} tokens, and the model takes from 1 to {most}", at="context")
+        self.context = context or min(most, 4096)
+        self.messages: list[dict[str, str]] = []
+        self.dropped, self.cut = 0, ""
+        self._tokenizer, self._ends = tokenizer, frozenset(eos_ids)
+        self._system = [] if system is None else [{"role": "system", "content": system}]
+        self._max_tokens = options.pop("max_tokens")
+        self._session = sampling.Session(
+            model.config, nnx.to_pure_dict(nnx.state(model)), context=self.context,
+            vocab_size=_vocab_size(model, tokenizer), dtype=model.compute.dtype, **options,
+        )  # fmt: skip
+
+    def reply(self, text: str) -> Generator[str, None, None]:
+        """Pieces in whole characters. UserError, and nothing is remembered of it, if it cannot be said."""
+        messages, ids = self._fitting([*self.messages, {"role": "user", "content": text}])
+        self.dropped, self.cut = (len(self.messages) + 1 - len(messages)) // 2, ""
+        wanted = min(self._max_tokens, self.context - len(ids))
+        pieces, said, rest, token = Detokenizer(self._tokenizer, []), "", "", None
+        try:
+            for token in self._session(ids, max_tokens=wanted, eos_ids=self._ends):
+                if token not in self._ends and (piece := pieces.push(token)):
+                    said += piece
+                    yield piece
+            rest = pieces.rest()  # a last character may lack some of its bytes
+            if token not in self._ends:
+                full = f"the context of {self.context} tokens is full"
+                self.cut = full if wanted < self._max_tokens else f"{wanted} tokens are the most of a reply"
+        finally:
+            if token is not None:  # else it was broken off before there was anything
+                self.messages = [*messages, {"role": "assistant", "content": (said + rest).strip()}]
+        yield rest
+
+    def _fitting(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+        """The newest of them that leave room for a reply, and their tokens."""
+        room = min(self._max_tokens, max(1, self.context // 4))
+        while True:
+            ids = encode(self._tokenizer, [*self._system, *messages])
+            if len(ids) + room <= self.context or (len(messages) == 1 and len(ids) < self.context):
+                return messages, ids
+            if len(messages) == 1:
+                raise UserError(f"{len(ids)} tokens, and the context holds {self.context} with the reply")
+            messages = messages[2:]
 
 
 # How `generate` draws: what a value must be, as a test and in words.
@@ -113,6 +183,11 @@ def check_options(options: Mapping[str, Any], spelt: Callable[[str], str] = "gen
     for name, all_tokens in (("top_k", 0), ("top_p", 1)):
         if options["temperature"] == 0 and options[name] != all_tokens:
             raise UserError(f"{spelt(name)} goes with a temperature above 0: nothing is drawn at 0")
+
+
+def _vocab_size(model: Decoder, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that may be drawn: a table may be padded beyond its tokenizer."""
+    return min(max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

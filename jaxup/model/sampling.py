@@ -140,10 +140,13 @@ class Session:
 
     def _empty(self) -> Any:
         cache = KVCache.empty(self._config, 1, _BUCKET + self._context, jnp.dtype(self._dtype))
-        return cache, np.asarray([_BUCKET], np.int32), _keys(self._seed, 1)
+        # Where the parameters are, as after each step: what may lie anywhere would be another program.
+        sharding = jax.tree.leaves(self._params)[0].sharding
+        sharding = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+        return jax.device_put((cache, np.asarray([_BUCKET], np.int32), _keys(self._seed, 1)), sharding)
 
 
-def _placed(params: Params) -> tuple[Params, Mesh | None]:
+def _placed(params: Params) -> tuple[Params, Any]:
     """On devices: parameters in host memory would be sent there for every token. And the mesh that they lie on."""
     params = jax.tree.map(jnp.asarray, params)
     sharding = jax.tree.leaves(params)[0].sharding
