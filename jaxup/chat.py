@@ -1,9 +1,10 @@
 """Talk with a model: `python -m jaxup.chat MODEL`.
 
 MODEL is a Hugging Face model directory, a Hub id, a gs://, s3:// or https:// directory, or a finished run directory,
-of which the exported model is taken. What is said is spelt by the tokenizer's chat template, or by --format, and
-remembered. /reset begins anew, /quit or Ctrl-D leaves, Ctrl-C ends a reply. The lines of --prompts, or of a pipe, are
-turns: each is written with its reply. Of a context that is full, the oldest questions go with their answers.
+of which the exported model is taken; RUN@NAME and RUN@NAME/STEP are others of a run. What is said is spelt by the
+tokenizer's chat template, or by --format, and remembered. /reset begins anew, /quit or Ctrl-D leaves, and Ctrl-C ends
+a reply. The lines of --prompts, or of a pipe, are turns: each is written with its reply. A context that is full loses
+its oldest questions with their answers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _COMMANDS = ("/reset", "/quit")
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser("chat", __doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="directory, Hub id or URL of a model, or a run directory")
+    add("model", metavar="MODEL", help="directory, Hub id or URL of a model, RUN or RUN@NAME")
     add("--format", metavar="NAME", help=f"in place of the tokenizer's chat template: {', '.join(TEMPLATES)}")
     add("--system", metavar="TEXT", help="the system's message, before all else")
     add("--prompts", metavar="FILE", help="a turn per line, empty lines left out; - = standard input")

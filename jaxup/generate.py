@@ -1,7 +1,8 @@
 """Write text with a model: `python -m jaxup.generate MODEL --prompt "def main"`.
 
 MODEL is a Hugging Face model directory, a Hub id, a gs://, s3:// or https:// directory, or a finished run directory,
-of which the exported model is taken. One prompt is written as it comes, several are one batch and written at its end.
+of which the exported model is taken; RUN@reference and RUN@healed/133 are others of a run, by name and step. One
+prompt is written as it comes, several are one batch and written at its end.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser("generate", __doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="directory, Hub id or URL of a model, or a run directory")
+    add("model", metavar="MODEL", help="directory, Hub id or URL of a model, RUN or RUN@NAME")
     add("--prompt", metavar="TEXT", action="append", help="the text to go on from; may be given several times")
     add("--prompt-file", metavar="FILE", help="a prompt per line, empty lines left out; - = standard input")
     add("--chat", action="store_true", help="the prompt is a message, put into the tokenizer's chat template")
@@ -143,7 +144,7 @@ class Opened(NamedTuple):
 
 
 def open_model(args: argparse.Namespace) -> Opened:
-    """The model that a command is told with `add_flags`."""
+    """The model that a command is told with `add_flags`: a directory's, or RUN@MODEL, or RUN@MODEL/STEP."""
     from jaxup.data.tokenizer import load_tokenizer
     from jaxup.files.bucket import place
     from jaxup.hub.directory import tokenizer_directory
@@ -151,10 +152,15 @@ def open_model(args: argparse.Namespace) -> Opened:
     from jaxup.hub.reader import load_config
 
     name, run = args.model, None
-    if ((path := place(name)) / "checkpoints").is_dir():
+    if not (path := place(name)).exists() and "@" in name:
+        before, _, what = name.rpartition("@")
+        if ((run := place(before)) / "checkpoints").is_dir():
+            return _of_run(args, run, what)
+    if (path / "checkpoints").is_dir():
         run, path = path, path / "export"
         if not path.is_dir():
-            raise UserError(f"{name}: this run has no export yet; it is written when the run finishes")
+            hint = f"what it has so far is {name}@MODEL or {name}@MODEL/STEP"
+            raise UserError("this run has no export yet; it is written when the run finishes", at=name, hint=hint)
         name = str(path)
     load_config(name, revision=args.revision)  # what is no model shall not be called one without tokenizer
     directory = tokenizer_directory(name, revision=args.revision)
@@ -162,6 +168,40 @@ def open_model(args: argparse.Namespace) -> Opened:
     how = {flag: getattr(args, flag) for flag in ("dtype", "revision", "strict", "allow_pickle")}
     reading = functools.partial(load, name, progress=True, **how)
     return Opened(name, run, tokenizer, stop_ids(directory, tokenizer), reading)
+
+
+def _of_run(args: argparse.Namespace, run: Path, what: str) -> Opened:
+    """MODEL or MODEL/STEP of a run, from its checkpoint."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from jaxup.data.tokenizer import load_tokenizer
+    from jaxup.experiments import stored
+    from jaxup.hub.directory import tokenizer_directory
+    from jaxup.model.config import Compute
+    from jaxup.model.decoder import abstract
+
+    name, slash, step = what.partition("/")
+    if args.revision is not None or args.allow_pickle:
+        raise UserError("a model of a run: --revision and --allow-pickle go with others", at=args.model)
+    if slash and not step.isdecimal():
+        raise UserError(f"{step!r} is no step", at=args.model, hint="after the model, such as healed/100")
+    name, number, about = stored.choose(run, name, int(step) if slash else None)
+    directory = None
+    if (exported := run / "export").is_dir():
+        directory = tokenizer_directory(str(exported))
+        tokenizer = load_tokenizer(str(directory))
+    else:
+        tokenizer = stored.vocabulary(run, about.store)["tokenizer"]
+
+    def load() -> Decoder:
+        say(f"{name} at step {number}")
+        params = stored.restore(run, name, number, about)
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.dtype(args.dtype)), params)
+        return nnx.merge(abstract(about.model, Compute(dtype=args.dtype))[0], params)
+
+    return Opened(args.model, run, tokenizer, stop_ids(directory, tokenizer), load)
 
 
 def main(argv: list[str]) -> None:

@@ -89,7 +89,7 @@ def test_export_has_the_logits_of_the_checkpoint(finished, torch):
     assert tokenizer.decode(ids[0]) == "def f(x):\n    return x"
 
 
-def test_generate_from_the_run(finished, capsys):
+def test_generate_from_the_run(finished, tmp_path, monkeypatch, capsys):
     workdir, _ = finished
     argv = ["generate", str(workdir), "--prompt", "def f", "--max-tokens", "10", "--seed", "3"]
     generate.main(argv)
@@ -99,6 +99,24 @@ def test_generate_from_the_run(finished, capsys):
     assert first.out.startswith("def f")
     assert "tokens/s" in first.err
     assert "jaxup: drawn as the run's own samples are: temperature 0.8, top k 50\n" in first.err
+    # Any model of the run, by its name; the export is the last target.
+    last = max((workdir / "checkpoints").glob("target_*"), key=lambda path: int(path.name.partition("_")[2]))
+    generate.main(["generate", f"{workdir}@{last.name}/8", *argv[2:]])
+    assert capsys.readouterr().out == first.out
+    monkeypatch.chdir(workdir.parent)  # the place of the tokens is relative to it
+    for name in ("checkpoints", "config.json"):  # as before it is finished
+        (tmp_path / name).symlink_to(workdir / name)
+    generate.main(["generate", f"{tmp_path}@{last.name}", *argv[2:]])
+    assert capsys.readouterr().out == first.out
+    for what, message in {
+        "refrence": "no checkpoints of a model 'refrence'; did you mean 'reference'?",
+        "reference/9": "no checkpoint of reference at step 9; there are 6, 8",
+        "reference/last": "'last' is no step; after the model, such as healed/100",
+        "reference --revision=x": "a model of a run: --revision and --allow-pickle go with others",
+    }.items():
+        name, *more = what.split()
+        with pytest.raises(UserError, match=re.escape(message)):
+            generate.main(["generate", f"{workdir}@{name}", *argv[2:], *more])
 
 
 def test_killed_and_resumed_ends_with_the_same_numbers(finished, corpus, tmp_path):

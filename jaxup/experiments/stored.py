@@ -65,6 +65,15 @@ def export(
       step: of its checkpoint; None = the newest.
       dtype: of the tensors; None = as they are.
     """
+    name, step, stored = choose(run, name, step)
+    write_model(
+        out, stored.model, restore(run, name, step, stored), title=out.name, plan=stored.plan, dtype=dtype,
+        source=f"{name} at step {step} of the run {run.resolve().name}", **vocabulary(run, stored.store), **how,
+    )  # fmt: skip
+
+
+def choose(run: Path, name: str | None, step: int | None) -> tuple[str, int, Stored]:
+    """A model of the run, of which a checkpoint is there, the step and what is known of it; None as for `export`."""
     steps = _checkpoints(run)
     if name is None:
         made = {n: stored for n in steps if (stored := read_stored(run, n)).kind in MADE}
@@ -78,12 +87,8 @@ def export(
     elif step not in steps[name]:
         raise UserError(f"{run}: no checkpoint of {name} at step {step}; there are {', '.join(map(str, steps[name]))}")
     else:
-        check_sound(run / "checkpoints" / name / str(step), "choose another --step")
-    stored = read_stored(run, name)
-    write_model(
-        out, stored.model, _restore(run, name, step, stored), title=out.name, plan=stored.plan, dtype=dtype,
-        source=f"{name} at step {step} of the run {run.resolve().name}", **_vocabulary(run, stored.store), **how,
-    )  # fmt: skip
+        check_sound(run / "checkpoints" / name / str(step), "choose another step")
+    return name, step, read_stored(run, name)
 
 
 def read_stored(run: Path, name: str) -> Stored:
@@ -136,7 +141,7 @@ def _newest(directory: Path) -> int:
     return step
 
 
-def _restore(run: Path, name: str, step: int, stored: Stored) -> Params:
+def restore(run: Path, name: str, step: int, stored: Stored) -> Params:
     """The model's params as numpy arrays, each in the dtype it is stored in."""
     healed = stored.healed
     if healed is None or stored.plan is None:
@@ -152,7 +157,7 @@ def _restore(run: Path, name: str, step: int, stored: Stored) -> Params:
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it need not fit into an accelerator
         trained = _read(run, name, step, selection.trained(abstract(stored.model)[1]))
         check_sound(run / "checkpoints" / before / "0", "the command that made the run builds it again")
-        params = selection.merge(trained, _restore(run, before, 0, read_stored(run, before)._replace(healed=None)))
+        params = selection.merge(trained, restore(run, before, 0, read_stored(run, before)._replace(healed=None)))
         return jax.tree.map(np.asarray, params)
 
 
@@ -160,11 +165,11 @@ def _read(run: Path, name: str, step: int, wanted: Params) -> Params:
     """Params like `wanted` as numpy arrays: no device is needed, however many the run had. The run may be going on."""
     path = run / "checkpoints" / name / str(step)
     arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
-    with quietly(), partial_load(), restoring(str(path), "choose another --step"):
+    with quietly(), partial_load(), restoring(str(path), "choose another step"):
         return ocp.load(path.resolve(), {"params": arrays})["params"]
 
 
-def _vocabulary(run: Path, store: str) -> dict[str, Any]:
+def vocabulary(run: Path, store: str) -> dict[str, Any]:
     """What `writer.save` needs of the finished run's export, which moves with it; else of the store that it reads."""
     exported = run / "export"
     if (config := read_json(exported / "config.json", {"model_type": str}, f"remove {exported}")) is not None:
