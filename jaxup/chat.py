@@ -123,7 +123,7 @@ def _answer(chat: Chat, text: str, shown: Callable[[str], str]) -> None:
         say(f"the context of {chat.context} tokens is full: the oldest {what} left out, with what was answered")
     if chat.cut:
         say(f"the reply was cut: {chat.cut}")
-    if not chat.messages[-1]["content"]:
+    elif not chat.messages[-1]["content"]:
         say("the reply is empty: the model ended it at once")
 
 
