@@ -333,7 +333,7 @@ def test_documented_commands_parse(command, documented_files):
         args = modules[words[1]].parse_args(words[1:])
         assert all(prompt.strip() == prompt for prompt in getattr(args, "prompt", None) or ())
         if "(" in getattr(args, "recipe", ""):
-            assert recipe_line.parse(args.recipe).plan(num_layers=12)
+            assert recipe_line.parse(args.recipe).plan(num_layers=60)
 
 
 def test_documented_flags_exist():

@@ -1,0 +1,50 @@
+"""The pages for those who come from elsewhere run from top to bottom, and their tables are those of the code."""
+
+import re
+
+import pages
+import pytest
+import test_build
+from test_chat_cases import tokenizer
+
+from jaxup.data.layouts import LAYOUTS
+from jaxup.errors import ELSEWHERE, NEEDLESS
+from jaxup.experiments.config import load, meant
+
+
+def rows(page, heading):
+    """The cells of each row of the table whose head begins so."""
+    table = (pages.DOCS / page).read_text().partition(f"| {heading} |")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("page", ["gallery", "from_mergekit", "from_trl"])
+def test_a_page_runs(page, tmp_path):
+    if page != "gallery":
+        test_build.make(tmp_path / "base", layers=32)
+        tokenizer().save_pretrained(tmp_path / "base")
+    pages.run(page, tmp_path)
+    made = {path.name for path in tmp_path.glob("*.png")}
+    assert made == ({path.name for path in (pages.DOCS / "gallery").iterdir()} if page == "gallery" else set())
+
+
+def test_flags_of_mergekit():
+    said = {row[0]: row[1].removeprefix("leave it out: ") for row in rows("from_mergekit.md", "`mergekit-yaml`")[1:]}
+    of_generation = {"do_sample"}
+    ours = {f"`--{flag.replace('_', '-')}`": why for flag, why in NEEDLESS.items() if flag not in of_generation}
+    assert said == ours
+
+
+def test_keys_of_sft_config_and_axolotl():
+    said = {word: row[1].strip("`") for row in rows("from_trl.md", "in SFTConfig or axolotl's YAML")
+            for word in re.findall(r"`(\w+)`", row[0])}  # fmt: skip
+    config = load("heal.py")
+    assert {word: meant(word, config=config) for word in said} == {
+        word: f"; did you mean --config.{key}?" for word, key in said.items()
+    }
+    of_commands = {"max_shard_size", "max_tokens", "dtype", "tokenizer", "workdir", "resume"}
+    assert said.keys() == {word for word, ours in ELSEWHERE.items() if not ("float" in ours or ours in of_commands)}
+
+
+def test_layouts():
+    assert [row[0].strip("`") for row in rows("from_trl.md", "layout")] == [*LAYOUTS]
