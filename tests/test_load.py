@@ -531,6 +531,13 @@ def test_the_example_of_docs_depth_runs(models, tmp_path):
     assert scope["logits"].shape == (2, 4, 41)
 
 
+def test_the_example_of_docs_index_runs(models, tmp_path):
+    docs = (Path(__file__).parent.parent / "docs" / "index.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", docs, re.S)
+    exec(block.replace("DIR", str(models / "llama-float32")).replace("OUT", str(tmp_path / "out")), {})
+    assert load(tmp_path / "out").config.num_layers == 8
+
+
 def test_the_public_names():
     assert jaxup.load is load
     refused(lambda: jaxup.load("/nowhere/at/all"), "/nowhere/at/all", "no such directory")
