@@ -391,7 +391,7 @@ GOOD = "merge_method: passthrough\nslices:\n- sources:\n  - model: org/a\n    la
         ("org/a", "{pth: org/a}", "4:13: unknown key 'pth'; did you mean 'path'?"),
         ("[0, 4]", "[0, 4]\ndtype: bfloat61", "6:8: unknown dtype 'bfloat61'; did you mean 'bfloat16'?"),
         ("[0, 4]", "[0, 4]\nout_dtype: float64", "6:12: unknown out_dtype 'float64'"),
-        ("[0, 4]", "[0, 4]\ntorch_dtype: float32", "6:1: unknown key 'torch_dtype'; did you mean 'out_dtype'?"),
+        ("[0, 4]", "[0, 4]\ntorch_dtype: float32", "6:1: unknown key 'torch_dtype'; did you mean 'dtype'?"),
         ("[0, 4]", "[0, 4]\ntokenizer_source: base\ntokenizer: {source: base}", "7:12: 'tokenizer' and"),
         ("[0, 4]", "[0, 4]\ntokenizer: {tokens: {a: b}}", "6:13: 'tokens', which picks embeddings"),
         ("[0, 4]", "[0, 4]\ntokenizer: {pad_to_multiple_of: 1.5}", "6:33: pad_to_multiple_of must be"),
