@@ -52,15 +52,21 @@ class Progress:
     """`with Progress("train", total=100, unit="steps") as p: p.update(step, "loss 3.2")`.
 
     On a terminal a bar on stderr; elsewhere (a log file, CI, a pod) a line every `interval` seconds, so that a log
-    stays readable; nothing at all unless `shown`. `total=None` when the amount of work is not known.
+    stays readable; nothing at all unless `shown`. `total=None` when the amount of work is not known. `later`: what
+    follows this work, in its units. The last detail stays: it is the result.
     """
 
     def __init__(
-        self, label: str, *, total: int | None, unit: str, start: int = 0, interval: float = 10.0, shown: bool = True
-    ):
+        self, label: str, *, total: int | None, unit: str, start: int = 0, interval: float = 10.0, shown: bool = True,
+        later: float = 0.0,
+    ):  # fmt: skip
         self.label, self.total, self.unit, self.interval, self.shown = printable(label), total, unit, interval, shown
-        self.done = self.first = start
+        self.done = self._start = start
+        self._later, self._detail = later, ""
         self._bar: Bar | None = None
+        # The clock of the rate starts with the first that is done: until then programs are compiled, files opened.
+        self._first: tuple[int, float] | None = None
+        self._said: tuple[int, str] | None = None  # in the last line
 
     def __enter__(self) -> Progress:
         self._began = self._printed = time.monotonic()
@@ -68,40 +74,51 @@ class Progress:
             from rich import progress
             from rich.console import Console
 
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"), progress.BarColumn(bar_width=30),
-                progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[detail]}"),
-                progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), console=Console(stderr=True),
-            )  # fmt: skip
+            # In a narrow terminal the text stays, up to its end, and the bar goes.
+            text = progress.TextColumn("{task.description}", markup=False)
+            columns = progress.BarColumn(bar_width=20), text, progress.TimeElapsedColumn()
+            self._bar = progress.Progress(*columns, console=Console(stderr=True))
             self._bar.start()
-            self._task = self._bar.add_task(self.label, total=self.total, completed=self.first, detail="")
+            self._task = self._bar.add_task(self.label, total=self.total, completed=self.done)
         return self
+
+    def doing(self, what: str) -> None:
+        """Says at once what has to be done before anything is."""
+        if self._bar:
+            self._bar.update(self._task, description=f"{self.label}: {what}")
+        elif self.shown:
+            print(f"{self.label}: {what}", file=sys.stderr, flush=True)
 
     def update(self, done: int, detail: str = "") -> None:
         global reports
         reports += 1
-        self.done, detail = done, printable(detail)
+        self.done, self._detail, now = done, printable(detail), time.monotonic()
+        if self._first is None and done > self._start:
+            self._first = done, now
         if self._bar:
-            self._bar.update(self._task, completed=done, detail=detail)
-        elif self.shown and time.monotonic() - self._printed >= self.interval:
-            self._line(detail)
+            self._bar.update(self._task, completed=done, description=self._text(now))
+        elif self.shown and now - self._printed >= self.interval:
+            self._line(now)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar:
             self._bar.stop()
-        elif self.shown and kind is None:
-            self._line("")
+        elif self.shown and kind is None and self._said != (self.done, self._detail):
+            self._line(time.monotonic())
 
-    def _line(self, detail: str) -> None:
-        self._printed = time.monotonic()
-        seconds = self._printed - self._began
-        rate = (self.done - self.first) / max(seconds, 1e-9)
+    def _line(self, now: float) -> None:
+        self._printed, self._said = now, (self.done, self._detail)
+        print(self._text(now), file=sys.stderr, flush=True)
+
+    def _text(self, now: float) -> str:
         text = f"{self.label}: {self.done:,}" + (f"/{self.total:,}" if self.total else "") + f" {self.unit}"
-        if self.total and rate and self.done < self.total:
-            text += f", {rate:.3g}/s, {_clock((self.total - self.done) / rate)} left"
+        if self._first is None or not self.total or not self._first[0] < self.done < self.total:
+            text += f" in {_clock(now - self._began)}"
         else:
-            text += f" in {_clock(seconds)}"
-        print(text + (f"  {detail}" if detail else ""), file=sys.stderr, flush=True)
+            rate, left = (self.done - self._first[0]) / max(now - self._first[1], 1e-9), self.total - self.done
+            text += f", {rate:.3g}/s, {_clock(left / rate)} left"
+            text += f", of all about {_clock((left + self._later) / rate)}" if self._later else ""
+        return text + (f"  {self._detail}" if self._detail else "")
 
 
 def _clock(seconds: float) -> str:

@@ -419,7 +419,7 @@ def asked(config, place):
 
     def shown(value):
         if isinstance(value, Run):
-            return value.data.store
+            return value.data.store, *value.course
         plain = dataclasses.is_dataclass(value) or isinstance(value, (int, float, str, tuple, np.ndarray))
         return repr(value) if plain else type(value).__name__
 
@@ -470,6 +470,13 @@ def test_every_key_is_read(file, tmp_path):
         except (UserError, ImportError):
             continue
     assert unread == []
+
+
+def test_a_target_that_grows_is_one_more_to_train(tmp_path):
+    seen = asked(load("inherit_gpt2.py:smoke", [("inherit.tolerance", "-1.0")]), tmp_path / "run")
+    trained = [(name, run[1:]) for run, name, *_ in (a[1:] for a in seen if a[0] in ("train_fresh", "train_model"))]
+    first, grown = ("reference", "target_2", "control"), ("reference", "target_2", "target_4", "control")
+    assert trained == [("'reference'", first), ("'target_2'", first), ("'target_4'", grown), ("'control'", grown)]
 
 
 def test_every_setting_is_used():

@@ -1,5 +1,6 @@
 """The low-data recipe on small LLaMAs: one target or a sweep, epochs of few tokens, a reference from a directory."""
 
+import contextlib
 import json
 import re
 import signal
@@ -55,7 +56,8 @@ def swept(runs):
             return read(self, step, share)
 
         patch.setattr(Batches, "__call__", recorded)
-        return run(runs, "sweep", SWEEP), rows
+        with open(runs / "said", "w") as said, contextlib.redirect_stderr(said):
+            return run(runs, "sweep", SWEEP), rows
 
 
 def test_a_sweep_trains_each_size_from_the_reference(swept):
@@ -66,6 +68,11 @@ def test_a_sweep_trains_each_size_from_the_reference(swept):
         ("reference", "4", "4", "1,024"), ("target_1", "1", "8", "2,048"), ("target_2", "2", "8", "2,048"),
         ("control_1", "1", "8", "2,048"), ("control_2", "2", "8", "2,048"),
     ]  # fmt: skip
+    said = (workdir.parent / "said").read_text()
+    for place, (name, _, steps, _, loss) in enumerate(table, 1):
+        last = rf"^{name} \(model {place} of 5\): {steps}/{steps} steps in [\d:]+  validation loss {loss}$"
+        assert re.search(last, said, re.M), "the last words of a bar are the result"
+    assert "control_1 (model 4 of 5): compiling" not in said, "it is the program of its target"
     for picture in ("validation_loss", "loss_by_layers"):
         assert f"](plots/{picture}.png)" in summary
         assert (workdir / "plots" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")

@@ -33,6 +33,7 @@ def test_the_run_directory(finished, corpus):
     config = json.loads((workdir / "config.json").read_text())
     assert config["steps"] == 8
     assert len(re.findall(r"\blearning_rate: ", out)) == 1, "the resolved config is printed once"
+    assert "\nreference (model 1 of 3): random, seed 0; 4 layers" in out
     summary = (workdir / "SUMMARY.md").read_text()
     rows = re.findall(
         r"^\| (\w+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ?([-+.\d]*) \|$", summary, re.M

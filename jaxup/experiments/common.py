@@ -29,7 +29,7 @@ from jaxup.model import sampling
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, init
 from jaxup.model.sharding import param_shardings
-from jaxup.model.spec import count_params
+from jaxup.model.spec import count_params, flops_per_token
 from jaxup.progress import printable, say
 from jaxup.training.loop import evaluate, random_params, train_model
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
@@ -194,6 +194,11 @@ def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Ca
     print(f"{name}: {origin}; validation loss {result.val_loss:.4f}", flush=True)
     write_result(directory, result)
     return result
+
+
+def flops(run: Run, model: ModelConfig, steps: int) -> float:
+    """Of training all of a model, for `Run.course`."""
+    return steps * run.settings.batch_size * run.data.seq_len * flops_per_token(model, run.data.seq_len)
 
 
 def train_fresh(run: Run, name: str, model: ModelConfig, *, steps: int, kind: str | None = None) -> Result:

@@ -35,6 +35,7 @@ from jaxup.experiments.common import (
     build,
     chats,
     corpus,
+    flops,
     measured,
     new_model,
     open_text,
@@ -204,6 +205,7 @@ class Heal(Experiment):
             write_atomically(run.directory / "plan.yaml", plan.to_yaml())
             (run.directory / "plots").mkdir(exist_ok=True)
             (run.directory / "plots" / "plan.png").write_bytes(picture.png(plan, title))
+        run = dataclasses.replace(run, course=self._course(run))
         source = self._base(run)
         origin = f"{self._config.plan or 'identity'} of {self._origin}"
         ends = (self._steps_of(epoch) for epoch in itertools.count(1))
@@ -246,6 +248,17 @@ class Heal(Experiment):
             run, title, results, model, params, plan, plan_title="The plan", loss_of="loss token",
             notes=["", self._what_trained(healed)], export=export | self._vocabulary,
         )  # fmt: skip
+
+    def _course(self, run: Run) -> dict[str, float]:
+        """As if everything trained: what a part of it spares is not known."""
+        base = next(iter(self._models.values()))
+        course = {HEALED: flops(run, self._model, self.steps)}
+        if self._config.heal.control:
+            course[CONTROL] = flops(run, base, self.steps)
+        if self._recipe is not None:
+            return course
+        text = dataclasses.replace(run, data=self._text, settings=self._pretrain)
+        return {PRETRAINED: flops(text, base, self._config.pretrain.steps), **course}
 
     def _base(self, run: Run) -> Callable[[], Params] | None:
         """How to get the model that the plan begins from; None if it takes from several."""

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -26,7 +26,17 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
-from jaxup.experiments.common import Experiment, build, corpus, measured, new_model, open_text, train_fresh, unchanged
+from jaxup.experiments.common import (
+    Experiment,
+    build,
+    corpus,
+    flops,
+    measured,
+    new_model,
+    open_text,
+    train_fresh,
+    unchanged,
+)
 from jaxup.experiments.config import section
 from jaxup.hub.directory import tokenizer_directory
 from jaxup.hub.load import load
@@ -91,11 +101,13 @@ class Inherit(Experiment):
     def carry_out(self, run: Run, title: str) -> None:
         """Each model resumes, or is skipped if it is finished."""
         c, model = self._inherit, self._model
+        plans, pending = [], collections.deque(check(c, model))
+        run = self._underway(run, pending)
         benchmark, source = self._reference(run)
         print(f"benchmark: validation loss {benchmark.val_loss:.4f}, tolerance {c.tolerance}", flush=True)
-        results, controls, pending = [benchmark], [], collections.deque(check(c, model))
+        results = [benchmark]
         while pending:
-            plan = pending.popleft()
+            plans.append(plan := pending.popleft())
             n, target_model = plan.num_layers, result_config(plan, {REFERENCE: model})
             target = train_model(
                 run, f"target_{n}", target_model, kind="target", steps=self.steps, origin=_describe(plan, c), plan=plan,
@@ -109,14 +121,10 @@ class Inherit(Experiment):
                   flush=True)  # fmt: skip
             if c.grow_by and not enough and n < model.num_layers and c.which in ("first", "last"):
                 pending.append(_plan(c, model.num_layers, min(n + c.grow_by, model.num_layers)))
-            if c.sweep or not pending:
-                controls.append((f"control_{n}" if c.sweep else "control", target_model))
+                run = self._underway(run, [*plans, *pending])
 
-        for name, control_model in controls:
-            for factor in sorted({1, c.control} if c.control else ()):
-                longer = "" if factor == 1 else f"_{factor}x"
-                steps = factor * self.steps
-                results.append(train_fresh(run, name + longer, control_model, kind="control", steps=steps))
+        for name, control_model, steps in self._controls(plans):
+            results.append(train_fresh(run, name, control_model, kind="control", steps=steps))
 
         if jax.process_index() == 0:
             write_atomically(run.directory / "plan.yaml", plan.to_yaml())
@@ -126,6 +134,23 @@ class Inherit(Experiment):
             run, title, results, target_model, params, plan, plan_title="The final target's plan", loss_of="token",
             export={"tokenizer": self.data.tokenizer, "dtype": "float32", "source": origin},
         )  # fmt: skip
+
+    def _controls(self, plans: Sequence[DepthPlan]) -> Iterator[tuple[str, ModelConfig, int]]:
+        """Names, models and steps: of the last target's size, or of each of a sweep's."""
+        c = self._inherit
+        for plan in plans if c.sweep else plans[-1:]:
+            name = f"control_{plan.num_layers}" if c.sweep else "control"
+            for factor in sorted({1, c.control} if c.control else ()):
+                longer = "" if factor == 1 else f"_{factor}x"
+                yield name + longer, result_config(plan, {REFERENCE: self._model}), factor * self.steps
+
+    def _underway(self, run: Run, plans: Iterable[DepthPlan]) -> Run:
+        """With what trains, as far as is known: these targets may not be the last."""
+        c, plans = self._config.reference, list(plans)
+        train = [] if c.path else [(REFERENCE, self._model, c.steps or self.steps)]
+        train += [(f"target_{p.num_layers}", result_config(p, {REFERENCE: self._model}), self.steps) for p in plans]
+        course = {name: flops(run, model, steps) for name, model, steps in [*train, *self._controls(plans)]}
+        return dataclasses.replace(run, course=course)
 
     def _reference(self, run: Run) -> tuple[Result, Callable[[], Params]]:
         """How good it is, and how to get it: it is gone again once a target is built from it."""

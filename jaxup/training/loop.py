@@ -215,7 +215,11 @@ def train_model(
         asked = run.asked.pop() if run.asked else Corrections()
         kept = told(lambda: dataclasses.asdict(record(directory, asked, done=start, steps=steps)), "read corrections")
         corrections = Corrections(tuple(kept["skip"]), tuple((step, rate) for step, rate in kept["rates"]))
+        hits = _program.cache_info().hits
         program = _program(model, run.settings, steps, run.mesh, selection, corrections.rates)
+        compiles = _program.cache_info().hits == hits
+        place, later = run.place(name, steps)
+        label = f"{name} (model {place})" if place else name
         trained = None
         if selection.partition is not None:
             trained = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
@@ -225,14 +229,17 @@ def train_model(
             state = checkpoints.restore(start, program.abstract_state)
         else:
             some = "" if trained is None else f", of which {trained:,} train"
-            print(f"{name}: {origin}; {model.num_layers} layers, {count_params(model):,} parameters{some}", flush=True)
+            print(f"{label}: {origin}; {model.num_layers} layers, {count_params(model):,} parameters{some}", flush=True)
             params = initialise()
             state, frozen = program.init_state(params), program.frozen(params)
             del params
         before = check_digest(directory, frozen) if frozen else None
-        state, val_loss = _train(
-            run, name, model, steps, program, state, frozen, start, checkpoints, milestones, corrections
-        )
+        with Progress(label, total=steps, unit="steps", start=start, later=later) as progress:
+            if compiles and start < steps:
+                progress.doing("compiling")
+            state, val_loss = _train(
+                run, name, model, steps, program, state, frozen, start, checkpoints, milestones, corrections, progress
+            )
         if frozen and digest(frozen) != before:
             raise RuntimeError(f"{name}: parameters that do not train have changed: a fault of memory or device")
         sample = run.sample(model, program.join(state.params, *frozen))
@@ -257,7 +264,7 @@ def _skipped(state: TrainState) -> str:
 def _train(
     run: Run, name: str, model: ModelConfig, steps: int, program: _Program, state: TrainState,
     frozen: tuple[Params, ...], start: int, checkpoints: Checkpoints, milestones: frozenset[int],
-    corrections: Corrections,
+    corrections: Corrections, progress: Progress,
 ) -> tuple[TrainState, float]:  # fmt: skip
     s = run.settings
     batches = run.data.batches(batch_size=s.batch_size, seed=s.seed)
@@ -277,16 +284,12 @@ def _train(
         # Where only a part trains, no formula says how much of the backward pass is left.
         flops_per_token=None if frozen else flops_per_token(model, run.data.seq_len),
     )  # fmt: skip
-    step, pending, mine = start, None, local_rows(s.batch_size, run.mesh)
+    step, pending, mine, compiled = start, None, local_rows(s.batch_size, run.mesh), False
 
     def read_batch(step: int) -> dict[str, jax.Array]:
         return place_batch(batches(step, mine), s.batch_size, run.mesh)
 
-    with (
-        run.processes.steps(),
-        ThreadPoolExecutor(1) as reader,
-        Progress(name, total=steps, unit="steps", start=start) as progress,
-    ):
+    with run.processes.steps(), ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read_batch, step) if step < steps else None
 
         def save(step: int) -> None:
@@ -307,6 +310,7 @@ def _train(
                         save(step)
                     meter.restart()
                 if step == steps:
+                    progress.update(step, f"validation loss {losses[step]:.4f}")
                     return state, losses[step]
                 batch = (ahead or reader.submit(read_batch, step)).result()
                 if step + 1 in corrections.skip:
@@ -314,6 +318,9 @@ def _train(
                 else:
                     with jax.transfer_guard("disallow"):
                         state, metrics = program.train_step(state, batch, *frozen)
+                    if not compiled:  # the call has waited for that, which says nothing of the speed
+                        meter.restart()
+                        compiled = True
                 step += 1
                 run.processes.deferred = True  # from here on there is something to save
                 ahead = reader.submit(read_batch, step) if step < steps else None

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,17 @@ class Run:
     sample: Callable[[ModelConfig, Params], str]  # a short text by the model, for the summary
     # What is asked of the next model that trains, which takes it out.
     asked: list[Corrections] = dataclasses.field(default_factory=list)
+    # The models that train, in their order, and about how many FLOPs each takes: how far the run is, for people.
+    course: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def place(self, name: str, steps: int) -> tuple[str, float]:
+        """Which of its models this is, in words, and for how many of its steps those after it will take as long."""
+        names = list(self.course)
+        if name not in self.course:
+            return "", 0.0
+        index = names.index(name)
+        after = sum(self.course[other] for other in names[index + 1 :])
+        return f"{index + 1} of {len(names)}", steps * after / self.course[name]
 
     @property
     def val_rows(self) -> int:
