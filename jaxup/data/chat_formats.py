@@ -389,7 +389,7 @@ def _begins_from(encoding: Encoding, at: int) -> int:
 def _characters(encoding: Encoding, token: int) -> tuple[int, int]:
     """[start, end) of those it is made of."""
     found = encoding.token_to_chars(token)
-    assert found is not None  # of what a post-processor adds
+    assert found is not None  # that is for what a post-processor adds, and there is none
     return found
 
 
