@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,12 @@ def test_every_row_is_trained_on_once_an_epoch(whole):
     count = len(np.unique(seen))
     assert steps == -(-epochs * count // 8)
     assert (np.bincount(seen[: epochs * count]) == epochs).all()
+    # What is told of it counts each token once, and no padding.
+    store = json.loads((workdir / "checkpoints" / "healed" / "model.json").read_text())["store"]
+    meta = json.loads((Path(store) / "meta.json").read_text())["statistics"]["train"]
+    healed = result(workdir, "healed")
+    assert healed["tokens"] == meta["tokens"] < meta["rows"] * 64
+    assert healed["epochs"] == steps * 8 / count >= epochs
 
 
 def test_the_run_keeps_the_model_before_and_after_each_epoch(whole, tmp_path):

@@ -75,6 +75,10 @@ class Data:
             f"tokens, {vocabulary}, rows of {self.seq_len}"
         )
 
+    def tokens_of(self, rows: int) -> int:
+        """Of so many training rows, on average: without padding."""
+        return round(rows * self.seq_len * self.statistics["train"]["efficiency"])
+
     @property
     def validation_tokens(self) -> int:
         """With a loss."""

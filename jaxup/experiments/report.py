@@ -28,7 +28,8 @@ def write_summary(
     lines += ["|---|---:|---:|---:|---:|---:|---:|"]
     for r in results:
         more = "" if r is reference else f"{r.val_loss - reference.val_loss:+.4f}"
-        counts = f"{r.layers} | {r.params:,} | {r.steps:,} | {r.tokens:,}"
+        again = "" if r.epochs is None or r.epochs <= 1 else f" × {r.epochs:.3g}"
+        counts = f"{r.layers} | {r.params:,} | {r.steps:,} | {r.tokens:,}{again}"
         lines.append(f"| {r.name} | {counts} | {r.val_loss:.4f} | {more} |")
     for path in sorted((directory / "plots").glob("*.png"), reverse=True):  # validation_loss before loss_by_layers
         lines += ["", f"![{path.stem.replace('_', ' ')}](plots/{path.name})"]

@@ -245,9 +245,10 @@ def train_model(
         sample = run.sample(model, program.join(state.params, *frozen))
     if run.processes.should_stop():
         raise run.processes.stopped(f"{name}: saved at step {steps} of {steps}; the same command resumes")
+    seen = steps * run.settings.batch_size
     result = Result(
         name=name, kind=kind, origin=origin, layers=model.num_layers, params=count_params(model), steps=steps,
-        tokens=steps * run.settings.batch_size * run.data.seq_len, val_loss=val_loss,
+        tokens=run.data.tokens_of(min(seen, run.data.train_rows)), epochs=seen / run.data.train_rows, val_loss=val_loss,
         seconds=round(time.monotonic() - began, 1), sample=sample, trained=trained, val_rows=run.val_rows,
         corrected=", ".join(filter(None, [str(corrections), _skipped(state)])),
     )  # fmt: skip
@@ -279,7 +280,7 @@ def _train(
 
     losses = dict(told(logged, "read what was logged"))  # what is evaluated again is a program that all run
     meter = Meter(
-        run.log, name, steps=steps, interval=s.log_interval, batch_tokens=s.batch_size * run.data.seq_len,
+        run.log, name, steps=steps, interval=s.log_interval, batch_tokens=run.data.tokens_of(s.batch_size),
         val_rows=run.val_rows, schedule=learning_rate(s.optimizer, steps, corrections.rates),
         # Where only a part trains, no formula says how much of the backward pass is left.
         flops_per_token=None if frozen else flops_per_token(model, run.data.seq_len),

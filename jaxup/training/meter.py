@@ -20,7 +20,7 @@ class Meter:
 
     Args:
       interval: steps between two lines of the log.
-      batch_tokens: of a step, in all processes.
+      batch_tokens: of a step, in all processes; without padding, of which no speed is made.
       schedule: the learning rate of the update with this index, from 0.
       flops_per_token: of the whole step; None where nobody can say.
     """

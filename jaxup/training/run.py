@@ -86,10 +86,11 @@ class Result:
     layers: int
     params: int
     steps: int
-    tokens: int
+    tokens: int  # that it was trained on, each counted once; without padding
     val_loss: float  # nats a token
     seconds: float  # spent training in the process that finished it
     sample: str
+    epochs: float | None = None  # how often it saw each of them; None: it was not written down, or none
     trained: int | None = None  # parameters that train; None = all. At the end every bit of the others is as it was
     val_rows: int | None = None  # that val_loss is of; None: it was not written down
     corrected: str = ""  # what was not as configured: steps that were skipped, another rate
