@@ -219,7 +219,7 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     # Elsewhere than on a terminal the text is to the letter what the model writes.
     shown = functools.partial(printable, keep="\n\t") if sys.stdout.isatty() else str
-    writing = Writing(model, tokenizer, prompts, eos_ids=opened.ends, **how)
+    writing = Writing(model, prompts, tokenizer=tokenizer, eos_ids=opened.ends, **how)
     written = ["" if args.chat else text for text in texts]
     single = len(texts) == 1
     if single:

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +18,8 @@ from scipy.special import softmax
 from jaxup import chat
 from jaxup.data.chat_formats import prompt_ids
 from jaxup.data.tokenizer import train_bpe
+from jaxup.depth.apply import apply
+from jaxup.depth.recipes import duplicate
 from jaxup.errors import UserError
 from jaxup.hub import load as hub
 from jaxup.hub import text_generation
@@ -398,20 +401,30 @@ def test_texts_and_chats_in_one_batch_from_python(model_dir, capsys):
     tokenizer, model = AutoTokenizer.from_pretrained(model_dir), hub.load(model_dir)
     chat = [{"role": "system", "content": "sat"}, {"role": "user", "content": "the cat"}]
     prompts, how = ["it sat on", chat], {"max_tokens": 9, "temperature": 0.0}
-    texts = text_generation.generate(model, tokenizer, prompts, **how)
+    texts = text_generation.generate(model, prompts, **how)
     run(model_dir, "--prompt", "it sat on", "--greedy", "--max-tokens", 9)
     run(model_dir, "--prompt", "the cat", "--system", "sat", "--chat", "--greedy", "--max-tokens", 9)
     assert capsys.readouterr().out == f"it sat on{texts[0]}\n{texts[1]}\n"
-    writing = text_generation.Writing(model, tokenizer, prompts, top_k=0, top_p=1.0, seed=0, **how)
+    writing = text_generation.Writing(model, prompts, tokenizer=tokenizer, top_k=0, top_p=1.0, seed=0, **how)
     pieces = list(writing)
     assert len(pieces) == len(writing.counts) == 9
     assert ["".join(row) + rest for row, rest in zip(zip(*pieces), writing.rest())] == texts
     # The directory that the model came from says what ends a text; a model without one ends with its tokenizer's.
-    assert text_generation.generate(model, tokenizer, prompts, eos_ids=range(384), **how) == ["", ""]
+    assert text_generation.generate(model, prompts, tokenizer=tokenizer, eos_ids=range(384), **how) == ["", ""]
+    # A plan's order runs what its model is, and a model that was made of another has its tokenizer.
+    twice = duplicate("model", model.config.num_layers, range(2))
+    assert (by_order := text_generation.generate(model, prompts, order=twice.order(), **how)) != texts
+    assert text_generation.generate(apply(twice, model), prompts, **how) == by_order
+    with pytest.raises(UserError, match="layer 9 is not there"):
+        text_generation.generate(model, prompts, order=[0, 9])
+    with pytest.raises(UserError, match=r'generate: prompts are a list, not str; \["..."\]'):
+        text_generation.generate(model, "it sat on")
     model.origin = None
-    assert text_generation.generate(model, tokenizer, prompts, **how) == texts
+    with pytest.raises(UserError, match="generate: the model came without a tokenizer; tokenizer="):
+        text_generation.generate(model, prompts)
+    assert text_generation.generate(model, prompts, tokenizer=tokenizer, **how) == texts
     with pytest.raises(UserError, match="generate: top_p must be above 0 and at most 1, not 0"):
-        text_generation.generate(model, tokenizer, prompts, top_p=0.0)
+        text_generation.generate(model, prompts, tokenizer=tokenizer, top_p=0.0)
 
 
 def fake(tokens, seen, after=None):
@@ -569,7 +582,6 @@ def talk(*args):
 
 
 def test_a_conversation_is_what_generate_writes_of_all_that_was_said(model_dir, tmp_path, capsys, compiled):
-    from transformers import AutoTokenizer
 
     turns = ["the cat", "it sat on", "the mat " * 20, "/reset", "the cat"]
     (tmp_path / "turns.txt").write_text("\n\n".join(turns))
@@ -583,8 +595,20 @@ def test_a_conversation_is_what_generate_writes_of_all_that_was_said(model_dir, 
         said = [*said, {"role": "user", "content": turn}]
         chats.append(said)
         said = [*said, {"role": "assistant", "content": reply}]
-    model, tokenizer = hub.load(model_dir), AutoTokenizer.from_pretrained(model_dir)
-    assert text_generation.generate(model, tokenizer, chats, max_tokens=9, temperature=0.0) == lines[1:6:2]
+    model = hub.load(model_dir)
+    assert text_generation.generate(model, chats, max_tokens=9, temperature=0.0) == lines[1:6:2]
+
+
+def test_the_example_of_docs_models_runs(model_dir, tmp_path, monkeypatch):
+    docs = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", docs, re.S)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(block.replace("DIR", str(model_dir)), scope)
+    assert [len(scope["texts"]), len(scope["other"])] == [2, 1]
+    saved = hub.load("OUT")
+    np.testing.assert_array_equal(saved.params["norm"]["scale"], scope["params"]["norm"]["scale"])
+    assert text_generation.generate(saved, ["the cat"], max_tokens=2)
 
 
 class Terminal:

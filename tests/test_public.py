@@ -39,7 +39,7 @@ def directory(tmp_path_factory):
 
 
 def params(model):
-    return flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return flatten(model.params)
 
 
 def assert_same(a, b):
@@ -103,14 +103,16 @@ def test_a_plan_knows_where_its_models_are(directory, tmp_path):
 
     model = jaxup.load(plan)
     assert_same(model, jaxup.load(directory, plan=plan))
-    grown = jaxup.apply_plan(plan, {str(directory): nnx.to_pure_dict(nnx.state(jaxup.load(directory)))})
+    grown = jaxup.apply_plan(plan, {str(directory): jaxup.load(directory).params})
     for path, leaf in flatten(grown).items():
         np.testing.assert_array_equal(leaf, params(model)[path])
     base = jaxup.load(directory)
     for sources in (base, {str(directory): base}):
         made = jax.jit(jaxup.apply_plan, static_argnums=0)(plan, sources)
         assert_same(made, model)
-        assert (made.config, made.compute) == (model.config, model.compute)
+        assert (made.config, made.compute, made.origin) == (model.config, model.compute, model.origin)
+    assert_same(base.with_params(made.params), made)
+    assert jaxup.apply_plan(jaxup.drop(made, [0]), made).origin.plan == jaxup.drop(plan, [0])
     two = jaxup.concat(plan, jaxup.identity("b", 3))
     refused("apply: the plan has 2 sources; give a mapping", jaxup.apply_plan, two, base)
     refused("apply: some sources are models and some are params", jaxup.apply_plan, plan,

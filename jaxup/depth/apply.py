@@ -6,6 +6,8 @@ Pure and shaped by the plan alone, so it runs under `jax.jit` with the plan stat
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxup.depth.compose import compose
 from jaxup.depth.materials import Bill, Material, common, materials
 from jaxup.depth.plan import ENDS, DepthPlan
 from jaxup.depth.result import result_config
@@ -50,7 +53,7 @@ def apply(plan: DepthPlan, sources: Any, init: Params | None = None) -> Any:
       says otherwise. Scaling is done in float32; a scale of 0 gives +0.0 and a scale of 1 a
       bit-exact copy. The layer axis must not be sharded; the sharding of the others is kept.
       Embeddings, final norm and head may be the very arrays of the sources, which then must not be donated.
-      A model computes as that of the first layer does.
+      A model computes as that of the first layer does, and has the tokenizer of that of the embedding.
 
     Raises:
       UserError: sources or `init` are missing, or do not fit the plan or each other.
@@ -63,11 +66,24 @@ def apply(plan: DepthPlan, sources: Any, init: Params | None = None) -> Any:
     if models:
         if len(models) < len(sources):
             raise UserError("some sources are models and some are params")
-        params = {name: nnx.to_pure_dict(nnx.state(model, nnx.Param)) for name, model in models.items()}
-        made = _apply(plan, params, init)
+        made = _apply(plan, {name: model.params for name, model in models.items()}, init)
         config = result_config(plan, {name: model.config for name, model in models.items()})
-        return nnx.merge(abstract(config, models[plan.rows[0].source].compute)[0], made)
+        model = nnx.merge(abstract(config, models[plan.rows[0].source].compute)[0], made)
+        model.origin = _origin(plan, models)
+        return model
     return _apply(plan, sources, init)
+
+
+def _origin(plan: DepthPlan, models: Mapping[str, Decoder]) -> Any:
+    """That of the model with the embedding, whose tokenizer fits; with all that was done to the models since."""
+    main = models[plan.embed_tokens if plan.embed_tokens is not None else plan.rows[0].source].origin
+    if main is None:
+        return None
+    whole, known = None, {name: model.origin for name, model in models.items() if model.origin is not None}
+    if len(known) == len(models):
+        with contextlib.suppress(UserError):  # no single plan says what several did
+            whole = compose(plan, {name: origin.whole(models[name].config) for name, origin in known.items()})
+    return dataclasses.replace(main, plan=whole)
 
 
 def _apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None) -> Params:

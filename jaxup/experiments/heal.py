@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
-from flax import nnx
 
 from jaxup.building.vocabulary import with_template
 from jaxup.data.chat_formats import end_ids, prompt_ids
@@ -278,7 +277,7 @@ class Heal(Experiment):
         for check in self._watched.values():
             check()
         self._loaded |= plan is None
-        return nnx.to_pure_dict(nnx.state(model))
+        return model.params
 
     def _before(self, run: Run, base: Callable[[], Params] | None) -> Params:
         """The model before healing, from the run if it is there, else built and put there."""

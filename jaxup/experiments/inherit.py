@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
-from flax import nnx
 
 from jaxup.data.open import Data
 from jaxup.depth.plan import DepthPlan
@@ -172,7 +171,7 @@ class Inherit(Experiment):
         )  # fmt: skip
         if model.config != self._model:
             raise UserError("config.json has been replaced while the run was going on", at=c.path)
-        return nnx.to_pure_dict(nnx.state(model))
+        return model.params
 
     def _read_model(self, tokens: int = 1) -> ModelConfig:
         """The reference's ModelConfig: of the model at `reference.path`, else of the `model` section."""

@@ -21,7 +21,7 @@ from jaxup.errors import UserError, suggest
 from jaxup.hub import reader
 from jaxup.hub.directory import TOKEN_IDS
 from jaxup.hub.transfer import transfer
-from jaxup.model.config import Compute
+from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Decoder, abstract, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import flatten, spec, unflatten
@@ -38,6 +38,14 @@ class Origin:
     model_type: str  # transformers' name of the family
     token_ids: tuple[tuple[str, Any], ...]  # bos_token_id, eos_token_id, pad_token_id of config.json
     plan: DepthPlan | None
+
+    @property
+    def place(self) -> str:
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
+
+    def whole(self, config: ModelConfig) -> DepthPlan:
+        """The plan that makes the model: that of loading it, or all its layers as they are."""
+        return self.plan or identity(self.place, config.num_layers)
 
 
 def load(

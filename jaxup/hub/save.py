@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax import nnx
-
 from jaxup.depth.plan import DepthPlan
 from jaxup.files.bucket import place
 from jaxup.files.storage import split_revision
@@ -66,7 +64,7 @@ def save(
             "hf_extra": {name: list(i) if isinstance(i, tuple) else i for name, i in origin.token_ids},
         }  # fmt: skip
     write_model(
-        out, model.config, nnx.to_pure_dict(nnx.state(model, nnx.Param)), title=Path(out).name, dtype=dtype,
+        out, model.config, model.params, title=Path(out).name, dtype=dtype,
         tokenizer=tokenizer, force=force, max_shard_size=max_shard_size, progress=progress, **inherited,
     )  # fmt: skip
 

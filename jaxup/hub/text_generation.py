@@ -11,6 +11,7 @@ from jaxup.errors import UserError
 from jaxup.text import parse_json
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from jaxup.model.decoder import Decoder
@@ -20,9 +21,10 @@ Prompt = str | Sequence[dict[str, str]]  # text to go on from, or the messages o
 
 def generate(
     model: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    order: Sequence[int] | np.ndarray | None = None,
     max_tokens: int = 100,
     temperature: float = 0.8,
     top_k: int = 0,
@@ -34,9 +36,10 @@ def generate(
 
     Args:
       model: as `jaxup.load` or training gives one; it computes in the dtype of its `compute`.
-      tokenizer: the model's own.
       prompts: each a text that is gone on with, or a chat such as `[{"role": "user", "content": "Why?"}]`,
         spelt by the tokenizer's chat template.
+      tokenizer: None: that which the model came with.
+      order: which layer runs when; see `Decoder`. None: each once, as they lie.
       max_tokens: new tokens of each at most.
       temperature: divides the logits; 0 is greedy.
       top_k: draw from the likeliest so many tokens; 0 = from all.
@@ -46,10 +49,10 @@ def generate(
 
     Raises:
       UserError: a value that cannot be, a prompt without tokens or with those of another tokenizer,
-        a chat without a template, or more positions than the model has.
+        a chat without a template, more positions or layers than the model has, or no tokenizer.
     """
     how = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    writing = Writing(model, tokenizer, prompts, eos_ids=eos_ids, **how)
+    writing = Writing(model, prompts, tokenizer=tokenizer, order=order, eos_ids=eos_ids, **how)
     pieces = [*writing, writing.rest()]
     return ["".join(row) for row in zip(*pieces, strict=True)]
 
@@ -60,24 +63,31 @@ class Writing:
     `rest()` is what then is left, or whenever iterating is broken off; `counts` are the tokens drawn at each step.
     """
 
-    def __init__(self, model: Decoder, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
-                 eos_ids: Collection[int] | None = None, **options: Any):  # fmt: skip
-        from flax import nnx
-
+    def __init__(self, model: Decoder, prompts: Sequence[Prompt], *, tokenizer: PreTrainedTokenizerBase | None = None,
+                 order: Any = None, eos_ids: Collection[int] | None = None, **options: Any):  # fmt: skip
+        from jaxup.data.tokenizer import load_tokenizer
         from jaxup.hub.directory import tokenizer_directory
         from jaxup.model import sampling
 
         check_options(options)
-        if eos_ids is None:
-            origin = model.origin
-            eos_ids = stop_ids(origin and tokenizer_directory(origin.path, revision=origin.revision), tokenizer)
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise UserError(f"prompts are a list, not {type(prompts).__name__}", at="generate", hint='["..."]')
+        origin = model.origin
+        if tokenizer is None and origin is None:
+            raise UserError("the model came without a tokenizer", at="generate", hint="tokenizer=...")
+        if origin is not None and (tokenizer is None or eos_ids is None):
+            directory = tokenizer_directory(origin.path, revision=origin.revision)
+            tokenizer = tokenizer or load_tokenizer(str(directory))
+            eos_ids = stop_ids(directory, tokenizer) if eos_ids is None else eos_ids
+        assert tokenizer is not None
+        eos_ids = stop_ids(None, tokenizer) if eos_ids is None else eos_ids
         ids = [encode(tokenizer, prompt) for prompt in prompts]
         self.counts: list[int] = []
         self._ends = frozenset(eos_ids)
         # A reply in a chat is a text of its own; otherwise the prompt's goes on.
         self._texts = [Detokenizer(tokenizer, row if isinstance(p, str) else []) for row, p in zip(ids, prompts)]
         self._steps = sampling.generate(
-            model.config, nnx.to_pure_dict(nnx.state(model)), ids, eos_ids=tuple(eos_ids),
+            model.config, model.params, ids, order=order, eos_ids=tuple(eos_ids),
             vocab_size=_vocab_size(model, tokenizer), dtype=model.compute.dtype, **options,
         )  # fmt: skip
 
@@ -114,8 +124,6 @@ class Chat:
 
     def __init__(self, model: Decoder, tokenizer: PreTrainedTokenizerBase, *, eos_ids: Collection[int],
                  context: int = 0, system: str | None = None, **options: Any):  # fmt: skip
-        from flax import nnx
-
         from jaxup.model import sampling
 
         check_options(options)
@@ -129,7 +137,7 @@ class Chat:
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._max_tokens = options.pop("max_tokens")
         self._session = sampling.Session(
-            model.config, nnx.to_pure_dict(nnx.state(model)), context=self.context,
+            model.config, model.params, context=self.context,
             vocab_size=_vocab_size(model, tokenizer), dtype=model.compute.dtype, **options,
         )  # fmt: skip
 

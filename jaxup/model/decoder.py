@@ -73,7 +73,7 @@ class Decoder(nnx.Module):
 
     def __repr__(self) -> str:
         """Depth, sizes, parameters, and where they came from: in a line, for people."""
-        c, leaves = self.config, jax.tree.leaves(nnx.to_pure_dict(nnx.state(self, nnx.Param)))
+        c, leaves = self.config, jax.tree.leaves(self.params)
         heads = f"{c.num_heads}" if c.num_heads == c.num_kv_heads else f"{c.num_heads}/{c.num_kv_heads}"
         nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         dtypes = " and ".join(dict.fromkeys(leaf.dtype.name for leaf in leaves))
@@ -83,6 +83,15 @@ class Decoder(nnx.Module):
             f"{sum(leaf.size for leaf in leaves):,} parameters, {size(nbytes)} in {dtypes}"
             + (f", by {plan!r}>" if plan else ">")
         )
+
+    @property
+    def params(self) -> Params:
+        """All of its parameters as a pure tree; leaves under "blocks" are [layers, ...]. No copy."""
+        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+    def with_params(self, params: Params) -> Decoder:
+        """The same model with these params in the place of its own: those that training made of them, say."""
+        return nnx.merge(nnx.split(self)[0], params)
 
     def __call__(
         self, tokens_BS: Int[Array | np.ndarray, "batch seq"], **inputs: Any
@@ -149,9 +158,9 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "batch seq hidden"]:
         """What the first block is applied to."""
         # Indexing alone would take the last token in the place of one that is not there.
-        _check("token", tokens_BS, self.config.vocab_size)
+        check_numbers("token", tokens_BS, self.config.vocab_size)
         if self.embed_positions is not None:
-            _check("position", positions_BS, self.config.max_positions)
+            check_numbers("position", positions_BS, self.config.max_positions)
         dtype = jnp.dtype(self.compute.dtype)
         # Cast after the look-up: the rows that are read, not the whole table.
         x_BSD = self.embed_tokens[...][tokens_BS].astype(dtype)
@@ -220,7 +229,7 @@ class Decoder(nnx.Module):
         runs: Any = (self.blocks, jnp.arange(num_layers), columns)
         length = num_layers
         if order is not None:
-            _check("layer", order, num_layers, first=-1)
+            check_numbers("layer", order, num_layers, first=-1)
             order = jnp.asarray(order, jnp.int32)
             step, runs, length = ordered, (order, jnp.cumsum(order >= 0) - 1), order.shape[0]
         if policy is not None:
@@ -231,7 +240,7 @@ class Decoder(nnx.Module):
         return jax.lax.scan(step, (x_BSD, kv), runs, unroll=unroll)[0]
 
 
-def _check(what: str, numbers: Array | np.ndarray, count: int, first: int = 0) -> None:
+def check_numbers(what: str, numbers: Array | np.ndarray, count: int, first: int = 0) -> None:
     """UserError for numbers that are not from `first` to `count` - 1, if they are known in this process."""
     if isinstance(numbers, jax.core.Tracer) or not getattr(numbers, "is_fully_addressable", True):
         return

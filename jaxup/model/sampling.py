@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
-from jaxup.model.decoder import KVCache, Params, abstract
+from jaxup.model.decoder import KVCache, Params, abstract, check_numbers
 
 # Prompts are padded, and the cache is made, to a multiple of it: lengths nearby share their programs.
 _BUCKET = 64
@@ -34,6 +34,7 @@ def generate(
     top_k: int,
     seed: int,
     vocab_size: int,
+    order: Sequence[int] | np.ndarray | None = None,
     top_p: float = 1.0,
     eos_ids: Collection[int] = (),
     dtype: str = "float32",
@@ -42,11 +43,12 @@ def generate(
 
     A row ends with the first of `eos_ids` that it draws, and is -1 from there on; when all rows have
     ended, so does the iteration. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 sample from all
-    tokens. Token ids from `vocab_size` on (a table padded beyond its tokenizer) are never drawn.
+    tokens. Token ids from `vocab_size` on (a table padded beyond its tokenizer) are never drawn. `order` is
+    which layer runs when; see `Decoder`.
 
     A row depends on its prompt, its index in the batch, `seed` and the other keywords, not on the other
     rows, up to the rounding of the padding they bring. `params` may lie on a mesh; every process then gets
-    all tokens. UserError for an empty prompt, and tokens or positions that the model does not have.
+    all tokens. UserError for an empty prompt, and tokens, positions or layers that the model does not have.
     """
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths, default=0)
@@ -63,6 +65,9 @@ def generate(
     for row, prompt in zip(tokens_BS, prompts, strict=True):
         row[-len(prompt) :] = prompt
     _check_tokens(tokens_BS, config)
+    if order is not None:
+        order = np.asarray(order, np.int32)
+        check_numbers("layer", order, config.num_layers, first=-1)
     first_B = tokens_BS.shape[1] - np.asarray(lengths, np.int32)
     params, mesh = _placed(params)
     prefill, decode, _ = _programs(config, dtype, temperature, top_k, top_p, vocab_size, mesh)
@@ -72,10 +77,10 @@ def generate(
         if max_tokens < 1:
             return
         length = tokens_BS.shape[1] + _padded(max_tokens)
-        next_B, state = prefill(params, tokens_BS, first_B, np.uint32(seed), length=length)
+        next_B, state = prefill(params, tokens_BS, first_B, np.uint32(seed), order, length=length)
         for i in range(1, max_tokens + 1):
             # The next step is dispatched before this one's tokens are read.
-            following = decode(params, next_B, state) if i < max_tokens else None
+            following = decode(params, next_B, state, order) if i < max_tokens else None
             drawn_B = np.where(ended_B, np.int32(-1), np.asarray(next_B))
             yield drawn_B
             ended_B |= np.isin(drawn_B, list(eos_ids))
@@ -176,9 +181,9 @@ def _programs(
 ) -> tuple[Callable, Callable, Callable]:
     graphdef, _ = abstract(config, Compute(dtype=dtype))
 
-    def step(params, tokens_BS, state):
+    def step(params, tokens_BS, state, order=None):
         cache, first_B, key_B = state
-        logits_BV, cache = nnx.merge(graphdef, params).decode(tokens_BS, cache, first_B)
+        logits_BV, cache = nnx.merge(graphdef, params).decode(tokens_BS, cache, first_B, order)
         logits_BV = logits_BV[:, :vocab_size].astype(jnp.float32)
         if temperature == 0:
             next_B = jnp.argmax(logits_BV, axis=-1)
@@ -189,13 +194,13 @@ def _programs(
             next_B = jax.vmap(jax.random.categorical)(jax.vmap(jax.random.fold_in)(key_B, position_B), logits_BV)
         return next_B.astype(jnp.int32), (cache, first_B, key_B)
 
-    def prefill(params, tokens_BS, first_B, seed, *, length):
-        batch = tokens_BS.shape[0]
-        cache = KVCache.empty(config, batch, length, jnp.dtype(dtype))
-        return step(params, tokens_BS, (cache, first_B, _keys(seed, batch)))
+    def prefill(params, tokens_BS, first_B, seed, order, *, length):
+        batch, layers = tokens_BS.shape[0], None if order is None else len(order)
+        cache = KVCache.empty(config, batch, length, jnp.dtype(dtype), layers=layers)
+        return step(params, tokens_BS, (cache, first_B, _keys(seed, batch)), order)
 
-    def decode(params, tokens_B, state):
-        return step(params, tokens_B[:, None], state)
+    def decode(params, tokens_B, state, order):
+        return step(params, tokens_B[:, None], state, order)
 
     def extend(params, tokens, state, slot):
         """From any slot on: what is after it is forgotten."""

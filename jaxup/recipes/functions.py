@@ -61,9 +61,7 @@ def _plan(source: Any) -> DepthPlan:
     origin = source.origin
     if origin is None or origin.plan is not None:
         return recipes.identity("model", config.num_layers)
-    return recipes.identity(
-        origin.path if origin.revision is None else f"{origin.path}@{origin.revision}", config.num_layers
-    )
+    return origin.whole(config)
 
 
 def _on_models(function: Callable[Concatenate[str, int, _P], DepthPlan]) -> _Function[_P]:
