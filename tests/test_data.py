@@ -315,6 +315,23 @@ def test_nanogpt_tokens(tmp_path, config, monkeypatch, capsys):
     assert f"data.val_fraction=0.3: nothing reads it; {config.files} has a split" in capsys.readouterr().err
     with pytest.raises(UserError, match="holds tokens; name the tokenizer"):
         open_data(dataclasses.replace(config, tokenizer="bpe:300"), root=str(tmp_path))
+    # Of no tokenizer but the numbers themselves.
+    for spec, eos in (("ids:257", None), ("ids:257:4", 4)):
+        plain = open_data(dataclasses.replace(config, tokenizer=spec), root=str(tmp_path))
+        np.testing.assert_array_equal(plain.train.read(np.arange(9))[0], data.train.read(np.arange(9))[0])
+        assert (plain.vocab_size, plain.eos_id) == (257, eos)
+        assert plain.tokenizer.decode([3, 41, 256]) == "3 41 256"
+        assert plain.tokenizer("3, 4 and 41 256 44")["input_ids"] == [3, 4, 41, 256, 44]
+    for spec, isolate, message in (
+        ("ids:257", True, "ids:257 has no end-of-sequence token"), ("ids:100", False, "token 2[0-9]+ is outside"),
+        ("ids:257:257", False, "ids:50257:50256"), ("ids:", False, "write ids:N for"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            open_data(dataclasses.replace(config, tokenizer=spec, isolate_documents=isolate), root=str(tmp_path))
+    text = str(tmp_path / "text.txt")
+    Path(text).write_text("some text")
+    with pytest.raises(UserError, match="ids:257 is for files of tokens, not for"):
+        open_data(dataclasses.replace(config, tokenizer="ids:257", files=text), root=str(tmp_path))
     np.full(100, 60000, np.uint16).tofile(tmp_path / "bins" / "val.bin")
     with pytest.raises(UserError, match=r"token 60000 is outside the vocabulary of .*, which has"):
         open_data(config, root=str(tmp_path))

@@ -8,7 +8,7 @@ import dataclasses
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     files: str  # "a.jsonl*2,b.parquet": what `sources.py` knows, with weights; "docstrings": see docstrings.py
-    tokenizer: str = ""  # a Hugging Face directory or id; of a corpus also bpe:N = train N tokens on it; "" = given
+    tokenizer: str = ""  # a Hugging Face directory or id; of a corpus also bpe:N (trained on it), ids:N; "" = given
     layout: str = ""  # one of layouts.LAYOUTS; "" = text of a corpus, else detected, for each file
     format: str = ""  # one of chat_formats; "" = the tokenizer's own chat template
     history: str = ""  # of a template that rewrites earlier turns: "" = refuse, "last" | "each", see open_format

@@ -31,7 +31,7 @@ from jaxup.data.prepare import Encoding, Ids, Plain, look, prepare, trained_toke
 from jaxup.data.rows import CONCATENATED, PACKINGS, Rows, open_rows
 from jaxup.data.sources import SPLITS, Corpus, safe_name
 from jaxup.data.store import META, PROGRESS, Store, check_same, default_path, open_unchecked
-from jaxup.data.tokenizer import bpe_vocab_size, load_tokenizer, tokenizer_hash
+from jaxup.data.tokenizer import bpe_vocab_size, load_tokenizer, number_tokenizer, tokenizer_hash
 from jaxup.errors import UserError, suggest, within
 from jaxup.progress import printable, say
 
@@ -47,7 +47,7 @@ class Data:
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
-    eos_id: int
+    eos_id: int | None
     train: Rows
     validation: Rows
     store: str
@@ -174,10 +174,12 @@ class _Opening:
                 self._tokenizer = load_tokenizer(config.tokenizer_files or config.tokenizer)
             kinds = {layout for mixture in streams.values() for layout in mixture.layouts.values()}
             if self._tokenizer is None and kinds != {"text"}:
-                what = f"{config.files} holds tokens; name the tokenizer that made them (nanoGPT: gpt2)"
+                what = f"{config.files} holds tokens; name the tokenizer that made them (nanoGPT: gpt2), or ids:N"
                 if "ids" not in kinds:
                     what = f"{config.tokenizer} is trained on text alone; name a tokenizer for this layout"
                 raise UserError(what, at="tokenizer")
+            if kinds != {"ids"} and number_tokenizer(config.tokenizer) is not None:
+                raise UserError(f"{config.tokenizer} is for files of tokens, not for {config.files}", at="tokenizer")
         except UserError as error:
             specs = {"source": _spec(config)} | ({"tokenizer": config.tokenizer} if config.tokenizer else {})
             store, meta = open_unchecked(config.store, error, specs, self._unchecked)
@@ -188,7 +190,8 @@ class _Opening:
             decides = {**wanted, "source": wanted["source"]["fingerprint"], "tokenizer": self._identity()}
             names = self._names(streams)
             store = Store(config.store or default_path(self._root, *names, decides=[decides]))
-            self._check_eos()
+            if kinds != {"ids"} or config.isolate_documents:
+                self._check_eos()
             # What can be wrong with chats is looked for before anything is written.
             if config.strict and not self._corpus:
                 self._format.check(strict=True)

@@ -41,7 +41,14 @@ class Rows:
     """
 
     def __init__(
-        self, arrays: Sequence[ts.TensorStore], name: str, *, seq_len: int, vocab_size: int, isolate: bool, eos: int
+        self,
+        arrays: Sequence[ts.TensorStore],
+        name: str,
+        *,
+        seq_len: int,
+        vocab_size: int,
+        isolate: bool,
+        eos: int | None,
     ):
         self._arrays, self._name = arrays, name
         self.seq_len, self.isolate, self._vocab_size, self._eos = seq_len, isolate, vocab_size, eos
@@ -96,14 +103,15 @@ class Rows:
         return [Encoded(ids[a:b], trained[a:b]) for a, b in itertools.pairwise(edges)]
 
 
-def unmarked(ids: np.ndarray, eos: int) -> np.ndarray:
-    """Marks of ids [n, width] that are all trained on: an example begins after each EOS."""
+def unmarked(ids: np.ndarray, eos: int | None) -> np.ndarray:
+    """Marks of ids [n, width] that are all trained on: an example begins after each EOS, if there is such a token."""
     marks = np.full(ids.shape, TRAINED, np.uint8)
-    marks[:, 1:] |= np.where(ids[:, :-1] == eos, BEGINS, 0).astype(np.uint8)
+    if eos is not None:
+        marks[:, 1:] |= np.where(ids[:, :-1] == eos, BEGINS, 0).astype(np.uint8)
     return marks
 
 
-def open_rows(store: Store, meta: dict[str, Any], *, isolate: bool, eos: int) -> tuple[Rows, Rows]:
+def open_rows(store: Store, meta: dict[str, Any], *, isolate: bool, eos: int | None) -> tuple[Rows, Rows]:
     """Those of training and of validation, as the store's `meta` describes them."""
     width = meta["seq_len"] + (meta["packing"] == CONCATENATED)
     dtypes = {"ids": meta["dtype"], **({"marks": "uint8"} if meta["marked"] else {})}

@@ -47,11 +47,36 @@ def bpe_vocab_size(spec: str) -> int:
     return int(size)
 
 
+_NUMBERS = re.compile(r"ids:([1-9][0-9]{0,7})(?::([0-9]{1,8}))?")
+
+
+def number_tokenizer(spec: str) -> PreTrainedTokenizerFast | None:
+    """Of `ids:N`, or `ids:N:EOS`: token i is the text "i", for ids of which nothing else is known.
+
+    None for any other spec.
+    """
+    if not spec.startswith("ids:"):
+        return None
+    if not (found := _NUMBERS.fullmatch(spec)) or int(found[2] or 0) >= int(found[1]):
+        what = f"{spec!r}: write ids:N for the ids 0 to N - 1, ids:N:EOS where EOS ends a text"
+        raise UserError(what, at="tokenizer", hint="such as ids:50257:50256")
+    with _torch_later():
+        from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({str(i): i for i in range(int(found[1]))}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("[^0-9]+"), "removed")
+    special = {} if found[2] is None else {"eos_token": AddedToken(str(int(found[2])), single_word=True)}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+
 def load_tokenizer(spec: str, *, name: str = "") -> PreTrainedTokenizerBase:
     """The Hugging Face tokenizer in the directory `spec`, or of that hub id; from the local cache if it is there.
 
     No code that comes with a tokenizer is ever run. UserError on any failure; `name` is what it calls the directory.
     """
+    if (numbers := number_tokenizer(spec)) is not None:
+        return numbers
     path, name = Path(spec).expanduser(), name or spec
     if bpe_vocab_size(spec):
         raise UserError(f"{spec!r} is trained when a token store is made; there is none to load", at="tokenizer")

@@ -119,7 +119,7 @@ def text_data() -> ConfigDict:
     c.format = ""  # of chats; "" = the tokenizer's own chat template
     c.on_bad = "error"  # or "skip"
     c.val_files = ""  # "" = the split that the source has, else a part of it
-    c.tokenizer = ""  # bpe:N = train one here; "" = the reference's, if it is a Hugging Face directory
+    c.tokenizer = ""  # bpe:N = train one here; ids:N = numbers; "" = the reference's, if it is a Hugging Face directory
     c.seq_len = 128
     c.val_fraction = 0.05
     c.seed = 2357  # of the split into training and validation, where a source is split at random
