@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxup import devices
 from jaxup.errors import Parser, UserError, entry_point, within
 from jaxup.hub.text_generation import OPTIONS, Prompt, Writing, check_options, encode, stop_ids
 from jaxup.progress import Progress, printable, say
@@ -58,6 +59,7 @@ def add_flags(parser: Parser, defaults: Mapping[str, Any]) -> None:
     add("--top-p", metavar="P", type=float, help="draw from the fewest tokens that hold P of it (1)")
     add("--seed", metavar="N", type=int, help="the same seed gives the same text (0)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of parameters and computation (float32)")
+    devices.add_flag(parser)
     add("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     add("--strict", action="store_true", help="refuse NaN and infinite parameters instead of warning")
     add("--allow-pickle", action="store_true", help="read pytorch_model.bin if there are no safetensors")
@@ -145,6 +147,9 @@ class Opened(NamedTuple):
 
 def open_model(args: argparse.Namespace) -> Opened:
     """The model that a command is told with `add_flags`: a directory's, or RUN@MODEL, or RUN@MODEL/STEP."""
+    devices.choose(args.platform)
+    devices.ready()
+
     from jaxup.data.tokenizer import load_tokenizer
     from jaxup.files.bucket import place
     from jaxup.hub.directory import tokenizer_directory

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from jaxup import devices
 from jaxup.errors import Parser, UserError, entry_point
 from jaxup.experiments.config import find, load, meant
 from jaxup.experiments.resuming import load_run
@@ -33,6 +34,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     parser.add_argument("--config.KEY", dest="_", metavar="VALUE",
                         help="override one value, for example --config.optimizer.learning_rate=3e-4")  # fmt: skip
     parser.add_argument("--workdir", metavar="DIR", help="run directory, gs:// too (default: runs/FILE-VARIANT)")
+    devices.add_flag(parser)
     parser.add_argument(
         SKIP, action="append", default=[], metavar="N",
         help="leave out the batch of step N of the model that is training; may be repeated",
@@ -94,6 +96,7 @@ def main(argv: list[str]) -> None:
 
         print(described(config, args.config or ""))
         return
+    devices.choose(args.platform)
     run_experiment(config, workdir, title, parse(args.skip_step, args.rate_from))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxup.devices import ready
 from jaxup.errors import UserError
 from jaxup.experiments import resuming
 from jaxup.experiments.config import section
@@ -38,6 +39,7 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: C
         raise UserError(f"processes.timeout must be positive, not {config.processes.timeout:g}")
     with Processes(config.processes.timeout) as processes:
         processes.join()
+        ready()
         import jax
         import yaml
 

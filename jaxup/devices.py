@@ -1,0 +1,82 @@
+"""What jax computes on: the accelerator that the machine has, and programs that were compiled before."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+from jaxup.errors import Parser, UserError, first_line
+
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # and what jax calls them
+_LARGEST_CACHE = 4 << 30  # bytes; what was not used for longest goes
+
+
+def add_flag(parser: Parser) -> None:
+    parser.add_argument("--platform", choices=PLATFORMS, help="compute on this and nothing else (the fastest there is)")
+
+
+def choose(name: str | None) -> None:
+    """Has jax take this platform; to be called before it is imported."""
+    if name is not None:
+        os.environ["JAX_PLATFORMS"] = PLATFORMS[name]
+
+
+def ready() -> None:
+    """Starts the devices and the cache of compiled programs.
+
+    UserError where they do not start, and where the machine has an accelerator that jax does not see, unless the
+    processor is asked for: a busy TPU, or a jax without CUDA, would otherwise be a run that takes weeks.
+    """
+    import jax
+
+    asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds its options at run time
+    hint = "end what else uses it, or compute on the processor by --platform=cpu"
+    try:
+        backend = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # the second, without a word, where there is nothing to start
+        what = (
+            first_line(error).partition(" (set JAX_PLATFORMS")[0] if str(error) else f"jax has no {asked} to compute on"
+        )
+        raise UserError(what, at="devices", hint=hint) from None
+    if backend == "cpu" and not asked and (found := _accelerator()):
+        what = f"this machine has {found[0]}, and jax sees none"
+        raise UserError(what, at="devices", hint=f"install jaxup[{found[1]}], {hint}")
+    _keep_programs(backend)
+
+
+def _accelerator() -> tuple[str, str] | None:
+    """What the machine has, whatever jax is installed, and the extra of this package that is for it."""
+    from jax._src import hardware_utils
+
+    if hardware_utils.num_available_tpu_chips_and_device_id()[0]:
+        return "TPUs", "tpu"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    there = any(map(os.path.exists, ("/dev/nvidia0", "/dev/nvidiactl")))
+    return ("NVIDIA GPUs", "cuda") if there and not hidden else None
+
+
+def _keep_programs(backend: str) -> None:
+    """Keeps what takes a second or more to compile in the user's cache directory, unless jax is told of another."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        return
+    kind = backend
+    if backend == "cpu":  # its programs run on processors of the same features alone, and a home may be of many
+        try:
+            features = next(line for line in Path("/proc/cpuinfo").read_text().split("\n") if line[:5] in _FEATURES)
+        except (OSError, StopIteration):
+            features = platform.processor()
+        kind += "-" + hashlib.blake2b(features.encode(), digest_size=4).hexdigest()
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxup" / "programs" / kind
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that is not for writing: everything is compiled again
+        return
+    jax.config.update("jax_compilation_cache_max_size", _LARGEST_CACHE)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+_FEATURES = ("flags", "Featu")

@@ -1,0 +1,87 @@
+"""That a run computes on what the machine has, and compiles a program once."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src import hardware_utils
+from jax.experimental import compilation_cache
+
+from jaxup import devices
+from jaxup.errors import UserError
+
+
+@pytest.fixture
+def config():
+    """jax as a user starts it, who has said nothing of platforms and caches."""
+    keys = ("jax_platforms", "jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before = {key: getattr(jax.config, key) for key in keys}
+    jax.config.update("jax_platforms", "")
+    yield jax.config
+    for key, value in before.items():
+        jax.config.update(key, value)
+    compilation_cache.compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+    ("there", "hidden", "message"),
+    [
+        ("tpu", "", "devices: this machine has TPUs, and jax sees none; install jaxup[tpu], end what else uses it"),
+        ("gpu", "", "devices: this machine has NVIDIA GPUs, and jax sees none; install jaxup[cuda]"),
+        ("gpu", "-1", None), ("nothing", "", None),
+    ],
+)  # fmt: skip
+def test_an_accelerator_that_jax_does_not_see_is_an_error(there, hidden, message, config, monkeypatch):
+    monkeypatch.setattr(hardware_utils, "num_available_tpu_chips_and_device_id", lambda: (4 * (there == "tpu"), None))
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: there == "gpu" if "/dev/nvidia" in str(path) else exists(path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    if message is None:
+        devices.ready()
+        return
+    with pytest.raises(UserError) as error:
+        devices.ready()
+    assert str(error.value).startswith(message)
+    assert "--platform=cpu" in str(error.value)
+    config.update("jax_platforms", "cpu")  # who asks for it gets it
+    devices.ready()
+
+
+def test_a_platform_that_is_not_there_is_one_line(config, monkeypatch):
+    def fails():
+        raise RuntimeError("Unable to initialize backend 'tpu': the TPU is in use\nby process 41")
+
+    monkeypatch.setattr(jax, "default_backend", fails)
+    with pytest.raises(
+        UserError, match=r"^devices: Unable to initialize backend 'tpu': the TPU is in use; end what else"
+    ):
+        devices.ready()
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    devices.choose(None)
+    assert os.environ["JAX_PLATFORMS"] == ""
+    devices.choose("gpu")
+    assert os.environ["JAX_PLATFORMS"] == "cuda"
+
+
+def test_programs_are_kept_in_the_users_cache_directory(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config.update("jax_compilation_cache_dir", "/elsewhere")
+    devices.ready()
+    assert config.jax_compilation_cache_dir == "/elsewhere"  # as jax was told
+
+    config.update("jax_compilation_cache_dir", None)
+    devices.ready()
+    compilation_cache.compilation_cache.reset_cache()
+    jax.jit(lambda x: x * 3 + 14)(jnp.ones(7))
+    (kept,) = (tmp_path / "jaxup" / "programs").iterdir()
+    assert kept.name.startswith("cpu-")
+    assert any("lambda" in path.name for path in kept.iterdir())
+
+    config.update("jax_compilation_cache_dir", None)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    devices.ready()
+    assert config.jax_compilation_cache_dir is None
