@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 import sys
 
 import jax
@@ -18,6 +19,7 @@ from jaxup.model.decoder import abstract, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import flops_per_token
 from jaxup.training import step as training_step
+from jaxup.training.loss import cross_entropy
 from jaxup.training.optimizer import OptimizerConfig, make_optimizer
 from jaxup.training.sharding import (
     BATCH_AXES,
@@ -112,6 +114,35 @@ def test_mesh_does_not_change_the_step(mesh_config):
     q = state.params["blocks"]["self_attn"]["q_proj"]["kernel"]
     split = {"fsdp": mesh_config[1], "tensor": mesh_config[2]}
     assert q.sharding.shard_shape(q.shape) == (3, 16 // split["fsdp"], 4 // split["tensor"], 4)
+
+
+def test_no_chunk_of_the_loss_speaks_to_other_devices():
+    """The head is gathered before the loop over chunks, and its gradient summed after it; both once."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4, tensor=1))
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((ROWS, SEQ, 16), np.float32), rng.standard_normal((16, 64), np.float32)
+    batch, how = make_batch(), {"chunk": 3, "z_loss": 1e-3}
+
+    def loss(batch_axes, x, kernel, targets, weights):
+        return cross_entropy(x, kernel, targets, weights, **how, batch_axes=batch_axes)
+
+    graded = jax.value_and_grad(loss, (1, 2), has_aux=True)
+    inputs = (x, kernel, batch["targets"], batch["loss_weights"])
+    want = jax.jit(graded, static_argnums=0)((), *inputs)
+    rows = batch_sharding(mesh)
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(inputs, (rows, split, rows, rows))
+        program = jax.jit(graded, static_argnums=0).lower(BATCH_AXES, *placed).compile()
+        got = program(*placed)
+    assert_close(got, want)
+    text = program.as_text()
+    assert text.count(" all-gather(") == 1
+    loops = re.findall(r"\bbody=%?([\w.-]+)", text)
+    assert loops
+    for name in loops:
+        body = re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.M | re.S)[0]
+        assert not re.search("all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all", body)
 
 
 # ---- packed rows

@@ -173,7 +173,7 @@ def _make_loss(
             decoder, x_BSD = partition.hidden(params, frozen[0], batch["tokens"], **inputs)
         return cross_entropy(
             x_BSD, decoder.head_kernel(), batch["targets"], batch["loss_weights"],
-            chunk=config.loss_chunk, z_loss=config.z_loss,
+            chunk=config.loss_chunk, z_loss=config.z_loss, batch_axes=compute.batch_axes,
         )  # fmt: skip
 
     return loss_sums
