@@ -113,6 +113,20 @@ def test_heads_that_flash_attention_does_not_take_are_left_to_another(head_dim, 
     assert taken == ["cudnn"] * (chosen == "cudnn")
 
 
+@pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("full", 2)])
+def test_only_full_rematerialisation_runs_the_kernel_of_attention_twice(remat, times, monkeypatch):
+    """In the program that is traced: the kernel needs a GPU."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(cudnn, "check_is_flash_attention", lambda *_, **__: None)
+    compute = Compute(dtype="bfloat16", attention="cudnn", remat=remat)
+    traced = jax.make_jaxpr(lambda params, tokens: loss_and_grad(LLAMA, compute, params, tokens))
+    program = str(traced(noisy(LLAMA), tokens_for(LLAMA)))
+    assert program.count("dot_product_attention_fwd_wrapper") == times
+    assert program.count("dot_product_attention_bwd_wrapper") == 1
+
+
 @configs_apart
 def test_an_order_of_layers_runs_as_the_model_built_by_its_plan(config):
     """One program for all orders; windows and divisors of attention go with the layer, as its weights do."""

@@ -232,11 +232,12 @@ class Decoder(nnx.Module):
             check_numbers("layer", order, num_layers, first=-1)
             order = jnp.asarray(order, jnp.int32)
             step, runs, length = ordered, (order, jnp.cumsum(order >= 0) - 1), order.shape[0]
+        unroll = min(self.compute.unroll, length) or length
         if policy is not None:
-            step = jax.checkpoint(step, policy=policy)
+            # Only where no loop is left could XLA take the first computation's values for the second's.
+            step = jax.checkpoint(step, policy=policy, prevent_cse=unroll == length)
         # Carried, not scanned over: XLA writes to a carry in place, where each step would copy the cache.
         kv = None if cache is None else (cache.k_LBTKH, cache.v_LBTKH)
-        unroll = min(self.compute.unroll, length) or length
         return jax.lax.scan(step, (x_BSD, kv), runs, unroll=unroll)[0]
 
 
@@ -249,11 +250,15 @@ def check_numbers(what: str, numbers: Array | np.ndarray, count: int, first: int
         raise UserError(f"{what} {wrong[0]} is not there: the model has {what}s 0-{count - 1}")
 
 
-# "dots" keeps every matrix product's output, "full" only each block's input.
-_REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+def _is_product(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """A product with a parameter, or a kernel of attention: its output is small, and its work is not."""
+    if primitive.name.startswith("dot_product_attention"):
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
+
+
+# "dots" keeps every such product's output, "full" only each block's input.
+_REMAT = {"dots": _is_product, "full": jax.checkpoint_policies.nothing_saveable}
 
 
 def column_arrays(config: ModelConfig) -> dict[str, Array]:

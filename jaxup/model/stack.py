@@ -78,8 +78,9 @@ class SplitStack:
                     setattr(functools.reduce(getattr, owners, block), name, None)
                 return step(carry, (block, layer, {name: column[layer] for name, column in columns.items()}))
 
-            body = jax.checkpoint(body, policy=policy or keep)
             each = min(unroll, count) or count
+            # Only where no loop is left could XLA take the first computation's values for the second's.
+            body = jax.checkpoint(body, policy=policy or keep, prevent_cse=each == count)
             return jax.lax.scan(body, carry, (rows, first + jnp.arange(count)), unroll=each)[0]
 
         def group(carry: Carry, first: jax.Array, pattern: Pattern, rows: dict[str, jax.Array]) -> Carry:
