@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from jaxup.depth.apply import apply
 from jaxup.depth.plan import ZEROED, DepthPlan, Row
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
-from jaxup.model.attention import attention
+from jaxup.model.attention import attention, choose
 from jaxup.model.config import Compute, LayerKind, ModelConfig, RopeScaling, depth_scaled
 from jaxup.model.decoder import KVCache, abstract, init
 from jaxup.model.spec import count_params, flatten, spec
@@ -102,29 +105,59 @@ def test_what_the_cache_or_the_positions_cannot_hold_is_refused_and_not_clamped(
     assert jnp.isnan(jax.jit(model.decode)(tokens[:, 4:5], full)[0]).all()
 
 
-@pytest.mark.parametrize(("head_dim", "chosen"), [(64, "cudnn"), (128, "cudnn"), (100, "blocked"), (256, "blocked")])
-def test_heads_that_flash_attention_does_not_take_are_left_to_another(head_dim, chosen, monkeypatch):
-    """OpenLLaMA-3B has heads of 100."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    taken = []
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **__: taken.append("cudnn") or q)
-    q = jnp.zeros((1, 4, 2, head_dim), jnp.bfloat16)
-    attention(q, q, q)
-    assert taken == ["cudnn"] * (chosen == "cudnn")
+@pytest.mark.parametrize(
+    ("capability", "asked", "given", "chosen"),
+    [
+        ("8.0", "auto", {}, "cudnn"),
+        ("9.0", "auto", {"packed": True}, "cudnn"),
+        ("9.0", "auto", {"packed": True, "seq_len": 4095}, "blocked"),  # its bias wants an even length
+        ("9.0", "auto", {"head_dim": 100}, "cudnn"),  # OpenLLaMA-3B
+        ("8.0", "auto", {"head_dim": 256}, "blocked"),  # Gemma
+        ("9.0", "auto", {"head_dim": 256}, "cudnn"),
+        ("9.0", "auto", {"dtype": "float32"}, "blocked"),
+        ("9.0", "auto", {"seq_len": None}, "xla"),  # decoding
+        ("9.0", "cudnn", {"seq_len": None}, "xla"),
+        ("9.0", "blocked", {}, "blocked"),
+        ("9.0", "xla", {}, "xla"),
+        ("7.5", "auto", {}, "blocked"),
+        ("gfx942", "auto", {}, "blocked"),
+        (None, "auto", {}, "blocked"),
+        (None, "cudnn", {}, "cudnn"),
+    ],
+)
+def test_which_attention_runs(capability, asked, given, chosen, monkeypatch):
+    if capability:
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    usual = {"dtype": "bfloat16", "seq_len": 4096, "head_dim": 128, "packed": False}
+    assert choose(asked, **(usual | given)) == chosen
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Programs with its kernel can be traced, not run."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_is_flash_attention", lambda *_, **__: None)
 
 
 @pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("full", 2)])
-def test_only_full_rematerialisation_runs_the_kernel_of_attention_twice(remat, times, monkeypatch):
-    """In the program that is traced: the kernel needs a GPU."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
-    monkeypatch.setattr(cudnn, "check_is_flash_attention", lambda *_, **__: None)
+def test_only_full_rematerialisation_runs_the_kernel_of_attention_twice(remat, times, cudnn):
     compute = Compute(dtype="bfloat16", attention="cudnn", remat=remat)
     traced = jax.make_jaxpr(lambda params, tokens: loss_and_grad(LLAMA, compute, params, tokens))
     program = str(traced(noisy(LLAMA), tokens_for(LLAMA)))
     assert program.count("dot_product_attention_fwd_wrapper") == times
     assert program.count("dot_product_attention_bwd_wrapper") == 1
+
+
+def test_packed_rows_keep_no_mask_and_no_logits_for_the_backward_pass_of_the_kernel(cudnn):
+    compute, tokens = Compute(dtype="bfloat16", attention="cudnn"), tokens_for(LLAMA)[:, :12]
+    program = str(jax.make_jaxpr(lambda *given: loss_and_grad(LLAMA, compute, *given))(noisy(LLAMA), tokens, tokens))
+    assert program.count("dot_product_attention_fwd_wrapper") == program.count("dot_product_attention_bwd_wrapper") == 1
+    assert "bf16[2,1,12,12]" in program  # the mask that the kernel is given
+    assert "[3,2,1,12,12]" not in program
+    assert not re.search(r"f32\[[\d,]+,12,12\]", program)
 
 
 @configs_apart
@@ -169,10 +202,14 @@ def test_rematerialisation_and_unrolling_do_not_change_gradients(config):
         assert max(jax.tree.leaves(errors)) < 1e-6
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 200])
-@pytest.mark.parametrize("segmented", [False, True])
-def test_blocked_attention_equals_dense(window, segmented):
-    seq = 300  # three blocks, the last one short
+@pytest.mark.parametrize(
+    ("block", "segmented", "window"),
+    [*itertools.product([128], [False, True], [None, 1, 5, 200]), (8, False, None), (8, True, 5), (8, True, 200)],
+)
+def test_blocked_attention_equals_dense(block, segmented, window, monkeypatch):
+    """Three blocks, the last one short; and 38, which are loops."""
+    seq = 300
+    monkeypatch.setattr("jaxup.model.attention._BLOCK", block)
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (2, seq, n, 4)) for key, n in zip(keys, (4, 2, 2), strict=True))
     segments = jnp.stack([jnp.arange(seq) // 70, jnp.arange(seq) // 256]) if segmented else None
@@ -189,6 +226,20 @@ def test_blocked_attention_equals_dense(window, segmented):
     np.testing.assert_allclose(blocked, dense, atol=1e-6)
     for a, b in zip(blocked_grads, dense_grads, strict=True):
         assert relative(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 1024])
+def test_long_rows_have_no_logits_of_all_positions_at_once(window):
+    """Of an up-scaled model's packed rows of 4,096 tokens, forward and backward, as the compiler planned it."""
+    seq, heads = 4096, 8
+    shape = lambda *sizes: jax.ShapeDtypeStruct((1, seq, *sizes), jnp.bfloat16)  # noqa: E731
+    ids = jax.ShapeDtypeStruct((1, seq), jnp.int32)
+
+    def total(q, k, v, ids):
+        return attention(q, k, v, window=window, segment_ids=ids).astype(jnp.float32).sum()
+
+    step = jax.jit(jax.grad(total, (0, 1, 2))).lower(shape(heads, 16), shape(2, 16), shape(2, 16), ids).compile()
+    assert step.memory_analysis().temp_size_in_bytes < heads * seq**2 * 4 / 4
 
 
 @configs_apart

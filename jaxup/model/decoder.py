@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxup.errors import UserError
+from jaxup.model.attention import CUDNN
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.layers import Block, Linear, Norm, param
 from jaxup.model.spec import STACK, Param, flatten, spec, unflatten
@@ -252,7 +253,7 @@ def check_numbers(what: str, numbers: Array | np.ndarray, count: int, first: int
 
 def _is_product(primitive: Any, *operands: Any, **params: Any) -> bool:
     """A product with a parameter, or a kernel of attention: its output is small, and its work is not."""
-    if primitive.name.startswith("dot_product_attention"):
+    if primitive.name.startswith(CUDNN):
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
 
