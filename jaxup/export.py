@@ -1,8 +1,10 @@
 """Write a model as a Hugging Face model directory: `python -m jaxup.export RUN OUT`.
 
 RUN is a run directory, finished or not, of which the newest checkpoint of the last target or the
-healed model is taken (or another: --model, --step); or a Hugging Face model, directory or id, which
-is written again in another dtype or other shards. Nothing is at OUT until all of it is there.
+healed model is taken, or another as RUN@NAME or RUN@NAME/STEP (or by --model and --step); or a Hugging
+Face model, directory or id, which is written again in another dtype or other shards. Nothing is at OUT
+until all of it is there. Without OUT, RUN@NAME/STEP is put into the run, as RUN/models/NAME/STEP: then all
+that takes a model finds it by its name.
 """
 
 from __future__ import annotations
@@ -10,14 +12,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jaxup.errors import Parser, UserError, entry_point
+from jaxup.errors import Parser, UserError, entry_point, within
 from jaxup.progress import tell
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser("export", __doc__)
-    parser.add_argument("source", metavar="RUN", help="run directory, or Hugging Face model directory or id")
-    parser.add_argument("out", metavar="OUT", help="directory to be made")
+    parser.add_argument("source", metavar="RUN", help="RUN, RUN@NAME[/STEP], or Hugging Face model directory or id")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="directory to be made (of RUN@NAME default: in the run)")
     parser.add_argument("--model", metavar="NAME", help="of the run: reference, target_3, before, healed, control, ... "
                         "(default: the last target, or what was healed)")  # fmt: skip
     parser.add_argument("--step", type=int, metavar="N", help="of the model's checkpoints (default: the newest)")
@@ -44,16 +46,33 @@ def main(argv: list[str]) -> None:
 
     # All that can be known to fail is looked at before the model is read.
     size = parse_size(args.max_shard_size)
-    source, out = place(args.source), place(args.out)
-    _check_apart(source, out)
-    check_replaceable(out.absolute(), args.force, MARKS)
     how = {"dtype": args.dtype, "max_shard_size": size, "force": args.force, "progress": True}
-    if stored.is_run(source):
+    name, step = args.model, args.step
+    source, of_run = place(args.source), stored.find_run(args.source)
+    if of_run is not None:
+        source, named = of_run
         if args.revision is not None or args.allow_pickle:
             raise UserError(f"{args.source}: is a run directory: --revision and --allow-pickle go with a model")
-        stored.export(source, out, name=args.model, step=args.step, **how)
-    elif args.model is not None or args.step is not None:
+        if named and (name is not None or step is not None):
+            raise UserError("names the model itself: --model and --step go with a run alone", at=args.source)
+        if named:
+            with within(args.source):
+                name, step = stored.parse(named)
+    elif name is not None or step is not None:
         raise UserError(f"{args.source}: is not a run directory, so it has no --model or --step to choose")
+    if args.out is not None:
+        out = place(args.out)
+    elif of_run is not None and name is not None:
+        name, step, _ = stored.choose(source, name, step)
+        out = source / "models" / name / str(step)
+    else:
+        raise UserError("OUT is missing: the directory to be made", at=args.source)
+    _check_apart(source, out)
+    check_replaceable(out.absolute(), args.force, MARKS)
+    if of_run is not None:
+        if args.out is None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        stored.export(source, out, name=name, step=step, **how)
     else:
         where = str(source) if source.is_dir() else args.source
         with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it need not fit into an accelerator

@@ -151,22 +151,17 @@ def open_model(args: argparse.Namespace) -> Opened:
     devices.ready()
 
     from jaxup.data.tokenizer import load_tokenizer
-    from jaxup.files.bucket import place
+    from jaxup.files.names import in_run, split_run
     from jaxup.hub.directory import tokenizer_directory
     from jaxup.hub.load import load
     from jaxup.hub.reader import load_config
 
     name, run = args.model, None
-    if not (path := place(name)).exists() and "@" in name:
-        before, _, what = name.rpartition("@")
-        if ((run := place(before)) / "checkpoints").is_dir():
-            return _of_run(args, run, what)
-    if (path / "checkpoints").is_dir():
-        run, path = path, path / "export"
-        if not path.is_dir():
-            hint = f"what it has so far is {name}@MODEL or {name}@MODEL/STEP"
-            raise UserError("this run has no export yet; it is written when the run finishes", at=name, hint=hint)
-        name = str(path)
+    if found := split_run(name):
+        run, model = found
+        if model:
+            return _of_run(args, run, model)
+        name = str(in_run(name))
     load_config(name, revision=args.revision)  # what is no model shall not be called one without tokenizer
     directory = tokenizer_directory(name, revision=args.revision)
     tokenizer = load_tokenizer(str(directory))
@@ -187,12 +182,11 @@ def _of_run(args: argparse.Namespace, run: Path, what: str) -> Opened:
     from jaxup.model.config import Compute
     from jaxup.model.decoder import abstract
 
-    name, slash, step = what.partition("/")
     if args.revision is not None or args.allow_pickle:
         raise UserError("a model of a run: --revision and --allow-pickle go with others", at=args.model)
-    if slash and not step.isdecimal():
-        raise UserError(f"{step!r} is no step", at=args.model, hint="after the model, such as healed/100")
-    name, number, about = stored.choose(run, name, int(step) if slash else None)
+    with within(args.model):
+        which = stored.parse(what)
+    name, number, about = stored.choose(run, *which)
     directory = None
     if (exported := run / "export").is_dir():
         directory = tokenizer_directory(str(exported))

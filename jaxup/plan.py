@@ -25,7 +25,7 @@ def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that opens a recipe."""
     parser.add_argument("recipe", metavar="RECIPE", help="file, or one line")
     parser.add_argument("--model", metavar="NAME=DIR", action="append", default=[],
-                        help="where the model is that the recipe calls NAME: directory, Hub id or URL; "
+                        help="where the model is that the recipe calls NAME: directory, RUN, Hub id or URL; "
                              "may be given several times")  # fmt: skip
     parser.add_argument("--revision", help="of the models that are Hub ids: branch, tag or commit")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],

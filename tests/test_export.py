@@ -12,12 +12,15 @@ import pytest
 import safetensors.numpy
 from plain import load_params
 
-from jaxup import export
+from jaxup import build, export
+from jaxup.data.tokenizer import load_tokenizer
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
 from jaxup.experiments import stored
+from jaxup.hub.load import load
 from jaxup.hub.reader import load_config
 from jaxup.model.spec import flatten
+from jaxup.recipes.open import open_plan, open_recipe
 
 
 @pytest.fixture
@@ -80,6 +83,43 @@ def test_other_models_steps_dtypes_and_shards(run, tmp_path):
     # An update of Adam moves by the learning rate, more than rounding to bfloat16 does.
     assert 1e-4 < moved < 1e-1
     assert not (tmp_path / "new" / "jaxup_plan.yaml").exists()
+
+
+def test_a_run_is_a_model(finished, run, tmp_path):
+    """To all that takes one: its export, and whatever else of it has been put into files."""
+    opened = open_recipe(f"upscale({finished[0]}, 1:2, copies=1)").models[str(finished[0])]
+    assert opened.hf == json.loads((finished[0] / "export" / "config.json").read_text())
+    build.main(["build", f"identity({finished[0]})", str(tmp_path / "built")])
+    assert weights(tmp_path / "built").keys() == weights(finished[0] / "export").keys()
+    with pytest.raises(UserError, match="overlaps with what is read"):
+        build.main(["build", f"identity({finished[0]})", str(finished[0] / "export" / "built")])
+    for name, message in {
+        "": f"{run}: this run has no export yet; it is written when the run finishes; what it has so far is "
+            f"{run}@control, {run}@reference, {run}@target_2",
+        "@target_1": f"{run}@target_1: this run has no target_1; did you mean 'target_2'?",
+        "@reference/7": f"{run}@reference/7: this run has no reference/7; did you mean 'reference/8'?",
+        "@reference/6": f"{run}@reference/6: it is in the run's checkpoints, not in files; "
+            f"`jaxup export {run}@reference/6` makes files of it, which this name then stands for",
+    }.items():  # fmt: skip
+        given = lambda name: open_recipe("identity(m)", models={"m": name})  # noqa: E731
+        for use in (load_config, open_plan, load_tokenizer, given):
+            with pytest.raises(UserError) as error:
+                use(f"identity({run}{name})" if use is open_plan else f"{run}{name}")
+            assert str(error.value).removeprefix("tokenizer: ") == message
+    main(f"{run}@reference/6")
+    main(run, tmp_path / "out", "--model", "reference", "--step", "6")
+    here = run / "models" / "reference" / "6"
+    assert (here / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    model = load(f"{run}@reference/6")
+    assert (model.config, model.origin.path) == (load_config(here), f"{run}@reference/6")
+    assert load_tokenizer(f"{run}@reference/6").eos_token_id is not None
+    plan = open_plan("identity(m)", models={"m": f"{run}@reference/6"})
+    assert plan.sources == ((f"{run}@reference/6", 4),)
+    assert "exists already" in refused(f"{run}@reference/6")
+    assert "OUT is missing" in refused(run)
+    assert "--model and --step go with a run alone" in refused(f"{run}@reference", tmp_path / "b", "--step", "6")
+    with pytest.raises(UserError, match=r"reference` makes files"):
+        load_config(f"{run}@reference")  # the newest
 
 
 def test_help_is_quick():

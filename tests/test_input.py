@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from jaxup.data.sources import find_files
 from jaxup.data.tokenizer import encoder, load_tokenizer, train_bpe
 from jaxup.errors import UserError, entry_point
 from jaxup.experiments.stored import read_stored
@@ -264,18 +266,42 @@ def test_a_tokenizer_that_fails_when_it_is_used_is_one_line(tokenizer_files, cap
     refused(f"{directory}: the tokenizer fails", generate, ["generate", directory, "--prompt", "a" * 40 + " x!"])
 
 
-def test_a_mistyped_directory_asks_no_network(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("base-modle", "no such file or directory; did you mean 'base-model'?"),
+        ("org/lama-3b", "no such file or directory; did you mean 'org/llama-3b'? (the Hub's is org/lama-3b@main)"),
+        ("ogr/llama-3b", "no such file or directory; did you mean 'org/llama-3b'? (the Hub's is ogr/llama-3b@main)"),
+        ("org/unlike", "no such file or directory; the Hub's is org/unlike@main"),
+        ("nothing", "no such directory; a model on the Hub is ORG/NAME"),
+        ("./base-modle", "no such directory; did you mean 'base-model'?"),
+        ("{here}/ogr/llama-3b", "no such directory; did you mean '{here}/org/llama-3b'?"),
+        ("a/b/c", "no such directory"),
+        ("~nobody-of-that-name/x", "no such directory"),
+        ("other/model.safetensors", "no such directory"),
+        ("runs/one@healed", "no such file or directory; did you mean 'runs/none'?"),
+        ("runs/xyz@healed", "no such file or directory"),
+    ],
+)
+def test_a_mistyped_directory_asks_no_network(name, message, tmp_path, monkeypatch):
+    """Nor does what looks like one of this machine, whatever reads it."""
+
     def no_network(*_, **__):
         raise AssertionError("the Hub was asked")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    (tmp_path / "base-model").mkdir()
-    (tmp_path / "org" / "llama-3b").mkdir(parents=True)
-    refused("base-modle: no such file or directory; did you mean 'base-model'", storage.open_storage, "base-modle")
-    refused("did you mean 'llama-3b'.*the Hub's is org/lama-3b@main", storage.open_storage, "org/lama-3b")
-    refused("nothing: no such directory; a model on the Hub is ORG/NAME", storage.open_storage, "nothing")
-    refused("tokenizer: nothing: no such directory; a model on", load_tokenizer, "nothing")
+    for ask in ("hf_hub_download", "dataset_info"):
+        monkeypatch.setattr(huggingface_hub, ask, no_network)
+    for directory in ("base-model", "org/llama-3b", "runs/none/checkpoints"):
+        (tmp_path / directory).mkdir(parents=True)
+    name, message = (text.format(here=tmp_path) for text in (name, message))
+    path = name.removeprefix("./").partition("@")[0]
+    refused(f"^{re.escape(f'{path}: {message}')}$", storage.open_storage, name)
+    refused(f"^tokenizer: .*{re.escape(message.partition(';')[2])}$", load_tokenizer, name)
+    meant = message.partition("; ")[2].partition(" (the Hub")[0]
+    if "@" not in name and "/" in name:
+        message = meant.replace("the Hub's is org/unlike@main", "a split of the Hub's is org/unlike:train")
+        refused(f"no such file or directory.*{re.escape(message)}", find_files, name)
 
 
 @pytest.mark.parametrize("name", ["(" * 4000, "a" * 4000, "a/" * 3000, "identity(" + "a" * 4000 + ")"])

@@ -11,7 +11,7 @@ from jaxup import plan as entry
 from jaxup.depth import recipes
 from jaxup.depth.plan import DepthPlan, Row
 from jaxup.errors import UserError
-from jaxup.files.storage import split_revision
+from jaxup.files.names import split_revision
 from jaxup.recipes import open as hub_recipe
 from jaxup.recipes.open import open_recipe
 

@@ -82,6 +82,12 @@ def test_what_is_missing_of_a_finished_run_is_made_again(whole, folder):
     shutil.rmtree(folder / "copy" / "export")
     run(f"--resume={folder / 'copy'}")
     assert export(folder / "copy") == export(whole)
+    # Nothing else of it is: whose card was edited meanwhile keeps it.
+    (folder / "copy" / "export" / "README.md").write_text("mine")
+    before = files(folder / "copy" / "export")
+    run(f"--resume={folder / 'copy'}", "--config.eval.rows=16")
+    assert result(folder / "copy", "target_1")["val_rows"] == 16
+    assert files(folder / "copy" / "export") == before
 
 
 class Killed(BaseException):

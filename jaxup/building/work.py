@@ -28,6 +28,7 @@ from jaxup.errors import UserError
 from jaxup.families import family_of_hf
 from jaxup.families.layouts import Tensor, to_file
 from jaxup.files import manifest
+from jaxup.files.names import in_run
 from jaxup.files.shards import INDEX, Stored, index, json_bytes, parse_size, split
 from jaxup.files.staging import check_replaceable, check_space, staged_directory
 from jaxup.files.storage import Local
@@ -205,7 +206,7 @@ def check_place(work: Work, out: Path, *, force: bool) -> None:
     """UserError if nothing can be written at `out`: it overlaps with a source, exists, or has no parent."""
     there = out.resolve()
     for model in work.recipe.models.values():
-        here = Path(model.path).expanduser()
+        here = in_run(model.path) or Path(model.path).expanduser()
         if here.is_dir() and (there.is_relative_to(here.resolve()) or here.resolve().is_relative_to(there)):
             raise UserError(f"{out}: overlaps with what is read, {model.path}; choose another place")
     check_replaceable(Path(os.path.abspath(out)), force, MARKS)
@@ -272,7 +273,7 @@ def _card(work: Work, title: str) -> str:
     dtypes = {stored.dtype.name: None for stored, _ in work.tensors}
     return model_card(
         work.made.config, title=title, dtype=", ".join(dtypes), source=recipe.name, plan=recipe.plan, picture=PICTURE,
-        base_models=[name for name in names if not os.path.exists(name)],
+        base_models=names,
     )  # fmt: skip
 
 

@@ -43,7 +43,8 @@ from jaxup.data.readers import (
     read_text,
 )  # fmt: skip
 from jaxup.errors import UserError, first_line, nearest, suggest
-from jaxup.files.storage import SECONDS, ask_hub, check_hub_id
+from jaxup.files.names import check_hub_name, is_hub_name, nearest_path
+from jaxup.files.storage import SECONDS, ask_hub
 from jaxup.progress import say
 
 Split = Literal["train", "validation"]
@@ -378,11 +379,12 @@ def load_dataset(spec: str, how: str, *args: Any, **options: Any) -> Any:
 
 def _hub(spec: str, corpus: Corpus | None, side: Split | None) -> list[File]:
     missing = f"no such file or directory: {spec if corpus else spec or repr(spec)}{_near_python(spec, 0.6, corpus)}"
-    if not is_dataset_name(spec) or _near_python(spec, 0.8, corpus):
-        raise UserError(missing)
     name, *more = spec.split(":")
+    python = _near_python(spec, 0.8, corpus)
+    if python or "://" in spec or not is_hub_name(name, _PATHS):
+        raise UserError(missing, hint="" if python else nearest_path(spec))
     datasets = import_datasets(spec)
-    reach_dataset(name, datasets)
+    _reach_dataset(name, datasets, sure=bool(more))
     config, split = (*more, "", "")[:2]
     try:
         try:
@@ -414,17 +416,11 @@ def _downloaded(spec: str, corpus: Corpus, side: Split | None) -> list[File]:
     return _Choice(spec, "", corpus, side).files(Path(directory))
 
 
-def is_dataset_name(spec: str) -> bool:
-    """Whether `spec`, which is nothing on this machine, may be a dataset's on the Hub and not a mistyped path."""
-    like_path = re.match(r"[./~\\]|\w+://", spec) or spec.endswith("/") or Path(spec).suffix in _PATHS
-    return not like_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.partition(":")[0]) is not None
-
-
-def reach_dataset(name: str, datasets: Any) -> None:
+def _reach_dataset(name: str, datasets: Any, *, sure: bool) -> None:
     """UserError for a dataset of the Hub that is rather a mistyped path, or if the Hub does not answer."""
     if (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
         return
-    check_hub_id(name, "dataset")
+    check_hub_name(name, "dataset", sure=sure)
     import huggingface_hub
 
     try:

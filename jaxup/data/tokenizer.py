@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxup.errors import UserError, first_line, is_panic, storage_error, within
-from jaxup.files.storage import SECONDS, ask_hub, check_hub_id, check_texts
+from jaxup.files.names import check_hub_name, in_run, is_hub_name, nearest_path, split_revision
+from jaxup.files.storage import SECONDS, ask_hub, check_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -71,36 +72,41 @@ def number_tokenizer(spec: str) -> PreTrainedTokenizerFast | None:
 
 
 def load_tokenizer(spec: str, *, name: str = "") -> PreTrainedTokenizerBase:
-    """The Hugging Face tokenizer in the directory `spec`, or of that hub id; from the local cache if it is there.
+    """The Hugging Face tokenizer in the directory `spec`, of that run or hub id; from the local cache if it is there.
 
     No code that comes with a tokenizer is ever run. UserError on any failure; `name` is what it calls the directory.
     """
     if (numbers := number_tokenizer(spec)) is not None:
         return numbers
-    path, name = Path(spec).expanduser(), name or spec
+    name = name or spec
     if bpe_vocab_size(spec):
         raise UserError(f"{spec!r} is trained when a token store is made; there is none to load", at="tokenizer")
-    if path.is_dir():
+    with within("tokenizer"):
+        path = ("://" not in spec and in_run(spec)) or Path(os.path.expanduser(spec))
+    if os.path.isdir(path):
         if not any((path / file).exists() for file in _FILES):
             raise UserError(f"no tokenizer in {name}: none of {', '.join(_FILES)}", at="tokenizer")
         return _from_pretrained(str(path), name)
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec):
-        raise UserError(f"no such directory: {name}", at="tokenizer")
-    with within("tokenizer", spec):
-        check_hub_id(spec)
+    if os.path.lexists(path):
+        raise UserError("not a directory", at=("tokenizer", spec))
+    repo, revision = split_revision(spec)
+    if not is_hub_name(repo):
+        raise UserError(f"no such directory: {name}", at="tokenizer", hint=nearest_path(spec))
+    with within("tokenizer"):
+        check_hub_name(repo, sure=revision is not None)
     with contextlib.suppress(UserError):
-        return _from_pretrained(spec, name, local_files_only=True)
+        return _from_pretrained(repo, name, revision=revision, local_files_only=True)
     from huggingface_hub import hf_hub_download
 
     try:
-        ask_hub(functools.partial(hf_hub_download, spec, "tokenizer_config.json"))
+        ask_hub(functools.partial(hf_hub_download, repo, "tokenizer_config.json", revision=revision))
     except TimeoutError:
         raise UserError(
             f"no such directory, and the Hub does not answer within {SECONDS} s", at=("tokenizer", spec)
         ) from None
     except Exception:  # it answers: what it says of the tokenizer is said below
         pass
-    return _from_pretrained(spec, name)
+    return _from_pretrained(repo, name, revision=revision)
 
 
 @contextlib.contextmanager
@@ -116,7 +122,7 @@ def tokenizing() -> Iterator[None]:
         raise UserError(f"the tokenizer fails: {first_line(error)[:200]}") from None
 
 
-def _from_pretrained(spec: str, name: str, **options: bool) -> PreTrainedTokenizerBase:
+def _from_pretrained(spec: str, name: str, **options: Any) -> PreTrainedTokenizerBase:
     try:
         return auto_tokenizer(spec, **options)
     except UserError as error:
@@ -128,7 +134,7 @@ def _from_pretrained(spec: str, name: str, **options: bool) -> PreTrainedTokeniz
         raise UserError(f"cannot load {name}: {reason}", at="tokenizer") from None
 
 
-def auto_tokenizer(spec: str, **options: bool) -> PreTrainedTokenizerBase:
+def auto_tokenizer(spec: str, **options: Any) -> PreTrainedTokenizerBase:
     """What transformers' AutoTokenizer makes of a directory or hub id, with its errors; no code of it is run.
 
     UserError for a directory that would have it read other files than its own.

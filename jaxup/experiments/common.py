@@ -54,6 +54,7 @@ class Experiment(abc.ABC):
     # What must be the same when the run resumes, and is not in the configuration; of "steps" there may be more.
     inputs: dict[str, str | int]
     sample: Callable[[ModelConfig, Params], str]  # a short text by a model
+    exported: Sequence[str] = ()  # the models of the run when its export was made, if nothing of them trains any more
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
         self._config, self._settings, self._mesh = config, settings, mesh
@@ -132,7 +133,8 @@ class Experiment(abc.ABC):
         export: Mapping[str, Any], notes: Sequence[str] = (), plan_title: str, loss_of: str,
     ) -> None:  # fmt: skip
         """The export of the run's final model, the pictures and SUMMARY.md; every process calls it."""
-        write_model(run.directory / "export", model, params, title=title, plan=plan, force=True, **export)
+        if [r.name for r in results] != self.exported:  # else it is of these, and perhaps somebody's by now
+            write_model(run.directory / "export", model, params, title=title, plan=plan, force=True, **export)
         if jax.process_index() != 0:
             return
         report.plot_validation(run.directory, title, results, run.log.read())

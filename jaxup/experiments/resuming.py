@@ -104,20 +104,35 @@ def finish(directory: Path, config: ConfigDict, models: list[str]) -> None:
 
 def finished(directory: Path, config: ConfigDict) -> list[str]:
     """A line for each model of a run that has all that `config` asks for; none if anything is left to do."""
+    now = rundir.read_config(directory)
+    if now is None or _asks(config) != _asks(now) or not (directory / "SUMMARY.md").exists():
+        return []
+    losses = _done(directory, _asks(config))
+    return [f"{name}: finished before, validation loss {loss:.4f}" for name, loss in losses.items()]
+
+
+def exported(directory: Path, config: ConfigDict) -> list[str]:
+    """The models of the run when it was exported, if all of them have the steps that `config` asks for."""
+    from jaxup.experiments.defaults import COUNTS
+
+    return list(_done(directory, {key: get(config, key) for key in COUNTS}))
+
+
+def _done(directory: Path, asked: dict[str, Any]) -> dict[str, float]:
+    """The validation loss of each model of a run that finished with what is `asked`; none if anything is gone since."""
     from jaxup.training.run import read_result
 
     mark = read_json(directory / "finished.json", {"asked": dict[str, Any], "models": list[str]}, "delete it")
-    now = rundir.read_config(directory)
-    if mark is None or now is None or mark["asked"] != _asks(config) or _asks(config) != _asks(now):
-        return []
-    wanted, said = [directory / "SUMMARY.md", directory / "export"], []
+    if mark is None or {**mark["asked"], **asked} != mark["asked"]:
+        return {}
+    wanted, losses = [directory / "export"], {}
     for name in mark["models"]:
         model = directory / "checkpoints" / name
         if (result := read_result(model)) is None or not math.isfinite(result.val_loss):
-            return []
+            return {}
         wanted += [model / str(result.steps)] * (result.steps > 0)
-        said.append(f"{name}: finished before, validation loss {result.val_loss:.4f}")
-    return said if all(path.exists() for path in wanted) else []
+        losses[name] = result.val_loss
+    return losses if all(path.exists() for path in wanted) else {}
 
 
 def _asks(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:

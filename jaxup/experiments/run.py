@@ -64,6 +64,7 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: C
         check_batch("eval.batch_size", settings.eval_batch_size, mesh)
         check_trackers(tuple(config.log.trackers), workdir)
         experiment = kind(config, settings, mesh)
+        experiment.exported = told(lambda: resuming.exported(workdir, config), "look at the run directory")
         writes = jax.process_index() == 0
         # One process makes the tokens if they are not there; the others find them made.
         told(lambda: experiment.open_data(str(workdir.parent / "data")), "make the data")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,8 @@ from orbax.checkpoint import v1 as ocp
 from jaxup.data.store import Store
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
+from jaxup.files.bucket import place
+from jaxup.files.names import split_run
 from jaxup.hub.directory import TOKEN_IDS, carried_files
 from jaxup.hub.save import write_model
 from jaxup.model.config import Compute, ModelConfig
@@ -41,18 +42,25 @@ class Stored(NamedTuple):
     healed: dict[str, Any] | None  # of a model of whose parameters some trained: the rest, and which
 
 
-def is_run(source: Path) -> bool:
-    """Whether it is a run directory with checkpoints, rather than a model; UserError if it can be neither."""
-    if (source / "checkpoints").is_dir():
-        return True
-    if source.is_dir() and not (source / "config.json").exists():
+def find_run(source: str) -> tuple[Path, str] | None:
+    """The run that RUN or RUN@NAME/STEP names, and NAME/STEP; None for a model. UserError if it can be neither."""
+    if found := split_run(source):
+        return found
+    path = place(source)
+    if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{source}: neither a run directory nor a model: it has no config.json")
-    if not source.exists() and re.match(r"[/.~]", str(source)):
-        raise UserError(f"{source}: no such run or model directory")
-    config = read_json(source / "config.json", {}, "put it back") if source.is_dir() else None
+    config = read_json(path / "config.json", {}, "put it back") if path.is_dir() else None
     if config is not None and "model_type" not in config:
         raise UserError(f"{source}: this run has no checkpoints yet")
-    return False
+    return None
+
+
+def parse(model: str) -> tuple[str, int | None]:
+    """NAME or NAME/STEP as both."""
+    name, slash, step = model.partition("/")
+    if slash and not step.isdecimal():
+        raise UserError(f"{step!r} is no step", hint="after the model, such as healed/100")
+    return name, int(step) if slash else None
 
 
 def export(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterator
@@ -32,7 +33,7 @@ _LOOK, _PATIENCE = 20.0, 300.0
 def place(text: str) -> Path:
     """The path of that name, in a bucket if it begins with gs://; UserError if that names none."""
     if not text.startswith(SCHEME):
-        return Path(text).expanduser()
+        return Path(os.path.expanduser(text))  # which leaves an unknown ~user as it is
     if not re.match("gs://[^/]", text):
         raise UserError("names no bucket", at=text, hint="such as gs://BUCKET/RUN")
     return _for_orbax()(text)

@@ -19,7 +19,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from jaxup.errors import UserError, first_line, nearest, suggest, within
+from jaxup.errors import UserError, first_line, suggest
+from jaxup.files.names import SCHEMES, check_hub_name, in_run, split_revision
 
 # A server that is down or slow: after so many tries and seconds it is an error. What is read afterwards has as many
 # seconds, and one more for each MiB.
@@ -28,10 +29,6 @@ RETRIES = {
     f"{kind}_request_retries": {"max_retries": 2, "initial_delay": "200ms", "max_delay": "1s"}
     for kind in ("http", "gcs", "s3")
 }
-SCHEMES = ("gs", "s3", "https", "http", "file")
-HUB_ID = re.compile(r"(?!.*\.\.)[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# Models of the Hub from before it had organisations.
-_NAMELESS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 _SMALL = 4 * 2**20  # bytes; a config, or the index of 30,000 tensors
 TEMPLATES = "additional_chat_templates"  # a directory in a model's, as transformers names it
 LARGEST_TEXT = 100 * 2**20  # bytes; a tokenizer.json
@@ -71,7 +68,7 @@ class Storage(Protocol):
 
 
 def open_storage(path_or_id: str | os.PathLike, *, revision: str | None = None) -> Storage:
-    """The storage that a path, URL or hub id names; UserError if it cannot be any of them.
+    """The storage of what `path_or_id` names, see `jaxup.files.names`; UserError if it can be nothing.
 
     A revision in a hub id, "org/name@revision", goes before `revision`.
     """
@@ -83,36 +80,18 @@ def open_storage(path_or_id: str | os.PathLike, *, revision: str | None = None) 
         if revision is not None:
             raise UserError("a revision goes with a hub id, not with a URL", at=text)
         return _Remote(text)
-    path = Path(text).expanduser()
+    path = in_run(text) or Path(os.path.expanduser(text))
     if os.path.isdir(path):
         if revision is not None:
             raise UserError("a revision goes with a hub id, and this is a directory", at=text)
         return Local(path)
     if os.path.lexists(path):
         raise UserError("not a directory", at=str(path))
+    if re.match(r"\w+\(", text):
+        raise UserError("no such directory", at=text, hint="a recipe is opened by jaxup.open_plan")
     repo, own = split_revision(text)
-    if not HUB_ID.fullmatch(repo):
-        hint = "a recipe is opened by jaxup.open_plan" if re.match(r"\w+\(", text) else ""
-        raise UserError("no such directory", at=str(path), hint=hint)
-    if (own or revision) is None:
-        with within(text):
-            check_hub_id(repo)
+    check_hub_name(repo, sure=(own or revision) is not None)
     return _Hub(repo, own or revision)
-
-
-def check_hub_id(repo: str, kind: str = "model") -> None:
-    """UserError for what is rather a mistyped path than the Hub's name of a model or dataset: no network is asked."""
-    from huggingface_hub import constants
-
-    folder, _, name = repo.rpartition("/")
-    cached = (Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}").is_dir()
-    if cached or repo in _NAMELESS:
-        return
-    if near := nearest(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else ()):
-        hub = f" (the Hub's is {repo}@main)" if kind == "model" and folder else ""
-        raise UserError("no such file or directory", hint=near.removeprefix("; ") + hub)
-    if kind == "model" and not folder:
-        raise UserError("no such directory", hint="a model on the Hub is ORG/NAME")
 
 
 def ask_hub(call: Callable[[], T]) -> T:
@@ -133,17 +112,6 @@ def ask_hub(call: Callable[[], T]) -> T:
         return answer.result(SECONDS)
     finally:
         log.setLevel(level)
-
-
-def is_place(text: str) -> bool:
-    """Whether it names something that is there, or a URL, either of which has no revisions."""
-    return text.partition("://")[0] in SCHEMES or os.path.lexists(os.path.expanduser(text))
-
-
-def split_revision(text: str) -> tuple[str, str | None]:
-    """ "org/name@revision" as both; a directory or URL may have an @ in its name."""
-    repo, separator, revision = text.rpartition("@")
-    return (repo, revision) if separator and repo and not is_place(text) else (text, None)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import yaml
 
 from jaxup.depth.plan import DepthPlan
+from jaxup.files.names import is_place
 from jaxup.model.config import ModelConfig
 from jaxup.model.spec import count_params
 from jaxup.progress import printable
@@ -21,10 +22,12 @@ def model_card(
     """README.md: what the model is, its sizes, and where every layer came from.
 
     `source` is the model or run that it was made from, in words; without a `plan` its layers are the
-    source's. Of `base_models` only Hub ids are kept. `picture` is a file beside the card.
+    source's. Of `base_models` only Hub ids are kept, of which nothing on this machine is one. `picture`
+    is a file beside the card.
     """
     front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["jaxup"]}
-    if bases := [name for name in base_models if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII)]:
+    hub = [name for name in base_models if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII)]
+    if bases := [name for name in hub if not is_place(name)]:
         front["base_model"] = bases
     gated = f"{config.activation}, gated" if config.gated_mlp else config.activation
     rows = [

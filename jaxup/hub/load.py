@@ -59,16 +59,17 @@ def load(
     allow_pickle: bool = False,
     progress: bool = False,
 ) -> Decoder:
-    """The model of a directory, a Hub id, or a gs://, s3:// or https:// directory.
+    """The model of a directory, a run, a Hub id, or a gs://, s3:// or https:// directory.
 
     Calling the result on int32 tokens [batch, seq] gives logits [batch, seq, vocab]. It computes in
     bfloat16 if its params are bfloat16, else in float32.
 
     Args:
-      path_or_id: a local directory if there is one, else a Hub id, fetched through huggingface_hub's
-        cache (HF_TOKEN and HF_HUB_OFFLINE hold). With a plan of several sources: a mapping from
-        their names, or a plan in their place whose sources are named by where they are, as those
-        of `jaxup.open_plan`. No code that lies beside a model is ever run.
+      path_or_id: a local directory if there is one, or RUN, RUN@NAME or RUN@NAME/STEP (of a run the
+        export, or what `jaxup export` has put there of another model), else a Hub id, fetched through
+        huggingface_hub's cache (HF_TOKEN and HF_HUB_OFFLINE hold). With a plan of several sources: a
+        mapping from their names, or a plan in their place whose sources are named by where they are,
+        as those of `jaxup.open_plan`. No code that lies beside a model is ever run.
       dtype: of the params: "float32", "bfloat16" or "float16". None keeps what is stored (layers
         stored in several dtypes take the one that holds them all).
       mesh: the params are laid out by `jaxup.model.sharding.RULES` over its axes "fsdp" and

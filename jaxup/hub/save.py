@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxup.depth.plan import DepthPlan
 from jaxup.files.bucket import place
-from jaxup.files.storage import split_revision
+from jaxup.files.names import split_revision
 from jaxup.hub import writer
 from jaxup.hub.card import model_card
 from jaxup.hub.directory import CARD, PLAN, carried_files
@@ -59,7 +59,7 @@ def save(
         inherited = {
             "source": origin.path, "plan": origin.plan, "model_type": origin.model_type,
             # What may be Hub ids, without their revisions.
-            "base_models": [split_revision(name)[0] for name in dict.fromkeys(names) if not os.path.exists(name)],
+            "base_models": [split_revision(name)[0] for name in dict.fromkeys(names)],
             "carried": carried_files(origin.path, origin.revision) if tokenizer is None else None,
             "hf_extra": {name: list(i) if isinstance(i, tuple) else i for name, i in origin.token_ids},
         }  # fmt: skip

@@ -21,7 +21,7 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.errors import UserError, first_line, nearest, suggest
 from jaxup.families import family_of_hf
-from jaxup.files.storage import HUB_ID, is_place, split_revision
+from jaxup.files.names import is_hub_name, is_place, split_revision
 from jaxup.hub.reader import read_config
 from jaxup.model.config import ModelConfig
 from jaxup.model.spec import spec
@@ -265,7 +265,7 @@ class _Models:
             hf, config = read_config(path, revision=revision)
         except UserError as error:
             # What is at hand and wrong is not called absent.
-            if len(error.at) != 1 or os.path.lexists(os.path.expanduser(path)):
+            if len(error.at) != 1 or is_place(path):
                 raise
             given = ", ".join(map(repr, self.places.keys() - self.asked))
             given = given and f" (what is given is for {given})"
@@ -278,7 +278,7 @@ def _at_hand(path: str, revision: str | None) -> bool:
     """Whether config.json can be read without fetching anything."""
     if os.path.lexists(os.path.expanduser(path)):
         return True
-    if not HUB_ID.fullmatch(path):
+    if not is_hub_name(path):
         return False
     from huggingface_hub import try_to_load_from_cache
 

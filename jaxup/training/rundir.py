@@ -1,6 +1,6 @@
 """The run directory: one writer at a time, one configuration, nothing half written.
 
-config.json  inputs.json  plan.yaml  metrics.jsonl  checkpoints/MODEL/STEP/  plots/  export/  SUMMARY.md
+config.json  inputs.json  plan.yaml  metrics.jsonl  checkpoints/MODEL/STEP/  plots/  export/  models/  SUMMARY.md
 
 Its JSON files have a `format`; those from before there was one are of format 1.
 """
