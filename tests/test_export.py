@@ -106,6 +106,8 @@ def test_a_run_is_a_model(finished, run, tmp_path):
             with pytest.raises(UserError) as error:
                 use(f"identity({run}{name})" if use is open_plan else f"{run}{name}")
             assert str(error.value).removeprefix("tokenizer: ") == message
+    with pytest.raises(UserError, match=f"a run, and no model; its export is file://{finished[0]}/export"):
+        load_config(f"file://{finished[0]}")
     main(f"{run}@reference/6")
     main(run, tmp_path / "out", "--model", "reference", "--step", "6")
     here = run / "models" / "reference" / "6"

@@ -280,7 +280,7 @@ def test_a_tokenizer_that_fails_when_it_is_used_is_one_line(tokenizer_files, cap
         ("~nobody-of-that-name/x", "no such directory"),
         ("other/model.safetensors", "no such directory"),
         ("runs/one@healed", "no such file or directory; did you mean 'runs/none'?"),
-        ("runs/xyz@healed", "no such file or directory"),
+        ("runs/xyz@healed", "no such file or directory; the runs there are runs/none"),
     ],
 )
 def test_a_mistyped_directory_asks_no_network(name, message, tmp_path, monkeypatch):
@@ -310,6 +310,7 @@ def test_names_longer_than_the_system_allows_are_one_line(name):
 
 
 def test_a_hub_or_server_that_does_not_answer_is_one_line(monkeypatch):
+    refused("tokenizer: no such directory, and cannot load org/name: ", load_tokenizer, "org/name")
     monkeypatch.setattr(storage, "SECONDS", 0.2)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: time.sleep(5))
     refused("org/name: no such directory, and the Hub does not answer within", storage.open_storage, "org/name")

@@ -106,7 +106,10 @@ def load_tokenizer(spec: str, *, name: str = "") -> PreTrainedTokenizerBase:
         ) from None
     except Exception:  # it answers: what it says of the tokenizer is said below
         pass
-    return _from_pretrained(repo, name, revision=revision)
+    try:
+        return _from_pretrained(repo, name, revision=revision)
+    except UserError as error:
+        raise UserError(f"no such directory, and {error.what}", at=error.at, hint=error.hint) from None
 
 
 @contextlib.contextmanager

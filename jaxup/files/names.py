@@ -117,8 +117,8 @@ def check_hub_name(text: str, kind: str = "model", *, sure: bool = False) -> Non
     if (Path(constants.HF_HUB_CACHE) / f"{kind}s--{text.replace('/', '--')}").is_dir() or text in _NAMELESS:
         return
     folder = text.rpartition("/")[0]
-    if folder and any(map(is_run, Path(folder).glob("*"))):
-        raise UserError("no such file or directory", at=at, hint=near)
+    if runs := sorted(str(path) for path in Path(folder).glob("*") if is_run(path)) if folder else ():
+        raise UserError("no such file or directory", at=at, hint=near or f"the runs there are {', '.join(runs[:8])}")
     if not sure and (near or os.path.isdir(folder)):
         hub = f"the Hub's is {text}@main" if kind == "model" else f"a split of the Hub's is {text}:train"
         hint = near and f"{near} ({hub})" if folder else near

@@ -132,6 +132,8 @@ def check_tied(checkpoint: Checkpoint, embedding: np.ndarray, rows: slice) -> No
 
 def _config(storage: Storage) -> tuple[dict[str, Any], Family, ModelConfig]:
     hf = _json(storage, "config.json")
+    if "model_type" not in hf and storage.exists("export/config.json"):  # only of a local one the export is found
+        raise UserError("a run, and no model", at=storage.name, hint=f"its export is {storage.name}/export")
     with within(storage.name, "config.json"):
         family, config = family_of_hf(hf), config_from_hf(hf)
     if kept := kept_keys(hf):
