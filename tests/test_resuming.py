@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -314,15 +312,3 @@ def test_corrections_are_kept(tmp_path):
         record(tmp_path, parse([], ["6:2"]), done=7, steps=9)
     with pytest.raises(UserError, match="--skip-step=10: of 9 steps"):
         record(tmp_path, parse(["10"], []), done=7, steps=9)
-
-
-def test_each_directory_has_a_run_of_its_own_in_wandb(tmp_path, monkeypatch):
-    ids = []
-    wandb = types.SimpleNamespace(init=lambda **how: ids.append((how["name"], how["id"])))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    for name in ("a", "b", "a"):
-        (tmp_path / name).mkdir(exist_ok=True)
-        MetricsLog(tmp_path / name / "metrics.jsonl", ("wandb",), name="heal-quick")
-    assert ids[0] == ids[2]
-    assert ids[0][1] != ids[1][1]
-    assert {name for name, _ in ids} == {"heal-quick"}

@@ -282,7 +282,7 @@ def test_inheriting_from_a_hugging_face_directory(finished, corpus, tmp_path, ca
     ]
     last = json.loads((export / "config.json").read_text())["n_layer"] - 1
     assert f"layers {last} of the reference (attention, norms, embed_tokens)" in summary
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert {path.name for path in (tmp_path / "run" / "tensorboard").iterdir()} == {"target_1", "control", "control_2x"}
     stored = json.loads((tmp_path / "run" / "checkpoints" / "control_2x" / "result.json").read_text())
     assert stored["steps"] == 8
 

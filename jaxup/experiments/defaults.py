@@ -80,7 +80,7 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
 
     # Intervals are steps. `rows`: the first so many of validation, 0 = all.
     c.eval = ConfigDict({"interval": 1000, "rows": 128 if small else 512, "batch_size": 32 if small else 64})
-    c.log = ConfigDict({"interval": 10, "trackers": ()})  # trackers: "tensorboard", "wandb"
+    c.log = ConfigDict({"interval": 10, "trackers": ()})  # trackers: "tensorboard", "wandb", "trackio"
     c.checkpoint = ConfigDict({"interval": 1000, "keep": 2})  # `keep`: the newest so many
     # Of several processes: seconds without a training step, or ten times as many without anything else that is done,
     # after which all leave and say which of them it was that made no progress. For all to start: as many, at least 60.

@@ -46,9 +46,10 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: C
         from jaxup.experiments import kind_of
         from jaxup.experiments.common import read_settings
         from jaxup.training import rundir
-        from jaxup.training.metrics import MetricsLog, check_trackers
+        from jaxup.training.metrics import MetricsLog
         from jaxup.training.run import Run
         from jaxup.training.sharding import MeshConfig, check_batch, make_mesh
+        from jaxup.training.trackers import check_trackers
 
         kind = kind_of(config)
         settings = read_settings(config)
@@ -89,10 +90,10 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: C
                 steps = f"{experiment.steps:,} steps"
                 tell(f"devices: {devices}; {experiment.data}; {steps}; run directory: {workdir}")
             trackers = tuple(config.log.trackers) if writes else ()
-            log = MetricsLog(workdir / "metrics.jsonl", trackers, name=title, config=config.to_dict())
             asked = [corrections] if corrections else []
-            run = Run(workdir, settings, mesh, experiment.data, log, processes, experiment.sample, asked)
-            experiment.carry_out(run, title)
+            with contextlib.closing(MetricsLog(workdir / "metrics.jsonl", trackers, config.to_dict())) as log:
+                run = Run(workdir, settings, mesh, experiment.data, log, processes, experiment.sample, asked)
+                experiment.carry_out(run, title)
             if asked:
                 say(f"{corrections}: no model was left to train")
         if writes:

@@ -1,20 +1,17 @@
-"""`metrics.jsonl`, optional trackers, and the peak speed that MFU is a share of."""
+"""`metrics.jsonl`, and the peak speed that MFU is a share of."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import time
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError
 from jaxup.text import misfit, parse_json, remote, write_atomically
+from jaxup.training.trackers import Trackers
 
 # Dense bf16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -41,12 +38,12 @@ class MetricsLog:
     their lines first: the file is always that of an uninterrupted run, in order.
 
     In a bucket nothing can be appended. There lines wait for `flush`, which writes the file anew: before each
-    checkpoint, whose steps are not taken again, and every `_WAIT` seconds.
+    checkpoint, whose steps are not taken again, and every `_WAIT` seconds. Trackers are told what is in the file.
     """
 
-    def __init__(self, path: Path, trackers: tuple[str, ...] = (), *, name: str = "", config: dict | None = None):
-        self._path, self._late, self._flushed = path, "", time.monotonic()
-        self._trackers = [_TRACKERS[t](path.parent, name, config or {}) for t in trackers]
+    def __init__(self, path: Path, trackers: tuple[str, ...] = (), config: dict[str, Any] | None = None):
+        self._path, self._late, self._flushed = path, list[dict[str, Any]](), time.monotonic()
+        self._trackers = Trackers(trackers, path.parent, config or {})
 
     def read(self) -> list[dict[str, Any]]:
         self.flush()
@@ -65,80 +62,34 @@ class MetricsLog:
         return records
 
     def rewind(self, model: str, step: int) -> None:
-        """Forgets what was logged of `model` after `step`."""
-        kept = [r for r in self.read() if r["model"] != model or r["step"] <= step]
+        """Begins to log `model` after `step`: forgets what was logged of it after that."""
+        records = self.read()
+        kept = [r for r in records if r["model"] != model or r["step"] <= step]
+        of_model = [r for r in kept if r["model"] == model]
+        self._trackers.begin(model, of_model, [r for r in records if r["model"] == model and r["step"] > step])
         if self._path.exists():
             write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def write(self, model: str, step: int, **values: Any) -> None:
-        self._late += json.dumps({"model": model, "step": step, **values}) + "\n"
+        self._late.append({"model": model, "step": step, **values})
         if not remote(self._path) or time.monotonic() - self._flushed > _WAIT:
             self.flush()
-        for track in self._trackers:
-            track({f"{model}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}, step)
 
     def flush(self) -> None:
         """Writes what waits."""
-        late, self._late, self._flushed = self._late, "", time.monotonic()
+        late, self._late, self._flushed = self._late, [], time.monotonic()
         if not late:
             return
+        lines = "".join(json.dumps(record) + "\n" for record in late)
         if remote(self._path):
             there = self._path.read_bytes() if self._path.is_file() else b""
-            self._path.write_bytes(there + late.encode())
+            self._path.write_bytes(there + lines.encode())
         else:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(late)
+                file.write(lines)
+        for record in late:
+            self._trackers.tell(record)
 
-
-def check_trackers(trackers: tuple[str, ...], directory: Path) -> None:
-    """UserError for a tracker that is unknown or not installed, or cannot write to `directory`."""
-    for name in trackers:
-        if name not in _TRACKERS:
-            raise UserError(f"log.trackers: unknown {name!r}{suggest(name, _TRACKERS)}")
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f'log.trackers: {name} is not installed; pip install "jaxup[track]"')
-        if name == "tensorboard" and remote(directory):
-            what = "tensorboard writes to a directory of this machine only"
-            raise UserError(what, at="log.trackers", hint="metrics.jsonl has all of it, and wandb may be asked")
-
-
-Tracker = Callable[[dict[str, float], int], None]  # of values by name, and the step
-
-
-def _tensorboard(directory: Path, name: str, config: dict) -> Tracker:
-    from tensorboard.summary import Writer
-
-    writer = Writer(os.fspath(directory / "tensorboard"))
-
-    def track(values: dict[str, float], step: int) -> None:
-        for key, value in values.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
-
-    return track
-
-
-def _wandb(directory: Path, name: str, config: dict) -> Tracker:
-    import wandb
-
-    # One run there for each directory here, whatever the names: its id is made once, and kept.
-    kept = directory / "wandb_id"
-    if not kept.exists():
-        write_atomically(kept, uuid.uuid4().hex)
-    run = wandb.init(
-        project="jaxup",
-        name=name,
-        dir=None if remote(directory) else directory,
-        config=config,
-        id=kept.read_text(encoding="utf-8"),
-        resume="allow",
-    )
-
-    def track(values: dict[str, float], step: int) -> None:
-        # Each model of a run has steps of its own, so the step is a value, not W&B's counter.
-        run.log({**values, "step": step})
-
-    return track
-
-
-_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+    def close(self) -> None:
+        """Ends what trackers have open. What waits to be written is of steps that will be taken again."""
+        self._trackers.close()
