@@ -1,11 +1,14 @@
 """`jaxup.export`: any model of a run, finished or not, and models written again."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
 import shutil
+import types
 
+import huggingface_hub
 import numpy as np
 import processes
 import pytest
@@ -209,6 +212,120 @@ def test_a_damaged_checkpoint_is_one_line(run, tmp_path):
     assert done.returncode == 2
     assert re.fullmatch(r"jaxup: warning: .*it has no digests.*\njaxup: .*cannot restore.*\n", done.stderr)
     assert not (tmp_path / "out").exists()
+
+
+def refusal(kind, status):
+    response = types.SimpleNamespace(status_code=status, headers={}, request=None)
+    return kind("Client Error\n", response=response, server_message="not for you")
+
+
+class Hub:
+    """Stands for the Hub and `HfApi`, whose signatures it takes: the files of each model, and whether it is private."""
+
+    def __init__(self):
+        self.models, self.fault = {}, None
+
+    def __getattr__(self, name):
+        signature, call = (
+            inspect.signature(getattr(huggingface_hub.hf_api.HfApi, name)),
+            getattr(type(self), f"_{name}"),
+        )
+
+        def checked(*args, **how):
+            signature.bind(None, *args, **how)
+            if self.fault and name == self.fault[0]:
+                raise refusal(huggingface_hub.errors.HfHubHTTPError, self.fault[1])
+            return call(self, *args, **how)
+
+        return checked
+
+    def _model_info(self, repo):
+        if repo not in self.models:
+            raise refusal(huggingface_hub.errors.RepositoryNotFoundError, 404)
+        files, private = self.models[repo]
+        return types.SimpleNamespace(
+            private=private, siblings=[types.SimpleNamespace(rfilename=file) for file in [".gitattributes", *files]]
+        )
+
+    def _create_repo(self, repo, private, exist_ok):
+        assert exist_ok
+        self.models.setdefault(repo, ({}, bool(private)))
+        return f"https://hub/{repo}"
+
+    def _create_commit(self, repo, operations, commit_message):
+        for change in operations:
+            if isinstance(change, huggingface_hub.CommitOperationAdd):
+                with change.as_file() as file:
+                    self.models[repo][0][change.path_in_repo] = file.read()
+            else:
+                del self.models[repo][0][change.path_in_repo]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    return hub
+
+
+def test_an_export_is_pushed_as_it_is(finished, hub, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0] / "export", tmp_path / "run" / "export")
+    main(tmp_path / "run", "--push", "org/name", "--private")
+    files = {path.name: path.read_bytes() for path in (finished[0] / "export").iterdir()}
+    assert hub.models == {"org/name": (files, True)}
+    said = capsys.readouterr().out
+    assert re.search(rf"^pushing {len(files)} files, [\d.]+ KB, of \S+/run/export to org/name$", said, re.M)
+    assert said.endswith("pushed to https://hub/org/name\n")
+
+    (tmp_path / "run" / "export" / "README.md").write_text("by hand")
+    (tmp_path / "run" / "export" / "notes.txt").write_text("mine")
+    main(tmp_path / "run" / "export", "--push", "org/other")
+    assert hub.models["org/other"] == (files | {"README.md": b"by hand"}, False)
+    assert "notes.txt was not written by jaxup, and is not pushed" in capsys.readouterr().err
+
+    hub.models["org/other"][0]["model-00001-of-00002.safetensors"] = b"of before"
+    assert "org/other: holds" in refused(finished[0] / "export", out, "--push", "org/other", "--dtype", "bfloat16")
+    assert not out.exists()
+    main(finished[0] / "export", out, "--push", "org/other", "--dtype", "bfloat16", "--force")
+    assert hub.models["org/other"][0] == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_push_that_is_refused_leaves_what_is_there(finished, hub, tmp_path, monkeypatch):
+    export, out = finished[0] / "export", tmp_path / "out"
+    hub.models["org/public"] = ({}, False)
+    push = ("--push", "org/name")
+    for wrong, *args in (
+        ("OUT is needed, or --push", export),
+        ("--private goes with --push", export, out, "--private"),
+        ("--max-shard-size goes with OUT", export, *push, "--max-shard-size", "1GB"),
+        ("^--push name: a model of the Hub is ORG/NAME", export, "--push", "name"),
+        ("^--push org/na me: Repo id must use alphanumeric", export, "--push", "org/na me"),
+        ("^--push org/public: is there, and public", export, out, "--push", "org/public", "--private"),
+        ("has no jaxup_manifest.json; `jaxup export DIR OUT --push` writes one", tmp_path, *push),
+        ("only a directory of this machine", "gs://bucket/there", *push),
+    ):
+        assert re.search(wrong, refused(*args))
+    assert not out.exists()
+    for call, code, wrong in (("model_info", 401, "may not write"), ("create_repo", 403, "may not write"),
+                              ("create_commit", 500, "not for you")):  # fmt: skip
+        hub.fault = (call, code)
+        assert re.search(f"^--push org/name: .*{wrong}", refused(export, out, *push))
+        assert out.exists() == (call != "model_info")
+        if out.exists():
+            assert hub.models.get("org/name", ({}, False))[0] == {}
+            shutil.rmtree(out)
+    hub.fault = None
+    shutil.copytree(export, out)
+    with open(out / "model.safetensors", "r+b") as file:
+        file.write(b"x")
+    assert "model.safetensors is not what was written" in refused(out, *push)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert "there is no token; `hf auth login`" in refused(export, *push)
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    assert "offline" in refused(export, *push)
 
 
 def test_model_configs_come_back(tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError, first_line, suggest
 from jaxup.progress import say
 from jaxup.text import read_json, remote
 from jaxup.training.rundir import write_json
@@ -69,7 +69,7 @@ class Trackers:
             try:
                 log, finish = _OPEN[name](self._directory, state["id"], model, self._config)
             except Exception as error:  # no account, no network: what it says is for whoever runs this
-                what = f"{name}: {(str(error) or type(error).__name__).strip().splitlines()[0]}"
+                what = f"{name}: {first_line(error)[:300]}"
                 if name not in self._worked:
                     hint = "metrics.jsonl has all of it without a tracker"
                     raise UserError(what, at="log.trackers", hint=hint) from None
