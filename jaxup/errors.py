@@ -30,7 +30,7 @@ from typing import NoReturn
 
 from jaxup.progress import printable, say
 
-# What other tools (mergekit, transformers, TRL, axolotl) call what is here, and what it is called here.
+# What other tools (mergekit, transformers, TRL, axolotl, nanoGPT) call what is here, and what it is called here.
 ELSEWHERE = {
     "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32",
     "out_shard_size": "max_shard_size", "torch_dtype": "dtype", "max_new_tokens": "max_tokens",
@@ -46,6 +46,10 @@ ELSEWHERE = {
     "adam_beta1": "b1", "adam_beta2": "b2", "adam_epsilon": "eps", "lora_r": "lora.rank", "lora_alpha": "lora.alpha",
     "logging_steps": "log.interval", "report_to": "log.trackers", "eval_steps": "eval.interval",
     "save_steps": "checkpoint.interval", "save_total_limit": "checkpoint.keep",
+    "n_layer": "num_layers", "n_head": "num_heads", "n_embd": "hidden_size", "block_size": "data.seq_len",
+    "scale_attn_by_inverse_layer_idx": "depth_scaled_attention", "max_iters": "steps", "warmup_iters": "warmup_steps",
+    "min_lr": "end_learning_rate", "beta1": "b1", "beta2": "b2", "grad_clip": "clip_norm",
+    "eval_interval": "eval.interval", "eval_iters": "eval.rows",
 }  # fmt: skip
 _BYTES = "tensors are copied from file to file as they are"
 # What others have to be asked for.

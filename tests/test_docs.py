@@ -1,5 +1,8 @@
 """The pages for those who come from elsewhere run from top to bottom, and their tables are those of the code."""
 
+import ast
+import functools
+import operator
 import re
 
 import pages
@@ -18,7 +21,7 @@ def rows(page, heading):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
-@pytest.mark.parametrize("page", ["gallery", "from_mergekit", "from_trl"])
+@pytest.mark.parametrize("page", ["gallery", "from_mergekit", "from_trl", "from_inheritune"])
 def test_a_page_runs(page, tmp_path):
     if page != "gallery":
         test_build.make(tmp_path / "base", layers=32)
@@ -42,8 +45,31 @@ def test_keys_of_sft_config_and_axolotl():
     assert {word: meant(word, config=config) for word in said} == {
         word: f"; did you mean --config.{key}?" for word, key in said.items()
     }
+    nano = {
+        word for row in rows("from_inheritune.md", "`train_inheritune.py`") for word in re.findall(r"`(\w+) =", row[0])
+    }
     of_commands = {"max_shard_size", "max_tokens", "dtype", "tokenizer", "workdir", "resume"}
-    assert said.keys() == {word for word, ours in ELSEWHERE.items() if not ("float" in ours or ours in of_commands)}
+    ours = {word for word, ours in ELSEWHERE.items() if not ("float" in ours or ours in of_commands)}
+    assert said.keys() == ours - (nano - said.keys())
+
+
+@pytest.mark.parametrize(
+    ("script", "file"),
+    [("train_inheritune.py", "inherit_gpt2.py:large,depth_scaled"), ("Training/train.py", "inherit_llama.py:code")],
+)
+def test_settings_of_the_released_code(script, file):
+    """What is said to be the value here is; where it is that of the script, the script's word is told the key."""
+    config = load(file)
+    for there, here, _ in rows("from_inheritune.md", f"`{script}`"):
+        theirs = re.findall(r"`(\w+) = ([^`]+)`", there)
+        ours = [(key, ast.literal_eval(value)) for key, value in re.findall(r"`([\w.]+)=([^`]+)`", here)]
+        assert len(ours) >= len(theirs)
+        for key, value in ours:
+            assert functools.reduce(operator.getitem, key.split("."), config) == value, key
+        for (word, value), (key, own) in zip(theirs, ours):
+            if word in ELSEWHERE:
+                assert meant(word, config=config) == f"; did you mean --config.{key}?"
+                assert ast.literal_eval(value) == own or word in ("eval_iters", "gradient_accumulation_steps")
 
 
 def test_layouts():
