@@ -276,7 +276,7 @@ def test_an_export_is_pushed_as_it_is(finished, hub, tmp_path, capsys):
     files = {path.name: path.read_bytes() for path in (finished[0] / "export").iterdir()}
     assert hub.models == {"org/name": (files, True)}
     said = capsys.readouterr().out
-    assert re.search(rf"^pushing {len(files)} files, [\d.]+ KB, of \S+/run/export to org/name$", said, re.M)
+    assert re.search(rf"^pushing {len(files)} files, [\d.]+ KB, of \S+/run/export to org/name, private$", said, re.M)
     assert said.endswith("pushed to https://hub/org/name\n")
 
     (tmp_path / "run" / "export" / "README.md").write_text("by hand")

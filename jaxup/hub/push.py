@@ -64,7 +64,7 @@ def push(directory: Path, repo: str, there: list[str], *, private: bool) -> None
     gone = [file for file in there if file not in paths]
     total = sum(path.stat().st_size for path in paths.values())
     instead = f", in the place of {len(there)} that are there" if there else ""
-    tell(f"pushing {len(paths)} files, {size(total)}, of {directory} to {repo}{instead}")
+    tell(f"pushing {len(paths)} files, {size(total)}, of {directory} to {repo}{', private' * private}{instead}")
     with _asking(repo, hint=f"{directory} is whole: `jaxup export {directory} --push {repo}` tries again"):
         api = HfApi()
         url = api.create_repo(repo, private=private or None, exist_ok=True)
