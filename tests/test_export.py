@@ -121,7 +121,7 @@ def test_a_run_is_a_model(finished, run, tmp_path):
     plan = open_plan("identity(m)", models={"m": f"{run}@reference/6"})
     assert plan.sources == ((f"{run}@reference/6", 4),)
     assert "exists already" in refused(f"{run}@reference/6")
-    assert "OUT is missing" in refused(run)
+    assert "OUT is needed" in refused(run)
     assert "--model and --step go with a run alone" in refused(f"{run}@reference", tmp_path / "b", "--step", "6")
     with pytest.raises(UserError, match=r"reference` makes files"):
         load_config(f"{run}@reference")  # the newest
