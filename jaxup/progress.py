@@ -44,7 +44,7 @@ class Waiting:
         reports += 1
         seconds = time.monotonic() - self._began
         if seconds >= self._next:
-            say(f"waiting for {what}" + (f", {_clock(seconds)} so far" if seconds > 1 else ""))
+            say(f"waiting for {what}" + (f", {clock(seconds)} so far" if seconds > 1 else ""))
             self._next = max(10.0, 3 * seconds)
 
 
@@ -113,15 +113,16 @@ class Progress:
     def _text(self, now: float) -> str:
         text = f"{self.label}: {self.done:,}" + (f"/{self.total:,}" if self.total else "") + f" {self.unit}"
         if self._first is None or not self.total or not self._first[0] < self.done < self.total:
-            text += f" in {_clock(now - self._began)}"
+            text += f" in {clock(now - self._began)}"
         else:
             rate, left = (self.done - self._first[0]) / max(now - self._first[1], 1e-9), self.total - self.done
-            text += f", {rate:.3g}/s, {_clock(left / rate)} left"
-            text += f", of all about {_clock((left + self._later) / rate)}" if self._later else ""
+            text += f", {rate:.3g}/s, {clock(left / rate)} left"
+            text += f", of all about {clock((left + self._later) / rate)}" if self._later else ""
         return text + (f"  {self._detail}" if self._detail else "")
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """ "1:02:03", or "2:03"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

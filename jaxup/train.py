@@ -13,6 +13,7 @@ or data, 3 a loss, gradient or update that is not finite, 5 another of several p
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from jaxup import devices
@@ -97,7 +98,8 @@ def main(argv: list[str]) -> None:
         print(described(config, args.config or ""))
         return
     devices.choose(args.platform)
-    run_experiment(config, workdir, title, parse(args.skip_step, args.rate_from))
+    command = shlex.join(["python", "-m", "jaxup.train", *argv[1:]])
+    run_experiment(config, workdir, title, parse(args.skip_step, args.rate_from), command)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from jaxup.data.batches import Batches
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import Stopped, UserError
 from jaxup.experiments import heal
+from jaxup.experiments.heal import CONTROL, HEALED
 from jaxup.training import loop
 from jaxup.training.partition import digest
 
@@ -109,6 +110,8 @@ def test_the_run_keeps_the_model_before_and_after_each_epoch(whole, tmp_path):
     assert [
         r["step"] for r in losses(workdir) if r["model"] == "healed" and "val_loss" in r and r["step"] in ends
     ] == ends
+    evaluated = [[r["step"] for r in losses(workdir) if r["model"] == n and "val_loss" in r] for n in (HEALED, CONTROL)]
+    assert evaluated == [[0, *ends]] * 2, "curves side by side have the same points"
     base = exported(workdir, tmp_path / "base", "--model", "pretrained")
     before = exported(workdir, tmp_path / "before", "--model", "before")
     for i, layer in enumerate((0, 1, 2, 1, 2)):

@@ -73,7 +73,9 @@ def test_a_sweep_trains_each_size_from_the_reference(swept):
         last = rf"^{name} \(model {place} of 5\): {steps}/{steps} steps in [\d:]+  validation loss {loss}$"
         assert re.search(last, said, re.M), "the last words of a bar are the result"
     assert "control_1 (model 4 of 5): compiling" not in said, "it is the program of its target"
-    for picture in ("validation_loss", "loss_by_layers"):
+    evaluated = [[r["step"] for r in metrics(workdir) if r["model"] == row[0] and "val_loss" in r] for row in table]
+    assert evaluated == [[0, 4], *[[0, 4, 8]] * 4], "each also where the shorter one ends"
+    for picture in ("validation_loss", "training", "loss_by_layers"):
         assert f"](plots/{picture}.png)" in summary
         assert (workdir / "plots" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert "layers 0-1 of the reference (attention, mlp, norms, embed_tokens, lm_head)" in summary

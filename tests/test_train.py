@@ -47,7 +47,9 @@ def test_the_run_directory(finished, corpus):
         results = json.loads((workdir / "checkpoints" / name / "result.json").read_text())
         assert results["sample"].startswith("def")
         assert results["kind"] == name.partition("_")[0]
-    assert (workdir / "plots" / "validation_loss.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("validation_loss", "training"):
+        assert f"](plots/{picture}.png)" in summary
+        assert (workdir / "plots" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "plan.yaml").read_text() == (workdir / "export" / "jaxup_plan.yaml").read_text()
     records = [r for r in metrics(workdir) if r["model"] == "reference"]
     assert [r["step"] for r in records if "val_loss" in r] == [0, 4, 8]

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
 # Okabe and Ito's palette, which is told apart with any colour vision.
-COLORS = {"=": "#0072B2", "X": "#E69F00", "z": "#CC79A7", "p": "#56B4E9", "n": "#009E73"}
+BLUE, ORANGE, PURPLE, SKY, GREEN, RED = "#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#D55E00"
+COLORS = {"=": BLUE, "X": ORANGE, "z": PURPLE, "p": SKY, "n": GREEN}
 _ON = {"=": "#ffffff", "X": "#1b1f24", "z": "#1b1f24", "p": "#1b1f24", "n": "#ffffff"}  # letters on these
 _INK, _FAINT, _GRID, _PATH, _UNUSED, _PAPER = "#1b1f24", "#646c76", "#e6e9ed", "#4d5763", "#fde7e4", "#ffffff"
 _ALARM = "#b3261e"  # the writing on what is never used

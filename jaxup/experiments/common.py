@@ -21,7 +21,7 @@ from jaxup.data.store import META, Store
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
-from jaxup.experiments import report, resuming
+from jaxup.experiments import pictures, report, resuming
 from jaxup.experiments.config import section
 from jaxup.experiments.defaults import text_data
 from jaxup.hub.save import write_model
@@ -131,18 +131,25 @@ class Experiment(abc.ABC):
     def _finish(
         self, run: Run, title: str, results: Sequence[Result], model: ModelConfig, params: Params, plan: DepthPlan, *,
         export: Mapping[str, Any], notes: Sequence[str] = (), plan_title: str, loss_of: str,
+        finding: Callable[[Sequence[Result], str], str],
     ) -> None:  # fmt: skip
-        """The export of the run's final model, the pictures and SUMMARY.md; every process calls it."""
+        """The export of the run's final model, the pictures and SUMMARY.md; every process calls it.
+
+        `finding` says what the results are, given them and `loss_of`, what a loss is the mean over.
+        """
         if [r.name for r in results] != self.exported:  # else it is of these, and perhaps somebody's by now
             write_model(run.directory / "export", model, params, title=title, plan=plan, force=True, **export)
         if jax.process_index() != 0:
             return
-        report.plot_validation(run.directory, title, results, run.log.read())
-        report.plot_layers(run.directory, title, results)
-        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        losses = f"Losses are nats per {loss_of} over the same validation rows."
-        first = f"{run.data}; seed {run.settings.seed}; {devices}. {losses}"
-        print(report.write_summary(run.directory, title, results, str(plan), [first, *notes], plan_title=plan_title))
+        pictures.write(run.directory, title, results, run.log.read(), loss_of)
+        how = report.made_by(resuming.starts(run.directory))
+        losses = f"Losses are nats per {loss_of} over the same {run.val_rows:,} validation rows."
+        notes = [f"{run.data}; seed {run.settings.seed}. {losses}", *notes]
+        text = report.write_summary(
+            run.directory, title, results, str(plan), notes, finding=finding(results, loss_of), how=how,
+            plan_title=plan_title,
+        )  # fmt: skip
+        print(text)
         resuming.finish(run.directory, self._config, [r.name for r in results])
 
 

@@ -29,6 +29,7 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest, within
+from jaxup.experiments import report
 from jaxup.experiments.common import (
     Experiment,
     build,
@@ -207,7 +208,8 @@ class Heal(Experiment):
         run = dataclasses.replace(run, course=self._course(run))
         source = self._base(run)
         origin = f"{self._config.plan or 'identity'} of {self._origin}"
-        ends = (self._steps_of(epoch) for epoch in itertools.count(1))
+        epochs = (self._steps_of(epoch) for epoch in itertools.count(1))
+        ends = frozenset(itertools.takewhile(lambda n: n <= self.steps, epochs))
         results, control, base = [], None, None
         if source is not None:
             base_model = next(iter(self._models.values()))
@@ -220,7 +222,7 @@ class Heal(Experiment):
         selection = self._select(model, plan)
         healed = train_model(
             run, HEALED, model, steps=self.steps, origin=origin, initialise=before, plan=plan,
-            selection=selection, milestones=frozenset(itertools.takewhile(lambda n: n <= self.steps, ends)),
+            selection=selection, milestones=ends,
             about={
                 "before": BEFORE, "train": dataclasses.asdict(self._train), "lora": dataclasses.asdict(self._lora),
                 "seed": self._settings.seed,
@@ -230,7 +232,7 @@ class Heal(Experiment):
         if base is not None and self._config.heal.control:
             everything = dataclasses.replace(self._train, layers="all", freeze="", rates={})
             control = train_model(
-                run, CONTROL, base_model, steps=self.steps, initialise=base,
+                dataclasses.replace(run, evaluated=ends), CONTROL, base_model, steps=self.steps, initialise=base,
                 origin=f"{self._origin}, trained on the same batches",
                 selection=self._select(base_model, whole, everything),
             )  # fmt: skip
@@ -245,7 +247,8 @@ class Heal(Experiment):
         export = {"dtype": self._config.export.dtype or None, "source": self._origin, "base_models": bases}
         self._finish(
             run, title, results, model, params, plan, plan_title="The plan", loss_of="loss token",
-            notes=["", self._what_trained(healed)], export=export | self._vocabulary,
+            finding=report.healed, notes=["", self._what_trained(healed)],
+            export=export | self._vocabulary,
         )  # fmt: skip
 
     def _course(self, run: Run) -> dict[str, float]:

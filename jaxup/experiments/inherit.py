@@ -25,6 +25,7 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
+from jaxup.experiments import report
 from jaxup.experiments.common import (
     Experiment,
     build,
@@ -101,7 +102,8 @@ class Inherit(Experiment):
         """Each model resumes, or is skipped if it is finished."""
         c, model = self._inherit, self._model
         plans, pending = [], collections.deque(check(c, model))
-        run = self._underway(run, pending)
+        ends = {self.steps, self._config.reference.steps, *(steps for _, _, steps in self._controls(list(pending)))}
+        run = self._underway(dataclasses.replace(run, evaluated=frozenset(ends)), pending)
         benchmark, source = self._reference(run)
         print(f"benchmark: validation loss {benchmark.val_loss:.4f}, tolerance {c.tolerance}", flush=True)
         results = [benchmark]
@@ -131,6 +133,7 @@ class Inherit(Experiment):
         origin = "a reference trained in the same run" if benchmark.steps else benchmark.origin
         self._finish(
             run, title, results, target_model, params, plan, plan_title="The final target's plan", loss_of="token",
+            finding=functools.partial(report.inherited, sweep=bool(c.sweep)),
             export={"tokenizer": self.data.tokenizer, "dtype": "float32", "source": origin},
         )  # fmt: skip
 

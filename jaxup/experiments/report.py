@@ -1,38 +1,114 @@
-"""What a finished run leaves for people: SUMMARY.md and pictures of its validation losses."""
+"""What a finished run says to people: SUMMARY.md, which begins with what was found."""
 
 from __future__ import annotations
 
-import io
-import math
+import importlib.metadata
+import platform
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
+
+from jaxup import __version__
+from jaxup.progress import clock, printable
 from jaxup.text import backticks, write_atomically
 from jaxup.training.run import Result
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+_PACKAGES = ("jax", "flax", "optax", "transformers")
+_ONE_SEED = "One seed: by how much another one's numbers differ is not measured."
+_PLOTS = ("validation_loss", "loss_by_layers", "training", "plan")
 
-_PRETRAINED = ("base", "before")  # kinds that a run begins with: what it trains starts as good as they are
+
+def inherited(results: Sequence[Result], unit: str, *, sweep: bool) -> str:
+    """What inheriting gave, in words: the target against the reference, which is the first, and the controls."""
+    reference, targets = results[0], [r for r in results if r.kind == "target"]
+    target = min(targets, key=lambda r: r.val_loss) if sweep else targets[-1]
+    which = f"the {_sized(target)} target"
+    if sweep and len(targets) > 1:
+        sizes = ", ".join(str(r.layers) for r in targets)
+        which = f"of targets of {sizes} layers the best is that of {target.layers}: it"
+    elif len(targets) > 1:
+        which += f", grown from {targets[0].layers},"
+    against = [f"{_than(target, reference)} the {_sized(reference)} reference ({reference.val_loss:.4f})"]
+    for control in (r for r in results if r.kind == "control" and r.layers == target.layers):
+        steps = "" if control.steps == target.steps else f" and trained for {control.steps:,} steps"
+        began = f"a control of its size that began from random values{steps}"
+        against.append(f"{_than(target, control)} {began} ({control.val_loss:.4f})")
+    text = f"{which[0].upper()}{which[1:]} reaches {target.val_loss:.4f} nats per {unit} of validation "
+    text += f"in {target.steps:,} steps: {', '.join(against)}."
+    if reference.steps:
+        text += f" It has the reference's {reference.steps:,} steps of training behind it, too."
+    return f"{text} {_ONE_SEED}"
+
+
+def healed(results: Sequence[Result], unit: str) -> str:
+    """What healing gave, in words: against the model before it, the base and the control, if there are any."""
+    by_kind = {r.kind: r for r in results}
+    before, after = by_kind["before"], by_kind["healed"]
+    more = _more(after, before)
+    verb = "lowered" if more < 0 else "raised" if more else "left"
+    span = f"from {before.val_loss:.4f} to" if more else "at"
+    text = f"Healing {verb} the validation loss of the {_sized(after)} model {span} {after.val_loss:.4f} "
+    text += f"nats per {unit} in {after.steps:,} steps"
+    if merged := by_kind.get("merged"):
+        text += f" (with its adapters merged, as exported: {merged.val_loss:.4f})"
+    if base := by_kind.get("base"):
+        text += f"; its {_sized(base)} base has {base.val_loss:.4f}"
+    if control := by_kind.get("control"):
+        last = merged or after
+        text += f"; the control, which is the base trained on the same batches, reaches {control.val_loss:.4f}, "
+        text += f"and the healed model is {_than(last, control)} it"
+    return f"{text}. {_ONE_SEED}"
+
+
+def _sized(result: Result) -> str:
+    return f"{result.layers}-layer"
+
+
+def _more(result: Result, other: Result) -> float:
+    """By how much its loss is higher: of the digits that are shown, so that the sum comes out."""
+    return round(round(result.val_loss, 4) - round(other.val_loss, 4), 4)
+
+
+def _than(result: Result, other: Result) -> str:
+    more = _more(result, other)
+    return f"{abs(more):.4f} {'below' if more < 0 else 'above'}" if more else "level with"
+
+
+def made_by(starts: Sequence[dict[str, Any]]) -> list[str]:
+    """The commands that the run was started with, the versions, and how long it took; of `starts` see `resuming`."""
+    lines, now = [], time.time()
+    if commands := [printable(command) for command in dict.fromkeys(start["command"] for start in starts) if command]:
+        fence = backticks("".join(commands))
+        lines += [f"{fence}bash", *commands, fence, ""]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    took = "" if not starts else f" Wall time {clock(now - starts[0]['time'])}"
+    if len(starts) > 1:
+        last = clock(now - starts[-1]["time"])
+        took += f" from the first of {len(starts)} starts, the pauses between them included; the last took {last}"
+    who = f"jaxup {__version__}, {', '.join(versions)}, Python {platform.python_version()}; {devices}."
+    return [*lines, who + took + "." * bool(took)]
 
 
 def write_summary(
-    directory: Path, title: str, results: Sequence[Result], plan: str, notes: Sequence[str], *, plan_title: str
-) -> str:
+    directory: Path, title: str, results: Sequence[Result], plan: str, notes: Sequence[str], *, finding: str,
+    how: Sequence[str], plan_title: str,
+) -> str:  # fmt: skip
     """Writes and returns SUMMARY.md; the first result is what the others are compared with."""
     reference = results[0]
-    lines = [f"# {title}", "", *notes, ""]
+    lines = [f"# {title}", "", finding, "", *how, "", *notes, ""]
     lines += [f"| model | layers | parameters | steps | tokens | validation loss | to the {reference.name} |"]
     lines += ["|---|---:|---:|---:|---:|---:|---:|"]
     for r in results:
-        more = "" if r is reference else f"{r.val_loss - reference.val_loss:+.4f}"
-        again = "" if r.epochs is None or r.epochs <= 1 else f" × {r.epochs:.3g}"
-        counts = f"{r.layers} | {r.params:,} | {r.steps:,} | {r.tokens:,}{again}"
+        more = "" if r is reference else f"{_more(r, reference):+.4f}"
+        counts = f"{r.layers} | {r.params:,} | {r.steps:,} | {tokens(r)}"
         lines.append(f"| {r.name} | {counts} | {r.val_loss:.4f} | {more} |")
-    for path in sorted((directory / "plots").glob("*.png"), reverse=True):  # validation_loss before loss_by_layers
-        lines += ["", f"![{path.stem.replace('_', ' ')}](plots/{path.name})"]
+    for name in _PLOTS:
+        if (directory / "plots" / f"{name}.png").exists():
+            lines += ["", f"![{name.replace('_', ' ')}](plots/{name}.png)"]
     lines += ["", "How each model began:", ""]
     lines += [f"- **{r.name}**: {r.origin}" + (f"; {r.corrected}" if r.corrected else "") for r in results]
     lines += ["", f"## {plan_title}", "", "```", plan.strip(), "```", "", "## Samples", ""]
@@ -44,75 +120,7 @@ def write_summary(
     return text
 
 
-def plot_validation(directory: Path, title: str, results: Sequence[Result], records: Sequence[dict[str, Any]]) -> Path:
-    """Draws validation loss against steps, all models in one picture; returns the PNG's path."""
-    reference, pretrained = results[0], results[0].kind in _PRETRAINED
-    figure, axes = _figure(reference)
-    low = high = reference.val_loss
-    last = max([r.steps for r in results] + [1])
-    for index, result in enumerate(results):
-        # Where there are several losses of a step, the last one is that of the rows the result is of.
-        mine = [r for r in records if r["model"] == result.name and math.isfinite(r.get("val_loss", math.nan))]
-        points = sorted({r["step"]: r["val_loss"] for r in mine}.items())
-        if not points:
-            continue
-        label = f"{result.name} ({result.layers} layers): {result.val_loss:.3f}"
-        line = ":" if result.kind == "control" else "-"
-        axes.plot(*zip(*points), label=label, color=f"C{index}", marker=".", linewidth=1.8, linestyle=line)
-        # The untrained models' loss at step 0, ln(vocabulary), would flatten everything else.
-        shown = [loss for step, loss in points if pretrained or step >= 0.1 * result.steps]
-        low, high = min([low, *shown]), max([high, *shown])
-    margin = 0.06 * (high - low) or 0.1
-    axes.set_ylim(low - margin, high + margin)
-    axes.set_xlim(0, last * 1.02)
-    axes.annotate(
-        f"{reference.name}, {reference.val_loss:.3f}", (last if pretrained else last * 0.01, reference.val_loss),
-        textcoords="offset points", xytext=(0, -11), fontsize=8, color="0.4", ha="right" if pretrained else "left",
-    )  # fmt: skip
-    axes.set(xlabel="steps", ylabel="validation loss (nats per token)", title=title)
-    return _saved(figure, directory / "plots" / "validation_loss.png")
-
-
-def plot_layers(directory: Path, title: str, results: Sequence[Result]) -> Path | None:
-    """Draws final validation loss against layers, if there are targets of several sizes; returns the PNG's path."""
-    if len({r.layers for r in results if r.kind == "target"}) < 2:
-        return None
-    reference = results[0]
-    kinds = {"target": ("inherited", "C1", "-"), "control": ("control, from random", "C2", ":")}
-    figure, axes = _figure(reference)
-    label = f"reference ({reference.layers} layers): {reference.val_loss:.3f}"
-    axes.plot(reference.layers, reference.val_loss, "o", color="C0", label=label)
-    for kind, (label, color, line) in kinds.items():
-        for steps in sorted({r.steps for r in results if r.kind == kind}):
-            points = sorted((r.layers, r.val_loss) for r in results if r.kind == kind and r.steps == steps)
-            longer = "" if steps == results[1].steps else f", {steps:,} steps"
-            axes.plot(*zip(*points), marker="o", color=color, linestyle=line, label=label + longer)
-            if kind == "target":
-                for layers, loss in points:
-                    axes.annotate(f"{loss:.3f}", (layers, loss), textcoords="offset points", xytext=(7, 5),
-                                  fontsize=8, color="0.3")  # fmt: skip
-    axes.set(xlabel="layers", ylabel="final validation loss (nats per token)", title=title)
-    axes.locator_params(axis="x", integer=True)
-    axes.margins(y=0.12)
-    return _saved(figure, directory / "plots" / "loss_by_layers.png")
-
-
-def _figure(reference: Result) -> tuple[Figure, Axes]:
-    """With a line where the reference is. Without pyplot, whose figures and backend are a notebook's own."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axhline(reference.val_loss, color="0.6", linestyle="--", linewidth=1)
-    return figure, axes
-
-
-def _saved(figure: Figure, path: Path) -> Path:
-    (axes,) = figure.axes
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=140)
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, drawn.getvalue())
-    return path
+def tokens(result: Result) -> str:
+    """That it was trained on, and how often if it was more than once."""
+    again = "" if result.epochs is None or result.epochs <= 1 else f" × {result.epochs:.3g}"
+    return f"{result.tokens:,}{again}"

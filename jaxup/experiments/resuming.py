@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,15 @@ if TYPE_CHECKING:
 
 _ABSENT = "(absent)"
 _INPUTS = "delete it if data and models are those that the run began with"
+
+
+@dataclasses.dataclass
+class _Start:
+    time: float
+    command: str
+
+
+_STARTS = {"starts": list[_Start] | None}
 
 
 def load_run(directory: Path, overrides: Iterable[tuple[str, str]] = ()) -> tuple[ConfigDict, str]:
@@ -73,13 +84,16 @@ def check_config(directory: Path, config: ConfigDict) -> list[str]:
     return said
 
 
-def begin(directory: Path, config: ConfigDict, inputs: dict[str, str | int], title: str) -> None:
+def begin(directory: Path, config: ConfigDict, inputs: dict[str, str | int], title: str, command: str) -> None:
     """Writes config.json, and `inputs`, which identify what it only names; refuses to go on with others.
+
+    Beside them it keeps when and by which `command` the run was started, each time.
 
     Of "steps" there may be more than there were, under a constant schedule; see `check_config`.
     """
     check_config(directory, config)  # again, by the one who holds the lock
-    stored = read_json(directory / "inputs.json", {key: type(now) | None for key, now in inputs.items()}, _INPUTS)
+    kinds = {key: type(now) | None for key, now in inputs.items()}
+    stored = read_json(directory / "inputs.json", kinds | _STARTS, _INPUTS)
     if stored is not None:
         numbers = {key: (stored[key], now) for key, now in inputs.items() if isinstance(now, int) and key in stored}
         for key, (then, now) in numbers.items():
@@ -94,7 +108,13 @@ def begin(directory: Path, config: ConfigDict, inputs: dict[str, str | int], tit
             )
     rundir.clean(directory)
     rundir.write_json(directory / "config.json", config.to_dict())
-    rundir.write_json(directory / "inputs.json", inputs | {"title": title})
+    starts = [*((stored or {}).get("starts") or []), {"time": time.time(), "command": command}]
+    rundir.write_json(directory / "inputs.json", inputs | {"title": title, "starts": starts})
+
+
+def starts(directory: Path) -> list[dict[str, Any]]:
+    """The "time" (of `time.time`) and the "command" of each; none of runs from before they were kept."""
+    return (read_json(directory / "inputs.json", _STARTS, _INPUTS) or {}).get("starts") or []
 
 
 def finish(directory: Path, config: ConfigDict, models: list[str]) -> None:

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from jaxup.training.corrections import Corrections
 
 
-def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: Corrections | None = None) -> None:
+def run_experiment(
+    config: ConfigDict, workdir: Path, title: str, corrections: Corrections | None = None, command: str = ""
+) -> None:
     """Carries the experiment out in `workdir`, or goes on with what was begun there.
 
-    `corrections` are for the model whose training goes on.
+    `corrections` are for the model whose training goes on; `command` is what was typed, for the summary.
 
     What cannot work is a UserError before anything is written. Stopped: by a signal, with the state saved.
     """
@@ -80,7 +82,7 @@ def run_experiment(config: ConfigDict, workdir: Path, title: str, corrections: C
                 raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from None
         with rundir.writer_lock(workdir) if writes else contextlib.nullcontext():
             if writes:
-                resuming.begin(workdir, config, experiment.inputs, title)
+                resuming.begin(workdir, config, experiment.inputs, title, command)
                 for line in changed:
                     print(f"changed under the run: {line}", flush=True)
                 resolved = json.loads(json.dumps(config.to_dict()))

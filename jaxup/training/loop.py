@@ -300,7 +300,7 @@ def _train(
         try:
             while True:
                 here = step == steps or step in milestones
-                if (step % s.eval_interval == 0 or here) and step not in losses:
+                if (step % s.eval_interval == 0 or here or step in run.evaluated) and step not in losses:
                     meter.check(pending, batches)
                     losses[step] = _evaluate(run, name, program.eval_step, (state.params, *frozen), step)
                     meter.log_validation(step, losses[step])

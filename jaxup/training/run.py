@@ -61,6 +61,8 @@ class Run:
     asked: list[Corrections] = dataclasses.field(default_factory=list)
     # The models that train, in their order, and about how many FLOPs each takes: how far the run is, for people.
     course: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    # Steps after which a model is evaluated besides those of the interval: curves side by side have the same points.
+    evaluated: frozenset[int] = frozenset()
 
     def place(self, name: str, steps: int) -> tuple[str, float]:
         """Which of its models this is, in words, and for how many of its steps those after it will take as long."""
