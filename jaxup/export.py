@@ -38,7 +38,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv[1:])
     if args.private and args.push is None:
         parser.error("--private goes with --push")
-    if args.push and args.out is None and (given := [flag for flag in _WRITING if getattr(args, flag) != parser.get_default(flag)]):
+    given = [flag for flag in _WRITING if getattr(args, flag) != parser.get_default(flag)]
+    if given and args.push and args.out is None:
         parser.error(f"--{given[0].replace('_', '-')} goes with OUT: without it the files are pushed as they are")
     return args
 

@@ -14,6 +14,7 @@ import processes
 import pytest
 import safetensors.numpy
 from plain import load_params
+from runs import result
 
 from jaxup import build, export
 from jaxup.data.tokenizer import load_tokenizer
@@ -72,6 +73,18 @@ def test_the_last_target_is_what_the_run_exported(finished, run, tmp_path, torch
     card = (tmp_path / "out" / "README.md").read_text()
     assert DepthPlan.from_yaml((finished / "plan.yaml").read_text()).strip() in card
     assert "target_2 at step 8 of the run run" in card
+    losses = {name: result(run, name)["val_loss"] for name in ("target_2", "reference", "control")}
+    said = dict(re.findall(r"^\| ([\w ]+) \| `(.*)` \|$", card, re.M))
+    assert said == {
+        "kind": "target: begun from layers of the reference, then trained", "data": "corpus",
+        "steps": "8 of 8 rows of 32 tokens", "learning rate": "0.002, cosine", "tokens": "2,048",
+        "parameters trained": "all", "validation loss": f"{losses['target_2']:.4f} nats per token",
+        "validation loss of control": f"{losses['control']:.4f}",
+        "validation loss of reference": f"{losses['reference']:.4f}",
+    }  # fmt: skip
+    # What the run exported itself says the same.
+    card = (finished / "export" / "README.md").read_text()
+    assert dict(re.findall(r"^\| ([\w ]+) \| `(.*)` \|$", card, re.M)) == said
 
 
 def test_other_models_steps_dtypes_and_shards(run, tmp_path):
@@ -86,6 +99,13 @@ def test_other_models_steps_dtypes_and_shards(run, tmp_path):
     # An update of Adam moves by the learning rate, more than rounding to bfloat16 does.
     assert 1e-4 < moved < 1e-1
     assert not (tmp_path / "new" / "jaxup_plan.yaml").exists()
+    new, old = ((tmp_path / d / "README.md").read_text() for d in ("new", "old"))
+    assert f"validation loss | `{result(run, 'reference')['val_loss']:.4f} nats per token`" in new
+    assert "validation loss" not in old, "it was not measured at that step"
+    assert "| steps | `6 of 8 rows of 32 tokens` |" in old
+    (run / "config.json").unlink()
+    main(run, tmp_path / "bare", "--model", "reference")
+    assert "| parameters trained | `all` |" in (tmp_path / "bare" / "README.md").read_text()
 
 
 def test_a_run_is_a_model(finished, run, tmp_path):

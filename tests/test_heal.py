@@ -147,7 +147,7 @@ def copies(runs):
     return run(runs, "copies", *COPIES)
 
 
-def test_what_does_not_train_keeps_every_bit_in_the_export(copies, tmp_path):
+def test_what_does_not_train_keeps_every_bit_in_the_export(copies, runs, tmp_path):
     final = load_file(copies / "export" / "model.safetensors")
     before = exported(copies, tmp_path / "before", "--model", "before")
     changed = {name for name in final if final[name].tobytes() != before[name].tobytes()}
@@ -155,6 +155,16 @@ def test_what_does_not_train_keeps_every_bit_in_the_export(copies, tmp_path):
         f"model.layers.{i}.{name}.weight" for i in (3, 4) for name in ("self_attn.o_proj", "mlp.down_proj")
     }
     assert result(copies, "healed")["trained"] == 2 * (16 * 16 + 24 * 16)
+    card = (copies / "export" / "README.md").read_text()
+    before, after = (result(copies, name)["val_loss"] for name in ("before", "healed"))
+    for said in (
+        "| kind | `healed: fine-tuned after its depth was changed` |", "| recipe | `upscale(base, 1:3, copies=1)` |",
+        "| data | `chats.jsonl` |", "| chat format | `metharme` |", "| learning rate | `0.001, constant` |",
+        r"| parameters trained | `1,280 (layers copies, parameters o_proj\|down_proj)` |",
+        f"| validation loss | `{after:.4f} nats per loss token` |", f"| validation loss of before | `{before:.4f}` |",
+    ):  # fmt: skip
+        assert said in card
+    assert str(runs) not in card
     assert (
         "1,280 parameters trained (layers copies, parameters o_proj|down_proj)" in (copies / "SUMMARY.md").read_text()
     )

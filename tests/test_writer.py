@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -17,6 +18,7 @@ import safetensors
 import safetensors.numpy
 import yaml
 from flax import nnx
+from huggingface_hub import ModelCard
 from plain import load_params
 from test_reader import GPT2, LLAMA, configs, load, make, refused
 
@@ -283,7 +285,11 @@ def test_cards_hold_hostile_names(name):
             "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["jaxup"],
             "base_model": ["org/x-1.y"],
         }  # fmt: skip
-        assert not set(card) & set("\0\x1b")
+        trained = {"data": name, "recipe": name + " a|b"}
+        told = model_card(LLAMA, title=name, dtype="float32", source=name, base_models=["org/x-1.y"], training=trained)
+        assert ModelCard(told).data.base_model_relation == "finetune"
+        assert re.findall(r"^\| (data|recipe) \| `.*` \|$", told, re.M) == ["data", "recipe"]
+        assert not set(card + told) & set("\0\x1b")
         # Everything that is not code is ours: no name reaches it.
         lines, outside, fence = body.splitlines(), [], None
         for line in lines:
@@ -299,6 +305,37 @@ def test_cards_hold_hostile_names(name):
         assert [h[:3] for h in headings] == ["# `", "## "]
         assert not any(line.startswith(("<", "---", "x:")) for line in outside)
     assert "| layers | 2 |" in card
+
+
+def test_a_card_names_no_path_of_the_machine(tmp_path):
+    """Of directories the names; and what their own files say they are from, if that may be a Hub id."""
+    download = tmp_path / "hub" / "models--org--Name-7B" / "snapshots" / "0123abc"
+    saved, ours, strange, twin = (
+        tmp_path / name for name in ("my models/saved", "run 1/export", "strange", "a/strange")
+    )
+    for directory in (download, saved, ours, strange, twin):
+        directory.mkdir(parents=True)
+    (saved / "config.json").write_text('{"_name_or_path": "org/parent"}')
+    (ours / "config.json").write_text('{"_name_or_path": "/home/someone/model"}')
+    (ours / "README.md").write_text("---\nbase_model:\n- org/grand-parent\n- ../x\n- 3\n---\n")
+    (strange / "config.json").write_text('{"_name_or_path": "../up"}')
+    (strange / "README.md").write_text("---\nbase_model: [\n---\n")
+    places = [str(place) for place in (download, saved, ours, strange, twin)]
+    rows = tuple(Row(place, 0, "copy" if place == places[0] else "original") for place in places)
+    plan = DepthPlan(rows, None, None, None, None, sources=tuple((place, 1) for place in places))
+    card = model_card(
+        LLAMA, title="t", dtype="float32", source=f"concat({', '.join(places)})", plan=plan,
+        base_models=[*places, "a/b"], training={
+            "data": f"{tmp_path}/chats.jsonl*2,~/more.jsonl,org/data", "recipe": f"/etc/recipes/x.yaml on {saved}",
+        },
+    )  # fmt: skip
+    assert ModelCard(card).data.base_model == ["org/Name-7B", "org/parent", "org/grand-parent", "a/b"]
+    assert "`concat(org/Name-7B, saved, run 1/export, strange, strange)`" in card
+    assert "5 layers from 'org/Name-7B' (1), 'saved' (1), 'run 1/export' (1), 'strange' (1), 'strange (2)' (1)" in card
+    assert "| data | `chats.jsonl*2,more.jsonl,org/data` |" in card
+    assert "| recipe | `x.yaml on saved` |" in card
+    assert not re.search("/home|/etc|/tmp|~|my models", card)
+    assert str(tmp_path) not in card
 
 
 # ---- writers that are refused or die

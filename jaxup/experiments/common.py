@@ -24,6 +24,7 @@ from jaxup.errors import UserError, suggest
 from jaxup.experiments import pictures, report, resuming
 from jaxup.experiments.config import section
 from jaxup.experiments.defaults import text_data
+from jaxup.experiments.lineage import lineage
 from jaxup.hub.save import write_model
 from jaxup.model import sampling
 from jaxup.model.config import Compute, ModelConfig
@@ -31,6 +32,7 @@ from jaxup.model.decoder import Params, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params, flops_per_token
 from jaxup.progress import printable, say
+from jaxup.together import told
 from jaxup.training.loop import evaluate, random_params, train_model
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Result, Run, Settings, check_digest, describe_model, read_result, write_result
@@ -130,15 +132,21 @@ class Experiment(abc.ABC):
 
     def _finish(
         self, run: Run, title: str, results: Sequence[Result], model: ModelConfig, params: Params, plan: DepthPlan, *,
-        export: Mapping[str, Any], notes: Sequence[str] = (), plan_title: str, loss_of: str,
+        made: Result, healed: Mapping[str, Any] | None = None, export: Mapping[str, Any], notes: Sequence[str] = (),
+        plan_title: str, loss_of: str,
         finding: Callable[[Sequence[Result], str], str],
     ) -> None:  # fmt: skip
         """The export of the run's final model, the pictures and SUMMARY.md; every process calls it.
 
-        `finding` says what the results are, given them and `loss_of`, what a loss is the mean over.
+        `made` is that model; if only a part of it trained, `healed` says which, as `lineage` takes it. `finding` says
+        what the results are, given them and `loss_of`, what a loss is the mean over.
         """
+        said = told(
+            lambda: lineage(run.directory, made.name, made.steps, kind=made.kind, plan=plan, healed=healed),
+            "read how the model came to be",
+        )
         if [r.name for r in results] != self.exported:  # else it is of these, and perhaps somebody's by now
-            write_model(run.directory / "export", model, params, title=title, plan=plan, force=True, **export)
+            write_model(run.directory / "export", model, params, title=title, plan=plan, force=True, **said, **export)
         if jax.process_index() != 0:
             return
         pictures.write(run.directory, title, results, run.log.read(), loss_of)

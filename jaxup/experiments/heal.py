@@ -43,6 +43,7 @@ from jaxup.experiments.common import (
     unchanged,
 )
 from jaxup.experiments.config import section
+from jaxup.experiments.lineage import chosen
 from jaxup.families import with_family_biases
 from jaxup.files.shards import DTYPES as SAVED
 from jaxup.hub.directory import TOKEN_IDS, carried_files, tokenizer_directory
@@ -220,13 +221,11 @@ class Heal(Experiment):
         before = functools.partial(self._before, run, base)
         results.append(measured(run, BEFORE, model, origin=origin, params=before))
         selection = self._select(model, plan)
+        part = {"train": dataclasses.asdict(self._train), "lora": dataclasses.asdict(self._lora)}
         healed = train_model(
             run, HEALED, model, steps=self.steps, origin=origin, initialise=before, plan=plan,
             selection=selection, milestones=ends,
-            about={
-                "before": BEFORE, "train": dataclasses.asdict(self._train), "lora": dataclasses.asdict(self._lora),
-                "seed": self._settings.seed,
-            },
+            about={"before": BEFORE, **part, "seed": self._settings.seed},
         )  # fmt: skip
         results.append(healed)
         if base is not None and self._config.heal.control:
@@ -243,10 +242,10 @@ class Heal(Experiment):
             merged = f"{HEALED} at step {healed.steps}, its adapters merged into {BEFORE}"
             results.append(measured(run, MERGED, model, origin=merged, params=lambda: params))
         results += [] if control is None else [control]
-        bases = [] if self._recipe is None else [m.path for m in self._recipe.models.values()]
-        export = {"dtype": self._config.export.dtype or None, "source": self._origin, "base_models": bases}
+        export = {"dtype": self._config.export.dtype or None, "source": self._origin}
         self._finish(
-            run, title, results, model, params, plan, plan_title="The plan", loss_of="loss token",
+            run, title, results, model, params, plan, made=healed, healed=part, plan_title="The plan",
+            loss_of="loss token",
             finding=report.healed, notes=["", self._what_trained(healed)],
             export=export | self._vocabulary,
         )  # fmt: skip
@@ -315,15 +314,10 @@ class Heal(Experiment):
     def _what_trained(self, healed: Result) -> str:
         if healed.trained is None:
             return "Everything trained."
-        t, lora = self._train, self._lora
-        chosen = f"layers {t.layers}" + (f" but {t.freeze}" if t.freeze else "")
-        chosen += f", parameters {t.parameters}" if t.parameters else ""
-        frozen = f"the other {healed.params - healed.trained:,}"
-        if lora.rank:
-            kept = f" over {lora.quantize}" if lora.quantize else ""
-            chosen, frozen = f"LoRA of rank {lora.rank}{kept} on {chosen}", "all others"
+        frozen = "all others" if self._lora.rank else f"the other {healed.params - healed.trained:,}"
+        which = chosen(dataclasses.asdict(self._train), dataclasses.asdict(self._lora))
         return (
-            f"{healed.trained:,} parameters trained ({chosen}). Every bit of {frozen} is as it was before: "
+            f"{healed.trained:,} parameters trained ({which}). Every bit of {frozen} is as it was before: "
             "so says a digest of them, taken before the first step and after the last."
         )
 

@@ -132,7 +132,8 @@ class Inherit(Experiment):
         params = load_trained(run, target, target_model)
         origin = "a reference trained in the same run" if benchmark.steps else benchmark.origin
         self._finish(
-            run, title, results, target_model, params, plan, plan_title="The final target's plan", loss_of="token",
+            run, title, results, target_model, params, plan, made=target, plan_title="The final target's plan",
+            loss_of="token",
             finding=functools.partial(report.inherited, sweep=bool(c.sweep)),
             export={"tokenizer": self.data.tokenizer, "dtype": "float32", "source": origin},
         )  # fmt: skip

@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxup.data.store import Store
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
+from jaxup.experiments.lineage import lineage
 from jaxup.files.bucket import place
 from jaxup.files.names import split_run
 from jaxup.hub.directory import TOKEN_IDS, carried_files
@@ -77,6 +78,7 @@ def export(
     write_model(
         out, stored.model, restore(run, name, step, stored), title=out.name, plan=stored.plan, dtype=dtype,
         source=f"{name} at step {step} of the run {run.resolve().name}", **vocabulary(run, stored.store), **how,
+        **lineage(run, name, step, kind=stored.kind, plan=stored.plan, healed=stored.healed and _part(stored.healed)),
     )  # fmt: skip
 
 
@@ -122,6 +124,10 @@ def read_stored(run: Path, name: str) -> Stored:
 
 # What model.json says of a model that healing left some of unchanged.
 _HEALED = {"before": str, "train": TrainConfig, "lora": LoraConfig, "seed": int}
+
+
+def _part(healed: dict[str, Any]) -> dict[str, Any]:
+    return {key: healed[key] for key in ("train", "lora")}
 
 
 def _misplaced(name: str, before: str) -> str:

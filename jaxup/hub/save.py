@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from jaxup.depth.plan import DepthPlan
@@ -58,7 +59,6 @@ def save(
         names = [origin.path, *(name for name, _ in (origin.plan.sources if origin.plan else ()))]
         inherited = {
             "source": origin.path, "plan": origin.plan, "model_type": origin.model_type,
-            # What may be Hub ids, without their revisions.
             "base_models": [split_revision(name)[0] for name in dict.fromkeys(names)],
             "carried": carried_files(origin.path, origin.revision) if tokenizer is None else None,
             "hf_extra": {name: list(i) if isinstance(i, tuple) else i for name, i in origin.token_ids},
@@ -71,11 +71,13 @@ def save(
 
 def write_model(
     out: str | os.PathLike, config: ModelConfig, params: Params, *, title: str, source: str,
-    plan: DepthPlan | None = None, base_models: Iterable[str] = (), dtype: str | None = None, **how: Any,
+    plan: DepthPlan | None = None, base_models: Iterable[str] = (), training: Mapping[str, str] = MappingProxyType({}),
+    dtype: str | None = None, **how: Any,
 ) -> None:  # fmt: skip
     """`writer.save` with a card, of which see `model_card` for the arguments, and with the plan."""
     card = model_card(
-        config, title=title, dtype=dtype or writer.main_dtype(params), plan=plan, source=source, base_models=base_models
-    )
+        config, title=title, dtype=dtype or writer.main_dtype(params), plan=plan, source=source,
+        base_models=base_models, training=training,
+    )  # fmt: skip
     extra = {CARD: card} if plan is None else {CARD: card, PLAN: plan.to_yaml()}
     writer.save(place(os.fspath(out)), config, params, dtype=dtype, extra_files=extra, **how)
