@@ -21,6 +21,7 @@ also gives a control twice the steps: `:control=2`.
 Variants, after a colon and separated by commas:
 
     smoke                  the same path in about a minute, for CI
+    grow                   beside a reference trained five times as long, from one layer on: the target grows
     medium, large, xl      the paper's models, data and settings, for pods: 24, 36, 48 layers on
                            OpenWebText; published validation losses of reference, control of the
                            target's size and target: medium 2.81, 2.86, 2.81 (16 layers), large
@@ -57,19 +58,19 @@ ABLATIONS = {
 def get_config(arg: str = "") -> ConfigDict:
     v = variants(
         arg,
-        size=("default", "smoke", *PAPER),
+        size=("default", "smoke", "grow", *PAPER),
         ablation=tuple(ABLATIONS),
         layers=0,  # of the first target; 0 = half of the reference's
         control=(1, 2),  # 2: a second control trained for twice the steps, as in the paper
         depth_scaled=False,  # attention logits divided by layer + 1, as in the released code
         seed=0,
     )
-    small, smoke = v["size"] not in PAPER, v["size"] == "smoke"
+    small, smoke, grow = v["size"] not in PAPER, v["size"] == "smoke", v["size"] == "grow"
     layers, hidden, heads, rows, peak = PAPER.get(v["size"], (4 if smoke else 6, 128, 2, 16, 2e-3))
 
     c = defaults("inherit", small=small)  # jaxup/experiments/defaults.py has every key and its meaning
     c.seed = v["seed"]
-    c.steps = 20 if smoke else 300 if small else 100_000
+    c.steps = 20 if smoke else 120 if grow else 300 if small else 100_000
     c.batch_size = rows
 
     c.model = ConfigDict()
@@ -82,10 +83,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.bias = False
     c.model.depth_scaled_attention = v["depth_scaled"]
 
-    c.inherit.layers = v["layers"]
+    c.inherit.layers = v["layers"] or int(grow)
     c.inherit.parts = ABLATIONS[v["ablation"]]
     c.inherit.grow_by = 2
     c.inherit.control = v["control"]
+    if grow:
+        c.reference.steps = 5 * c.steps
 
     c.data.source = "python" if small else "openwebtext"
     c.data.tokenizer = ("bpe:512" if smoke else "bpe:2048") if small else "gpt2"
@@ -94,7 +97,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.optimizer.learning_rate = peak
     c.optimizer.end_learning_rate = peak / 10 if small else 1e-5
-    c.optimizer.warmup_steps = 5 if smoke else 30 if small else 2000
+    c.optimizer.warmup_steps = 5 if smoke else 12 if grow else 30 if small else 2000
     if not small:
         c.compute.remat = "dots"
         c.mesh.data, c.mesh.fsdp = -1, 1  # the models fit on one device

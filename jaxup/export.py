@@ -99,7 +99,7 @@ def _write(args: argparse.Namespace) -> None:
         name, step, _ = stored.choose(source, name, step)
         out = source / "models" / name / str(step)
     else:
-        raise UserError("OUT is needed, the directory to be made, or --push", at=args.source)
+        raise UserError("OUT is needed, or --push", at=args.source)
     _check_apart(source, out)
     check_replaceable(out.absolute(), args.force, MARKS)
     if of_run is not None:

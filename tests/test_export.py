@@ -292,6 +292,7 @@ def hub(monkeypatch):
 def test_an_export_is_pushed_as_it_is(finished, hub, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(finished[0] / "export", tmp_path / "run" / "export")
+    (tmp_path / "run" / "checkpoints").mkdir()
     main(tmp_path / "run", "--push", "org/name", "--private")
     files = {path.name: path.read_bytes() for path in (finished[0] / "export").iterdir()}
     assert hub.models == {"org/name": (files, True)}

@@ -250,6 +250,8 @@ def meant(word: str, value: str = "", config: ConfigDict | None = None) -> str:
     from jaxup.experiments.defaults import SECTIONS, defaults
 
     configs = [config] if config is not None else [defaults(kind, small=True) for kind in SECTIONS]
+    if config is None:  # the section of a model is no default
+        configs.append(load("inherit_gpt2.py", shipped=True))
     name = word.lstrip("-").replace("-", "_").rpartition(".")[2]
     name = ELSEWHERE.get(name, name)
     keys = [key for one in configs for key, _ in leaves(one.to_dict()) if f".{key}".endswith(f".{name}")]
