@@ -57,9 +57,11 @@ def main(argv: list[str]) -> None:
     from jaxup.hub.push import look, push
     from jaxup.text import remote
 
-    directory = place(args.out) if args.out is not None else in_run(args.source) or place(args.source)
+    directory = place(args.source if args.out is None else args.out)
     if remote(directory):
         raise UserError("only a directory of this machine is pushed", at=str(directory))
+    if args.out is None:
+        directory = in_run(args.source) or directory
     there = look(args.push, private=args.private, force=args.force)
     if args.out is not None:
         _write(args)
