@@ -3,6 +3,7 @@
     python benchmarks/gpu.py                                # LLaMA of 1.1B at 4,096 tokens, GPT-2 medium at 1,024
     python benchmarks/gpu.py --models gpt2 --jaxup 16:none,16:dots --torch 16 --rounds 3
     python benchmarks/gpu.py --profile OUT                  # and where the time of jaxup's best goes
+    python benchmarks/gpu.py --models attention             # one layer's attention, packed, by each implementation
     python benchmarks/gpu.py --quick                        # tiny models, on a CPU too: does it still run?
 
 A step is the same work for both: `--rows` rows of the same random tokens, the loss of every token, forward,
@@ -209,6 +210,8 @@ def worker(a: argparse.Namespace) -> None:
     # Only the answer goes to the parent: libraries print as well.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    if a.worker == "attention":
+        return print(json.dumps(attention(a)), file=out, flush=True)
     side, name, setting, *traced = a.worker.split(" ")
     micro, remat, more = [*setting.split(":"), "", ""][:3]
     began = time.perf_counter()
@@ -229,6 +232,63 @@ def worker(a: argparse.Namespace) -> None:
         lacking = re.search("out of memory|RESOURCE_EXHAUSTED", text, re.IGNORECASE)
         said = {"refused": "does not fit" if lacking else text[:600]}
     print(json.dumps(said), file=out, flush=True)
+
+
+def attention(a: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of one layer's attention, forward and backward, and its temporaries, for packed rows."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxup.model.attention import attention
+
+    B, S, N, K, H = (1, 256, 4, 2, 16) if a.quick else (4, a.seq or 4096, 32, 8, 128)
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, weights = (jax.random.normal(key, (B, S, n, H), jnp.bfloat16) for key, n in zip(keys, (N, K, K, N)))
+    borders = np.random.default_rng(0).random((B, S)) < 1 / 300
+    ids = np.cumsum(borders, axis=1, dtype=np.int32)
+
+    def offsets(q, k, v, ids):
+        """The kernel's own packing, through what JAX has for itself; heads as many as it counts right."""
+        from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+        most = int(ids.max()) + 1
+        starts = np.full((B, most + 1), -1, np.int32)
+        lengths = np.full((B, most), -1, np.int32)
+        for row, each in enumerate(np.asarray(ids)):
+            count = np.bincount(each)
+            lengths[row, : len(count)] = count
+            starts[row, : len(count) + 1] = np.cumsum([0, *count])
+        k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+        return dot_product_attention(
+            q, k, v, q_seqlen=jnp.asarray(lengths), kv_seqlen=jnp.asarray(lengths), q_offsets=jnp.asarray(starts),
+            kv_offsets=jnp.asarray(starts), mask_type=MaskType.PADDING_CAUSAL,
+        )  # fmt: skip
+
+    ours = lambda name, ids: lambda q, k, v: attention(q, k, v, segment_ids=ids, implementation=name)  # noqa: E731
+    found, reference = {}, None
+    for name, function in {
+        "blocked, packed": ours("blocked", ids), "cudnn, packed": ours("cudnn", ids),
+        "cudnn by offsets": lambda q, k, v: offsets(q, k, v, ids), "cudnn, not packed": ours("cudnn", None),
+        "xla, packed": ours("xla", ids),
+    }.items():  # fmt: skip
+        try:
+            total = lambda q, k, v, function=function: jnp.vdot(function(q, k, v), weights).astype(jnp.float32)  # noqa: E731
+            step = jax.jit(jax.grad(total, (0, 1, 2))).lower(q * H**-0.5, k, v).compile()
+            grads = jax.block_until_ready(step(q * H**-0.5, k, v))
+            began = time.perf_counter()
+            for _ in range(10):
+                out = step(q * H**-0.5, k, v)
+            jax.block_until_ready(out)
+            spent = (time.perf_counter() - began) * 100
+            reference = reference or grads
+            off = [float(jnp.linalg.norm((x - y).astype(jnp.float32)) / jnp.linalg.norm(y.astype(jnp.float32)))
+                   for x, y in zip(grads, reference)]  # fmt: skip
+            memory = step.memory_analysis().temp_size_in_bytes / 2**20
+            found[name] = f"{spent:.2f} ms, {memory:,.0f} MiB, gradients {max(off):.1e} from the first"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return found
 
 
 # ---- where the time goes
@@ -359,6 +419,8 @@ def compare(a: argparse.Namespace, name: str) -> None:
     for _ in range(a.rounds if len(best) > 1 else 0):
         for side in rates:
             rates[side].append(measure(a, side, name, best[side][1]).get("rate", 0.0))
+    if not a.rounds:
+        rates = {side: [rate] for side, (rate, _) in best.items()}
     if all(rates.values()) and len(rates) > 1:
         ours, theirs = (statistics.median(rates[side]) for side in ("jaxup", "torch"))
         spread = ", ".join(f"{x / y:.3f}" for x, y in zip(rates["jaxup"], rates["torch"], strict=True) if y)
@@ -383,7 +445,14 @@ def main() -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{scratch}/jax")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{scratch}/torch")
         for name in a.models.split(","):
-            compare(a, name)
+            if name in SHAPES:
+                compare(a, name)
+                continue
+            command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=a.timeout, check=True)
+            print(
+                "\n".join(f"attention, {key:18} {value}" for key, value in json.loads(done.stdout).items()), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -11,20 +11,20 @@ import sys
 import tempfile
 
 # Before jax is imported: it reads them once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The programs of the tests are tiny: compiling them takes far longer than running them.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_backend_optimization_level=0" if os.environ["JAX_PLATFORMS"] == "cpu" else "",
+        "--xla_llvm_disable_expensive_passes=true" if os.environ["JAX_PLATFORMS"] == "cpu" else "",
         "--xla_cpu_parallel_codegen_split_count=1",  # the other processor has tests of its own
         # They go through MLIR, which takes four times as long. Newer versions know no other way, and end at a flag
         # that they do not know.
         "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "",
     ]
 ).strip()
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # What one process has compiled no other compiles again. Workers and the processes of tests inherit the environment of
