@@ -145,11 +145,14 @@ def torch_steps(a: argparse.Namespace, name: str, micro: int, remat: str, more: 
     import torch
     import transformers
     from torch.nn.attention import SDPBackend, sdpa_kernel
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     s, cuda = shape(a, name), torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     torch.set_float32_matmul_precision("high")
-    common = {"vocab_size": s["vocab"], "use_cache": False, "attn_implementation": "sdpa", "bos_token_id": None,
+    # Under torch.compile transformers' "sdpa" makes a mask, which fast kernels do not take; this is causal without.
+    transformers.AttentionInterface.register("causal", sdpa_attention_forward)
+    common = {"vocab_size": s["vocab"], "use_cache": False, "attn_implementation": "causal", "bos_token_id": None,
               "eos_token_id": None}  # fmt: skip
     if name == "gpt2":
         config = transformers.GPT2Config(
