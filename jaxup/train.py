@@ -1,7 +1,7 @@
 """Train models as an experiment file describes: `python -m jaxup.train --config=inherit_gpt2.py`.
 
 With neither --config nor --resume the shipped files are listed; `--config=FILE --help` prints what one of them says of
-itself, and every key with its value.
+itself, and every key with its value. `--dry-run` says what the run would do, and what memory and time it takes.
 
 The same command again resumes the run in its directory, or does nothing if it is finished; so does `--resume=DIR`,
 which has the configuration. What does not decide the numbers may change (mesh, log, eval, checkpoint, sample; and
@@ -44,6 +44,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
         RATE, action="append", default=[], metavar="N:RATE",
         help="from step N on its learning rate has its peak at RATE; the run keeps both",
     )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true",
+                        help="say what would be done, with the memory and time that it takes, and leave")  # fmt: skip
     args, rest = parser.parse_known_args(argv[1:])
     overrides, rest = [], list(rest)
     while rest:
@@ -98,8 +100,8 @@ def main(argv: list[str]) -> None:
         print(described(config, args.config or ""))
         return
     devices.choose(args.platform)
-    command = shlex.join(["python", "-m", "jaxup.train", *argv[1:]])
-    run_experiment(config, workdir, title, parse(args.skip_step, args.rate_from), command)
+    command, dry = shlex.join(["python", "-m", "jaxup.train", *argv[1:]]), (args.config or "") if args.dry_run else None
+    run_experiment(config, workdir, title, parse(args.skip_step, args.rate_from), command, dry=dry)
 
 
 if __name__ == "__main__":

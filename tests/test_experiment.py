@@ -435,7 +435,7 @@ def asked(config, place):
     rows = {"vocab_size": 512, "seq_len": 32, "train_rows": 64, "validation_tokens": 64, "chat_template": None}
     tokenizer = mock.Mock(side_effect=note("tokenizer", {"input_ids": [1, 2]}), chat_template=None, eos_token_id=0)
     text = mock.Mock(Data, tokenizer=tokenizer, store="text", **rows)
-    text.whole = lambda: mock.Mock(Data, store="all")
+    text.whole = lambda: mock.Mock(Data, store="all", **rows)
     chat = mock.Mock(Data, tokenizer=tokenizer, store="chat", report=str, example=str, **rows)
     floors = {
         run: {"Processes": run.Processes}, sharding: {"make_mesh": sharding.make_mesh},

@@ -86,6 +86,25 @@ def test_healing_begins_with_the_function_of_the_base_and_ends_better(whole):
     assert DepthPlan.from_yaml((workdir / "plan.yaml").read_text()).num_layers == 5
 
 
+def test_a_dry_run_says_what_a_healing_does(whole, runs, capsys):
+    """The models and their numbers; memory of the control, in which all trains, and time of the deeper one as well."""
+    run(runs, "dry", "--config.train.layers=copies", "--dry-run")
+    said = capsys.readouterr().out
+    assert not (runs / "dry").exists()
+    table = re.search(r"^models of the run.*?\n\n", said, re.M | re.S)[0].splitlines()[2:-1]
+    assert [line.split()[0] for line in table] == ["pretrained", "base", "before", "healed", "control"]
+    for name, *cells in map(str.split, table):
+        done = result(whole[0], name)
+        assert cells[:2] == [f"{done[key]:,}" for key in ("layers", "params")]
+        if done["steps"]:
+            assert cells[3] == f"{done['steps']:,}"
+            assert cells[5:] == [f"{done['tokens']:,}", f"{done['epochs']:.3g}"]
+            assert (cells[2] == "all") == (name != "healed")
+    assert re.search(r"⟦[^⟧]+⟧", said)
+    assert "memory of a device while control trains, which takes most" in said
+    assert "by 3 steps of healed:" in said
+
+
 def test_every_row_is_trained_on_once_an_epoch(whole):
     workdir, rows = whole
     epochs, steps = 2, result(workdir, "healed")["steps"]

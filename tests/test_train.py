@@ -192,8 +192,9 @@ def test_a_run_of_another_format_is_refused(finished, corpus, tmp_path, format, 
 def test_a_changed_config_is_refused(finished, corpus, more, message):
     workdir, _ = finished
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
-    with pytest.raises(UserError, match=message):
-        run(*arguments(corpus, workdir, *more))
+    for flags in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match=message):
+            run(*arguments(corpus, workdir, *more), *flags)
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
 
 
@@ -227,10 +228,11 @@ def test_a_changed_config_is_refused(finished, corpus, more, message):
 )
 def test_mistakes_write_nothing(corpus, tmp_path, more, message):
     # In a folder of their own: not even the tokens of a good source are written before all else is checked.
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        run(*arguments(corpus, tmp_path / "runs" / "run", *more))
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "runs" / "run").exists()
+    for flags in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            run(*arguments(corpus, tmp_path / "runs" / "run", *more), *flags)
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "runs" / "run").exists()
 
 
 def test_an_empty_corpus_is_refused(tmp_path):

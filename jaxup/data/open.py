@@ -107,8 +107,11 @@ class Data:
         return validation_batches(self.validation, **how)
 
     def example(self, color: bool) -> str:
-        """A line on how it is shown, and one conversation of training. A row has its longest one first."""
-        assert self.format is not None
+        """A line on how it is shown, and one conversation of training: a row has its longest one first. Of a corpus
+        the beginning of a row."""
+        if self.format is None:
+            lines = str(self.tokenizer.decode(self.train.batch(np.zeros(1, int))["tokens"][0])).splitlines()
+            return printable("\n".join(["  the first row of training begins:", *(f"  | {line}" for line in lines[:6])]))
         held = self.train.examples(0)
         return f"  an example; {marked(color)}\n{show(self.format, held[len(held) // 2], color)}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 import gc
 import inspect
@@ -30,12 +31,12 @@ from jaxup.model import sampling
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, init
 from jaxup.model.sharding import param_shardings
-from jaxup.model.spec import count_params, flops_per_token
+from jaxup.model.spec import count_params
 from jaxup.progress import printable, say
 from jaxup.together import told
 from jaxup.training.loop import evaluate, random_params, train_model
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
-from jaxup.training.run import Result, Run, Settings, check_digest, describe_model, read_result, write_result
+from jaxup.training.run import Result, Run, Settings, Stage, check_digest, describe_model, read_result, write_result
 from jaxup.training.step import StepConfig
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ class Experiment(abc.ABC):
     @abc.abstractmethod
     def open_data(self, root: str) -> None:
         """Opens the data; makes what is not there yet under the directory `root`."""
+
+    @abc.abstractmethod
+    def stages(self, *, most: bool = False) -> list[Stage]:
+        """The models of the run in their order, once the data is opened. Where results decide how many there are, those
+        that are made in any case; with `most` all that there can be."""
 
     def report(self) -> str:
         """What to say of the data before training."""
@@ -213,9 +219,9 @@ def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Ca
     return result
 
 
-def flops(run: Run, model: ModelConfig, steps: int) -> float:
-    """Of training all of a model, for `Run.course`."""
-    return steps * run.settings.batch_size * run.data.seq_len * flops_per_token(model, run.data.seq_len)
+def on_course(run: Run, stages: Sequence[Stage]) -> Run:
+    """The run with what trains in it."""
+    return dataclasses.replace(run, course={s.name: s.steps * s.flops for s in stages if s.steps})
 
 
 def train_fresh(run: Run, name: str, model: ModelConfig, *, steps: int, kind: str | None = None) -> Result:

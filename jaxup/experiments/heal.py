@@ -35,9 +35,9 @@ from jaxup.experiments.common import (
     build,
     chats,
     corpus,
-    flops,
     measured,
     new_model,
+    on_course,
     open_text,
     train_fresh,
     unchanged,
@@ -49,7 +49,7 @@ from jaxup.files.shards import DTYPES as SAVED
 from jaxup.hub.directory import TOKEN_IDS, carried_files, tokenizer_directory
 from jaxup.hub.load import DTYPES as LOADED
 from jaxup.hub.load import load
-from jaxup.hub.reader import open_checkpoint
+from jaxup.hub.reader import open_checkpoint, stored_dtypes
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.sharding import param_shardings
@@ -63,7 +63,7 @@ from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.loop import abstract_params, load_trained, train_model
 from jaxup.training.lora import LoraConfig
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
-from jaxup.training.run import Dtypes, Result, Run, Settings, check_digest, describe_model, read_result
+from jaxup.training.run import Dtypes, Result, Run, Settings, Stage, check_digest, describe_model, read_result
 from jaxup.training.selection import Selection, TrainConfig, select
 from jaxup.training.sharding import check_batch
 
@@ -94,6 +94,7 @@ class Heal(Experiment):
         self._places: dict[str, str] = {}
         self._watched: dict[str, Callable[[], None]] = {}
         self._loaded = False  # the base, in this process
+        self._dtype = config.base.dtype or "float32"
         if self._recipe is None:
             self._plan = self._own_plan()
             self._models = {BASE: new_model(config.model)}
@@ -178,6 +179,7 @@ class Heal(Experiment):
                 if opened.hf != model.hf:
                     raise UserError("config.json has been replaced while the run was going on", at=model.path)
                 self._places[name], self._watched[name] = opened.storage.place, opened.watch()
+                self._dtype = c.base.dtype or stored_dtypes({name: opened})(name, "embed_tokens", None)
         self._model = result_config(self._plan, self._models)
         self.data = open_data(self._chat, tokenizer=tokenizer, root=root, vocab_size=self._model.vocab_size)
         self._count_steps()
@@ -199,6 +201,26 @@ class Heal(Experiment):
 
     # ---- the run
 
+    def stages(self, *, most: bool = False) -> list[Stage]:
+        base, plan = next(iter(self._models.values())), self._plan
+        stage = functools.partial(Stage, data=self.data, settings=self._settings)
+        found, whole = [], identity(plan.rows[0].source, base.num_layers)
+        if self._recipe is None:
+            steps = self._config.pretrain.steps
+            found.append(Stage(name=PRETRAINED, model=base, steps=steps, data=self._text, settings=self._pretrain))
+        if len(self._models) == 1 and plan.rows != whole.rows:
+            found.append(stage(name=BASE, model=base))
+        selection = self._select(self._model, plan)
+        found.append(stage(name=BEFORE, model=self._model))
+        found.append(stage(name=HEALED, model=self._model, steps=self.steps, selection=selection, dtype=self._dtype))
+        if self._config.heal.control:
+            everything = dataclasses.replace(self._train, layers="all", freeze="", rates={})
+            chosen = self._select(base, whole, everything)
+            found.append(stage(name=CONTROL, model=base, steps=self.steps, selection=chosen, dtype=self._dtype))
+        if self._lora.rank:  # as exported: merged, and where blocks were quantised, not any more
+            found.append(stage(name=MERGED, model=self._model))
+        return found
+
     def carry_out(self, run: Run, title: str) -> None:
         """What is finished is not done again."""
         plan, model = self._plan, self._model
@@ -206,7 +228,8 @@ class Heal(Experiment):
             write_atomically(run.directory / "plan.yaml", plan.to_yaml())
             (run.directory / "plots").mkdir(exist_ok=True)
             (run.directory / "plots" / "plan.png").write_bytes(picture.png(plan, title))
-        run = dataclasses.replace(run, course=self._course(run))
+        stages = self.stages()
+        run, of = on_course(run, stages), {stage.name: stage for stage in stages}
         source = self._base(run)
         origin = f"{self._config.plan or 'identity'} of {self._origin}"
         epochs = (self._steps_of(epoch) for epoch in itertools.count(1))
@@ -215,12 +238,11 @@ class Heal(Experiment):
         if source is not None:
             base_model = next(iter(self._models.values()))
             base = functools.partial(unchanged, run, BASE, base_model, source)
-            whole = identity(plan.rows[0].source, base_model.num_layers)
-            if plan.rows != whole.rows:
+            if BASE in of:
                 results.append(measured(run, BASE, base_model, origin=self._origin, params=base))
         before = functools.partial(self._before, run, base)
         results.append(measured(run, BEFORE, model, origin=origin, params=before))
-        selection = self._select(model, plan)
+        selection = of[HEALED].selection
         part = {"train": dataclasses.asdict(self._train), "lora": dataclasses.asdict(self._lora)}
         healed = train_model(
             run, HEALED, model, steps=self.steps, origin=origin, initialise=before, plan=plan,
@@ -228,17 +250,15 @@ class Heal(Experiment):
             about={"before": BEFORE, **part, "seed": self._settings.seed},
         )  # fmt: skip
         results.append(healed)
-        if base is not None and self._config.heal.control:
-            everything = dataclasses.replace(self._train, layers="all", freeze="", rates={})
+        if base is not None and CONTROL in of:
             control = train_model(
                 dataclasses.replace(run, evaluated=ends), CONTROL, base_model, steps=self.steps, initialise=base,
-                origin=f"{self._origin}, trained on the same batches",
-                selection=self._select(base_model, whole, everything),
+                origin=f"{self._origin}, trained on the same batches", selection=of[CONTROL].selection,
             )  # fmt: skip
         trained = load_trained(run, healed, model, selection)
         with jax.set_mesh(run.mesh):
             params = jax.jit(selection.merge, out_shardings=param_shardings(model, run.mesh))(trained, before())
-        if self._lora.rank:  # as exported: merged, and where blocks were quantised, not any more
+        if MERGED in of:
             merged = f"{HEALED} at step {healed.steps}, its adapters merged into {BEFORE}"
             results.append(measured(run, MERGED, model, origin=merged, params=lambda: params))
         results += [] if control is None else [control]
@@ -249,17 +269,6 @@ class Heal(Experiment):
             finding=report.healed, notes=["", self._what_trained(healed)],
             export=export | self._vocabulary,
         )  # fmt: skip
-
-    def _course(self, run: Run) -> dict[str, float]:
-        """As if everything trained: what a part of it spares is not known."""
-        base = next(iter(self._models.values()))
-        course = {HEALED: flops(run, self._model, self.steps)}
-        if self._config.heal.control:
-            course[CONTROL] = flops(run, base, self.steps)
-        if self._recipe is not None:
-            return course
-        text = dataclasses.replace(run, data=self._text, settings=self._pretrain)
-        return {PRETRAINED: flops(text, base, self._config.pretrain.steps), **course}
 
     def _base(self, run: Run) -> Callable[[], Params] | None:
         """How to get the model that the plan begins from; None if it takes from several."""

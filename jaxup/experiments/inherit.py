@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -30,9 +30,9 @@ from jaxup.experiments.common import (
     Experiment,
     build,
     corpus,
-    flops,
     measured,
     new_model,
+    on_course,
     open_text,
     train_fresh,
     unchanged,
@@ -46,7 +46,7 @@ from jaxup.model.decoder import Params
 from jaxup.text import write_atomically
 from jaxup.training.loop import load_trained, train_model
 from jaxup.training.optimizer import learning_rate
-from jaxup.training.run import Result, Run, Settings
+from jaxup.training.run import Result, Run, Settings, Stage
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -98,21 +98,38 @@ class Inherit(Experiment):
         prompt = self.data.tokenizer(self._config.sample.prompt, add_special_tokens=False)["input_ids"]
         self.sample = self._sampler(prompt)
 
+    def stages(self, *, most: bool = False) -> list[Stage]:
+        plans = check(self._inherit, self._model)
+        while most and (larger := self._grown(plans[-1])) is not None:
+            plans.append(larger)
+        return self._stages(plans)
+
+    def _stages(self, plans: Sequence[DepthPlan]) -> list[Stage]:
+        """With these targets."""
+        c, stage = self._config.reference, functools.partial(Stage, settings=self._settings)
+        data = self.data.whole() if c.all_data and not c.path else self.data
+        steps = 0 if c.path else c.steps or self.steps
+        found = [stage(name=REFERENCE, model=self._model, steps=steps, data=data)]
+        targets = [(f"target_{p.num_layers}", result_config(p, {REFERENCE: self._model}), self.steps) for p in plans]
+        for name, model, steps in [*targets, *self._controls(plans)]:
+            found.append(stage(name=name, model=model, steps=steps, data=self.data))
+        return found
+
     def carry_out(self, run: Run, title: str) -> None:
         """Each model resumes, or is skipped if it is finished."""
         c, model = self._inherit, self._model
         plans, pending = [], collections.deque(check(c, model))
         ends = {self.steps, self._config.reference.steps, *(steps for _, _, steps in self._controls(list(pending)))}
-        run = self._underway(dataclasses.replace(run, evaluated=frozenset(ends)), pending)
+        run = on_course(dataclasses.replace(run, evaluated=frozenset(ends)), self.stages())
         benchmark, source = self._reference(run)
         print(f"benchmark: validation loss {benchmark.val_loss:.4f}, tolerance {c.tolerance}", flush=True)
         results = [benchmark]
         while pending:
             plans.append(plan := pending.popleft())
-            n, target_model = plan.num_layers, result_config(plan, {REFERENCE: model})
+            target_model = result_config(plan, {REFERENCE: model})
             target = train_model(
-                run, f"target_{n}", target_model, kind="target", steps=self.steps, origin=_describe(plan, c), plan=plan,
-                initialise=functools.partial(build, run, plan, target_model, source),
+                run, f"target_{plan.num_layers}", target_model, kind="target", steps=self.steps, plan=plan,
+                origin=_describe(plan, c), initialise=functools.partial(build, run, plan, target_model, source),
             )  # fmt: skip
             results.append(target)
             worse_by = target.val_loss - benchmark.val_loss
@@ -120,9 +137,9 @@ class Inherit(Experiment):
             reached = "reached" if enough else "not reached"
             print(f"{target.name}: validation loss {target.val_loss:.4f}, {worse_by:+.4f} to the reference: {reached}",
                   flush=True)  # fmt: skip
-            if c.grow_by and not enough and n < model.num_layers and c.which in ("first", "last"):
-                pending.append(_plan(c, model.num_layers, min(n + c.grow_by, model.num_layers)))
-                run = self._underway(run, [*plans, *pending])
+            if not enough and (larger := self._grown(plan)) is not None:
+                pending.append(larger)
+                run = on_course(run, self._stages([*plans, *pending]))
 
         for name, control_model, steps in self._controls(plans):
             results.append(train_fresh(run, name, control_model, kind="control", steps=steps))
@@ -147,13 +164,12 @@ class Inherit(Experiment):
                 longer = "" if factor == 1 else f"_{factor}x"
                 yield name + longer, result_config(plan, {REFERENCE: self._model}), factor * self.steps
 
-    def _underway(self, run: Run, plans: Iterable[DepthPlan]) -> Run:
-        """With what trains, as far as is known: these targets may not be the last."""
-        c, plans = self._config.reference, list(plans)
-        train = [] if c.path else [(REFERENCE, self._model, c.steps or self.steps)]
-        train += [(f"target_{p.num_layers}", result_config(p, {REFERENCE: self._model}), self.steps) for p in plans]
-        course = {name: flops(run, model, steps) for name, model, steps in [*train, *self._controls(plans)]}
-        return dataclasses.replace(run, course=course)
+    def _grown(self, plan: DepthPlan) -> DepthPlan | None:
+        """Of the next target, if this one is not good enough; None: it is the last."""
+        c, n, most = self._inherit, plan.num_layers, self._model.num_layers
+        if not c.grow_by or n >= most or c.which not in ("first", "last"):
+            return None
+        return _plan(c, most, min(n + c.grow_by, most))
 
     def _reference(self, run: Run) -> tuple[Result, Callable[[], Params]]:
         """How good it is, and how to get it: it is gone again once a target is built from it."""

@@ -88,10 +88,20 @@ def begin(directory: Path, config: ConfigDict, inputs: dict[str, str | int], tit
     """Writes config.json, and `inputs`, which identify what it only names; refuses to go on with others.
 
     Beside them it keeps when and by which `command` the run was started, each time.
+    """
+    check_config(directory, config)  # again, by the one who holds the lock
+    stored = check_inputs(directory, config, inputs)
+    rundir.clean(directory)
+    rundir.write_json(directory / "config.json", config.to_dict())
+    starts = [*((stored or {}).get("starts") or []), {"time": time.time(), "command": command}]
+    rundir.write_json(directory / "inputs.json", inputs | {"title": title, "starts": starts})
+
+
+def check_inputs(directory: Path, config: ConfigDict, inputs: dict[str, str | int]) -> dict[str, Any] | None:
+    """Those that the run in `directory` began with, if there is one; UserError if they are others.
 
     Of "steps" there may be more than there were, under a constant schedule; see `check_config`.
     """
-    check_config(directory, config)  # again, by the one who holds the lock
     kinds = {key: type(now) | None for key, now in inputs.items()}
     stored = read_json(directory / "inputs.json", kinds | _STARTS, _INPUTS)
     if stored is not None:
@@ -106,10 +116,7 @@ def begin(directory: Path, config: ConfigDict, inputs: dict[str, str | int], tit
                 f"{directory}: this run was begun with {' and '.join(f'another {key}' for key in differing)}: "
                 "put back what it was, or choose another --workdir"
             )
-    rundir.clean(directory)
-    rundir.write_json(directory / "config.json", config.to_dict())
-    starts = [*((stored or {}).get("starts") or []), {"time": time.time(), "command": command}]
-    rundir.write_json(directory / "inputs.json", inputs | {"title": title, "starts": starts})
+    return stored
 
 
 def starts(directory: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING
 from jaxup.devices import ready
 from jaxup.errors import UserError
 from jaxup.experiments import resuming
-from jaxup.experiments.config import section
+from jaxup.experiments.config import get, section
+from jaxup.experiments.shown import as_yaml
 from jaxup.progress import say, tell
 from jaxup.text import remote
 from jaxup.together import gather, told
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 
 
 def run_experiment(
-    config: ConfigDict, workdir: Path, title: str, corrections: Corrections | None = None, command: str = ""
-) -> None:
+    config: ConfigDict, workdir: Path, title: str, corrections: Corrections | None = None, command: str = "", *,
+    dry: str | None = None,
+) -> None:  # fmt: skip
     """Carries the experiment out in `workdir`, or goes on with what was begun there.
 
-    `corrections` are for the model whose training goes on; `command` is what was typed, for the summary.
+    `corrections` are for the model whose training goes on; `command` is what was typed, for the summary. With `dry`,
+    the experiment file with its variants if one was given, it only says what it would do, and writes nothing there.
 
     What cannot work is a UserError before anything is written. Stopped: by a signal, with the state saved.
     """
@@ -43,7 +45,6 @@ def run_experiment(
         processes.join()
         ready()
         import jax
-        import yaml
 
         from jaxup.experiments import kind_of
         from jaxup.experiments.common import read_settings
@@ -62,6 +63,7 @@ def run_experiment(
             if jax.process_index() == 0:
                 print("\n".join([*done, f"finished before: {workdir / 'SUMMARY.md'}"]), flush=True)
             return
+        _check_stores(config, workdir)
         mesh = make_mesh(section(MeshConfig, config.mesh))
         check_batch("batch_size", settings.batch_size, mesh, settings.step.accumulation)
         check_batch("eval.batch_size", settings.eval_batch_size, mesh)
@@ -75,6 +77,12 @@ def run_experiment(
             experiment.open_data(str(workdir.parent / "data"))
         _check_same({"configuration": config.to_json(sort_keys=True), **experiment.inputs})
 
+        if dry is not None:
+            from jaxup.experiments.dry_run import show
+
+            told(lambda: resuming.check_inputs(workdir, config, experiment.inputs), "look at the run directory")
+            show(experiment, workdir, mesh, config, dry, [*changed, *([str(corrections)] if corrections else [])])
+            return
         if writes:
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
@@ -85,8 +93,7 @@ def run_experiment(
                 resuming.begin(workdir, config, experiment.inputs, title, command)
                 for line in changed:
                     print(f"changed under the run: {line}", flush=True)
-                resolved = json.loads(json.dumps(config.to_dict()))
-                print(yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None), flush=True)
+                print(as_yaml(config), flush=True)
                 print(experiment.report(), end="", flush=True)
                 devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}"
                 steps = f"{experiment.steps:,} steps"
@@ -100,6 +107,15 @@ def run_experiment(
                 say(f"{corrections}: no model was left to train")
         if writes:
             tell(f"finished: {workdir / 'SUMMARY.md'}")
+
+
+def _check_stores(config: ConfigDict, workdir: Path) -> None:
+    """UserError for tokens in the run's directory, in which no run could begin then."""
+    directory = Path(str(workdir)).absolute()
+    for key in ("data.store", "pretrain.data.store"):
+        store = Path(get(config, key) or str(workdir.parent / "data")).expanduser().absolute()
+        if directory in (store, *store.parents):
+            raise UserError("lies in the run's directory", at=f"{key}={store}", hint="choose another --workdir")
 
 
 def _check_same(what: Mapping[str, str | int]) -> None:

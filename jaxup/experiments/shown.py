@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -42,7 +43,7 @@ def described(config: ConfigDict, spec: str = "") -> str:
     lines = [docstring(find(spec.partition(":")[0])), ""] if spec else []
     lines += ["Every key with its value here, as --config.KEY=VALUE:", ""]
     shown, last = dict(sorted(leaves(values), key=lambda leaf: leaf[0].rpartition("."))), ""
-    width = min(max(len(f"{key}={_text(value)}") for key, value in shown.items()), 44)
+    width = min(max(len(f"{key}={as_text(value)}") for key, value in shown.items()), 44)
     for key, value in shown.items():
         section = key.rpartition(".")[0]
         if section != last and section in about:
@@ -51,12 +52,19 @@ def described(config: ConfigDict, spec: str = "") -> str:
         notes = [about[key]] if key in about else []
         if why := unread(config, key):
             other, _ = why
-            notes.append(f"(not read: {other}={_text(get(config, other))})")
-        lines.append(f"  {f'{key}={_text(value)}':<{width}}  {'  '.join(notes)}".rstrip())
+            notes.append(f"(not read: {other}={as_text(get(config, other))})")
+        lines.append(f"  {f'{key}={as_text(value)}':<{width}}  {'  '.join(notes)}".rstrip())
     return printable("\n".join(lines))
 
 
-def _text(value: Any) -> str:
+def as_yaml(config: ConfigDict) -> str:
+    """All of it, in few lines."""
+    import yaml
+
+    return yaml.safe_dump(json.loads(json.dumps(config.to_dict())), sort_keys=False, default_flow_style=None)
+
+
+def as_text(value: Any) -> str:
     """As it may be given on the command line."""
     return printable(",".join(map(str, value)) if isinstance(value, tuple) else value, keep="")
 

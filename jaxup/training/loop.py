@@ -41,8 +41,10 @@ from jaxup.training.sharding import BATCH_AXES, local_rows, place_batch, state_s
 from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step, skip_step
 
 
-class _Program(NamedTuple):
-    train_step: Callable
+class Program(NamedTuple):
+    """What is compiled to train a model."""
+
+    train_step: Any  # jitted, as all of these are
     skip_step: Callable[[TrainState], TrainState]
     eval_step: Callable
     init_state: Callable[[Params], TrainState]
@@ -65,7 +67,7 @@ def load_trained(run: Run, result: Result, model: ModelConfig, selection: Select
         steps, latest = result.steps, checkpoints.latest
         if latest != steps:
             raise _gone(directory, steps, latest)
-        return checkpoints.restore_params(steps, _laid_out(selection.trained(abstract(model)[1]), shardings))
+        return checkpoints.restore_params(steps, laid_out(selection.trained(abstract(model)[1]), shardings))
 
 
 def _gone(directory: Path, steps: int, latest: int | None) -> UserError:
@@ -78,10 +80,10 @@ def _gone(directory: Path, steps: int, latest: int | None) -> UserError:
 
 def abstract_params(model: ModelConfig, mesh: Mesh) -> Params:
     """The params tree as ShapeDtypeStructs with their shardings."""
-    return _laid_out(abstract(model)[1], param_shardings(model, mesh))
+    return laid_out(abstract(model)[1], param_shardings(model, mesh))
 
 
-def _laid_out(tree: Any, shardings: Any) -> Any:
+def laid_out(tree: Any, shardings: Any) -> Any:
     """ShapeDtypeStructs with these shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
@@ -89,10 +91,11 @@ def _laid_out(tree: Any, shardings: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=4)  # a target and its control are one program, compiled once
-def _program(
+def make_program(
     model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, selection: Selection,
     peaks: tuple[tuple[int, float], ...],
-) -> _Program:  # fmt: skip
+) -> Program:  # fmt: skip
+    """`peaks`: see `learning_rate`."""
     partition = selection.partition
     optimizer = make_optimizer(settings.optimizer, steps, selection.rates, peaks=peaks)
     compute = dataclasses.replace(settings.compute, batch_axes=BATCH_AXES)
@@ -111,7 +114,7 @@ def _program(
     abstract_state = jax.eval_shape(init_state, abstract(model)[1])
     moments = state_shardings(optimizer, abstract_state.opt_state, params, mesh)
     shardings = jax.tree.map(lambda _: replicated, abstract_state)._replace(params=params, opt_state=moments)
-    return _Program(
+    return Program(
         train_step=jax.jit(
             make_train_step(model, compute, optimizer, settings.step, partition),
             donate_argnums=0,
@@ -125,7 +128,7 @@ def _program(
             lambda params, *frozen: params if partition is None else partition.join(params, *frozen),
             out_shardings=whole,
         ),
-        abstract_state=_laid_out(abstract_state, shardings),
+        abstract_state=laid_out(abstract_state, shardings),
     )
 
 
@@ -215,9 +218,9 @@ def train_model(
         asked = run.asked.pop() if run.asked else Corrections()
         kept = told(lambda: dataclasses.asdict(record(directory, asked, done=start, steps=steps)), "read corrections")
         corrections = Corrections(tuple(kept["skip"]), tuple((step, rate) for step, rate in kept["rates"]))
-        hits = _program.cache_info().hits
-        program = _program(model, run.settings, steps, run.mesh, selection, corrections.rates)
-        compiles = _program.cache_info().hits == hits
+        hits = make_program.cache_info().hits
+        program = make_program(model, run.settings, steps, run.mesh, selection, corrections.rates)
+        compiles = make_program.cache_info().hits == hits
         place, later = run.place(name, steps)
         label = f"{name} (model {place})" if place else name
         trained = None
@@ -263,7 +266,7 @@ def _skipped(state: TrainState) -> str:
 
 
 def _train(
-    run: Run, name: str, model: ModelConfig, steps: int, program: _Program, state: TrainState,
+    run: Run, name: str, model: ModelConfig, steps: int, program: Program, state: TrainState,
     frozen: tuple[Params, ...], start: int, checkpoints: Checkpoints, milestones: frozenset[int],
     corrections: Corrections, progress: Progress,
 ) -> tuple[TrainState, float]:  # fmt: skip

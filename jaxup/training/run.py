@@ -18,6 +18,7 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params
+from jaxup.model.spec import flops_per_token
 from jaxup.text import kinds_of, read_json, write_atomically
 from jaxup.together import told
 from jaxup.training.corrections import Corrections
@@ -26,6 +27,7 @@ from jaxup.training.optimizer import OptimizerConfig
 from jaxup.training.partition import digest
 from jaxup.training.processes import Processes
 from jaxup.training.rundir import write_json
+from jaxup.training.selection import EVERYTHING, Selection
 from jaxup.training.step import StepConfig
 
 
@@ -44,6 +46,24 @@ class Settings:
     log_interval: int
     checkpoint_interval: int
     keep_checkpoints: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A model of a run: what it is trained on, and how."""
+
+    name: str
+    model: ModelConfig
+    steps: int = 0  # of its training; 0: it is measured only
+    data: Data
+    settings: Settings
+    selection: Selection = EVERYTHING
+    dtype: str = "float32"  # of what does not train
+
+    @property
+    def flops(self) -> float:
+        """Of a step, as if everything trained: what a part of it spares is not known."""
+        return self.settings.batch_size * self.data.seq_len * flops_per_token(self.model, self.data.seq_len)
 
 
 @dataclasses.dataclass(frozen=True)
