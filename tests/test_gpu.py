@@ -25,39 +25,6 @@ from jaxup.training.step import StepConfig, TrainState, make_train_step
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU, or JAX_PLATFORMS is not cuda")
 
 
-@pytest.mark.parametrize("implementation", ["cudnn", "blocked"])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(
-    ("head_dim", "kv_heads", "window", "seq"),
-    [(64, 4, None, 1024), (128, 2, None, 4096), (128, 1, 300, 4096), (100, 4, 1, 512), (256, 1, None, 512)],
-)
-def test_attention_equals_dense(implementation, packed, head_dim, kv_heads, window, seq):
-    """In value and gradients, of inputs that are bfloat16: a few roundings of 2^-9, independent, are less than 1%."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, weights = (
-        jax.random.normal(key, (2, seq, heads, head_dim), jnp.bfloat16)
-        for key, heads in zip(keys, (4, kv_heads, kv_heads, 4), strict=True)
-    )
-    q = q * head_dim**-0.5
-    segments = jnp.stack([jnp.arange(seq) // 70, jnp.minimum(jnp.arange(seq) // 301, 2)]) if packed else None
-    asked = {"dtype": q.dtype, "seq_len": seq, "head_dim": head_dim, "packed": packed}
-    assert choose("auto", **asked) == choose("cudnn", **asked) == "cudnn"
-
-    def run(implementation, *given):
-        def total(*given):
-            out = attention(*given, window=window, segment_ids=segments, implementation=implementation)
-            return jnp.vdot(out.astype(jnp.float32), weights.astype(jnp.float32)), out
-
-        (_, out), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*given)
-        return [np.asarray(x, np.float32) for x in (out, *grads)]
-
-    with jax.default_matmul_precision("highest"):
-        exact = run("xla", *(x.astype(jnp.float32) for x in (q, k, v)))
-    errors = [relative(a, b) for a, b in zip(run(implementation, q, k, v), exact, strict=True)]
-    print(*(f"{error:.1e}" for error in errors))
-    assert max(errors) < 0.01
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_logits_are_those_of_transformers_on_a_cpu(family, torch, tmp_path):
     theirs = hf_model(family)
@@ -121,3 +88,36 @@ def test_the_same_steps_give_the_same_bits_where_xla_is_told_to(config):
 
     print("the same bits without:", same({}))
     assert same({"xla_gpu_deterministic_ops": True})
+
+
+@pytest.mark.parametrize("implementation", ["cudnn", "blocked"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "kv_heads", "window", "seq"),
+    [(64, 4, None, 512), (128, 2, None, 2304), (128, 1, 300, 2304), (100, 4, 1, 512), (256, 1, None, 512)],
+)
+def test_attention_equals_dense(implementation, packed, head_dim, kv_heads, window, seq):
+    """In value and gradients, of inputs that are bfloat16: a few roundings of 2^-9, independent, are less than 1%."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, weights = (
+        jax.random.normal(key, (2, seq, heads, head_dim), jnp.bfloat16)
+        for key, heads in zip(keys, (4, kv_heads, kv_heads, 4), strict=True)
+    )
+    q = q * head_dim**-0.5
+    segments = jnp.stack([jnp.arange(seq) // 70, jnp.minimum(jnp.arange(seq) // 301, 2)]) if packed else None
+    asked = {"dtype": q.dtype, "seq_len": seq, "head_dim": head_dim, "packed": packed}
+    assert choose("auto", **asked) == choose("cudnn", **asked) == "cudnn"
+
+    def run(implementation, *given):
+        def total(*given):
+            out = attention(*given, window=window, segment_ids=segments, implementation=implementation)
+            return jnp.vdot(out.astype(jnp.float32), weights.astype(jnp.float32)), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*given)
+        return [np.asarray(x, np.float32) for x in (out, *grads)]
+
+    with jax.default_matmul_precision("highest"):
+        exact = run("xla", *(x.astype(jnp.float32) for x in (q, k, v)))
+    errors = [relative(a, b) for a, b in zip(run(implementation, q, k, v), exact, strict=True)]
+    print(*(f"{error:.1e}" for error in errors))
+    assert max(errors) < 0.01

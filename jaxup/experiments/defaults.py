@@ -74,7 +74,7 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c.compute.dtype = "float32" if small else "bfloat16"  # of activations
     c.compute.attention = "auto"  # see jaxup.model.attention
     c.compute.remat = "none" if small else "full"  # what the backward pass computes again: none, dots, full
-    c.compute.unroll = 0 if small else 1  # layers per iteration of the scan; 0 = all, which is faster on a CPU
+    c.compute.unroll = 0 if small else 1  # layers per iteration of the scan; 0 = all, faster but for compiling
     data, fsdp = (-1, 1) if small else (1, -1)
     c.mesh = ConfigDict({"data": data, "fsdp": fsdp, "tensor": 1})  # devices along each axis; -1 = all that are left
 

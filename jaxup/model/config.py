@@ -231,7 +231,7 @@ class Compute:
     dtype: str = "float32"  # of activations, or "bfloat16"; params keep their own
     attention: str = "auto"  # see jaxup.model.attention
     remat: str = "none"  # what the backward pass computes again: none, dots (all but products), full
-    unroll: int = 1  # layers per iteration of the scan; 0 = all, which is faster on CPU
+    unroll: int = 1  # layers per iteration of the scan; 0 = all, faster but for compiling
     batch_axes: tuple[str, ...] = ()  # mesh axes that split the batch; () = no mesh
 
     def __post_init__(self):
