@@ -21,7 +21,12 @@ also gives a control twice the steps: `:control=2`.
 Variants, after a colon and separated by commas:
 
     smoke                  the same path in about a minute, for CI
-    grow                   beside a reference trained five times as long, from one layer on: the target grows
+    grow                   a reference trained five times as long as a target, which begins with one layer and
+                           grows by two until it is as good; measured as above (1, 3, 5: layers of the target):
+                               seed   reference, 6   1       3       5       control of the last target's size
+                               0      4.394          4.489   4.415   4.333   5.461
+                               1      4.453          4.502   4.422           5.618
+                               2      4.428          4.483   4.406           5.500
     medium, large, xl      the paper's models, data and settings, for pods: 24, 36, 48 layers on
                            OpenWebText; published validation losses of reference, control of the
                            target's size and target: medium 2.81, 2.86, 2.81 (16 layers), large
