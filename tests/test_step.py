@@ -19,6 +19,7 @@ from jaxup.model.decoder import abstract, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import flops_per_token
 from jaxup.training import step as training_step
+from jaxup.training.compiling import accepted, compiler_options
 from jaxup.training.loss import cross_entropy
 from jaxup.training.optimizer import OptimizerConfig, make_optimizer
 from jaxup.training.sharding import (
@@ -26,6 +27,7 @@ from jaxup.training.sharding import (
     MeshConfig,
     batch_sharding,
     check_batch,
+    device_grid,
     local_rows,
     make_mesh,
     place_batch,
@@ -264,6 +266,42 @@ def test_bfloat16_compute_keeps_float32_state():
 def test_mesh_refusals(call, message):
     with pytest.raises(UserError, match=message):
         call(make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a layout asks of a device."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices", "apart"),  # along which axes neighbours are in two slices
+    [((4, 2, 1), 2, (0,)), ((2, 2, 2), 2, (0,)), ((2, 4, 1), 4, (0, 1)), ((1, 8, 1), 2, (1,)), ((2, 2, 2), 1, ())],
+)
+def test_slices_are_apart_along_data_before_fsdp(sizes, slices, apart):
+    chips = [Chip(n, n % slices) for n in range(8)]
+    grid = device_grid(sizes, chips)
+    assert grid.shape == sizes
+    assert {chip.id for chip in grid.flat} == set(range(8))
+    index = np.array([grid[at].slice_index for at in np.ndindex(sizes)]).reshape(sizes)
+    assert tuple(axis for axis in range(3) if np.diff(index, axis=axis).any()) == apart
+
+
+def test_slices_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match="does not divide over the 4 slices that these devices are in; data=4 would"):
+        device_grid((2, 1, 4), [Chip(n, n % 4) for n in range(8)])
+
+
+def test_an_option_that_a_compiler_does_not_take_is_left_out_with_a_line(capsys):
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    assert compiler_options(mesh) == {}  # those are for TPUs
+    known = {"xla_cpu_enable_fast_math": False}
+    assert accepted(mesh, {"xla_of_another_version": True} | known) == known
+    assert "does not take the option xla_of_another_version" in capsys.readouterr().err
 
 
 def test_flops_count_the_matrix_products():

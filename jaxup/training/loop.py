@@ -31,6 +31,7 @@ from jaxup.model.spec import count_params, flops_per_token
 from jaxup.progress import Progress
 from jaxup.together import told
 from jaxup.training.checkpoint import Checkpoints
+from jaxup.training.compiling import compiler_options
 from jaxup.training.corrections import Corrections, record
 from jaxup.training.meter import Meter
 from jaxup.training.optimizer import learning_rate, make_optimizer
@@ -119,6 +120,7 @@ def make_program(
             make_train_step(model, compute, optimizer, settings.step, partition),
             donate_argnums=0,
             out_shardings=(shardings, replicated),
+            compiler_options=compiler_options(mesh),
         ),
         skip_step=jax.jit(skip_step, donate_argnums=0, out_shardings=shardings),
         eval_step=_eval_step(model, settings.compute, settings.step, mesh, partition),
@@ -147,7 +149,8 @@ def _eval_step(
     model: ModelConfig, compute: Compute, step: StepConfig, mesh: Mesh, partition: Partition | None
 ) -> Callable:
     eval_step = make_eval_step(model, dataclasses.replace(compute, batch_axes=BATCH_AXES), step, partition)
-    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    out = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(eval_step, out_shardings=out, compiler_options=compiler_options(mesh))
 
 
 def _evaluate(run: Run, name: str, eval_step: Callable, params: tuple[Params, ...], step: int | None = None) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxup.errors import UserError
@@ -25,16 +27,39 @@ class MeshConfig:
     tensor: int
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices of all processes; UserError if they do not fit."""
-    sizes, devices = [config.data, config.fsdp, config.tensor], jax.device_count()
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over all devices of all processes, or over these, such as those of a topology.
+
+    UserError if they do not fit.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [config.data, config.fsdp, config.tensor], len(devices)
     known = math.prod(s for s in sizes if s != -1)
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(f"mesh: data, fsdp and tensor must be positive, or one of them -1; got {sizes}")
-    sizes = [devices // known if s == -1 else s for s in sizes]
-    if math.prod(sizes) != devices:
-        raise UserError(f"mesh: data x fsdp x tensor = {' x '.join(map(str, sizes))} is not the {devices} devices here")
-    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    sizes = [count // known if s == -1 else s for s in sizes]
+    if math.prod(sizes) != count:
+        raise UserError(f"mesh: data x fsdp x tensor = {' x '.join(map(str, sizes))} is not the {count} devices here")
+    return Mesh(device_grid(sizes, devices), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def device_grid(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices [data, fsdp, tensor], so that the later of these axes have the shorter ways.
+
+    Slices of a pod, which devices tell by their `slice_index`, are connected by a slower network than their devices
+    are among each other. Along `data` gradients alone are summed: it runs over slices as far as it goes, then fsdp.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    data, fsdp, tensor = sizes
+    across = math.gcd(slices, data), slices // math.gcd(slices, data)
+    if fsdp % across[1]:
+        what = f"data x fsdp = {data} x {fsdp} does not divide over the {slices} slices that these devices are in"
+        raise UserError(f"mesh: {what}; data={slices} would")
+    # Axes that are no product of a torus' own (data=2, fsdp=32 on 4x4x4) split one of them.
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    within = (data // across[0], fsdp // across[1], tensor)
+    return mesh_utils.create_hybrid_device_mesh(within, (*across, 1), devices, allow_split_physical_axes=True)
 
 
 def check_batch(name: str, size: int, mesh: Mesh, accumulation: int = 1) -> None:
