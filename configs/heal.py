@@ -117,7 +117,7 @@ def get_config(arg: str = "") -> ConfigDict:
     rate = v["lr"] or (1e-3 if small else 2e-5)
     c.optimizer.update(learning_rate=rate, schedule="constant", weight_decay=0.0)
     if not (small or own):
-        c.step.accumulation, c.step.loss_chunk = 16, 512
+        c.step.loss_chunk = 512
 
     c.eval.interval = 8 if smoke else 25 if small else 10
     if smoke:

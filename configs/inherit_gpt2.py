@@ -106,7 +106,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if not small:
         c.compute.remat = "dots"
         c.mesh.data, c.mesh.fsdp = -1, 1  # the models fit on one device
-        c.eval.rows, c.eval.batch_size = 2400, 96
+        c.eval.rows = 2400
     if smoke:
         c.eval.rows = 32
     c.eval.interval = c.checkpoint.interval = 10 if smoke else 60 if small else 1000

@@ -27,6 +27,7 @@ HEAL = [
     "--config.pretrain.optimizer.warmup_steps=2", "--config.data.seq_len=64", "--config.data.val_fraction=0.2",
     "--config.batch_size=8", "--config.eval.interval=4", "--config.eval.rows=8", "--config.eval.batch_size=8",
     "--config.checkpoint.interval=3", "--config.log.interval=1", "--config.sample.tokens=4",
+    "--config.step.accumulation=0",
 ]  # fmt: skip
 
 
@@ -56,8 +57,10 @@ off went old number sure yes self model layer return import tokens step
 @contextlib.contextmanager
 def devices(count):
     """Runs in this process have so many of the devices that are there."""
+    here = jax.devices()[:count]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: count)
+        patch.setattr(jax, "devices", lambda: here)
         yield
 
 

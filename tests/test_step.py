@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +16,18 @@ import pytest
 from flax import nnx
 
 from jaxup.errors import UserError
+from jaxup.experiments.common import read_settings
+from jaxup.experiments.config import load, section
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import abstract, init
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import flops_per_token
+from jaxup.training import compiling
 from jaxup.training import step as training_step
-from jaxup.training.compiling import accepted, compiler_options
+from jaxup.training.compiling import accepted, compiler_options, fewest_that_fit, fitting_step, memory
 from jaxup.training.loss import cross_entropy
 from jaxup.training.optimizer import OptimizerConfig, make_optimizer
+from jaxup.training.run import Run
 from jaxup.training.sharding import (
     BATCH_AXES,
     MeshConfig,
@@ -30,6 +36,7 @@ from jaxup.training.sharding import (
     device_grid,
     local_rows,
     make_mesh,
+    micro_batches,
     place_batch,
     state_shardings,
 )
@@ -260,12 +267,94 @@ def test_bfloat16_compute_keeps_float32_state():
         (lambda m: make_mesh(MeshConfig(data=3, fsdp=1, tensor=1)), "3 x 1 x 1 is not the 8 devices"),
         (lambda m: make_mesh(MeshConfig(data=-1, fsdp=-1, tensor=1)), "one of them -1"),
         (lambda m: check_batch("batch_size", 12, m), "batch_size=12 does not divide over data x fsdp = 8 devices; 16"),
-        (lambda m: check_batch("batch_size", 8, m, 2), "and 2 micro-batches; 16 would"),
+        (lambda m: check_batch("batch_size", 8, m, 2), r"and 2 micro-batches; 16 would, or step.accumulation=1 \(0 ="),
+        (lambda m: check_batch("batch_size", 96, m, 8), "and 8 micro-batches; 128 would, or step.accumulation=6 "),
+        (lambda m: check_batch("batch_size", 12, m, 0), "does not divide over data x fsdp = 8 devices; 16 would$"),
     ],
 )
 def test_mesh_refusals(call, message):
     with pytest.raises(UserError, match=message):
         call(make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1)))
+
+
+class Refused:
+    """A step that a compiler has no memory for."""
+
+    def lower(self, *_):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.30G of 15.75G"
+        )
+
+
+def test_a_step_is_cut_into_the_fewest_micro_batches_that_fit(monkeypatch):
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    assert micro_batches(96, mesh) == [1, 2, 3, 4, 6, 12]
+    assert micro_batches(100, mesh) == []
+    made = []
+
+    @functools.cache
+    def make(count):
+        made.append(count)
+        wide = lambda rows: jnp.sum(jnp.sin(rows @ jnp.ones((8, 512))) @ jnp.ones((512, 8)))  # noqa: E731
+        return jax.jit(lambda x: jnp.sum(jax.lax.map(wide, x.reshape(count, -1, 8))))
+
+    inputs = [jax.ShapeDtypeStruct((96, 8), jnp.float32)]
+    needs = {count: sum(compiling._needs(make(count).lower(*inputs).compile())) for count in (1, 2, 3, 4, 6, 12)}
+    assert needs[1] > needs[2] > needs[6]
+
+    def fewest(room, make=make):
+        make.cache_clear()
+        made.clear()
+        monkeypatch.setattr(compiling, "_room", lambda _: room)
+        return fewest_that_fit(make, micro_batches(96, mesh), inputs, mesh)
+
+    count, step = fewest(math.inf)
+    assert (count, made) == (1, [1])
+    x = np.linspace(0, 1, 96 * 8, dtype=np.float32).reshape(96, 8)
+    np.testing.assert_allclose(step(x), 4096 * jnp.sum(jnp.sin(jnp.sum(x, 1))), rtol=1e-5)
+    # What the first program needs says that half of it does not fit either: it is not compiled.
+    assert fewest(needs[6])[0] == 6
+    assert 2 not in made
+    with pytest.raises(UserError, match="not enough memory for a step, not even in 12 micro-batches; use more devices"):
+        fewest(1)
+    # Where the compiler is who refuses.
+    refusing = functools.cache(lambda count: make(count) if count >= 4 else Refused())
+    assert fewest(math.inf, refusing)[0] == 4
+    refusal = r"^step.accumulation=2: .*Used 18.30G of 15.75G; more micro-batches take less"
+    with pytest.raises(UserError, match=refusal), memory(StepConfig(accumulation=2, loss_chunk=1, z_loss=0.0)):
+        Refused().compile()
+
+
+def test_a_run_that_resumes_on_such_devices_takes_as_many_micro_batches(tmp_path, monkeypatch, capsys):
+    mesh, tried = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1)), []
+    (tmp_path / "checkpoints" / "model").mkdir(parents=True)
+
+    def third(make, counts, inputs, mesh):
+        tried.append(counts)
+        return counts[2], make
+
+    monkeypatch.setattr(compiling, "fewest_that_fit", third)
+    for compute in (Compute(), Compute(), Compute(remat="full")):
+        run = mock.Mock(spec=Run, directory=tmp_path, mesh=mesh, processes=mock.MagicMock())
+        run.settings = mock.Mock(batch_size=96, compute=compute)
+        fitting_step(run, "model", lambda count: count, ())
+    assert tried == [[1, 2, 3, 4, 6, 12], [3, 4, 6, 12], [1, 2, 3, 4, 6, 12]]
+    assert "model: the 96 rows of a step in 6 micro-batches of 16\n" in capsys.readouterr().out
+
+
+def test_pod_configurations_start_on_pods():
+    """Of as many devices as a pod has, by their shape alone."""
+    for name, devices in itertools.product(("heal.py", "heal_tunguska.py", "inherit_gpt2.py:medium"), (16, 32, 64)):
+        c = load(name, shipped=True)
+        settings = read_settings(c)
+        assert settings.step.accumulation == 0
+        mesh = make_mesh(section(MeshConfig, c.mesh), [Chip(n, 0) for n in range(devices)])
+        check_batch("batch_size", settings.batch_size, mesh, settings.step.accumulation)
+        check_batch("eval.batch_size", settings.eval_batch_size, mesh)
+        assert micro_batches(settings.batch_size, mesh)[0] == 1
 
 
 @dataclasses.dataclass(frozen=True)

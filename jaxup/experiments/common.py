@@ -236,7 +236,7 @@ def train_fresh(run: Run, name: str, model: ModelConfig, *, steps: int, kind: st
 _FEW = 1000
 
 _LEAST = {
-    "step.accumulation": 1, "step.loss_chunk": 1, "step.z_loss": 0, "step.spike_factor": 0, "step.spike_window": 1,
+    "step.accumulation": 0, "step.loss_chunk": 1, "step.z_loss": 0, "step.spike_factor": 0, "step.spike_window": 1,
     "eval.rows": 0, "eval.interval": 1, "log.interval": 1, "checkpoint.interval": 1, "checkpoint.keep": 1,
     "sample.tokens": 0, "sample.temperature": 0, "sample.top_k": 0,
 }  # fmt: skip

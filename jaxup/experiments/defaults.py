@@ -65,8 +65,9 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c.batch_size = 16  # rows of an update
 
     c.optimizer = optimizer()
-    # Micro-batches that make up a batch, and positions whose logits are there at once.
-    c.step = ConfigDict({"accumulation": 1, "loss_chunk": 128, "z_loss": 0.0})
+    # Micro-batches that make up a batch, 0 = the fewest that the devices have memory for, and positions whose logits
+    # are there at once.
+    c.step = ConfigDict({"accumulation": 1 if small else 0, "loss_chunk": 128, "z_loss": 0.0})
     # Steps are skipped whose gradient norm exceeds `spike_factor` times its median over so many steps; 0 = none.
     c.step.update(spike_factor=0.0, spike_window=100)
 

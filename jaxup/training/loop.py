@@ -31,7 +31,7 @@ from jaxup.model.spec import count_params, flops_per_token
 from jaxup.progress import Progress
 from jaxup.together import told
 from jaxup.training.checkpoint import Checkpoints
-from jaxup.training.compiling import compiler_options
+from jaxup.training.compiling import compiler_options, fitting_step, memory
 from jaxup.training.corrections import Corrections, record
 from jaxup.training.meter import Meter
 from jaxup.training.optimizer import learning_rate, make_optimizer
@@ -46,6 +46,7 @@ class Program(NamedTuple):
     """What is compiled to train a model."""
 
     train_step: Any  # jitted, as all of these are
+    cut_into: Callable[[int], Any]  # number of micro-batches -> such a step
     skip_step: Callable[[TrainState], TrainState]
     eval_step: Callable
     init_state: Callable[[Params], TrainState]
@@ -115,13 +116,19 @@ def make_program(
     abstract_state = jax.eval_shape(init_state, abstract(model)[1])
     moments = state_shardings(optimizer, abstract_state.opt_state, params, mesh)
     shardings = jax.tree.map(lambda _: replicated, abstract_state)._replace(params=params, opt_state=moments)
-    return Program(
-        train_step=jax.jit(
-            make_train_step(model, compute, optimizer, settings.step, partition),
+
+    def cut_into(count: int) -> Any:
+        step = dataclasses.replace(settings.step, accumulation=count)
+        return jax.jit(
+            make_train_step(model, compute, optimizer, step, partition),
             donate_argnums=0,
             out_shardings=(shardings, replicated),
             compiler_options=compiler_options(mesh),
-        ),
+        )
+
+    return Program(
+        train_step=cut_into(settings.step.accumulation),
+        cut_into=cut_into,
         skip_step=jax.jit(skip_step, donate_argnums=0, out_shardings=shardings),
         eval_step=_eval_step(model, settings.compute, settings.step, mesh, partition),
         init_state=jax.jit(init_state, out_shardings=shardings),
@@ -298,6 +305,9 @@ def _train(
 
     with run.processes.steps(), ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read_batch, step) if step < steps else None
+        if ahead and not s.step.accumulation:
+            fitting = fitting_step(run, name, program.cut_into, (state, ahead.result(), *frozen))
+            program = program._replace(train_step=fitting)
 
         def save(step: int) -> None:
             run.log.flush()  # what was logged until then will not be logged again
@@ -323,7 +333,7 @@ def _train(
                 if step + 1 in corrections.skip:
                     state, metrics = program.skip_step(state), None
                 else:
-                    with jax.transfer_guard("disallow"):
+                    with jax.transfer_guard("disallow"), memory(s.step):
                         state, metrics = program.train_step(state, batch, *frozen)
                     if not compiled:  # the call has waited for that, which says nothing of the speed
                         meter.restart()

@@ -63,12 +63,21 @@ def device_grid(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def check_batch(name: str, size: int, mesh: Mesh, accumulation: int = 1) -> None:
-    """Refuses a batch whose rows do not divide evenly over the mesh and the micro-batches."""
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if size < 1 or size % (parts * accumulation):
-        splits = f"data x fsdp = {parts} devices" + (f" and {accumulation} micro-batches" if accumulation > 1 else "")
-        wanted = math.ceil(max(size, 1) / (parts * accumulation)) * parts * accumulation
-        raise UserError(f"{name}={size} does not divide over {splits}; {wanted} would")
+    """Refuses a batch whose rows do not divide evenly over the mesh and the micro-batches, 0 = those that fit."""
+    parts, cuts = math.prod(mesh.shape[axis] for axis in BATCH_AXES), accumulation or 1
+    if size >= 1 and size % (parts * cuts) == 0:
+        return
+    splits = f"data x fsdp = {parts} devices" + (f" and {cuts} micro-batches" if cuts > 1 else "")
+    hint = f"{math.ceil(max(size, 1) / (parts * cuts)) * parts * cuts} would"
+    if fewer := [count for count in micro_batches(size, mesh) if count < cuts]:
+        hint += f", or step.accumulation={fewer[-1]} (0 = the fewest that fit)"
+    raise UserError(f"{name}={size} does not divide over {splits}; {hint}")
+
+
+def micro_batches(size: int, mesh: Mesh) -> list[int]:
+    """Into how many a batch of `size` rows can be cut, from 1 to one row on each device; none if it does not divide."""
+    rows, rest = divmod(size, math.prod(mesh.shape[axis] for axis in BATCH_AXES))
+    return [] if rest else [count for count in range(1, rows + 1) if rows % count == 0]
 
 
 def state_shardings(optimizer: optax.GradientTransformation, opt_state: Any, params: Params, mesh: Mesh) -> Any:

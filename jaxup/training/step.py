@@ -44,7 +44,8 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    accumulation: int  # micro-batches a step; the gradient does not depend on it
+    # Micro-batches a step; the gradient does not depend on it. 0 = the fewest that the devices have memory for.
+    accumulation: int
     loss_chunk: int  # positions whose logits exist at once
     z_loss: float
     # A step is skipped whose gradient norm exceeds `spike_factor` times the median of the last `spike_window` steps,
@@ -76,7 +77,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, *frozen: Params) -> tuple[TrainState, dict[str, jax.Array]]:
         gradient = jax.value_and_grad(loss_sums, has_aux=True)
-        if config.accumulation == 1:
+        if config.accumulation <= 1:  # 0, where nothing says what fits
             (loss, plain), grads = gradient(state.params, batch, *frozen)
         else:
             zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.params)
