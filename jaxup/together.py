@@ -38,6 +38,13 @@ def service() -> Any:
     return state.client if state.num_processes > 1 else None
 
 
+def here() -> tuple[int, int]:
+    """Which process this is, and of how many. Asking jax for its `process_index` would start the devices."""
+    from jax._src import distributed
+
+    return distributed.global_state.process_id, distributed.global_state.num_processes
+
+
 def told(make: Callable[[], T], what: str) -> T:
     """What `make` gives process 0, in all processes: a value of JSON. `what` it does stands in messages: "read x".
 
@@ -51,7 +58,7 @@ def told(make: Callable[[], T], what: str) -> T:
     if store is None or _decides:
         return make()
     key = f"jaxup/told/{next(_turns)}"
-    if jax.process_index() == 0:
+    if here()[0] == 0:
         _decides = True
         try:
             word = json.dumps({"value": make()})
@@ -79,19 +86,17 @@ def told(make: Callable[[], T], what: str) -> T:
 
 def gather(value: Any, what: str) -> list[Any]:
     """The value, of JSON, that each process has, in all processes; returns when all are `what`: "ready to train"."""
-    import jax
-
     store = service()
     if store is None:
         return [value]
-    place = f"jaxup/here/{next(_turns)}/"
-    store.key_value_set(f"{place}{jax.process_index()}", json.dumps(value))
+    place, (own, count) = f"jaxup/here/{next(_turns)}/", here()
+    store.key_value_set(f"{place}{own}", json.dumps(value))
 
     def collect() -> list[Any]:
         with _waiting() as remind:
             while True:
                 found = {int(key.rpartition("/")[2]): json.loads(word) for key, word in store.key_value_dir_get(place)}
-                if not (missing := sorted(set(range(jax.process_count())) - found.keys())):
+                if not (missing := sorted(set(range(count)) - found.keys())):
                     return [found[rank] for rank in sorted(found)]
                 remind(f"{names(missing)} to be {what}")
                 time.sleep(0.05)

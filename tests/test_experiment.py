@@ -320,6 +320,12 @@ TUNGUSKA = ["", "quick", "smoke", "one_duplicate", "five_duplicates,quick", "int
 TUNGUSKA += ["lora", "quick,qlora", "freeze_originals", "freeze_base=19:41", "quick,freeze_base=0:1+4:6", "undercook=5"]
 
 
+def a_mesh():
+    from jaxup.training.sharding import MeshConfig, make_mesh
+
+    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+
+
 @pytest.mark.parametrize("spec", [*(f"inherit_gpt2.py:{v}" for v in GPT2), *(f"inherit_llama.py:{v}" for v in LLAMA)])
 def test_every_shipped_variant_builds_its_settings(spec):
     """Shapes and optimizers of all variants are traced, without allocating anything."""
@@ -332,7 +338,7 @@ def test_every_shipped_variant_builds_its_settings(spec):
     with config.unlocked():
         config.reference.path = ""  # there is no network: the `model` section has the same sizes
     settings = read_settings(config)
-    Inherit(config, settings, None)
+    Inherit(config, settings, a_mesh())
     reference = new_model(config.model, 512)
     for plan in check(section(InheritConfig, config.inherit), reference):
         model = result_config(plan, {"reference": reference})
@@ -358,7 +364,7 @@ def test_every_shipped_healing_builds_its_settings(spec, tmp_path):
         }))  # fmt: skip
         config.base.path, config.data.files = str(tmp_path), "chats.jsonl"
     settings = read_settings(config)
-    job = Heal(config, settings, None)
+    job = Heal(config, settings, a_mesh())
     model = result_config(job._plan, job._models)
     assert model.num_layers == {"heal_tunguska.py:": 99, "heal_tunguska.py:one_duplicate": 77}.get(
         spec, model.num_layers
@@ -402,8 +408,9 @@ def effect(config):
     from jaxup.experiments.common import new_model, read_settings
 
     settings = read_settings(config)
-    made = vars(kind_of(config)(config, settings, None))
-    return settings, new_model(config.model), {k: v for k, v in made.items() if k not in ("_config", "_settings")}
+    made = vars(kind_of(config)(config, settings, a_mesh()))
+    own = ("_config", "_settings", "_mesh")
+    return settings, new_model(config.model), {k: v for k, v in made.items() if k not in own}
 
 
 def asked(config, place):

@@ -25,6 +25,7 @@ from test_heal import COPIES, runs  # noqa: F401
 
 from jaxup import together
 from jaxup.errors import NoRoom, Stopped, UserError
+from jaxup.experiments import run
 from jaxup.hub.writer import save
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract
@@ -32,7 +33,8 @@ from jaxup.model.spec import flatten
 from jaxup.together import told
 from jaxup.train import main
 from jaxup.training import checkpoint, loop
-from jaxup.training.joining import LOST, End, Meeting, Place, place
+from jaxup.training.joining import LOST, End, Meeting
+from jaxup.training.places import Place
 from jaxup.training.processes import Processes
 
 
@@ -122,6 +124,63 @@ def test_what_is_told_takes_one_turn(monkeypatch):
     first, second = said
     assert int(second.rpartition("/")[2]) == int(first.rpartition("/")[2]) + 1
     assert [json.loads(word) for word in said.values()] == [{"value": {"a": [1, 2]}}, {"error": "damaged", "code": 2}]
+
+
+def test_processes_agree_on_what_they_train(monkeypatch):
+    """Of two that do not the same is said in both, with the keys that differ."""
+    mine = {"jax": "0.10.2", "steps": 8, "plan": "long " * 50, "mesh": {"data": 1, "fsdp": 2}, "eval": {"rows": 1}}
+    first = {**mine, "steps": 9, "plan": "other " * 50, "mesh": {"data": 1, "fsdp": 4}}
+
+    def check(first, *others):
+        monkeypatch.setattr(run, "told", lambda make, what: first)
+        monkeypatch.setattr(run, "gather", lambda value, what: [[], *others, value])
+        run._check_same(mine)
+
+    check(mine)
+    for others, line in [
+        ([], "process 1 differs from process 0: mesh.fsdp is 2, not 4; plan is another; steps is 8, not 9; start all"),
+        ([["a is 1, not 2"] * 5], "process 1 differs from process 0: a is 1, not 2; a is 1, not 2; a is 1, not 2 (and"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(line)):
+            check(first, *others)
+
+
+DIFFERENT = """
+import os
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import sys
+import jaxup
+from jaxup.errors import entry_point
+from jaxup.train import main
+if os.environ["JAX_PROCESS_ID"] == "1":
+    exec(sys.argv.pop(1))
+else:
+    sys.argv.pop(1)
+entry_point(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "more", "said"),
+    [
+        ("sys.argv.append('--config.steps=9')", [], "process 1 differs from process 0: steps is 9, not 8; start all"),
+        ("jaxup.__version__ = '0.0.9'", [], "process 1 differs from process 0: jaxup is '0.0.9 of "),
+        ("sys.argv.append('--skip-step=3')", [], "process 0: corrections is 'step 3 left out', not ''; start"),
+        ("", ["--config.mesh.tensor=3"], "mesh: data x fsdp x tensor = 1 x 1 x 3 is not the 2 devices here"),
+        ("", ["--config.mesh.tensor=2", "--config.model.num_heads=1"], "1 attention heads do not divide over mesh"),
+        ("", ["--platform=tpu"], "devices: "),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_ends_both(change, more, said, corpus, tmp_path):
+    command = arguments(corpus, tmp_path / "runs" / "run", *more)
+    with processes.two_started("-c", DIFFERENT, change, *command, devices=1) as both:
+        ends = [process.communicate(timeout=processes.LIMIT) for process in both]
+    assert [process.returncode for process in both] == [2, 2], ends
+    for _, err in ends:
+        (line,) = err.splitlines()
+        assert said in line
+    assert not (tmp_path / "runs" / "run").exists()
 
 
 def test_a_signal_is_no_fault_of_what_is_restored():
@@ -382,26 +441,9 @@ def test_who_does_not_come_is_named(meet):
     with pytest.raises(UserError, match=r"process 0 did not come to 127.0.0.1:1 "):
         Meeting(Place("127.0.0.1:1", 2, 1), lambda: None).come(0.0)
     with pytest.raises(
-        UserError, match=r"ADDRESS=127.0.0.1:\d+: process 0 cannot listen there: Address already in use"
+        UserError, match=r"process 0 cannot listen at 127.0.0.1:\d+ \(JAX_COORDINATOR_ADDRESS\): Address already in use"
     ):
         Meeting(Place(zero.meeting._address, 2, 0), lambda: None)
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"JAX_PROCESS_ID": ""}, "takes two numbers more: JAX_NUM_PROCESSES=2, JAX_PROCESS_ID="),
-        ({"JAX_PROCESS_ID": "-1"}, "takes two numbers more: JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=-1"),
-        ({"JAX_PROCESS_ID": "2"}, "JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=2: each process has a number of its own"),
-        ({"JAX_COORDINATOR_ADDRESS": "host"}, "JAX_COORDINATOR_ADDRESS=host is not HOST:PORT"),
-    ],
-)
-def test_an_environment_that_makes_no_sense_is_one_line(monkeypatch, given, said):
-    job = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-    for name, value in {**job, **given}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=re.escape(said)):
-        place()
 
 
 LOAD = """

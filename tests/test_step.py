@@ -33,6 +33,7 @@ from jaxup.training.sharding import (
     MeshConfig,
     batch_sharding,
     check_batch,
+    check_heads,
     device_grid,
     local_rows,
     make_mesh,
@@ -270,8 +271,10 @@ def test_bfloat16_compute_keeps_float32_state():
         (lambda m: check_batch("batch_size", 8, m, 2), r"and 2 micro-batches; 16 would, or step.accumulation=1 \(0 ="),
         (lambda m: check_batch("batch_size", 96, m, 8), "and 8 micro-batches; 128 would, or step.accumulation=6 "),
         (lambda m: check_batch("batch_size", 12, m, 0), "does not divide over data x fsdp = 8 devices; 16 would$"),
+        (lambda m: check_heads(GROUPED, make_mesh(MeshConfig(data=1, fsdp=1, tensor=8))), "^6 attention heads do not "
+         r"divide over mesh\.tensor=8; 2 would$"),
     ],
-)
+)  # fmt: skip
 def test_mesh_refusals(call, message):
     with pytest.raises(UserError, match=message):
         call(make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1)))
@@ -391,6 +394,21 @@ def test_an_option_that_a_compiler_does_not_take_is_left_out_with_a_line(capsys)
     known = {"xla_cpu_enable_fast_math": False}
     assert accepted(mesh, {"xla_of_another_version": True} | known) == known
     assert "does not take the option xla_of_another_version" in capsys.readouterr().err
+
+
+GROUPED = ModelConfig.llama(
+    vocab_size=50, hidden_size=12, intermediate_size=8, num_layers=1, num_heads=6, num_kv_heads=1, max_positions=8
+)
+
+
+def test_what_a_mesh_does_not_split_is_said():
+    """One head of keys and values is as few as there can be: it is on each device, and the six of queries are split."""
+    meshes = [MeshConfig(data=-1, fsdp=f, tensor=t) for f, t in ((1, 1), (4, 2), (8, 1))]
+    assert [check_heads(GROUPED, make_mesh(mesh)) for mesh in meshes] == [
+        "",
+        "mesh: held whole by each device, as it does not divide: key/value heads 1 over tensor=2",
+        "mesh: held whole by each device, as it does not divide: hidden size 12 over fsdp=8",
+    ]
 
 
 def test_flops_count_the_matrix_products():

@@ -209,6 +209,7 @@ def test_a_changed_config_is_refused(finished, corpus, more, message):
         (["--config.inherit.which=fist"], "neither 'first', 'last'"),
         (["--config.batch_size=12"], "batch_size=12 does not divide over data x fsdp = 8 devices; 16 would"),
         (["--config.mesh.tensor=3"], "is not the 8 devices"),
+        (["--config.mesh.tensor=4"], "2 attention heads do not divide over mesh.tensor=4; 2 would"),
         (["--config.compute.dtype=float16"], "float16"),
         (["--config.optimizer.schedule=cosin"], "did you mean 'cosine'"),
         (["--config.data.seq_len=64"], "seq_len=64 exceeds the model's 32 positions"),

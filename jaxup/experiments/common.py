@@ -37,6 +37,7 @@ from jaxup.together import told
 from jaxup.training.loop import evaluate, random_params, train_model
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Result, Run, Settings, Stage, check_digest, describe_model, read_result, write_result
+from jaxup.training.sharding import check_heads
 from jaxup.training.step import StepConfig
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ class Experiment(abc.ABC):
         if steps:
             learning_rate(self._settings.optimizer, steps)
 
-    def _check_positions(self, model: ModelConfig) -> None:
+    def _check_model(self, model: ModelConfig) -> None:
+        """Refuses one that the rows or the mesh do not fit."""
+        check_heads(model, self._mesh)
         seq_len = self._config.data.seq_len
         if model.positions == "learned" and model.max_positions < seq_len:
             raise UserError(f"data.seq_len={seq_len} exceeds the model's {model.max_positions} positions")
@@ -100,10 +103,12 @@ class Experiment(abc.ABC):
         learning_rate(self._settings.optimizer, self.steps)  # refuses a warmup that does not fit
 
     def _say_little(self) -> None:
-        """Of data that are too few for what is asked of them."""
+        """Of data that are too few for what is asked of them, and of what a mesh does not split."""
         batch, rows, tokens = self._settings.batch_size, self.data.train_rows, self.data.validation_tokens
         if jax.process_index() != 0:
             return
+        if whole := check_heads(self._model, self._mesh):
+            say(whole)
         if rows < batch:
             what = f"a step takes batch_size={batch} rows, and there are {rows} for training"
             say(f"{what}: {self.steps} steps see each {self.steps * batch / rows:.0f} times; take a smaller batch_size")

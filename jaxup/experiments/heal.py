@@ -107,7 +107,7 @@ class Heal(Experiment):
             self._models = self._recipe.configs
         model = result_config(self._plan, self._models)
         with_family_biases(model)  # what no family can say could not be exported in the end
-        self._check_positions(model)
+        self._check_model(model)
         self._select(model, self._plan)
         if config.heal.control and len(self._models) > 1:
             raise UserError(f"heal.control: the plan takes from {len(self._models)} models; there is no one base")

@@ -86,7 +86,7 @@ class Inherit(Experiment):
             tokenizer = {"tokenizer": reference.path, "tokenizer_files": str(files)}
         self._data_config = corpus(config.data, **tokenizer)
         self._vocab_size = model.vocab_size if reference.path or config.model.vocab_size else None  # None: the data's
-        self._check_positions(model)
+        self._check_model(model)
 
     def open_data(self, root: str) -> None:
         self.data = open_text(self._data_config, root=root, vocab_size=self._vocab_size)

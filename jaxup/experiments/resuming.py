@@ -60,7 +60,7 @@ def check_config(directory: Path, config: ConfigDict) -> list[str]:
         return []
     now = json.loads(json.dumps(config.to_dict()))
     said, refused = [], []
-    for key, old, new in _differences(stored, now):
+    for key, old, new in differences(stored, now):
         line = f"{key} was {old!r}, now {new!r}"
         free = next((name for name in (key, key.rpartition(".")[0]) if name in MAY_CHANGE), None)
         if unread(stored, key) and unread(now, key):
@@ -181,13 +181,14 @@ def _defaults(config: ConfigDict, key: str) -> Iterator[Any]:
         yield json.loads(json.dumps(get(defaults(config.experiment, small=small).to_dict(), key)))
 
 
-def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) where two dicts of dicts differ."""
     for key in sorted(old.keys() | new.keys()):
         name, a, b = f"{prefix}{key}", old.get(key, _ABSENT), new.get(key, _ABSENT)
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{name}.")
+            yield from differences(a, b, f"{name}.")
         elif isinstance(b, dict) and a == _ABSENT:
-            yield from _differences({}, b, f"{name}.")
+            yield from differences({}, b, f"{name}.")
         elif a != b:
             yield name, a, b
 

@@ -7,8 +7,9 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jaxup
 from jaxup.devices import ready
 from jaxup.errors import UserError
 from jaxup.experiments import resuming
@@ -16,7 +17,7 @@ from jaxup.experiments.config import get, section
 from jaxup.experiments.shown import as_yaml
 from jaxup.progress import say, tell
 from jaxup.text import remote
-from jaxup.together import gather, told
+from jaxup.together import gather, service, told
 from jaxup.training.processes import Processes
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def run_experiment(
         raise UserError(f"processes.timeout must be positive, not {config.processes.timeout:g}")
     with Processes(config.processes.timeout) as processes:
         processes.join()
+        if service() is not None:
+            given = {"--workdir": str(workdir), "corrections": str(corrections or ""), "--dry-run": dry is not None}
+            _check_same({**_code(), **given, **config.to_dict()})
         ready()
         import jax
 
@@ -75,7 +79,7 @@ def run_experiment(
         told(lambda: experiment.open_data(str(workdir.parent / "data")), "make the data")
         if not writes:
             experiment.open_data(str(workdir.parent / "data"))
-        _check_same({"configuration": config.to_json(sort_keys=True), **experiment.inputs})
+        _check_same(experiment.inputs)
 
         if dry is not None:
             from jaxup.experiments.dry_run import show
@@ -118,10 +122,30 @@ def _check_stores(config: ConfigDict, workdir: Path) -> None:
             raise UserError("lies in the run's directory", at=f"{key}={store}", hint="choose another --workdir")
 
 
-def _check_same(what: Mapping[str, str | int]) -> None:
-    """UserError if the processes do not agree on what they are about to train, and on."""
-    digests = {name: hashlib.blake2b(str(value).encode(), digest_size=8).hexdigest() for name, value in what.items()}
-    first, *others = gather(digests, "ready to train")
-    for rank, other in enumerate(others, 1):
-        if differing := [name for name in first if other.get(name) != first[name]]:
-            raise UserError(f"process {rank} has {' and '.join(f'another {n}' for n in differing)} than process 0")
+def _check_same(what: Mapping[str, Any]) -> None:
+    """UserError, in all processes, if they do not agree on what they are about to train, on what, and by which code."""
+    mine = json.loads(json.dumps(what))
+    first = told(lambda: mine, "say what it trains")
+
+    def line(key: str, then: Any, now: Any) -> str:
+        then, now = map(repr, (then, now))
+        return f"{key} is {now}, not {then}" if len(then + now) < 100 else f"{key} is another"
+
+    lines = [line(*differing) for differing in resuming.differences(first, mine)]
+    for rank, differing in enumerate(gather(lines, "ready to train")):
+        if differing:
+            more = f" (and {len(differing) - 3} more)" * (len(differing) > 3)
+            hint = "start all with the same command, files and code"
+            raise UserError(f"process {rank} differs from process 0: {'; '.join(differing[:3])}{more}", hint=hint)
+
+
+def _code() -> dict[str, str]:
+    """What computes: versions, and of this package, which may be a working copy, its source."""
+    import jax
+    import jaxlib
+
+    source = hashlib.blake2b(digest_size=4)
+    for path in sorted(Path(jaxup.__file__).parent.rglob("*.py")):
+        source.update(path.read_bytes())
+    versions = {"jaxup": f"{jaxup.__version__} of {source.hexdigest()}", "jax": jax.__version__}
+    return versions | {"jaxlib": jaxlib.__version__}

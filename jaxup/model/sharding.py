@@ -22,6 +22,12 @@ def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
     )
 
 
+def undivided(model: ModelConfig, mesh: Mesh) -> dict[str, int]:
+    """Axes of the model's parameters, with their sizes, that would be split over the mesh and stay whole."""
+    axes = {axis: size for param in spec(model).values() for axis, size in zip(param.axes, param.shape)}
+    return {axis: size for axis, size in axes.items() if size % mesh.shape.get(RULES.get(axis), 1)}
+
+
 def param_shardings(model: ModelConfig, mesh: Mesh) -> Params:
     """A NamedSharding for each parameter."""
     return unflatten({

@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from jaxup.errors import Stopped, UserError
+from jaxup.errors import Stopped, UserError, first_line
 from jaxup.progress import Waiting
 from jaxup.together import names
+from jaxup.training.places import ADDRESS, Place
 
 LOST = 5  # the exit code for a process that died or makes no progress
 _LONGEST = 2**16  # bytes of a word: who sends more is none of us
@@ -42,31 +43,6 @@ def died(ranks: list[int]) -> End:
     return End(LOST, f"{line}; the same command resumes from the newest checkpoint")
 
 
-class Place(NamedTuple):
-    """Where the processes meet, how many they are and which this is; without an address JAX finds all of it out."""
-
-    address: str = ""
-    total: int = 0
-    rank: int = 0
-
-
-def place() -> Place | None:
-    """What the environment says, None of one process only; UserError if it makes no sense."""
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-    if not address:
-        return Place() if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") else None
-    given = {name: os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
-    said = ", ".join(f"{name}={value}" for name, value in given.items())
-    if not all(value.isdecimal() for value in given.values()):
-        raise UserError(f"JAX_COORDINATOR_ADDRESS is set, which takes two numbers more: {said}")
-    total, rank = map(int, given.values())
-    if rank >= total:
-        raise UserError(f"{said}: each process has a number of its own, from 0 on and below theirs")
-    if not address.rpartition(":")[2].isdecimal():
-        raise UserError(f"JAX_COORDINATOR_ADDRESS={address} is not HOST:PORT")
-    return Place(address, total, rank)
-
-
 class Meeting:
     """The connections of this process until all have joined: to process 0, or from it to all others.
 
@@ -76,7 +52,7 @@ class Meeting:
     """
 
     def __init__(self, here: Place, wake: Callable[[], None]):
-        (self._address, self._total, self._rank), self._wake = here, wake
+        (self._address, self._total, self._rank, _, self._names), self._wake = here, wake
         self._others: dict[socket.socket, int | None] = {}  # who is there, None until it has said so
         self._begun: dict[socket.socket, bytes] = {}  # a word of which the end has not come yet
         self._ready: set[int] = set()
@@ -86,7 +62,6 @@ class Meeting:
         host, _, port = self._address.rpartition(":")
         self._at = (host.strip("[]"), int(port))
         if self._rank == 0:
-            at = f"JAX_COORDINATOR_ADDRESS={self._address}"
             bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")[0].strip("[]")
             both = not bound and socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if both or ":" in bound else socket.AF_INET
@@ -94,7 +69,10 @@ class Meeting:
                 self._door = socket.create_server((bound, int(port)), family=family, dualstack_ipv6=both, backlog=MANY)
             except (OSError, OverflowError) as error:
                 what = getattr(error, "strerror", None) or error
-                raise UserError(f"{at}: process 0 cannot listen there: {what}") from None
+                at, hint = f"{self._address} ({self._names[0]})", "JAX_COORDINATOR_PORT chooses another"
+                raise UserError(
+                    f"process 0 cannot listen at {at}: {what}", hint="" if self._names[0] == ADDRESS else hint
+                ) from None
 
     @property
     def sockets(self) -> list[socket.socket]:
@@ -139,7 +117,7 @@ class Meeting:
 
     def _missed(self, ranks: list[int], limit: float) -> UserError:
         hint = f"start them all within {limit:g} s, each with a number of its own"
-        return UserError(f"{names(ranks)} did not come to {self._address} (JAX_COORDINATOR_ADDRESS)", hint=hint)
+        return UserError(f"{names(ranks)} did not come to {self._address} ({self._names[0]})", hint=hint)
 
     def say_end(self, end: End) -> None:
         self._ended = (self._rank, end)
@@ -192,9 +170,9 @@ class Meeting:
         if kind == "come" and self._rank == 0 and rank is None:
             rank, count = map(int, value)
             if count != self._total:
-                return 0, End(2, f"JAX_NUM_PROCESSES={self._total}, and {count} for another process of this run")
+                return 0, End(2, f"{self._names[1]}={self._total}, and {count} for another process of this run")
             if rank in (0, *self._others.values()):
-                return 0, End(2, f"two processes of this run have JAX_PROCESS_ID={rank}")
+                return 0, End(2, f"two processes of this run have {self._names[2]}={rank}")
             self._others[peer] = rank
             if self._ended:
                 self._say([peer], "end", self._ended)
@@ -234,16 +212,19 @@ def initialize(here: Place, lost: Callable[..., None], limit: float) -> None:
     """Joins the service; `lost` is called when that says that another process is dead, or does not answer."""
     import jax
 
-    address, total, rank = here if here.address else (None, None, None)
+    known: dict[str, Any] = {}
+    if here.address:
+        known = dict(coordinator_address=here.address, num_processes=here.total, process_id=here.rank)
+        known |= {"local_device_ids": here.devices, "cluster_detection_method": "deactivate"}
     jax.config.update("jax_enable_preemption_service", False)  # it would take the signals
     with _ends_by(lost):
         try:
             jax.distributed.initialize(
-                address, total, rank, initialization_timeout=int(min(limit, 86_400)), shutdown_timeout_seconds=30,
+                **known, initialization_timeout=int(min(limit, 86_400)), shutdown_timeout_seconds=30,
                 heartbeat_timeout_seconds=_HEARTBEAT,
             )  # fmt: skip
-        except (RuntimeError, ValueError):
-            at = f" at {here.address}" if here.address else ""
+        except (RuntimeError, ValueError) as error:
+            at = f" at {here.address}" if here.address else f": {first_line(error)}"
             hint = f"start them all within {limit:g} s, each with a number of its own"
             raise UserError(f"the processes of this run did not find each other{at}", hint=hint) from None
 

@@ -27,7 +27,7 @@ from jaxup import progress, together
 from jaxup.errors import NonFinite, Stopped
 from jaxup.progress import say
 from jaxup.together import exit_code, gather, identity, line_of, lives, names, service
-from jaxup.training import joining
+from jaxup.training import joining, places
 from jaxup.training.joining import LOST, End, Meeting, died, initialize
 
 _SILENT = 5  # seconds without a word of its thread after which a process is suspected
@@ -115,7 +115,7 @@ class Processes:
 
     def join(self) -> None:
         """Joins the other processes of a pod or cluster; UserError if they do not come, or the environment is wrong."""
-        here = joining.place()
+        here = places.place()
         if here is None:
             return
         # What the service has to say of the ends of others is said here, in a line.
@@ -136,8 +136,7 @@ class Processes:
                 initialize(here, self._lost, limit)
             self._several = service() is not None
             if self._several:
-                self._rank, self._count = jax.process_index(), jax.process_count()
-                self._service = service()
+                (self._rank, self._count), self._service = together.here(), service()
                 if self._meeting is not None:
                     self._meeting.leave()
                 self._wake_up()

@@ -14,7 +14,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxup.errors import UserError
+from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
+from jaxup.model.sharding import RULES, undivided
 
 # Rows of a batch are split over both: fsdp is data parallelism that also splits the parameters.
 BATCH_AXES = ("data", "fsdp")
@@ -37,7 +39,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     known = math.prod(s for s in sizes if s != -1)
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(f"mesh: data, fsdp and tensor must be positive, or one of them -1; got {sizes}")
-    sizes = [count // known if s == -1 else s for s in sizes]
+    sizes = [max(count // known, 1) if s == -1 else s for s in sizes]
     if math.prod(sizes) != count:
         raise UserError(f"mesh: data x fsdp x tensor = {' x '.join(map(str, sizes))} is not the {count} devices here")
     return Mesh(device_grid(sizes, devices), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -78,6 +80,24 @@ def micro_batches(size: int, mesh: Mesh) -> list[int]:
     """Into how many a batch of `size` rows can be cut, from 1 to one row on each device; none if it does not divide."""
     rows, rest = divmod(size, math.prod(mesh.shape[axis] for axis in BATCH_AXES))
     return [] if rest else [count for count in range(1, rows + 1) if rows % count == 0]
+
+
+_HELD = {"embed": "hidden size", "kv_heads": "key/value heads", "mlp": "MLP width", "vocab": "vocabulary"}
+
+
+def check_heads(model: ModelConfig, mesh: Mesh) -> str:
+    """A line on what of the model each device of an axis holds whole, as its size does not divide over it, or "".
+
+    Fewer key/value heads than devices are as good as they get. UserError for the heads of queries: each device would
+    compute all of the attention.
+    """
+    whole = undivided(model, mesh)
+    if heads := whole.pop("heads", 0):
+        tensor = mesh.shape["tensor"]
+        fits = next(n for n in range(tensor - 1, 0, -1) if heads % n == 0 and mesh.size % n == 0)
+        raise UserError(f"{heads} attention heads do not divide over mesh.tensor={tensor}; {fits} would")
+    axes = [f"{_HELD[axis]} {size:,} over {RULES[axis]}={mesh.shape[RULES[axis]]}" for axis, size in whole.items()]
+    return f"mesh: held whole by each device, as it does not divide: {', '.join(axes)}" if axes else ""
 
 
 def state_shardings(optimizer: optax.GradientTransformation, opt_state: Any, params: Params, mesh: Mesh) -> Any:
