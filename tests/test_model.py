@@ -1,5 +1,6 @@
 """The decoder against itself run in other ways, and its loss; see test_parity for torch."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.interpreters.partial_eval import dce_jaxpr
 from parity import SEQ, loss_and_grad, relative, tokens_for
 from scipy.special import logsumexp
 
@@ -123,14 +125,28 @@ def test_what_the_cache_or_the_positions_cannot_hold_is_refused_and_not_clamped(
         ("gfx942", "auto", {}, "blocked"),
         (None, "auto", {}, "blocked"),
         (None, "cudnn", {}, "cudnn"),
+        # What the program is for decides, and not what compiles it.
+        (None, "auto", {"mesh": "tpu"}, "splash"),
+        ("9.0", "auto", {"mesh": "tpu", "dtype": "float32", "head_dim": 100, "packed": True}, "splash"),
+        (None, "auto", {"mesh": "tpu", "seq_len": None}, "xla"),
+        (None, "blocked", {"mesh": "tpu"}, "blocked"),
+        ("tpu", "auto", {}, "blocked"),  # a kernel that no mesh splits runs on one device only
+        ("9.0", "auto", {"mesh": "cpu"}, "blocked"),
+        ("9.0", "auto", {"mesh": "gpu"}, "cudnn"),
+        (None, "splash", {}, "splash"),
     ],
 )
 def test_which_attention_runs(capability, asked, given, chosen, monkeypatch):
     if capability:
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
-    usual = {"dtype": "bfloat16", "seq_len": 4096, "head_dim": 128, "packed": False}
-    assert choose(asked, **(usual | given)) == chosen
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu" if capability == "tpu" else "gpu")
+        devices = [types.SimpleNamespace(compute_capability=capability)]
+        monkeypatch.setattr(jax, "local_devices", lambda backend: devices)
+    usual = {"dtype": "bfloat16", "seq_len": 4096, "head_dim": 128, "packed": False, "mesh": None}
+    platform = (asking := usual | given).pop("mesh")
+    device = platform and jax.sharding.AbstractDevice("TPU v6 lite", 1, platform)
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh) if platform else contextlib.nullcontext():
+        assert choose(asked, **asking) == chosen
 
 
 @pytest.fixture
@@ -142,13 +158,25 @@ def cudnn(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_is_flash_attention", lambda *_, **__: None)
 
 
-@pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("full", 2)])
-def test_only_full_rematerialisation_runs_the_kernel_of_attention_twice(remat, times, cudnn):
-    compute = Compute(dtype="bfloat16", attention="cudnn", remat=remat)
-    traced = jax.make_jaxpr(lambda params, tokens: loss_and_grad(LLAMA, compute, params, tokens))
-    program = str(traced(noisy(LLAMA), tokens_for(LLAMA)))
-    assert program.count("dot_product_attention_fwd_wrapper") == times
-    assert program.count("dot_product_attention_bwd_wrapper") == 1
+@pytest.mark.parametrize(
+    ("attention", "head_dim", "remat", "times"),
+    [
+        ("cudnn", 6, "dots", 1), ("cudnn", 6, "context", 1), ("cudnn", 6, "full", 2),
+        ("splash", 128, "dots", 1), ("splash", 64, "dots", 2), ("splash", 64, "context", 1), ("splash", 128, "full", 2),
+    ],
+)  # fmt: skip
+def test_what_rematerialisation_keeps_of_the_kernel_of_attention(attention, head_dim, remat, times, cudnn):
+    config = dataclasses.replace(LLAMA, head_dim=head_dim)
+    compute = Compute(dtype="bfloat16", attention=attention, remat=remat)
+    traced = jax.make_jaxpr(lambda params, tokens: loss_and_grad(config, compute, params, tokens))
+    program = traced(noisy(config), tokens_for(config)).jaxpr
+    program = str(dce_jaxpr(program, [True] * len(program.outvars))[0])  # as XLA, without what nothing reads
+    forward, backward = {
+        "cudnn": ("dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"),
+        "splash": ("name=splash_mha_fwd", "name=splash_mha_dkv"),
+    }[attention]
+    assert program.count(forward) == times
+    assert program.count(backward) == 1
 
 
 def test_packed_rows_keep_no_mask_and_no_logits_for_the_backward_pass_of_the_kernel(cudnn):
@@ -225,6 +253,43 @@ def test_blocked_attention_equals_dense(block, segmented, window, monkeypatch):
     (_, blocked), blocked_grads = run("blocked")
     np.testing.assert_allclose(blocked, dense, atol=1e-6)
     for a, b in zip(blocked_grads, dense_grads, strict=True):
+        assert relative(a, b) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "segmented", "window"),
+    [
+        (100, 4, 2, True, 100),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+            (64, 4, 4, False, None), (64, 4, 1, True, None), (128, 4, 2, True, None), (128, 4, 1, False, 1),
+        ]),
+    ],
+)  # fmt: skip
+def test_the_kernel_for_tpus_equals_dense_attention(head_dim, heads, kv_heads, segmented, window, monkeypatch):
+    """Interpreted, each device with its rows and heads; two blocks, the last of which is not full."""
+    monkeypatch.setattr("jaxup.model.attention._TPU_BLOCK", 128)
+    seq = 200
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(2, seq, n, head_dim) for n in (heads, kv_heads, kv_heads)]
+    q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    q = q * head_dim**-0.5
+    segments = jnp.stack([1 + jnp.arange(seq) // 70, jnp.arange(seq) < 150]) if segmented else None
+
+    def run(implementation):
+        def total(q, k, v, segments):
+            how = {"window": window, "segment_ids": segments, "implementation": implementation}
+            out = attention(q, k, v, **how, batch_axes=("data",))
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v, segments)
+
+    (_, dense), dense_grads = run("xla")
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"), axis_types=axes, devices=jax.devices()[:4])):
+        (_, splash), splash_grads = run("splash")
+    assert splash.sharding.shard_shape(splash.shape) == (1, seq, heads // 2 if kv_heads > 1 else heads, head_dim)
+    np.testing.assert_allclose(splash, dense, atol=2e-6)
+    for a, b in zip(splash_grads, dense_grads, strict=True):
         assert relative(a, b) < 1e-6
 
 

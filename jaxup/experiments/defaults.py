@@ -74,7 +74,10 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c.compute = ConfigDict()
     c.compute.dtype = "float32" if small else "bfloat16"  # of activations
     c.compute.attention = "auto"  # see jaxup.model.attention
-    c.compute.remat = "none" if small else "full"  # what the backward pass computes again: none, dots, full
+    # What the backward pass computes again: none; dots: all but products with parameters and what a kernel of attention
+    # gave (but not of heads of up to 64 on TPUs, where it takes twice its bytes); context: all but what a kernel gave;
+    # full. Each takes less memory than the one before it, and more time.
+    c.compute.remat = "none" if small else "full"
     c.compute.unroll = 0 if small else 1  # layers per iteration of the scan; 0 = all, faster but for compiling
     data, fsdp = (-1, 1) if small else (1, -1)
     c.mesh = ConfigDict({"data": data, "fsdp": fsdp, "tensor": 1})  # devices along each axis; -1 = all that are left

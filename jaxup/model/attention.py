@@ -7,9 +7,13 @@ G query heads per key/value head, H head_dim.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +21,9 @@ from jaxtyping import Array, Float, Int
 _BLOCK = 128
 # So many blocks are unrolled, which XLA runs faster than a loop. More are loops, over blocks with the same keys.
 _UNROLLED, _LOOPS = 16, 4
+# Queries, and keys, that the TPU's kernel has in fast memory at once, and keys of one product in it. A grid of large
+# blocks is short; these fit the 16 MiB that a kernel is given from v4 on, heads of up to 512 bytes with them.
+_TPU_BLOCK, _TPU_PRODUCT = 1024, 512
 
 
 def attention(
@@ -29,6 +36,7 @@ def attention(
     segment_ids: Int[Array, "batch seq"] | None = None,
     first: Int[Array, " batch"] | None = None,
     implementation: str = "auto",
+    batch_axes: tuple[str, ...] = (),
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Causal attention of `softmax(q k^T) v`; the caller has scaled `q` already.
 
@@ -38,14 +46,17 @@ def attention(
 
     Implementations: `xla` materialises [S, T] logits; `blocked` does so for blocks of queries, skips most
     keys that causality hides, and of long sequences keeps no logits for the backward pass (needs S == T);
-    `cudnn` is the GPU's flash attention (16-bit); `auto` and what `choose` takes instead of one that cannot
-    do what is asked: see there.
+    `cudnn` is the GPU's flash attention (16-bit); `splash` is the TPU's, which each device of the mesh runs on its own
+    rows, as `batch_axes` split them, and heads, as the axis "tensor" does (elsewhere it is interpreted: for tests);
+    `auto` and what `choose` takes instead of one that cannot do what is asked: see there.
     """
     S, T, H = q_BSNH.shape[1], k_BTKH.shape[1], q_BSNH.shape[-1]
     itself = isinstance(q_start, int) and q_start == 0 and S == T and first is None
     chosen = choose(
         implementation, dtype=q_BSNH.dtype, seq_len=S if itself else None, head_dim=H, packed=segment_ids is not None
     )
+    if chosen == "splash":
+        return _splash(q_BSNH, k_BTKH, v_BTKH, window, segment_ids, batch_axes)
     if chosen == "cudnn":
         return _cudnn(q_BSNH, k_BTKH, v_BTKH, window, segment_ids)
     if chosen == "blocked":
@@ -56,23 +67,48 @@ def attention(
 def choose(asked: str, *, dtype: DTypeLike, seq_len: int | None, head_dim: int, packed: bool) -> str:
     """Which implementation computes what is asked of `asked` here; `seq_len` is None where S != T, as in decoding.
 
-    cuDNN's is taken from NVIDIA's Ampere on, or where it is asked for, if it fits: 16-bit; heads up to 128, from
-    Hopper on up to 256; packed rows of even length. Otherwise `blocked`, and `xla` for decoding.
+    It is chosen for the devices of the mesh that is set (`jax.set_mesh`), which need not be this process's, and without
+    one for those that jax takes by itself. `splash` is taken on TPUs: under a mesh, as a kernel that no mesh says how
+    to split runs on one device only. cuDNN's is taken from NVIDIA's Ampere on, or where it is asked for, if it fits:
+    16-bit; heads up to 128, from Hopper on up to 256; packed rows of even length. Otherwise `blocked`, and `xla` for
+    decoding.
     """
     if seq_len is None or asked == "xla":
         return "xla"
-    capability = _capability()
+    platform = _platform()
+    if asked == "splash" or (asked == "auto" and platform == "tpu" and not jax.sharding.get_abstract_mesh().empty):
+        return "splash"
+    capability = _capability(platform)
     largest = 256 if capability >= 9 else 128
     fits = jnp.dtype(dtype).itemsize == 2 and head_dim <= largest and not (packed and seq_len % 2)
     return "cudnn" if fits and (asked == "cudnn" or (asked == "auto" and capability >= 8)) else "blocked"
 
 
-def _capability() -> float:
-    """Of the NVIDIA GPU that this process computes on; 0 if it does not."""
-    if jax.default_backend() != "gpu":
+def _platform() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    device = device or jax.config.jax_default_device  # type: ignore[attr-defined]  # jax adds its options at run time
+    return getattr(device, "platform", device) or jax.default_backend()
+
+
+def _capability(platform: str) -> float:
+    """Of this process's NVIDIA GPUs, if that is what is computed on; otherwise 0."""
+    if platform != "gpu":
         return 0.0
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    capability = str(getattr(jax.local_devices(backend=platform)[0], "compute_capability", ""))
     return float(capability) if capability[:1].isdigit() else 0.0  # AMD's have names
+
+
+def is_kernel(primitive: Any, *_: Any, narrow: bool = True, **params: Any) -> bool:
+    """Of `jax.checkpoint`: what a kernel of attention gave, which is small to keep, and much work to compute again.
+
+    Without `narrow` not what a TPU stores in twice its bytes or more: heads of up to 64, as if they were of 128.
+    """
+    kept = (_SPLASH, _NARROW) if narrow else (_SPLASH,)
+    return primitive.name.startswith(_CUDNN) or (primitive.name == "name" and params.get("name") in kept)
+
+
+_CUDNN = "dot_product_attention"  # what the names of the kernel's primitives begin with
+_SPLASH, _NARROW = "splash attention", "splash attention of narrow heads"  # what its output and statistics are named
 
 
 def _cudnn(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS):
@@ -86,7 +122,7 @@ def _cudnn(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS):
     # The mask becomes a 16-bit bias [B, 1, S, S], of 1 / 2N of the bytes of logits, and nothing for each layer to keep.
     # cuDNN takes offsets of segments as well: but JAX has no public way to it, and makes softmax's statistics as many
     # times as a row may have segments.
-    @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name.startswith(CUDNN))
+    @functools.partial(jax.checkpoint, policy=is_kernel)
     def masked(q, k, v, segment_ids_BS):
         index_S = jnp.arange(q.shape[1])
         return kernel(q, k, v, mask=_mask(index_S, index_S, window, segment_ids_BS)[:, 0])
@@ -94,7 +130,44 @@ def _cudnn(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS):
     return masked(*padded, segment_ids_BS)[..., :H]
 
 
-CUDNN = "dot_product_attention"  # what the names of the kernel's primitives begin with
+def _splash(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS, batch_axes):
+    from jax.experimental.pallas.ops.tpu import splash_attention as pallas  # slow to import, and for TPUs only
+
+    S, K, H = k_BSKH.shape[1:]
+    # Rows end in keys that no query before them sees, so that blocks of one size, a multiple of 128, are all of them.
+    count = -(-S // (_TPU_BLOCK if H * k_BSKH.dtype.itemsize <= 512 else _TPU_BLOCK // 2))
+    block = -(-S // (128 * count)) * 128
+    product = math.gcd(block, _TPU_PRODUCT)
+    sizes = pallas.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=product, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=product, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    shape = (count * block,) * 2
+    mask = pallas.CausalMask(shape) if window is None else pallas.LocalMask(shape, (window - 1, 0), 0)
+
+    def local(q_BNSH, k_BKSH, v_BKSH, segment_ids_BS):
+        kernel = pallas.make_splash_mha(
+            pallas.MultiHeadMask([mask] * q_BNSH.shape[1]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+            residual_checkpoint_name=_SPLASH if H > 64 else _NARROW, interpret=_platform() != "tpu",
+        )  # fmt: skip
+        ids = None if segment_ids_BS is None else pallas.SegmentIds(segment_ids_BS, segment_ids_BS)
+        return jax.vmap(kernel)(q_BNSH, k_BKSH, v_BKSH, ids)
+
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, shape[0] - S)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
+    heads_first = [jnp.swapaxes(pad(x), 1, 2) for x in (q_BSNH, k_BSKH, v_BSKH)]
+    ids_BS = None if segment_ids_BS is None else pad(segment_ids_BS)
+    run: Callable[..., Any] = local
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        # Those that an enclosing shard_map has split already are no more to be split.
+        left = {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
+        rows = tuple(axis for axis in batch_axes if axis in left)
+        split = PartitionSpec(rows, "tensor" if K % left.get("tensor", K + 1) == 0 else None)
+        run = jax.shard_map(
+            local, in_specs=(split, split, split, PartitionSpec(rows)), out_specs=split, axis_names={*left},
+            check_vma=False,
+        )  # fmt: skip
+    return jnp.swapaxes(run(*heads_first, ids_BS), 1, 2)[:, :S]
 
 
 def _blocked(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS):

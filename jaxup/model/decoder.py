@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxup.errors import UserError
-from jaxup.model.attention import CUDNN
+from jaxup.model.attention import is_kernel
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.layers import Block, Linear, Norm, param
 from jaxup.model.spec import STACK, Param, flatten, spec, unflatten
@@ -251,15 +251,13 @@ def check_numbers(what: str, numbers: Array | np.ndarray, count: int, first: int
         raise UserError(f"{what} {wrong[0]} is not there: the model has {what}s 0-{count - 1}")
 
 
-def _is_product(primitive: Any, *operands: Any, **params: Any) -> bool:
-    """A product with a parameter, or a kernel of attention: its output is small, and its work is not."""
-    if primitive.name.startswith(CUDNN):
-        return True
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
-
-
-# "dots" keeps every such product's output, "full" only each block's input.
-_REMAT = {"dots": _is_product, "full": jax.checkpoint_policies.nothing_saveable}
+_is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # with a parameter, which has no batch
+# What the backward pass finds kept, besides each block's input; all else it computes again.
+_REMAT = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(_is_product, functools.partial(is_kernel, narrow=False)),
+    "context": is_kernel,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def column_arrays(config: ModelConfig) -> dict[str, Array]:

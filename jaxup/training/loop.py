@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import NonFinite, UserError
+from jaxup.model.attention import choose
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract, init
 from jaxup.model.sharding import param_shardings
@@ -233,16 +234,21 @@ def train_model(
         compiles = make_program.cache_info().hits == hits
         place, later = run.place(name, steps)
         label = f"{name} (model {place})" if place else name
+        attention = choose(
+            run.settings.compute.attention, dtype=run.settings.compute.dtype, seq_len=run.data.seq_len,
+            head_dim=model.head_dim, packed=run.data.train.isolate,
+        )  # fmt: skip
         trained = None
         if selection.partition is not None:
             trained = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
         if start:
-            print(f"{name}: resumes at step {start} of {steps} ({origin})", flush=True)
+            print(f"{name}: resumes at step {start} of {steps} ({origin}); attention: {attention}", flush=True)
             frozen = () if trained is None else program.frozen(initialise())
             state = checkpoints.restore(start, program.abstract_state)
         else:
             some = "" if trained is None else f", of which {trained:,} train"
-            print(f"{label}: {origin}; {model.num_layers} layers, {count_params(model):,} parameters{some}", flush=True)
+            size = f"{model.num_layers} layers, {count_params(model):,} parameters{some}"
+            print(f"{label}: {origin}; {size}; attention: {attention}", flush=True)
             params = initialise()
             state, frozen = program.init_state(params), program.frozen(params)
             del params
