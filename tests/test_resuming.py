@@ -108,7 +108,7 @@ def test_what_breaks_off_in_a_bucket_ends_with_the_same_bytes(whole, command, he
     monkeypatch.undo()
     capsys.readouterr()
     run(f"--resume={here}")
-    assert "target_1: resumes at step 4 of 8" in capsys.readouterr().out
+    assert re.search(r"^target_1: resumes at step 4 of 8 .*; attention: blocked$", capsys.readouterr().out, re.M)
     assert losses(here) == losses(whole)
     assert export(here) == export(whole)
     before = dict(objects)

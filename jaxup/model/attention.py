@@ -24,6 +24,8 @@ _UNROLLED, _LOOPS = 16, 4
 # Queries, and keys, that the TPU's kernel has in fast memory at once, and keys of one product in it. A grid of large
 # blocks is short; these fit the 16 MiB that a kernel is given from v4 on, heads of up to 512 bytes with them.
 _TPU_BLOCK, _TPU_PRODUCT = 1024, 512
+# Up to so many blocks one kernel makes all gradients, which is faster: it has the queries' once for each block of keys.
+_TPU_FUSED = 8
 
 
 def attention(
@@ -138,9 +140,11 @@ def _splash(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS, batch_axes):
     count = -(-S // (_TPU_BLOCK if H * k_BSKH.dtype.itemsize <= 512 else _TPU_BLOCK // 2))
     block = -(-S // (128 * count)) * 128
     product = math.gcd(block, _TPU_PRODUCT)
+    fused = count <= _TPU_FUSED
     sizes = pallas.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=product, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=product, use_fused_bwd_kernel=True,
+        block_kv_dkv_compute=product, use_fused_bwd_kernel=fused, block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else product,
     )  # fmt: skip
     shape = (count * block,) * 2
     mask = pallas.CausalMask(shape) if window is None else pallas.LocalMask(shape, (window - 1, 0), 0)
