@@ -163,8 +163,14 @@ class Decoder(nnx.Module):
         if self.embed_positions is not None:
             check_numbers("position", positions_BS, self.config.max_positions)
         dtype = jnp.dtype(self.compute.dtype)
-        # Cast after the look-up: the rows that are read, not the whole table.
-        x_BSD = self.embed_tokens[...][tokens_BS].astype(dtype)
+        x_BSD = self.embed_tokens[...][tokens_BS]
+        *others, last = self.compute.batch_axes or ("",)
+        if last and x_BSD.shape[-1] % jax.sharding.get_abstract_mesh().shape[last] == 0:
+            # The table is split along hidden, over the last of these axes. So each device looks its part of hidden up,
+            # for the rows of all along that axis, before it has its own rows whole: not told so, XLA may look every
+            # row up on every device, and sums the table's gradient, whole, over all of them.
+            x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(tuple(others), None, last))
+        x_BSD = x_BSD.astype(dtype)  # after the look-up: the rows that are read, not the whole table
         if self.config.embed_scale != 1:
             x_BSD = x_BSD * jnp.asarray(self.config.embed_scale, dtype)
         if self.embed_positions is not None:
