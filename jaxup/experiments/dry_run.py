@@ -127,6 +127,8 @@ def _memory(trial: Trial, room: int) -> list[str]:
     lines += [f"  {bytes / 2**30:9.3f} GiB  {name}" for name, bytes in parts.items()]
     if trial.failed:
         lines.append(f"  it fails here: {trial.failed}")
+    elif not trial.stage.settings.step.accumulation:
+        lines.append(f"  with as few micro-batches a step as fit: {trial.micro_batches}")
     elif sum(trial.memory.values()) > room:
         lines.append(
             "  it does not fit; step.accumulation, compute.remat=full, and mesh.fsdp on more devices take less"

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxup.errors import first_line
+from jaxup.errors import UserError, first_line
 from jaxup.progress import say
+from jaxup.training.compiling import fewest_that_fit
 from jaxup.training.loop import abstract_params, laid_out, make_program
 from jaxup.training.run import Stage
-from jaxup.training.sharding import local_rows, place_batch
+from jaxup.training.sharding import local_rows, micro_batches, place_batch
 from jaxup.training.step import Batch, TrainState
 
 STEPS = 3  # that are timed, after one that is not
@@ -52,6 +53,7 @@ class Trial:
         state, frozen = _arguments(stage, mesh)
         batch = place_batch(stage.data.batches(batch_size=size, seed=seed)(0, local_rows(size, mesh)), size, mesh)
         self.stage, self.failed, self.compiling = stage, "", 0.0
+        self.micro_batches = stage.settings.step.accumulation
         self.seconds: float | None = None  # of a step; None: it was not made
         self.memory = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}  # bytes of a device
         self.memory |= {"what does not train": _bytes(frozen)} if frozen else {}
@@ -60,14 +62,18 @@ class Trial:
         try:
             with jax.set_mesh(mesh):
                 began = time.monotonic()
-                step = program.train_step.lower(state, batch, *frozen).compile()
+                if self.micro_batches:
+                    step = program.train_step.lower(state, batch, *frozen).compile()
+                else:
+                    counts = micro_batches(size, mesh)
+                    self.micro_batches, step = fewest_that_fit(program.cut_into, counts, (state, batch, *frozen), mesh)
                 self.compiling, stats = time.monotonic() - began, step.memory_analysis()
                 whole = stats.argument_size_in_bytes + stats.temp_size_in_bytes
                 whole += stats.output_size_in_bytes - stats.alias_size_in_bytes
                 self.memory["gradients, activations, batch"] = whole - sum(self.memory.values())
                 if whole < room and (1 + STEPS) * stage.flops / speed / jax.device_count() < _PATIENCE:
                     self.seconds = _made(step, state, batch, frozen)
-        except jax.errors.JaxRuntimeError as error:  # mostly for want of memory
+        except (jax.errors.JaxRuntimeError, UserError) as error:  # mostly for want of memory
             self.failed = first_line(error)
 
 
