@@ -72,6 +72,9 @@ def make_train_step(
 
     The gradient is that of the mean loss over the loss tokens of the *whole* batch: sums over micro-batches
     are divided once, so accumulation, padding and mesh do not change what is optimised.
+
+    Where the model computes in bfloat16, a kernel's gradient is summed over the devices in bfloat16, and over the
+    micro-batches in float32; the head's is float32 throughout, and so are the master weights and moments.
     """
     loss_sums = _make_loss(model, compute, config, partition)
 
