@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import time
+import warnings
 from pathlib import Path
 
 from jaxup.errors import Parser, UserError, first_line
@@ -70,13 +72,28 @@ def _keep_programs(backend: str) -> None:
         except (OSError, StopIteration):
             features = platform.processor()
         kind += "-" + hashlib.blake2b(features.encode(), digest_size=4).hexdigest()
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxup" / "programs" / kind
     try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxup" / "programs" / kind
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that is not for writing: everything is compiled again
+        _clean(directory)
+    except (OSError, RuntimeError):  # no home, or none that is for writing: everything is compiled again
         return
+    if not os.access(directory, os.W_OK):
+        return
+    # So it is where the disk is full or the lock is taken for long, and jax would say it of each program.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     jax.config.update("jax_compilation_cache_max_size", _LARGEST_CACHE)
     jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
+def _clean(directory: Path) -> None:
+    """Removes what a writer left that was killed, or had no more room. It would be found damaged by each run, written
+    by none, and end jax's search for what to remove: of a program that is whole there is a second file, of its use."""
+    for program in directory.glob("*-cache"):
+        whole = program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists()
+        if not whole and time.time() - program.stat().st_mtime > _WRITING:
+            program.unlink(missing_ok=True)
+
+
+_WRITING = 600  # seconds that writing a program may take
 _FEATURES = ("flags", "Featu")

@@ -42,15 +42,36 @@ def run(*arguments, check=True, **options) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def explicit(port: int, total: int, rank: int) -> dict[str, str]:
+    """What the processes of one job find in their environment, here and by the launchers below."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    return dict(zip(names, (f"127.0.0.1:{port}", str(total), str(rank)), strict=True))
+
+
+def slurm(port: int, total: int, rank: int) -> dict[str, str]:
+    count, which = str(total), str(rank)
+    return {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": count, "SLURM_PROCID": which,
+        "SLURM_LOCALID": which, "SLURM_STEP_TASKS_PER_NODE": count, "JAX_COORDINATOR_PORT": str(port),
+    }  # fmt: skip
+
+
+def open_mpi(port: int, total: int, rank: int) -> dict[str, str]:
+    sizes = {f"OMPI_COMM_WORLD_{name}SIZE": str(total) for name in ("", "LOCAL_")}
+    ranks = {f"OMPI_COMM_WORLD_{name}RANK": str(rank) for name in ("", "LOCAL_")}
+    return {**sizes, **ranks, "JAX_COORDINATOR_PORT": str(port)}
+
+
 @contextlib.contextmanager
-def several_started(total, *arguments, devices=2, cwd=None, **environment) -> Iterator[list[subprocess.Popen]]:
+def several_started(
+    total, *arguments, devices=2, cwd=None, launcher=explicit, **environment
+) -> Iterator[list[subprocess.Popen]]:
     """The processes of one job, which find each other as those on a pod do."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(total), **environment}
     with contextlib.ExitStack() as stack:
-        ranks = [{**job, "JAX_PROCESS_ID": str(rank)} for rank in range(total)]
+        ranks = [{**launcher(port, total, rank), **environment} for rank in range(total)]
         yield [stack.enter_context(started(*arguments, devices=devices, cwd=cwd, **rank)) for rank in ranks]
 
 

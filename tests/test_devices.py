@@ -1,6 +1,8 @@
 """That a run computes on what the machine has, and compiles a program once."""
 
 import os
+import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +82,31 @@ def test_programs_are_kept_in_the_users_cache_directory(config, monkeypatch, tmp
     assert kept.name.startswith("cpu-")
     assert any("lambda" in path.name for path in kept.iterdir())
 
+    # What has both its files is kept, and what may be in the middle of being written.
+    for name, age in (("killed-cache", 3600), ("written-cache", 0), ("whole-cache", 3600), ("whole-atime", 3600)):
+        (kept / name).touch()
+        os.utime(kept / name, (time.time() - age,) * 2)
     config.update("jax_compilation_cache_dir", None)
+    devices.ready()
+    names = {path.name for path in kept.iterdir()}
+    assert {"written-cache", "whole-cache", "whole-atime"} <= names
+    assert "killed-cache" not in names
+    assert any("lambda" in name for name in names)
+    warnings.warn(
+        "Error writing persistent compilation cache entry for 'jit_f': OSError: full", stacklevel=1
+    )  # unheard
+
+    config.update("jax_compilation_cache_dir", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)  # it is there, and not for writing
+        devices.ready()
+    assert config.jax_compilation_cache_dir is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XDG_CACHE_HOME")
+        patch.delenv("HOME")
+        patch.setattr("pwd.getpwuid", lambda user: {}[user])  # a user of a container whom nothing there knows
+        devices.ready()
+    assert config.jax_compilation_cache_dir is None
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     devices.ready()
