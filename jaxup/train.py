@@ -1,7 +1,8 @@
 """Train models as an experiment file describes: `python -m jaxup.train --config=inherit_gpt2.py`.
 
 With neither --config nor --resume the shipped files are listed; `--config=FILE --help` prints what one of them says of
-itself, and every key with its value. `--dry-run` says what the run would do, and what memory and time it takes.
+itself, and every key with its value. `--dry-run` says what the run would do, and what memory and time it takes;
+`--target=v5p:4x4x4` what it takes on such TPUs, which need not be here.
 
 The same command again resumes the run in its directory, or does nothing if it is finished; so does `--resume=DIR`,
 which has the configuration. What does not decide the numbers may change (mesh, log, eval, checkpoint, sample; and
@@ -46,6 +47,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true",
                         help="say what would be done, with the memory and time that it takes, and leave")  # fmt: skip
+    parser.add_argument("--target", metavar="TPU",
+                        help="say what a step takes on TPUs such as v5p:4x4x4, which need not be here")  # fmt: skip
+    parser.add_argument("--target-json", metavar="FILE", help="with --target, write the figures there as well")
     args, rest = parser.parse_known_args(argv[1:])
     overrides, rest = [], list(rest)
     while rest:
@@ -66,6 +70,13 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
 
         print(listed(), flush=True)
         raise UserError("what to train is not said", hint="give --config=FILE, or --resume=RUN")
+    if args.target_json and not args.target:
+        raise UserError(f"--target-json={args.target_json}: goes with --target")
+    if args.target and args.config is None:
+        raise UserError(f"--target={args.target}: goes with --config, and not with a run that is here")
+    beside = {"--dry-run": args.dry_run, "--workdir": args.workdir, SKIP: args.skip_step, RATE: args.rate_from}
+    if args.target and (needless := [flag for flag, value in beside.items() if value]):
+        raise UserError(f"--target={args.target}: runs and writes nothing; leave {needless[0]} out")
     if args.resume is not None and args.workdir:
         raise UserError(f"--workdir={args.workdir}: --resume={args.resume} names the directory")
     return args, overrides
@@ -98,6 +109,11 @@ def main(argv: list[str]) -> None:
         from jaxup.experiments.shown import described
 
         print(described(config, args.config or ""))
+        return
+    if args.target:
+        from jaxup.experiments.target import show
+
+        show(config, args.target, args.config, args.target_json or "")
         return
     devices.choose(args.platform)
     command, dry = shlex.join(["python", "-m", "jaxup.train", *argv[1:]]), (args.config or "") if args.dry_run else None

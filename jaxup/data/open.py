@@ -139,6 +139,30 @@ class Data:
         return "\n".join(map(printable, lines))
 
 
+class _Zeros(Rows):
+    """One row, of zeros."""
+
+    def __init__(self, config: DataConfig):
+        super().__init__([], "", seq_len=config.seq_len, vocab_size=1, isolate=config.isolate_documents, eos=None)
+
+    def __len__(self) -> int:
+        return 1
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        shape = (len(indices), self.seq_len + 1)
+        return np.zeros(shape, np.int32), np.zeros(shape, np.uint8)
+
+
+def no_data(config: DataConfig) -> Data:
+    """Of the shape that the data of `config` would have, for what is compiled without any."""
+    rows = _Zeros(config)
+    nothing: Any = None
+    return Data(
+        tokenizer=nothing, vocab_size=1, eos_id=None, train=rows, validation=rows, store="", seq_len=config.seq_len,
+        train_rows=1, statistics={}, layouts={}, chat_template=None, format=None,
+    )  # fmt: skip
+
+
 def marked(color: bool) -> str:
     return f"{'green' if color else 'between ⟦ ⟧'}: what is trained on"
 

@@ -68,6 +68,10 @@ class Experiment(abc.ABC):
         """Opens the data; makes what is not there yet under the directory `root`."""
 
     @abc.abstractmethod
+    def without_data(self) -> None:
+        """In the place of `open_data` where only the shapes of `stages` are asked for: nothing is read or made."""
+
+    @abc.abstractmethod
     def stages(self, *, most: bool = False) -> list[Stage]:
         """The models of the run in their order, once the data is opened. Where results decide how many there are, those
         that are made in any case; with `most` all that there can be."""
@@ -101,6 +105,10 @@ class Experiment(abc.ABC):
         self.steps = self._config.steps or self._steps_of(self._config.epochs)
         self._say_little()
         learning_rate(self._settings.optimizer, self.steps)  # refuses a warmup that does not fit
+
+    def _assume_steps(self) -> None:
+        """Where epochs decide, and nobody knows of how much data: a program is the same for any number."""
+        self.steps = self._config.steps or 10 * self._settings.optimizer.warmup_steps + 1000
 
     def _say_little(self) -> None:
         """Of data that are too few for what is asked of them, and of what a mesh does not split."""

@@ -22,8 +22,8 @@ import jax
 
 from jaxup.building.vocabulary import with_template
 from jaxup.data.chat_formats import end_ids, prompt_ids
-from jaxup.data.open import Data, check_config, check_files, open_data
-from jaxup.data.tokenizer import load_tokenizer
+from jaxup.data.open import Data, check_config, check_files, no_data, open_data
+from jaxup.data.tokenizer import bpe_vocab_size, load_tokenizer
 from jaxup.depth import picture
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
@@ -193,6 +193,17 @@ class Heal(Experiment):
         self._vocabulary = self._vocabulary_files()
         stores = [os.path.basename(data.store) for data in (self.data, text) if data is not None]
         self.inputs = {"plan": self._plan.to_yaml(), "data": " and ".join(stores), "steps": self.steps}
+
+    def without_data(self) -> None:
+        c = self._config
+        if self._recipe is None:
+            self._text = no_data(corpus(c.pretrain.data))
+            self._models = {BASE: new_model(c.model, bpe_vocab_size(c.pretrain.data.tokenizer))}
+        else:
+            hf = self._recipe.models[self._recipe.base].hf
+            self._dtype = c.base.dtype or hf.get("dtype") or hf.get("torch_dtype") or self._dtype
+        self._model, self.data = result_config(self._plan, self._models), no_data(self._chat)
+        self._assume_steps()
 
     def report(self) -> str:
         length, positions = self.data.seq_len, self._model.max_positions

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from jaxup.data.open import Data
+from jaxup.data.open import Data, no_data
+from jaxup.data.tokenizer import bpe_vocab_size
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config
@@ -97,6 +98,13 @@ class Inherit(Experiment):
             self.inputs["reference.steps"] = self._config.reference.steps or self.steps
         prompt = self.data.tokenizer(self._config.sample.prompt, add_special_tokens=False)["input_ids"]
         self.sample = self._sampler(prompt)
+
+    def without_data(self) -> None:
+        self.data, tokens = no_data(self._data_config), bpe_vocab_size(self._config.data.tokenizer)
+        if not self._vocab_size and not tokens:
+            raise UserError("model.vocab_size=0 is that of the tokenizer, and without data there is none; give it")
+        self._model = self._read_model(tokens)
+        self._assume_steps()
 
     def stages(self, *, most: bool = False) -> list[Stage]:
         plans = check(self._inherit, self._model)

@@ -216,6 +216,18 @@ def _programs(
     )
 
 
+def lowered(
+    config: ModelConfig, params: Params, mesh: Mesh, *, length: int, temperature: float, top_k: int
+) -> jax.stages.Lowered:
+    """The program that `generate` draws each token of one text by, for params without arrays on a mesh."""
+    decode: Any = _programs(config, "float32", temperature, top_k, 1.0, config.vocab_size, mesh)[1]
+
+    def empty():
+        return KVCache.empty(config, 1, _padded(length), jnp.float32), jnp.zeros(1, jnp.int32), _keys(0, 1)
+
+    return decode.lower(params, jax.ShapeDtypeStruct((1,), jnp.int32), jax.eval_shape(empty), None)
+
+
 def restrict(logits_BV: Float[Array, "batch vocab"], top_k: int, top_p: float) -> Float[Array, "batch vocab"]:
     """-inf for all but the `top_k` likeliest tokens, then for all but the fewest that hold `top_p` of the rest.
 

@@ -49,7 +49,7 @@ class Program(NamedTuple):
     train_step: Any  # jitted, as all of these are
     cut_into: Callable[[int], Any]  # number of micro-batches -> such a step
     skip_step: Callable[[TrainState], TrainState]
-    eval_step: Callable
+    eval_step: Any
     init_state: Callable[[Params], TrainState]
     frozen: Callable[[Params], tuple[Params, ...]]  # all params -> those that do not train, if there are any
     join: Callable[..., Params]  # (what trains, what is frozen) -> all params

@@ -50,13 +50,12 @@ class Trial:
         """`speed` and `room`: of a device, as `measure_device` gives them."""
         size, seed = stage.settings.batch_size, stage.settings.seed
         program = make_program(stage.model, stage.settings, stage.steps, mesh, stage.selection, ())
-        state, frozen = _arguments(stage, mesh)
+        state, frozen = arguments(stage, mesh)
         batch = place_batch(stage.data.batches(batch_size=size, seed=seed)(0, local_rows(size, mesh)), size, mesh)
         self.stage, self.failed, self.compiling = stage, "", 0.0
         self.micro_batches = stage.settings.step.accumulation
         self.seconds: float | None = None  # of a step; None: it was not made
-        self.memory = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}  # bytes of a device
-        self.memory |= {"what does not train": _bytes(frozen)} if frozen else {}
+        self.memory = held(stage, mesh)  # bytes of a device
         if jax.process_index() == 0:
             say(f"compiling the step of {stage.name}")
         try:
@@ -105,10 +104,17 @@ def _filled(tree: Any, size: float = 0.0) -> Any:
 
 def needed(stage: Stage, mesh: Mesh) -> int:
     """Bytes of a device that a training holds from its first step to its last."""
-    return sum(map(_bytes, _arguments(stage, mesh)))
+    return sum(held(stage, mesh).values())
 
 
-def _arguments(stage: Stage, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def held(stage: Stage, mesh: Mesh) -> dict[str, int]:
+    """What they are of."""
+    state, frozen = arguments(stage, mesh)
+    parts = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
+    return parts | ({"what does not train": _bytes(frozen)} if frozen else {})
+
+
+def arguments(stage: Stage, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """What a step takes besides its batch, without arrays: the state, and what does not train, if anything does not."""
     program = make_program(stage.model, stage.settings, stage.steps, mesh, stage.selection, ())
     whole = jax.tree.map(lambda leaf: leaf.update(dtype=stage.dtype), abstract_params(stage.model, mesh))
