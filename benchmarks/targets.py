@@ -68,7 +68,7 @@ def cells(one: Compiled) -> tuple[str, ...]:
     return (
         f"{memory.arguments / 2**30:.2f}", f"{one.peak / 2**30:.2f}" + ("" if one.fits else " **does not fit**"),
         f"{one.topology.chip.room / 2**30:.2f}", f"{bound.flops / 1e12:,.0f}", f"{bound.bytes / 1e12:.2f}", received,
-        f"{bound.seconds:.3g}", bound.limit, f"{tokens:,.0f}", f"{one.mfu:.0%}",
+        f"{bound.seconds:.3g}", bound.limit, f"{tokens:,.0f}", "" if facts["partial"] else f"{one.mfu:.0%}",
     )  # fmt: skip
 
 

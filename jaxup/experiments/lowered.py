@@ -62,7 +62,7 @@ def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.
         "stage": stage.name, "mesh": dict(mesh.shape), "layers": model.num_layers, "parameters": count_params(model),
         "rows": rows, "seq_len": stage.data.seq_len, "accumulation": s.step.accumulation, "remat": s.compute.remat,
         "flops": stage.flops * rows / s.batch_size / (1 if name == "train_step" else 3), "memory": held(stage, mesh),
-        "beside": 0,
+        "beside": 0, "partial": stage.selection.partition is not None,
     }  # fmt: skip
     with jax.set_mesh(mesh):
         if name == "train_step":

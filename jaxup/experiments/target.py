@@ -5,16 +5,20 @@ Nothing is written, and neither data nor weights are needed: of a model that is 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
+import operator
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxup.errors import UserError
-from jaxup.experiments.config import SHIPPED
+from jaxup.experiments.config import SHIPPED, change
 from jaxup.progress import say, tell
 from jaxup.targets import chips
 from jaxup.targets.chips import Topology
@@ -69,7 +73,7 @@ class Compiled:
 
     @property
     def mfu(self) -> float:
-        """At most."""
+        """At most; as if everything trained."""
         useful = self.plan.facts["flops"] / self.topology.count
         return useful / self.topology.chip.flops / self.bound.seconds
 
@@ -98,7 +102,7 @@ def show(config: ConfigDict, target: str, spec: str, file: str = "") -> None:
     if too_large := [one for one in found if not one.fits]:
         need = max(one.peak for one in too_large)
         what = f"{too_large[0].plan.facts['stage']} takes {_gib(need)} GiB a chip, which has {_gib(topology.chip.room)}"
-        raise UserError(what, at=f"--target={target}", hint=_remedy(too_large[0]))
+        raise UserError(what, at=f"--target={target}", hint=_remedy(config, too_large[0]))
 
 
 def stand_in(config: ConfigDict) -> list[str]:
@@ -151,17 +155,24 @@ def _program(one: Compiled) -> list[str]:
     held["gradients, activations" if training else "activations"] = memory.temporary + memory.outputs + memory.constants
     held[f"peak, of {_gib(one.topology.chip.room)} GiB" + ("" if one.fits else ": IT DOES NOT FIT")] = one.peak
     lines += [f"  {size / 2**30:9.3f} GiB  {name}" for name, size in held.items()]
-    useful = facts["flops"] / one.topology.count
-    again = f", {_si(useful)}FLOP of them without computing again" * training
-    lines.append(f"  {_si(bound.flops):>9}FLOP of products{again}")
-    lines.append(f"  {_si(bound.bytes):>9}B to and from HBM")
+    if bound.flops:
+        useful = "{:.4g} {}".format(*_scaled(facts["flops"] / one.topology.count))
+        counted = "if everything trained" if facts["partial"] else "without computing again"
+        lines.append(_line(bound.flops, "FLOP", f"of products{f', {useful}FLOP {counted}' * training}"))
+    lines.append(_line(bound.bytes, "B", "to and from HBM"))
     for (kind, axes, hidden), size in sorted(bound.received.items(), key=lambda item: -item[1]):
         if size > 1e6:
-            lines.append(f"  {_si(size):>9}B received by {kind} over {axes}{', while computing' * hidden}")
+            lines.append(_line(size, "B", f"received by {kind} over {axes}{', while computing' * hidden}"))
     parts = " + ".join(f"{seconds:.3g} {name}" for name, seconds in bound.parts.items() if seconds)
-    least = f"{bound.seconds:7.4g} s at least ({parts}); {bound.limit} limit"
-    rate = f"at most {tokens / bound.seconds:,.0f} tokens/s" + (f", MFU {one.mfu:.0%}" if one.name != "decode" else "")
-    return [*lines, f"  {least}", f"  {rate}; planned in {one.plan.seconds:.0f} s of CPU, without generating code"]
+    least = f"{bound.seconds:9.4g} s    at least ({parts}), limited by {bound.limit}"
+    rate = f"at most {tokens / bound.seconds:,.0f} tokens/s"
+    if one.name != "decode" and not facts["partial"]:
+        rate += f", MFU {one.mfu:.0%}"
+    return [
+        *lines,
+        f"  {least}",
+        f"  {'':9} {'':4} {rate}; planned in {one.plan.seconds:.0f} s of CPU, without generating code",
+    ]
 
 
 def _assumed(topology: Topology) -> list[str]:
@@ -173,32 +184,64 @@ def _assumed(topology: Topology) -> list[str]:
     ]
 
 
-def _si(amount: float) -> str:
-    """With the prefix of its unit: 11.35 P."""
+def _line(amount: float, unit: str, what: str) -> str:
+    number, prefix = _scaled(amount)
+    return f"  {number:9.4g} {prefix + unit:<4} {what}"
+
+
+def _scaled(amount: float) -> tuple[float, str]:
+    """As a number below 1,000, with the prefix of its unit."""
     thousands = max(0, min(5, int(math.log10(max(amount, 1.0)) // 3)))
-    return f"{amount / 1000**thousands:.4g} {' kMGTP'[thousands].strip()}"
+    return amount / 1000**thousands, " kMGTP"[thousands].strip()
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def _remedy(one: Compiled) -> str:
-    """What would make it fit, as far as can be told from here."""
-    facts, memory, room = one.plan.facts, one.plan.memory, one.topology.chip.room
-    mesh, larger = facts["mesh"], one.topology.larger()
-    split = mesh["data"] * mesh["fsdp"]
-    wanted = []
-    if one.name == "train_step" and memory.arguments < room:
-        rows = facts["rows"] // split // facts["accumulation"]
-        times = math.ceil(memory.temporary / (room - memory.arguments))
-        more = next((n for n in range(max(2, times), rows + 1) if rows % n == 0), 0)
-        if more:
-            wanted.append(f"step.accumulation={facts['accumulation'] * more}")
-        if facts["remat"] != "full":
-            wanted.append("compute.remat=full")
-    if mesh["data"] > 1:
-        wanted.append("mesh.data=1 with mesh.fsdp=-1")
-    if larger is not None:
-        wanted.append(f"more chips: --target={larger}")
-    return f"less takes {', '.join(wanted[:-1])}{' or ' * (len(wanted) > 1)}{wanted[-1]}" if wanted else "a larger chip"
+# ---- what would fit
+
+
+def _remedy(config: ConfigDict, one: Compiled) -> str:
+    """What makes it fit, found by compiling that: what costs least speed is tried first."""
+    if one.name != "train_step":
+        return "a smaller eval.batch_size, or more chips" if one.name == "eval_step" else "more chips"
+    for changes, topology in _less(one):
+        say("trying " + _words(changes, topology, one.topology))
+        tried = copy.deepcopy(config)
+        try:
+            change(tried, changes.items(), None)
+            found = plan(tried, topology, one.name)
+        except UserError:  # what does not divide over more chips
+            continue
+        if found.fits:
+            return f"it fits with {_words(changes, topology, one.topology)}, in {_gib(found.peak)} GiB"
+    return "nothing that was tried fits"
+
+
+def _less(one: Compiled) -> Iterator[tuple[dict[str, str], Topology]]:
+    """What takes less: keys of the configuration, and a slice."""
+    facts, memory, here, mesh = one.plan.facts, one.plan.memory, one.topology, one.plan.facts["mesh"]
+    now, room = facts["accumulation"], one.topology.chip.room - one.plan.memory.arguments
+    rows = facts["rows"] // (mesh["data"] * mesh["fsdp"])
+    finer = [n for n in range(now + 1, rows + 1) if rows % n == 0]
+    # Of what is there for a while the most part is of the rows of a micro-batch.
+    likely = [n for n in finer if room > 0 and memory.temporary * now / n <= 1.2 * room]
+    micro = [{"step.accumulation": str(n)} for n in dict.fromkeys([*likely[:2], *finer[-1:]])]
+    full = [{"compute.remat": "full"}] if facts["remat"] != "full" else []
+    split = [{"mesh.data": "1", "mesh.fsdp": "-1"}] if mesh["data"] > 1 else []
+    alone = [*(micro if room > 0 else []), *full, *split]
+    both = [{**a, **b} for a in split or [{}] for b in [*micro[-1:], *full]] if split else []
+    everything: dict[str, str] = functools.reduce(operator.or_, [*split, *full, *micro[-1:]], {})
+    for changes in [*alone, *both, *([everything] if everything not in [*alone, *both, {}] else [])]:
+        yield changes, here
+    larger = here.larger()
+    for _ in range(2):
+        if larger is not None:
+            yield {}, larger
+            larger = larger.larger()
+
+
+def _words(changes: dict[str, str], topology: Topology, here: Topology) -> str:
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    return " ".join([*flags, *([f"--target={topology}"] if topology != here else [])])
