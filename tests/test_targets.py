@@ -14,7 +14,10 @@ from runs import GPT2
 from jaxup import train
 from jaxup.errors import UserError
 from jaxup.experiments import lowered, target
+from jaxup.experiments.common import new_model
 from jaxup.experiments.config import load
+from jaxup.hub.reader import load_config
+from jaxup.model.spec import count_params
 from jaxup.targets import chips, cost, dump, hlo
 from jaxup.targets.roofline import roofline
 from jaxup.training.sharding import MeshConfig, make_mesh
@@ -246,6 +249,19 @@ def test_what_is_said_of_a_target(planned, tmp_path, capsys):
     assert step["tokens_per_second"] == pytest.approx(64 * 32 / step["bound"])
 
 
+def test_sizes_that_come_along():
+    """Of the models that shipped files name, those that the files themselves say, and published sums."""
+    config = load("inherit_llama.py")
+    stood = load("inherit_llama.py")
+    assert len(target.stand_in(stood)) == 1
+    assert load_config(stood.reference.path) == new_model(config.model)
+    sums = {"Mistral-Small-Instruct-2409": 22_247_282_688, "Mistral-7B-v0.1": 7_241_732_096}
+    for name, params in sums.items():
+        config = load("heal.py", [("base.path", f"mistralai/{name}")])
+        target.stand_in(config)
+        assert count_params(load_config(config.base.path)) == params
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -286,7 +302,8 @@ def test_shipped_configurations_fit(name, changes, where):
     assert one.fits
     assert 0 <= one.plan.memory.arguments - sum(one.plan.facts["memory"].values()) < 0.2 * one.plan.memory.arguments
     bound = one.bound
-    # What is computed again is at most another pass forward; of the part that trains alone, less.
-    assert 0.4 < bound.flops / (one.plan.facts["flops"] / one.topology.count) < 1.6
+    # What is computed again is another pass forward, and of a part that trains alone less. XLA's own loops over the
+    # shards of a product compute more.
+    assert 0.4 < bound.flops / (one.plan.facts["flops"] / one.topology.count) < 2.5
     assert bound.received
     assert 0.1 < one.mfu < 0.9

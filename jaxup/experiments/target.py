@@ -41,7 +41,7 @@ class Compiled:
     topology: Topology
     plan: Plan
 
-    @property
+    @functools.cached_property
     def bound(self) -> Roofline:
         return roofline(self.plan, self.topology)
 
