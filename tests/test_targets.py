@@ -209,10 +209,11 @@ def planned(monkeypatch):
         facts = {
             "stage": "reference", "mesh": {"data": 4, "fsdp": 2, "tensor": 1}, "layers": 4, "parameters": 10_000,
             "rows": 64, "seq_len": 32, "accumulation": 2, "remat": "dots", "flops": 4e8,
-            "memory": {"parameters": 2**30}, "beside": 0, "partial": False,
+            "memory": {"parameters": 2**30}, "beside": 0, "partial": False, "micro_batches": [1, 2, 4, 8],
         }  # fmt: skip
         assert topology.generation == "v5e"
         fits = name != "train_step" or given[0]["step"]["accumulation"] == 8
+        facts["accumulation"] = given[0]["step"]["accumulation"] or 1
         memory = TOO_LARGE if not fits else dataclasses.replace(TOO_LARGE, temporary=1)
         text = LAYER.replace("GATHER", "").replace("SCATTER", "").replace("REDUCE", "")
         return dump.Plan(memory, hlo.parse(text), facts, 7.0)
@@ -225,13 +226,18 @@ def planned(monkeypatch):
 def test_what_is_said_of_a_target(planned, tmp_path, capsys):
     file = tmp_path / "figures.json"
     command = ["train", "--config=heal_tunguska.py", "--target=v5e:2x4", f"--target-json={file}"]
+    train.main(command)  # in as many micro-batches as fit
+    assert "64 rows of 32 in 8 micro-batches" in capsys.readouterr().out
+    assert [config.step.accumulation for config, _, _ in planned] == [0, 2, 4, 8, 0, 0]
+    planned.clear()
+    command.append("--config.step.accumulation=2")
     fits = "it fits with --config.step.accumulation=8, in 4.00 GiB"
     with pytest.raises(UserError, match=rf"18\.00 GiB a chip, which has 15\.75; {fits}$"):
         train.main(command)
     printed = capsys.readouterr()
     assert "from its sizes as they were published" in printed.err
     assert [name for _, _, name in planned] == ["train_step", "eval_step", "decode", "train_step", "train_step"]
-    assert [config.step.accumulation for config, _, _ in planned] == [16, 16, 16, 4, 8]  # what may do is tried
+    assert [config.step.accumulation for config, _, _ in planned] == [2, 2, 2, 4, 8]  # what may do is tried
     assert planned[0][0].base.path.endswith("mistralai--Mistral-Small-Instruct-2409")
     for line in (
         "heal_tunguska.py on v5e:2x4: 8 chips, mesh data 4 x fsdp 2 x tensor 1",
@@ -283,11 +289,11 @@ def test_what_a_target_needs(flags, said, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "where"),
     [
-        ("heal_tunguska.py", "base.path=mistralai/Mistral-Small-Instruct-2409 step.accumulation=4", "v5p:4x4x4"),
-        ("heal_tunguska.py:freeze_originals", "step.accumulation=4", "v5p:4x4x4"),
-        ("heal_tunguska.py:lora", "step.accumulation=4", "v5p:4x4x4"),
+        ("heal_tunguska.py", "", "v5p:4x4x4"),
+        ("heal_tunguska.py:freeze_originals", "", "v5p:4x4x4"),
+        ("heal_tunguska.py:lora", "", "v5p:4x4x4"),
         ("heal.py", "base.path=mistralai/Mistral-7B-v0.1 plan=solar(base,8)", "v6e:4x4"),
-        ("inherit_gpt2.py:medium", "step.accumulation=2", "v5e:4x4"),
+        ("inherit_gpt2.py:medium", "", "v5e:4x4"),
         ("inherit_gpt2.py:large", "", "v6e:2x4"),
         ("inherit_gpt2.py:xl", "mesh.data=1 mesh.fsdp=-1", "v6e:2x4"),
         ("inherit_llama.py", "", "v5e:4x4"),

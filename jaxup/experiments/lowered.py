@@ -31,7 +31,7 @@ from jaxup.targets.dump import FACTS, REFUSED
 from jaxup.text import write_atomically
 from jaxup.training.loop import abstract_params, make_program
 from jaxup.training.run import Stage
-from jaxup.training.sharding import MeshConfig, batch_sharding, check_batch, make_mesh
+from jaxup.training.sharding import MeshConfig, batch_sharding, check_batch, make_mesh, micro_batches
 from jaxup.training.trial import arguments, held, needed
 
 PROGRAMS = ("train_step", "eval_step", "decode")
@@ -52,6 +52,7 @@ def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.
     s, model = stage.settings, stage.model
     program = make_program(model, s, stage.steps, mesh, stage.selection, ())
     state, frozen = arguments(stage, mesh)
+    count = s.step.accumulation or 1
     rows = s.batch_size if name == "train_step" else s.eval_batch_size
     shape = stage.data.batches(batch_size=1, seed=0)(0)
     batch = {
@@ -60,13 +61,14 @@ def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.
     }
     facts: dict[str, Any] = {
         "stage": stage.name, "mesh": dict(mesh.shape), "layers": model.num_layers, "parameters": count_params(model),
-        "rows": rows, "seq_len": stage.data.seq_len, "accumulation": s.step.accumulation, "remat": s.compute.remat,
+        "rows": rows, "seq_len": stage.data.seq_len, "accumulation": count, "remat": s.compute.remat,
         "flops": stage.flops * rows / s.batch_size / (1 if name == "train_step" else 3), "memory": held(stage, mesh),
         "beside": 0, "partial": stage.selection.partition is not None,
+        "micro_batches": micro_batches(s.batch_size, mesh),
     }  # fmt: skip
     with jax.set_mesh(mesh):
         if name == "train_step":
-            return program.train_step.lower(state, batch, *frozen), facts
+            return program.cut_into(count).lower(state, batch, *frozen), facts
         if name == "eval_step":
             facts["beside"] = facts["memory"]["optimizer"]
             return program.eval_step.lower(state.params, batch, *frozen), facts

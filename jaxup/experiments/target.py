@@ -125,7 +125,26 @@ def stand_in(config: ConfigDict) -> list[str]:
 
 
 def plan(config: ConfigDict, topology: Topology, name: str) -> Compiled:
-    """One of PROGRAMS; UserError where libtpu is missing, and for what the run would refuse."""
+    """One of PROGRAMS, of training in the fewest micro-batches that fit if the configuration leaves that open.
+
+    UserError where libtpu is missing, and for what the run would refuse.
+    """
+    found = _plan(config, topology, name)
+    while config.step.accumulation == 0 and name == "train_step" and not found.fits:
+        facts, memory = found.plan.facts, found.plan.memory
+        now, room = facts["accumulation"], topology.chip.room - memory.arguments
+        # What is cut gets smaller by no more than it is cut.
+        least = now * memory.temporary / room if room > 0 else math.inf
+        more = next((n for n in facts["micro_batches"] if n > now and n >= least), None)
+        if more is None:
+            break
+        finer = copy.deepcopy(config)
+        finer.step.accumulation = more
+        found = _plan(finer, topology, name)
+    return found
+
+
+def _plan(config: ConfigDict, topology: Topology, name: str) -> Compiled:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu", at=f"--target={topology}", hint="install jaxup[tpu]")
     with tempfile.TemporaryDirectory(prefix="jaxup-target-") as directory:
@@ -206,7 +225,7 @@ def _remedy(config: ConfigDict, one: Compiled) -> str:
     """What makes it fit, found by compiling that: what costs least speed is tried first."""
     if one.name != "train_step":
         return "a smaller eval.batch_size, or more chips" if one.name == "eval_step" else "more chips"
-    for changes, topology in _less(one):
+    for changes, topology in _less(one, config.step.accumulation == 0):
         say("trying " + _words(changes, topology, one.topology))
         tried = copy.deepcopy(config)
         try:
@@ -219,12 +238,12 @@ def _remedy(config: ConfigDict, one: Compiled) -> str:
     return "nothing that was tried fits"
 
 
-def _less(one: Compiled) -> Iterator[tuple[dict[str, str], Topology]]:
-    """What takes less: keys of the configuration, and a slice."""
+def _less(one: Compiled, fewest: bool) -> Iterator[tuple[dict[str, str], Topology]]:
+    """What takes less: keys of the configuration, and a slice. `fewest`: micro-batches are tried in any case."""
     facts, memory, here, mesh = one.plan.facts, one.plan.memory, one.topology, one.plan.facts["mesh"]
     now, room = facts["accumulation"], one.topology.chip.room - one.plan.memory.arguments
     rows = facts["rows"] // (mesh["data"] * mesh["fsdp"])
-    finer = [n for n in range(now + 1, rows + 1) if rows % n == 0]
+    finer = [n for n in range(now + 1, rows + 1) if rows % n == 0 and not fewest]
     # Of what is there for a while the most part is of the rows of a micro-batch.
     likely = [n for n in finer if room > 0 and memory.temporary * now / n <= 1.2 * room]
     micro = [{"step.accumulation": str(n)} for n in dict.fromkeys([*likely[:2], *finer[-1:]])]
