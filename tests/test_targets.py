@@ -44,7 +44,9 @@ LAYER = """HloModule jit_step, is_scheduled=true
   %arg = (s32[]{:T(128)}, f32[4,64,256]{2,1,0:T(8,128)}, /*index=2*/bf16[32,256]{1,0}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
   %stack = f32[4,64,256]{2,1,0:T(8,128)} get-tuple-element(%arg), index=1
-  %x = bf16[32,256]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=2
+  %x = bf16[32,256]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=2, frontend_attributes={kernel_metadata={
+"said":"{}"
+}}, metadata={op_name="while/body"}
   %mine = bf16[64,256]{1,0:T(8,128)(2,1)} fusion(%stack, %i), kind=kLoop, calls=%fused, metadata={op_name="while/body"}
   %whole = bf16[256,256]{1,0:T(8,128)(2,1)} all-gather(%mine), channel_id=1, GATHER, dimensions={0}
   %y = bf16[32,256]{1,0:T(8,128)(2,1)S(1)} convolution(%x, %whole), dim_labels=bf_io->bf
@@ -308,8 +310,7 @@ def test_shipped_configurations_fit(name, changes, where):
     assert one.fits
     assert 0 <= one.plan.memory.arguments - sum(one.plan.facts["memory"].values()) < 0.2 * one.plan.memory.arguments
     bound = one.bound
-    # What is computed again is another pass forward, and of a part that trains alone less. XLA's own loops over the
-    # shards of a product compute more.
-    assert 0.4 < bound.flops / (one.plan.facts["flops"] / one.topology.count) < 2.5
+    # What is computed again is at most another pass forward; of the part that trains alone, less.
+    assert 0.4 < bound.flops / (one.plan.facts["flops"] / one.topology.count) < 1.6
     assert bound.received
     assert 0.1 < one.mfu < 0.9

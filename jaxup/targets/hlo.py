@@ -118,7 +118,7 @@ def parse(text: str) -> Module:
             if found := _COMPUTATION.match(line):
                 current = computations.setdefault(found[2], {})
                 entry = found[2] if found[1] else entry
-        elif line.startswith("}"):
+        elif line == "}" or line.startswith("}, "):  # an attribute of a kernel has lines of its own, such as }}
             current = None
         elif found := _INSTRUCTION.match(line):
             kind, tail = _split_type(found[2])
