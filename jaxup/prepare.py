@@ -56,7 +56,8 @@ def main(argv: list[str]) -> None:
     tokenizer = None
     if args.packing != CONCATENATED:
         if bpe_vocab_size(args.tokenizer):
-            raise UserError(f"--tokenizer={args.tokenizer}: chats need one that is there; bpe:N is for a corpus")
+            what = "chats need one that is there; bpe:N is trained on a corpus, which goes with --packing concatenated"
+            raise UserError(what, at=f"--tokenizer={args.tokenizer}")
         tokenizer = load_tokenizer(values.pop("tokenizer"))
     data = open_data(DataConfig(**values), root=ROOT, tokenizer=tokenizer)
     if data.format is None:

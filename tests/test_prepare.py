@@ -90,12 +90,17 @@ def test_a_corpus_is_prepared_as_training_would(tmp_path, tokenizer_dir, capsys,
         (["{chats}", "--format", "chatlm"], "data.format='chatlm': not known; did you mean 'chatml'?"),
         (["{chats}", "--show", "some"], "--show=some: a number, or all"),
         (["{chats}", "--tokenizer", "bpe:300"], "--tokenizer=bpe:300: chats need one that is there"),
+        (["python"], "data.files: python: the standard library is no chats; text is a corpus, for"),
+        (["notes/a.txt"], "a.txt: chat data is .json, .jsonl, .parquet; text is a corpus, for"),
+        (["notes"], "(looked for .json, .jsonl, .parquet); text is a corpus, for"),
         (["{chats}", "--tokenizer", "nowhere/at-all/x"], "no such directory: nowhere/at-all/x"),
         (["{chats}", "--seq-len", "2"], "examples are longer; the shortest needs data.seq_len="),
     ],
 )
 def test_mistakes_are_one_line(chats, tokenizer_dir, args, message):
     args = [arg.format(chats=chats) for arg in args]
+    Path("notes").mkdir()
+    Path("notes/a.txt").write_text("a text")
     with pytest.raises(UserError) as error:
         prepare.main(["prepare", "--tokenizer", tokenizer_dir, *args])
     assert message in str(error.value)

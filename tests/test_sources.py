@@ -73,6 +73,22 @@ def test_text_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     assert all(piece.endswith("\r\n") and len(piece) < 70000 for piece in pieces[:-1])
 
 
+def test_of_few_texts_the_end_of_each_piece_is_held_out(tmp_path):
+    """A draw would leave a book, or some chapters, without validation."""
+    for name, lines in {"a": 900, "b": 40, "c": 1}.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i} " + "word " * 30 + "\n" for i in range(lines)))
+    train, validation = both(opened(tmp_path, val_fraction=0.05))
+    assert len(train) == len(validation) == 3 + 1 + 1
+    for head, tail in zip(train, validation):
+        assert 0.05 <= len(tail) / len(head + tail) <= 0.1
+    whole = "".join(head + tail for head, tail in zip(train, validation))
+    assert whole == "".join((tmp_path / f"{name}.txt").read_text() for name in "abc")
+    for i in range(200):  # of many a draw takes whole ones
+        (tmp_path / f"{i}.txt").write_text(f"{i} some text\n")
+    train, validation = both(opened(tmp_path, val_fraction=0.05))
+    assert all(text.endswith(" some text\n") or text[0] in "abc" for text in validation)
+
+
 def test_a_very_long_line_is_still_cut(tmp_path):
     (tmp_path / "line.txt").write_text("ab" * 500_000)
     train, validation = both(opened(tmp_path / "line.txt"))

@@ -176,6 +176,8 @@ class Format(abc.ABC):
             return []
         ends = [self.tokenizer.convert_ids_to_tokens(token) for token in self.stops]
         what = f"is {' or '.join(map(repr, ends))}" if ends else "does not exist"
+        if self.tokenizer.eos_token_id is not None:
+            what += f" (formats that end with EOS: {', '.join(n for n, s in SPELLINGS.items() if '{eos}' in s.end)})"
         return [f"nothing that ends a reply is trained on: what generation stops at {what}"]
 
     @functools.cached_property

@@ -55,7 +55,10 @@ class Mixture:
         # The seed decides nothing unless a part of some file is left out.
         drawn_by = self.seed if any(weight % 1 for _, weight in self.mixed) else None
         with os_errors():
-            content = [[weight, [(f.name, f.hash(), f.layout) for f in files]] for files, weight in self.mixed]
+            content = [
+                [weight, [(f.name, f.hash(), f.layout, *(["ends"] if f.ends else [])) for f in files]]
+                for files, weight in self.mixed
+            ]
         return hashlib.blake2b(json.dumps([drawn_by, content]).encode(), digest_size=16).hexdigest()
 
     @functools.cached_property

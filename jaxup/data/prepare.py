@@ -56,6 +56,9 @@ class Encoding(Protocol):
     def tokenize(self, rendered: Sequence[Any]) -> list[Encoded]: ...
 
 
+_MORE = "give more data, another data.val_fraction or data.val_files"
+
+
 class Plain:
     """A corpus: documents, each with EOS after it. Text that spells a special token stays ordinary text."""
 
@@ -196,7 +199,8 @@ def _concatenate(
         if not found[split]["rows"]:
             tokens = f"its {split} split has {counts[split]['tokens']} tokens"
             what = f"no text found for one row: {tokens}, data.seq_len={config.seq_len} needs {config.seq_len + 1}"
-            raise UserError(what, at=("source", config.files))
+            hint = _MORE if split == "validation" and not config.val_files else ""
+            raise UserError(what, at=("source", config.files), hint=hint)
     return found
 
 
@@ -344,5 +348,4 @@ def _check_counts(config: DataConfig, counts: dict[str, Any]) -> None:
             what = f"none of {counts['refused']:,} examples can be expressed"
             raise UserError(what, at="format", hint=f"the first: {counts['first_refused']}")
         what = f"of {total:,} examples none is left for {split}"
-        hint = "give more data, another fraction or data.val_files"
-        raise UserError(what, at=f"val_fraction={config.val_fraction}", hint=hint)
+        raise UserError(what, at=f"val_fraction={config.val_fraction}", hint=_MORE)

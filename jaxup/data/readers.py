@@ -211,8 +211,11 @@ def read_dataset(spec: str, dataset: Any, choose: Choose) -> Iterator[Row]:
             yield Row(number, spec, dict(zip(columns, values, strict=True)), "", (number - 1) / len(dataset))
 
 
-def read_text(path: Path, *, whole: bool = False) -> Iterator[Row]:
-    """The text in pieces that end at the end of a line, unless that is far away; or `whole` in one."""
+def read_text(path: Path, *, whole: bool = False, ends: float = 0.0) -> Iterator[Row]:
+    """The text in pieces that end at the end of a line, unless that is far away; or `whole` in one.
+
+    With `ends`, that share at the end of each piece is a row of its own: every second one.
+    """
     with _content(path) as (raw, done):
         if b"\0" in raw.read(8192):
             raise UserError("not a text file (it holds zero bytes)", at=str(path))
@@ -222,6 +225,18 @@ def read_text(path: Path, *, whole: bool = False) -> Iterator[Row]:
         number, before = 0, 0
         while piece := file.read(-1 if whole else PIECE_CHARACTERS):
             piece += file.readline(PIECE_CHARACTERS)
-            number += 1
-            yield Row(number, str(path), {"text": piece}, "", done(before))
+            for part in _apart(piece, ends) if ends else [piece]:
+                number += 1
+                if part:
+                    yield Row(number, str(path), {"text": part}, "", done(before))
             before += len(piece)
+
+
+def _apart(piece: str, share: float) -> tuple[str, str]:
+    """A text and that share at its end, which begins with a line unless that makes it twice as long."""
+    held = round(share * len(piece))
+    if not held:
+        return piece, ""
+    line = piece.rfind("\n", 0, len(piece) - held) + 1
+    cut = line if len(piece) - line <= 2 * held else len(piece) - held
+    return piece[:cut], piece[cut:]

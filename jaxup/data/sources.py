@@ -10,7 +10,7 @@
 Where a dataset or a directory has splits, "train" is read; `SPEC:SPLIT` names another. A directory's are told by the
 card of a dataset (README.md), else by the names of its files, as `datasets.load_dataset` tells them. A corpus is split
 in two by itself: by the splits that it has, else a dataset by `train_test_split`, as nanoGPT does, and files by a hash
-of (file, row).
+of (file, row); of little text the end of each piece is held out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +34,7 @@ from jaxup.data.layouts import COLUMNS, LAYOUTS, unfitting
 from jaxup.data.readers import (
     COMPRESSED,
     MIB,
+    PIECE_CHARACTERS,
     Row,
     kind_of,
     read_dataset,
@@ -56,6 +57,8 @@ CODE = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js",
 CORPUS = PROSE | CODE | ROWS - {".json"}
 # A name that ends so was meant as a path even when nothing is there; hub names never do.
 _PATHS = CORPUS | ROWS | COMPRESSED | {".zip", ".bin"}
+TEXT_IS_A_CORPUS = "text is a corpus, for experiments that inherit and for `jaxup prepare --packing concatenated`"
+FEW_HELD_OUT = 8  # pieces of text: fewer are not left to a draw, which might take none
 # Directories of the standard library that are tests, or not the library at all.
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib", "lib2to3"}
 
@@ -90,6 +93,7 @@ class File:
     side: Callable[[Row], Split | None] = lambda row: None  # the split of a row, if that is settled
     drawn: bool = False  # `side` depends on the fraction of a corpus,
     seeded: bool = False  # and on its seed
+    ends: bool = False  # every second row is the end of a piece of text, to be held out
 
 
 def find_files(spec: str, corpus: Corpus | None = None, *, side: Split | None = None) -> list[File]:
@@ -104,10 +108,12 @@ def find_files(spec: str, corpus: Corpus | None = None, *, side: Split | None = 
         if spec == "python" and corpus:
             files = [_file(path, name, corpus, whole=True) for name, path in library()]
             return [choice.drawn(file) for file in files]
+        if spec == "python" and not path.exists():
+            raise UserError("the standard library is no chats", at=spec, hint=TEXT_IS_A_CORPUS)
         if not spec or not path.exists():
             return _hub(spec, corpus, side)
         if path.is_file():
-            return [choice.drawn(_file(path, path.name, corpus))]
+            return [choice.drawn(_file(path, path.name, corpus, ends=choice.ends([path])))]
         if not path.is_dir():  # opening a pipe would wait for ever
             raise UserError("neither a file nor a directory", at=spec)
         if corpus and (path / "train.bin").exists() and (path / "val.bin").exists():
@@ -154,10 +160,22 @@ class _Choice:
             say(f"{self.spec}: the split {train or 'of no name'} is read; not {', '.join(left_out)}{offer}")
         return {self.side: train}
 
+    def ends(self, paths: Collection[Path]) -> float:
+        """The share at the end of each piece of text that is held out where a draw among so few might take none; or 0.
+
+        Rows of other files are not counted before they are read.
+        """
+        if self.side or not self.corpus or any(kind_of(path) in ROWS for path in paths):
+            return 0.0
+        pieces = sum(1 + path.stat().st_size // PIECE_CHARACTERS for path in paths)
+        return self.corpus.val_fraction if pieces * self.corpus.val_fraction < FEW_HELD_OUT else 0.0
+
     def drawn(self, file: File) -> File:
-        """The same with the rows' side, if a corpus has it drawn."""
+        """The same with the rows' side, if a corpus has it drawn, or of each piece the end held out."""
         if self.side or not self.corpus:
             return dataclasses.replace(file, side=lambda row: self.side)
+        if file.ends:
+            return dataclasses.replace(file, side=lambda row: SPLITS[row.number % 2 == 0], drawn=True)
         below = self.corpus.val_fraction
         # Of a file that is one document the name alone decides, as it always has.
         key = (lambda row: file.name) if file.layout == "whole" else lambda row: f"{file.name}\0{row.number - 1}"
@@ -179,7 +197,8 @@ class _Choice:
         if not found:
             looked = ", ".join(sorted(wanted))
             what = "no text found" if self.corpus else "no chat data in this directory"
-            raise UserError(f"{what} (looked for {looked})", at=self.spec)
+            text = not self.corpus and any(kind_of(path) in CORPUS for path in directory.rglob("*"))
+            raise UserError(f"{what} (looked for {looked})", at=self.spec, hint=TEXT_IS_A_CORPUS if text else "")
         splits: dict[str, list[str]] = {}
         data = ROWS.issuperset(map(kind_of, found.values()))  # among other text such names say nothing
         told = self._told_by_card(directory, list(found))
@@ -190,10 +209,12 @@ class _Choice:
             splits = {"": sorted(found)}  # what held-out files there are would be all that is read
         if self.named or list(splits) != [""]:
             chosen = self.pick(splits)
-        return [
-            dataclasses.replace(self, side=side).drawn(_file(found[name], name, self.corpus))
-            for side, split in chosen.items() for name in splits[split]
-        ]  # fmt: skip
+        files = []
+        for side, split in chosen.items():
+            choice = dataclasses.replace(self, side=side)
+            ends = choice.ends([found[name] for name in splits[split]])
+            files += [choice.drawn(_file(found[name], name, self.corpus, ends=ends)) for name in splits[split]]
+        return files
 
     def _told_by_card(self, directory: Path, names: list[str]) -> dict[str, str]:
         """name -> split, of the files that the card of a dataset lists; nothing if it lists none."""
@@ -269,10 +290,11 @@ def _held_out_rows(spec: str, count: int, corpus: Corpus) -> np.ndarray:
     return held_out
 
 
-def _file(path: Path, name: str, corpus: Corpus | None, *, whole: bool = False) -> File:
+def _file(path: Path, name: str, corpus: Corpus | None, *, whole: bool = False, ends: float = 0.0) -> File:
     kind, size = kind_of(path), path.stat().st_size
     if not corpus and kind not in ROWS:
-        raise UserError(f"chat data is {', '.join(sorted(ROWS))}", at=str(path))
+        hint = TEXT_IS_A_CORPUS if kind in CORPUS else ""
+        raise UserError(f"chat data is {', '.join(sorted(ROWS))}", at=str(path), hint=hint)
     if not size and not whole:
         raise UserError("no text found" if corpus else "no rows: the file is empty", at=str(path))
     reads: dict[str, Callable[[], Iterator[Row]]] = {
@@ -280,9 +302,12 @@ def _file(path: Path, name: str, corpus: Corpus | None, *, whole: bool = False) 
         ".json": functools.partial(read_json, path),
         ".parquet": functools.partial(read_parquet, path, functools.partial(columns_of, str(path))),
     }
-    rows = reads.get(kind, functools.partial(read_text, path, whole=whole))
+    rows = reads.get(kind, functools.partial(read_text, path, whole=whole, ends=ends))
     hashed = functools.partial(file_hash, path, whole=not corpus)
-    return File(path=str(path), name=name, size=max(1, size), hash=hashed, rows=rows, layout="whole" if whole else "")
+    return File(
+        path=str(path), name=name, size=max(1, size), hash=hashed, rows=rows, layout="whole" if whole else "",
+        ends=bool(ends),
+    )  # fmt: skip
 
 
 def _tokens(path: Path, side: Split) -> File:
