@@ -63,7 +63,8 @@ if not TYPE_CHECKING:  # a type checker knows the names from above, and that the
 
     def __getattr__(name: str):
         if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            meant = importlib.import_module(f"{__name__}.errors").nearest(name, __all__)
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{meant}")
         module, _, attribute = _PLACES.get(name, "recipes.functions").partition(":")
         value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute or name)
         globals()[name] = value  # found at once from now on

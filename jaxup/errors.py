@@ -85,6 +85,17 @@ class UserError(Exception):
         """The same error inside of wider places: `raise error.within("config.json") from None`."""
         return type(self)(self.what, at=(*at, *self.at), hint=self.hint)
 
+    def _render_traceback_(self) -> list[str]:
+        """For notebooks: the lines of whoever called, none of ours, and what is wrong."""
+        import traceback
+
+        ours = (os.path.dirname(__file__) + os.sep, contextlib.__file__)
+        frames = [
+            frame for frame in traceback.extract_tb(self.__traceback__)
+            if not frame.filename.startswith(ours) and f"{os.sep}IPython{os.sep}" not in frame.filename
+        ]  # fmt: skip
+        return [*traceback.format_list(frames), f"{type(self).__name__}: {self}"]
+
 
 class NoRoom(UserError):
     """There is no room for what was to be written; what was there before stays as it was."""

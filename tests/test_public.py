@@ -71,7 +71,7 @@ def test_a_type_checker_knows_the_names_that_there_are():
     for name, (module, attribute) in typed.items():
         assert getattr(jaxup, name) is getattr(importlib.import_module(module), attribute), name
     assert (importlib.resources.files("jaxup") / "py.typed").is_file()
-    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+    with pytest.raises(AttributeError, match="no attribute 'laod'; did you mean 'load'"):
         jaxup.laod  # noqa: B018
 
 
@@ -166,6 +166,15 @@ def test_recipes_know_the_depth_of_a_model(directory):
 )  # fmt: skip
 def test_recipes_on_what_is_no_model(directory, call, message):
     refused(message.format(directory), call, str(directory))
+
+
+def test_a_notebook_shows_the_line_of_the_caller_and_what_is_wrong():
+    with pytest.raises(UserError) as error:
+        jaxup.upscale("a", 4, "3:9")
+    *lines, last = error.value._render_traceback_()
+    assert lines[0].splitlines()[1].strip() == 'jaxup.upscale("a", 4, "3:9")'
+    assert not [line for line in lines if f'File "{ROOT}/' in line]
+    assert last == f"UserError: {error.value}"
 
 
 def test_what_is_wrong_is_said_in_the_words_of_python(directory, tmp_path):
