@@ -612,19 +612,20 @@ def test_the_low_data_recipe_is_the_papers():
 
 
 @pytest.mark.parametrize(
-    ("rows", "tokens", "said"),
+    ("rows", "tokens", "steps", "said"),
     [
-        (16, 1000, ""),
-        (12, 1000, "batch_size=16 rows, and there are 12 for training: 30 steps see each 40 times"),
-        (16, 999, "the validation loss is of 999 tokens, and uncertain"),
+        (16, 1000, 30, ""),
+        (12, 1000, 30, "batch_size=16 rows, and there are 12 for training: 30 steps see each 40 times"),
+        (24, 1000, 3, "epochs=2 of 24 rows are 3 steps, which change little; more epochs, or a smaller batch_size"),
+        (16, 999, 30, "the validation loss is of 999 tokens, and uncertain"),
     ],
 )
-def test_too_few_data_are_said(rows, tokens, said, capsys):
+def test_too_few_data_are_said(rows, tokens, steps, said, capsys):
     from jaxup.experiments.heal import Heal
 
     experiment = object.__new__(Heal)
-    experiment._settings = mock.Mock(batch_size=16)
-    experiment.data, experiment.steps = mock.Mock(train_rows=rows, validation_tokens=tokens), 30
+    experiment._config, experiment._settings = mock.Mock(epochs=2), mock.Mock(batch_size=16)
+    experiment.data, experiment.steps = mock.Mock(train_rows=rows, validation_tokens=tokens), steps
     experiment._say_little()
     heard = capsys.readouterr().err
     assert said in heard

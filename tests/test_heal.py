@@ -449,7 +449,7 @@ def test_a_plan_of_one_model_may_call_it_anything(whole, runs, tmp_path):
         (["--config.data.files=nowhere.jsonl"], "data.files: .*nowhere.jsonl"),
         (["--config.pretrain.steps=0"], "base.path: "),
         (["--config.lora.rank=-1"], "lora"),
-        (["--config.base.path=no/such/model", "--config.pretrain.steps=0"], "base is not at hand: no such directory"),
+        (["--config.base.path=no/such/model", "--config.pretrain.steps=0"], "no/such/model, said to be 'base'"),
         (["--config.base.path=no/such/model"], r"model.* and 9 more: nothing reads it where base.path=no/such"),
     ],
 )  # fmt: skip

@@ -195,7 +195,12 @@ def test_a_key_that_is_newer_than_the_run_has_its_default(whole, folder, command
 
 
 @pytest.mark.parametrize(
-    ("there", "message"), [(None, "no run there"), ("model", "holds a model, not a run; --resume takes the dir")]
+    ("there", "message"),
+    [
+        (None, "no run there"),
+        ("modell", "no run there .*; did you mean '.*/model'"),
+        ("model", "holds a model, not a run; --resume takes the dir"),
+    ],
 )
 def test_there_must_be_a_run_to_resume(folder, there, message):
     with pytest.raises(UserError, match=message):

@@ -120,6 +120,9 @@ class Experiment(abc.ABC):
         if rows < batch:
             what = f"a step takes batch_size={batch} rows, and there are {rows} for training"
             say(f"{what}: {self.steps} steps see each {self.steps * batch / rows:.0f} times; take a smaller batch_size")
+        if self._config.epochs and self.steps < _SHORT:
+            what = f"epochs={self._config.epochs} of {rows} rows are {self.steps} steps, which change little"
+            say(f"{what}; more epochs, or a smaller batch_size or data.seq_len, make more")
         if tokens < _FEW:
             what = f"the validation loss is of {tokens:,} tokens, and uncertain by a tenth or more"
             say(f"{what}; data.val_fraction or data.val_files give more")
@@ -247,6 +250,7 @@ def train_fresh(run: Run, name: str, model: ModelConfig, *, steps: int, kind: st
 
 # The loss of a token varies by some 3 nats, and so the mean of n by 3 / sqrt(n).
 _FEW = 1000
+_SHORT = 10  # steps
 
 _LEAST = {
     "step.accumulation": 0, "step.loss_chunk": 1, "step.z_loss": 0, "step.spike_factor": 0, "step.spike_window": 1,

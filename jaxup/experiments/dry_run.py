@@ -118,7 +118,8 @@ def _data(experiment: Experiment, stages: Sequence[Stage]) -> list[str]:
     color = sys.stdout.isatty()
     texts = {stage.data.store: stage.data for stage in stages if stage.data.format is None}
     lines = [f"  {text}\n{text.example(color)}" for text in texts.values()]
-    return ["data", *lines, *filter(None, [experiment.report().rstrip()])]
+    report = experiment.report().rstrip()  # begins with the plan
+    return ["plan and data" if report else "data", *lines, *filter(None, [report])]
 
 
 def _memory(trial: Trial, room: int) -> list[str]:

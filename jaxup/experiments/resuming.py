@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxup.errors import UserError
 from jaxup.experiments.config import change, get, unread
+from jaxup.files.names import nearest_path
 from jaxup.text import read_json
 from jaxup.training import rundir
 
@@ -40,7 +41,8 @@ def load_run(directory: Path, overrides: Iterable[tuple[str, str]] = ()) -> tupl
 
     stored = rundir.read_config(directory, "--resume takes the directory of a run")
     if stored is None:
-        raise UserError("no run there (no config.json)", at=f"--resume={directory}", hint="begin one with --config")
+        hint = nearest_path(str(directory)) or "begin one with --config"
+        raise UserError("no run there (no config.json)", at=f"--resume={directory}", hint=hint)
     config = ConfigDict(_complete(_tuples(stored), defaults(stored.get("experiment", ""), small=True).to_dict()))
     config.lock()
     change(config, overrides, None)

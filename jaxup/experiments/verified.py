@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxup.errors import UserError
 from jaxup.files import bucket, manifest
+from jaxup.files.names import nearest_path
 from jaxup.text import read_json, remote
 from jaxup.training.sound import DIGESTS, fault_of
 
@@ -23,7 +24,8 @@ def verified(place: str) -> Lines:
         yield from _store(place)
         return
     if not root.is_dir():
-        raise UserError("not a directory" if root.exists() else "no such directory", at=place)
+        what = "not a directory" if root.exists() else "no such directory"
+        raise UserError(what, at=place, hint=nearest_path(place))
     found, todo, stores = False, [root], dict[Path, None]()
     while todo:
         directory = todo.pop(0)

@@ -270,7 +270,9 @@ class _Models:
             given = ", ".join(map(repr, self.places.keys() - self.asked))
             given = given and f" (what is given is for {given})"
             meant = error.hint and f" ({error.hint})"
-            raise UserError(f"{name} is not at hand: {error.what}{meant}{given}", hint=self.hint) from None
+            if path == split_revision(name)[0]:
+                raise UserError(f"{name} is not at hand: {error.what}{meant}{given}", hint=self.hint) from None
+            raise UserError(f"{path}, said to be {name!r}, is not at hand: {error.what}{meant}") from None
         return Model(path, revision, hf, config)
 
 
