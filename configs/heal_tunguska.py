@@ -10,8 +10,8 @@ up-scaled. The recipe lost layer 55, by counting half-open ranges inclusively, a
 default; `whole` keeps it. Other settings were not published. Here they are those of
 configs/heal.py but for a rate of 1e-5, that of Llama-3-15B-Instruct-zeroed, which was healed in the
 same way. This default has not been run: it needs a pod, the model and data. It was compiled for one
-(`--config.step.accumulation=4 --target=v5p:4x4x4`, docs/pods.md): of the 95.7 GiB of each of 64 chips
-a step takes 25.5, freeze_originals 12.6 and lora 21.4, and it lasts at least 41, 27 and 36 seconds.
+(`--target=v5p:4x4x4`, docs/pods.md): of the 95.7 GiB of each of 64 chips a step takes 55.9, and it
+lasts at least 25 seconds.
 
 The write-up's questions, one variant each, which combine where that makes sense:
 

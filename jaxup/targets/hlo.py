@@ -101,7 +101,9 @@ class Module:
         if known := loop.attribute(r"known_trip_count\D{1,12}(\d+)"):
             return int(known)
         condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
-        limits = [i.rest for i in condition.values() if i.opcode == "constant" and re.match(r"[su]\d+\[\]", i.type)]
+        compared = {name for i in condition.values() if i.opcode == "compare" for name in i.operands}
+        numbers = [i for i in condition.values() if i.opcode == "constant" and re.match(r"[su]\d+\[\]", i.type)]
+        limits = [i.rest for i in numbers if i.name in compared] or [i.rest for i in numbers]
         return max([int(limit) for limit in limits if limit.isdigit()], default=1)
 
     def operands(self, computation: str, instruction: Instruction) -> list[tuple[Array, ...]]:
