@@ -23,6 +23,7 @@ from jaxup.experiments import heal
 from jaxup.experiments.heal import CONTROL, HEALED
 from jaxup.training import loop
 from jaxup.training.partition import digest
+from jaxup.training.sharding import MeshConfig, make_mesh
 
 generate = importlib.import_module("jaxup.generate")  # in the package the name is the function's
 
@@ -403,19 +404,20 @@ def test_a_plan_of_one_model_may_call_it_anything(whole, runs, tmp_path):
     recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
     overrides = [("pretrain.steps", "0"), ("base.path", str(base)), ("plan", str(recipe))]
     config = load("heal.py:smoke", overrides)
-    assert Heal(config, read_settings(config), None)._plan.num_layers == 4
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    assert Heal(config, read_settings(config), mesh)._plan.num_layers == 4
     recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices, "chat_template": "chatml"}))
     with pytest.raises(UserError, match=r"plan: .*chat_template are carried out by"):
-        Heal(config, read_settings(config), None)
+        Heal(config, read_settings(config), mesh)
     slices[1]["sources"][0]["model"] = "org/Other"
     recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
     with pytest.raises(UserError, match="several models, 'org/Name' and 'org/Other'"):
-        Heal(config, read_settings(config), None)
+        Heal(config, read_settings(config), mesh)
     config = load("heal.py:smoke", [*overrides, ("base.models", f"org/Name={base},org/Other={base}")])
     with config.unlocked():
         config.base.path = "elsewhere"
     with pytest.raises(UserError, match=r"base.path=elsewhere: the plan takes nothing from it"):
-        Heal(config, read_settings(config), None)
+        Heal(config, read_settings(config), mesh)
 
 
 # ---- mistakes
