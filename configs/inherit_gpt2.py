@@ -31,9 +31,9 @@ Variants, after a colon and separated by commas:
                            OpenWebText; published validation losses of reference, control of the
                            target's size and target: medium 2.81, 2.86, 2.81 (16 layers), large
                            2.85, 2.97, 2.80 (18 layers), xl 2.65, 2.69, 2.64 (24 layers)
-                           Compiled for TPUs (`--target`, docs/pods.md): medium takes 13.4 of the
-                           15.8 GiB of a chip of v5e:4x4 with step.accumulation=2, large 27.5 of the
-                           31.3 of v6e:2x4, xl 27.3 of them with mesh.data=1, mesh.fsdp=-1
+                           Compiled for TPUs (`--target`, docs/pods.md): medium takes 13.0 of the
+                           15.8 GiB of a chip of v5e:4x4, in two micro-batches, large 26.6 of the
+                           31.3 of v6e:2x4, xl 26.3 of them with mesh.data=1, mesh.fsdp=-1
     ablation=attn          attention and norms are inherited, the MLP is not
     ablation=mlp           MLP and norms, not attention
     ablation=no_norm       attention and MLP, not the norms

@@ -17,7 +17,7 @@ OpenLLaMA's weights are a pickle: `reference.allow_pickle` is set, which needs P
 (`--config.reference.revision=refs/pr/N` reads safetensors where a pull request has them). The text
 is RedPajama's sample; `--config.data.source=DIR` takes its .jsonl files, or others, from a
 directory. This default has never been run: it needs an accelerator and the network. It was compiled
-for TPUs (`--target=v5e:4x4`, docs/pods.md): a step takes 5.6 of the 15.8 GiB of each of 16 chips.
+for TPUs (`--target=v5e:4x4`, docs/pods.md): a step takes 4.3 of the 15.8 GiB of each of 16 chips.
 
 The tiny variant trains a reference of 6 layers for 240 steps, 491,520 tokens drawn from all of 4
 million, and gives the targets 65,536 of them, five times over. Measured with `:tiny`, `:tiny,seed=1`
