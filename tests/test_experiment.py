@@ -347,6 +347,8 @@ def test_every_shipped_variant_builds_its_settings(spec):
 
 @pytest.mark.parametrize("spec", [*(f"heal.py:{v}" for v in HEAL), *(f"heal_tunguska.py:{v}" for v in TUNGUSKA)])
 def test_every_shipped_healing_builds_its_settings(spec, tmp_path):
+    import jax
+
     from jaxup.depth.result import result_config
     from jaxup.experiments.common import read_settings
     from jaxup.experiments.heal import Heal
@@ -364,12 +366,13 @@ def test_every_shipped_healing_builds_its_settings(spec, tmp_path):
         }))  # fmt: skip
         config.base.path, config.data.files = str(tmp_path), "chats.jsonl"
     settings = read_settings(config)
-    job = Heal(config, settings, a_mesh())
+    job = Heal(config, settings, mesh := a_mesh())
     model = result_config(job._plan, job._models)
     assert model.num_layers == {"heal_tunguska.py:": 99, "heal_tunguska.py:one_duplicate": 77}.get(
         spec, model.num_layers
     )
-    trace(model, settings, job._select(model, job._plan), config.steps or 10_000, config.data.seq_len)
+    with jax.set_mesh(mesh):
+        trace(model, settings, job._select(model, job._plan), config.steps or 10_000, config.data.seq_len)
 
 
 # ---- options that nothing reads

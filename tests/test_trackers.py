@@ -70,10 +70,10 @@ def train(directory, names, model, start, stop, *, value=1.0):
 
 
 def shown(directory):
-    """What TensorBoard shows of it: the steps of each value, by run."""
+    """What TensorBoard shows of it: the steps of each value, by run; files of one second have no order."""
     multiplexer = EventMultiplexer().AddRunsFromDirectory(os.fspath(directory)).Reload()
     runs = {name: multiplexer.GetAccumulator(name) for name in multiplexer.Runs()}
-    return {name: {tag: [event.step for event in run.Tensors(tag)] for tag in run.Tags()["tensors"]}
+    return {name: {tag: sorted(event.step for event in run.Tensors(tag)) for tag in run.Tags()["tensors"]}
             for name, run in runs.items()}  # fmt: skip
 
 

@@ -103,6 +103,8 @@ class Experiment(abc.ABC):
     def _count_steps(self) -> None:
         """Of the data just opened."""
         self.steps = self._config.steps or self._steps_of(self._config.epochs)
+        if (whole := check_heads(self._model, self._mesh)) and jax.process_index() == 0:
+            say(whole)
         self._say_little()
         learning_rate(self._settings.optimizer, self.steps)  # refuses a warmup that does not fit
 
@@ -111,12 +113,10 @@ class Experiment(abc.ABC):
         self.steps = self._config.steps or 10 * self._settings.optimizer.warmup_steps + 1000
 
     def _say_little(self) -> None:
-        """Of data that are too few for what is asked of them, and of what a mesh does not split."""
+        """Of data that are too few for what is asked of them."""
         batch, rows, tokens = self._settings.batch_size, self.data.train_rows, self.data.validation_tokens
         if jax.process_index() != 0:
             return
-        if whole := check_heads(self._model, self._mesh):
-            say(whole)
         if rows < batch:
             what = f"a step takes batch_size={batch} rows, and there are {rows} for training"
             say(f"{what}: {self.steps} steps see each {self.steps * batch / rows:.0f} times; take a smaller batch_size")
