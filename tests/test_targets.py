@@ -313,4 +313,5 @@ def test_shipped_configurations_fit(name, changes, where):
     # What is computed again is at most another pass forward; of the part that trains alone, less.
     assert 0.4 < bound.flops / (one.plan.facts["flops"] / one.topology.count) < 1.6
     assert bound.received
-    assert 0.1 < one.mfu < 0.9
+    if not one.plan.facts["partial"]:  # it counts as if everything trained
+        assert 0.1 < one.mfu < 0.9
