@@ -140,10 +140,10 @@ class Inherit(Experiment):
                 origin=_describe(plan, c), initialise=functools.partial(build, run, plan, target_model, source),
             )  # fmt: skip
             results.append(target)
-            worse_by = target.val_loss - benchmark.val_loss
-            enough = worse_by <= c.tolerance
+            enough = target.val_loss - benchmark.val_loss <= c.tolerance
+            more = report.worse_by(target, benchmark)
             reached = "reached" if enough else "not reached"
-            print(f"{target.name}: validation loss {target.val_loss:.4f}, {worse_by:+.4f} to the reference: {reached}",
+            print(f"{target.name}: validation loss {target.val_loss:.4f}, {more:+.4f} to the reference: {reached}",
                   flush=True)  # fmt: skip
             if not enough and (larger := self._grown(plan)) is not None:
                 pending.append(larger)

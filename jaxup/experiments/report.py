@@ -47,7 +47,7 @@ def healed(results: Sequence[Result], unit: str) -> str:
     """What healing gave, in words: against the model before it, the base and the control, if there are any."""
     by_kind = {r.kind: r for r in results}
     before, after = by_kind["before"], by_kind["healed"]
-    more = _more(after, before)
+    more = worse_by(after, before)
     verb = "lowered" if more < 0 else "raised" if more else "left"
     span = f"from {before.val_loss:.4f} to" if more else "at"
     text = f"Healing {verb} the validation loss of the {_sized(after)} model {span} {after.val_loss:.4f} "
@@ -67,13 +67,13 @@ def _sized(result: Result) -> str:
     return f"{result.layers}-layer"
 
 
-def _more(result: Result, other: Result) -> float:
+def worse_by(result: Result, other: Result) -> float:
     """By how much its loss is higher: of the digits that are shown, so that the sum comes out."""
     return round(round(result.val_loss, 4) - round(other.val_loss, 4), 4)
 
 
 def _than(result: Result, other: Result) -> str:
-    more = _more(result, other)
+    more = worse_by(result, other)
     return f"{abs(more):.4f} {'below' if more < 0 else 'above'}" if more else "level with"
 
 
@@ -103,7 +103,7 @@ def write_summary(
     lines += [f"| model | layers | parameters | steps | tokens | validation loss | to the {reference.name} |"]
     lines += ["|---|---:|---:|---:|---:|---:|---:|"]
     for r in results:
-        more = "" if r is reference else f"{_more(r, reference):+.4f}"
+        more = "" if r is reference else f"{worse_by(r, reference):+.4f}"
         counts = f"{r.layers} | {r.params:,} | {r.steps:,} | {tokens(r)}"
         lines.append(f"| {r.name} | {counts} | {r.val_loss:.4f} | {more} |")
     for name in _PLOTS:
