@@ -38,9 +38,8 @@ def ready() -> None:
     try:
         backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # the second, without a word, where there is nothing to start
-        what = (
-            first_line(error).partition(" (set JAX_PLATFORMS")[0] if str(error) else f"jax has no {asked} to compute on"
-        )
+        said = first_line(error).partition(" (set JAX_PLATFORMS")[0] if str(error) else ""
+        what = said or f"jax has no {asked} to compute on"
         raise UserError(what, at="devices", hint=hint) from None
     if backend == "cpu" and not asked and (found := _accelerator()):
         what = f"this machine has {found[0]}, and jax sees none"

@@ -148,7 +148,6 @@ class Opened(NamedTuple):
 def open_model(args: argparse.Namespace) -> Opened:
     """The model that a command is told with `add_flags`: a directory's, or RUN@MODEL, or RUN@MODEL/STEP."""
     devices.choose(args.platform)
-    devices.ready()
 
     from jaxup.data.tokenizer import load_tokenizer
     from jaxup.files.names import in_run, split_run
@@ -167,6 +166,7 @@ def open_model(args: argparse.Namespace) -> Opened:
     tokenizer = load_tokenizer(str(directory))
     how = {flag: getattr(args, flag) for flag in ("dtype", "revision", "strict", "allow_pickle")}
     reading = functools.partial(load, name, progress=True, **how)
+    devices.ready()  # what is wrong with the model is said without them
     return Opened(name, run, tokenizer, stop_ids(directory, tokenizer), reading)
 
 
@@ -193,6 +193,8 @@ def _of_run(args: argparse.Namespace, run: Path, what: str) -> Opened:
         tokenizer = load_tokenizer(str(directory))
     else:
         tokenizer = stored.vocabulary(run, about.store)["tokenizer"]
+
+    devices.ready()
 
     def load() -> Decoder:
         say(f"{name} at step {number}")

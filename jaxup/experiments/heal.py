@@ -227,8 +227,8 @@ class Heal(Experiment):
         found.append(stage(name=HEALED, model=self._model, steps=self.steps, selection=selection, dtype=self._dtype))
         if self._config.heal.control:
             everything = dataclasses.replace(self._train, layers="all", freeze="", rates={})
-            chosen = self._select(base, whole, everything)
-            found.append(stage(name=CONTROL, model=base, steps=self.steps, selection=chosen, dtype=self._dtype))
+            all_of_it = self._select(base, whole, everything)
+            found.append(stage(name=CONTROL, model=base, steps=self.steps, selection=all_of_it, dtype=self._dtype))
         if self._lora.rank:  # as exported: merged, and where blocks were quantised, not any more
             found.append(stage(name=MERGED, model=self._model))
         return found

@@ -71,12 +71,9 @@ def memory(config: StepConfig) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if not _ran_out(error):
             raise
-        what, at = (
-            f"the devices have not enough memory: {first_line(error)}",
-            f"step.accumulation={config.accumulation}",
-        )
+        what = f"the devices have not enough memory: {first_line(error)}"
         hint = "more micro-batches take less, 0 = the fewest that fit; so does compute.remat=full"
-        raise UserError(what, at=at, hint=hint) from None
+        raise UserError(what, at=f"step.accumulation={config.accumulation}", hint=hint) from None
 
 
 def fitting_step(run: Run, name: str, make: Callable[[int], Any], inputs: Sequence[Any]) -> Callable:
