@@ -46,9 +46,9 @@ from heal import machine, optimizer, versions
 # rows of a step, tokens of a row, and the settings that are tried
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"layers": 22, "hidden": 2048, "heads": 32, "kv_heads": 4, "mlp": 5632, "vocab": 32000, "rows": 16,
-              "seq": 4096, "jaxup": "4:dots,8:dots,4:none", "torch": "4:none,8:full"},
+              "seq": 4096, "jaxup": "8:none:0,8:dots:0,4:none:0", "torch": "4:none,8:full"},
     "gpt2": {"layers": 24, "hidden": 1024, "heads": 16, "vocab": 50304, "rows": 64, "seq": 1024,
-             "jaxup": "16:dots,32:dots,16:none", "torch": "16:none,32:none"},
+             "jaxup": "32:none:0,16:none:0,32:dots:0", "torch": "16:none,32:none"},
 }  # fmt: skip
 QUICK = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "mlp": 96, "vocab": 256, "rows": 4, "seq": 64,
          "jaxup": "2:none,2:dots", "torch": "2:none:eager,2:full:eager"}  # fmt: skip
@@ -326,14 +326,17 @@ KINDS = {  # of a kernel, by what its name or that of its operation has
 def table(events: Iterable[tuple[str, str, float, float]], named: dict[str, str], steps: int, rows: int = 40) -> str:
     """Milliseconds a step: of each kind of kernel, and of the costliest ones with what of the model they compute.
 
-    `events` are (kernel, its operation, start, duration in ns); `named` is what an operation comes from.
+    `events` are (kernel, its operation, start, duration in ns); `named` is what an operation comes from. What differs
+    in a number alone, as the same operation of each layer does, is one line.
     """
     kinds, each, busy, end = collections.Counter(), {}, 0.0, 0.0
     events = sorted(events, key=lambda event: event[2])
     for kernel, op, start, duration in events:
         kind = next((k for k, words in KINDS.items() if re.search(words, f"{kernel} {op}", re.IGNORECASE)), "fusion")
         kinds[kind] += duration
-        entry = each.setdefault((kernel, op), [0, 0.0, kind])
+        source = "/".join(named.get(op, "").split("/")[-5:])
+        name = re.sub(r"[._]\d+$", "", kernel)[:60]
+        entry = each.setdefault((name, re.sub(r"[._]\d+$", "", op), source), [0, 0.0, kind])
         entry[0], entry[1] = entry[0] + 1, entry[1] + duration
         busy += max(0.0, start + duration - max(start, end))
         end = max(end, start + duration)
@@ -342,11 +345,8 @@ def table(events: Iterable[tuple[str, str, float, float]], named: dict[str, str]
     out = [f"a step: {whole * scale:.1f} ms, of which {busy * scale:.1f} ms something runs\n"]
     out += [f"{kind:10} {t * scale:9.2f} ms {t / whole:6.1%}" for kind, t in kinds.most_common()]
     out.append("\n       ms   share  calls  kind       operation: kernel: from")
-    for (kernel, op), (count, t, kind) in sorted(each.items(), key=lambda item: -item[1][1])[:rows]:
-        source = "/".join(named.get(op, "").split("/")[-5:])
-        out.append(
-            f"{t * scale:9.2f} {t / whole:7.1%} {count / steps:6g}  {kind:10} {op}: {kernel[:60]}: {source[-110:]}"
-        )
+    for (kernel, op, source), (count, t, kind) in sorted(each.items(), key=lambda item: -item[1][1])[:rows]:
+        out.append(f"{t * scale:9.2f} {t / whole:7.1%} {count / steps:6g}  {kind:10} {op}: {kernel}: {source[-110:]}")
     return "\n".join(out) + "\n"
 
 
