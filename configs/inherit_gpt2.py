@@ -32,8 +32,8 @@ Variants, after a colon and separated by commas:
                            target's size and target: medium 2.81, 2.86, 2.81 (16 layers), large
                            2.85, 2.97, 2.80 (18 layers), xl 2.65, 2.69, 2.64 (24 layers)
                            Compiled for TPUs (`--target`, docs/pods.md): medium takes 13.0 of the
-                           15.8 GiB of a chip of v5e:4x4, in two micro-batches, large 26.6 of the
-                           31.3 of v6e:2x4, xl 26.3 of them with mesh.data=1, mesh.fsdp=-1
+                           15.8 GiB of a chip of v5e:4x4, in two micro-batches; large, whose
+                           parameters are split over all chips, 7.9, and xl 13.2
     ablation=attn          attention and norms are inherited, the MLP is not
     ablation=mlp           MLP and norms, not attention
     ablation=no_norm       attention and MLP, not the norms
@@ -108,7 +108,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.warmup_steps = 5 if smoke else 12 if grow else 30 if small else 2000
     if not small:
         c.compute.remat = "dots"
-        c.mesh.data, c.mesh.fsdp = -1, 1  # the models fit on one device
+        c.mesh.data, c.mesh.fsdp = (-1, 1) if v["size"] == "medium" else (1, -1)  # each device has the whole of it
         c.eval.rows = 2400
     if smoke:
         c.eval.rows = 32

@@ -2,7 +2,7 @@
 
 With neither --config nor --resume the shipped files are listed; `--config=FILE --help` prints what one of them says of
 itself, and every key with its value. `--dry-run` says what the run would do, and what memory and time it takes;
-`--target=v5p:4x4x4` what it takes on such TPUs, which need not be here.
+`--target=v5p:4x4x4` what it takes on such TPUs, which need not be here, and `--target=auto` on the fewest that fit.
 
 The same command again resumes the run in its directory, or does nothing if it is finished; so does `--resume=DIR`,
 which has the configuration. What does not decide the numbers may change (mesh, log, eval, checkpoint, sample; and
@@ -48,7 +48,10 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     parser.add_argument("--dry-run", action="store_true",
                         help="say what would be done, with the memory and time that it takes, and leave")  # fmt: skip
     parser.add_argument("--target", metavar="TPU",
-                        help="say what a step takes on TPUs such as v5p:4x4x4, which need not be here")  # fmt: skip
+                        help="say what a step takes on TPUs such as v5p:4x4x4, which need not be here; "
+                        "auto, or auto:v5p: on the smallest slice that fits")  # fmt: skip
+    parser.add_argument("--target-compile", action="store_true",
+                        help="with --target, go on to the programs' code, which takes minutes")  # fmt: skip
     parser.add_argument("--target-json", metavar="FILE", help="with --target, write the figures there as well")
     args, rest = parser.parse_known_args(argv[1:])
     overrides, rest = [], list(rest)
@@ -72,6 +75,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
         raise UserError("what to train is not said", hint="give --config=FILE, or --resume=RUN")
     if args.target_json and not args.target:
         raise UserError(f"--target-json={args.target_json}: goes with --target")
+    if args.target_compile and (args.target or "auto").lower().startswith("auto"):
+        raise UserError("--target-compile: goes with --target=SLICE, such as v5p:4x4x4")
     if args.target and args.config is None:
         raise UserError(f"--target={args.target}: goes with --config, and not with a run that is here")
     beside = {"--dry-run": args.dry_run, "--workdir": args.workdir, SKIP: args.skip_step, RATE: args.rate_from}
@@ -113,7 +118,7 @@ def main(argv: list[str]) -> None:
     if args.target:
         from jaxup.experiments.target import show
 
-        show(config, args.target, args.config, args.target_json or "")
+        show(config, args.target, args.config, args.target_json or "", overrides, whole=args.target_compile)
         return
     devices.choose(args.platform)
     command, dry = shlex.join(["python", "-m", "jaxup.train", *argv[1:]]), (args.config or "") if args.dry_run else None

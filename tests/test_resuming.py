@@ -108,7 +108,9 @@ def test_what_breaks_off_in_a_bucket_ends_with_the_same_bytes(whole, command, he
     monkeypatch.undo()
     capsys.readouterr()
     run(f"--resume={here}")
-    assert re.search(r"^target_1: resumes at step 4 of 8 .*; attention: blocked$", capsys.readouterr().out, re.M)
+    assert re.search(
+        r"^target_1: resumes at step 4 of 8 .*; attention: blocked, 128 queries each$", capsys.readouterr().out, re.M
+    )
     assert losses(here) == losses(whole)
     assert export(here) == export(whole)
     before = dict(objects)

@@ -25,6 +25,7 @@ from jaxup.experiments import kind_of
 from jaxup.experiments.common import read_settings
 from jaxup.experiments.config import section
 from jaxup.model import sampling
+from jaxup.model.attention import described
 from jaxup.model.spec import count_params
 from jaxup.targets.chips import Topology
 from jaxup.targets.dump import FACTS, REFUSED
@@ -59,12 +60,17 @@ def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.
         key: jax.ShapeDtypeStruct((rows, *value.shape[1:]), value.dtype, sharding=batch_sharding(mesh))
         for key, value in shape.items()
     }
+    with jax.set_mesh(mesh):
+        kernel = described(
+            s.compute.attention, dtype=s.compute.dtype, seq_len=None if name == "decode" else stage.data.seq_len,
+            head_dim=model.head_dim, packed=stage.data.train.isolate,
+        )  # fmt: skip
     facts: dict[str, Any] = {
         "stage": stage.name, "mesh": dict(mesh.shape), "layers": model.num_layers, "parameters": count_params(model),
         "rows": rows, "seq_len": stage.data.seq_len, "accumulation": count, "remat": s.compute.remat,
         "flops": stage.flops * rows / s.batch_size / (1 if name == "train_step" else 3), "memory": held(stage, mesh),
         "beside": 0, "partial": stage.selection.partition is not None,
-        "micro_batches": micro_batches(s.batch_size, mesh),
+        "micro_batches": micro_batches(s.batch_size, mesh), "attention": kernel,
     }  # fmt: skip
     with jax.set_mesh(mesh):
         if name == "train_step":
@@ -84,6 +90,8 @@ def devices_of(topology: Topology) -> list[Any]:
     more: dict[str, Any] = {"chip_config_name": "megacore"} if topology.generation == "v4" else {}
     if any(topology.wrap):
         more["wrap"] = topology.wrap
+    if topology.count < 4:  # a part of a host, which has four
+        more["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
     return topologies.get_topology_desc(str(topology), "tpu", **more).devices
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import operator
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,86 +78,109 @@ class Compiled:
         return useful / self.topology.chip.flops / self.bound.seconds
 
 
-def show(config: ConfigDict, target: str, spec: str, file: str = "") -> None:
+def show(
+    config: ConfigDict, target: str, spec: str, file: str = "", given: Sequence[tuple[str, str]] = (), *,
+    whole: bool = False,
+) -> None:  # fmt: skip
     """Prints it. UserError for what the run would refuse, and, once all is said, for what does not fit.
 
     Args:
-      target: a topology, as v5p:4x4x4.
+      target: a topology, as v5p:4x4x4, or `auto`, or `auto:v5p`.
       spec: the experiment file and its variants.
       file: where the figures go as JSON; "" = nowhere.
+      given: what the command line changes of it, which `auto` leaves as it is.
+      whole: programs are compiled to their code, unless they do not fit.
     """
+    if target.lower().partition(":")[0] == "auto":
+        from jaxup.experiments.proposal import propose
+
+        figures = propose(config, target, spec, given)
+        if file:
+            Path(file).write_text(json.dumps(figures, indent=2) + "\n")
+        return
     topology = chips.parse(target)
-    stood_in = stand_in(config)
-    for line in stood_in:
-        say(line)
-    found = []
-    for name in PROGRAMS:
-        found.append(one := plan(config, topology, name))
-        if one is found[0]:
-            tell(f"{spec} on {topology}: {topology.count} chips, mesh {_mesh(one)}\n")
-        tell("\n".join(_program(one)) + "\n")
-    tell("\n".join(_assumed(topology)))
+    stand_in(config)
+    found = told(spec, (plan(config, topology, name, whole) for name in PROGRAMS))
     if file:
         Path(file).write_text(json.dumps([one.as_json() for one in found], indent=2) + "\n")
     if too_large := [one for one in found if not one.fits]:
         need = max(one.peak for one in too_large)
-        what = f"{too_large[0].plan.facts['stage']} takes {_gib(need)} GiB a chip, which has {_gib(topology.chip.room)}"
+        what = f"{too_large[0].plan.facts['stage']} takes {gib(need)} GiB a chip, which has {gib(topology.chip.room)}"
         raise UserError(what, at=f"--target={target}", hint=_remedy(config, too_large[0]))
 
 
-def stand_in(config: ConfigDict) -> list[str]:
-    """Puts what is enough to compile in the place of what is not at hand; what to say of it.
+def told(spec: str, programs: Iterable[Compiled]) -> list[Compiled]:
+    """Prints each as soon as it is there, and what is assumed of the chips."""
+    found: list[Compiled] = []
+    for one in programs:
+        if not found:
+            count = one.topology.count
+            tell(f"{spec} on {one.topology}: {count} chip{'s' * (count > 1)}, mesh {shape(one.plan.facts['mesh'])}\n")
+        found.append(one)
+        tell("\n".join(_program(one)) + "\n")
+    tell("\n".join(_assumed(found[0].topology)))
+    return found
+
+
+def stand_in(config: ConfigDict) -> None:
+    """Puts what is enough to compile in the place of what is not at hand, and says of which model.
 
     The config.json of models that shipped files name comes along, for a machine without the network.
     """
-    said = []
     for section, key in (("base", "path"), ("reference", "path")):
         name = config[section][key] if section in config else ""
         published = [place / "published" / name.replace("/", "--") for place in SHIPPED]
         if found := [place for place in published if name and place.is_dir() and not Path(name).exists()]:
-            said.append(f"{section}.{key}={name}: compiled from its sizes as they were published")
+            say(f"{section}.{key}={name}: compiled from its sizes as they were published")
             config[section][key], config[section]["revision"] = str(found[0]), ""
     if "files" in config.data and not config.data.files:
         config.data.files = "data.jsonl"  # is not opened
     if "reference" in config and config.reference.path and not config.data.tokenizer:
         config.data.tokenizer = "ids:2"
-    return said
 
 
-def plan(config: ConfigDict, topology: Topology, name: str) -> Compiled:
+def plan(config: ConfigDict, topology: Topology, name: str, whole: bool = False) -> Compiled:
     """One of PROGRAMS, of training in the fewest micro-batches that fit if the configuration leaves that open.
 
     UserError where libtpu is missing, and for what the run would refuse.
     """
-    found = _plan(config, topology, name)
+    found = _plan(config, topology, name, whole)
     while config.step.accumulation == 0 and name == "train_step" and not found.fits:
-        facts, memory = found.plan.facts, found.plan.memory
-        now, room = facts["accumulation"], topology.chip.room - memory.arguments
-        # What is cut gets smaller by no more than it is cut.
-        least = now * memory.temporary / room if room > 0 else math.inf
+        facts = found.plan.facts
+        now, least = facts["accumulation"], found.plan.memory.least(facts["accumulation"], topology.chip.room)
         more = next((n for n in facts["micro_batches"] if n > now and n >= least), None)
         if more is None:
             break
         finer = copy.deepcopy(config)
         finer.step.accumulation = more
-        found = _plan(finer, topology, name)
+        found = _plan(finer, topology, name, whole)
     return found
 
 
-def _plan(config: ConfigDict, topology: Topology, name: str) -> Compiled:
+def needs_compiler(target: object) -> None:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPUs needs libtpu", at=f"--target={topology}", hint="install jaxup[tpu]")
+        raise UserError("compiling for TPUs needs libtpu", at=f"--target={target}", hint="install jaxup[tpu]")
+
+
+def _plan(config: ConfigDict, topology: Topology, name: str, whole: bool) -> Compiled:
+    needs_compiler(topology)
     with tempfile.TemporaryDirectory(prefix="jaxup-target-") as directory:
         given = (config.to_dict(), topology, name, directory)
-        found = compiled("jaxup.experiments.lowered", given, Path(directory), topology.generation)
+        found = compiled("jaxup.experiments.lowered", given, Path(directory), topology.generation, whole=whole)
     return Compiled(name, topology, found)
 
 
 # ---- what is printed
 
 
-def _mesh(one: Compiled) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in one.plan.facts["mesh"].items())
+def mesh_sizes(axes: Mapping[str, int], count: int) -> dict[str, int]:
+    """Of a configuration's mesh, with what is left of so many chips in the place of -1."""
+    left = max(1, count // math.prod(size for size in axes.values() if size > 0))
+    return {axis: left if size == -1 else size for axis, size in axes.items()}
+
+
+def shape(mesh: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.items())
 
 
 def _program(one: Compiled) -> list[str]:
@@ -166,13 +189,14 @@ def _program(one: Compiled) -> list[str]:
     how = f"{facts['rows']} rows of {facts['seq_len']:,}" if one.name != "decode" else "one row, with its cache"
     if training:
         how += f" in {facts['accumulation']} micro-batches, remat {facts['remat']}"
+    how += f"; attention: {facts['attention']}"
     lines = [
         f"{PROGRAMS[one.name]} of {facts['stage']}, {facts['layers']} layers, {facts['parameters']:,} parameters: {how}"
     ]
     held = dict(facts["memory"])
     held["batch, padding" if held else "parameters, cache"] = memory.arguments + facts["beside"] - sum(held.values())
     held["gradients, activations" if training else "activations"] = memory.temporary + memory.outputs + memory.constants
-    held[f"peak, of {_gib(one.topology.chip.room)} GiB" + ("" if one.fits else ": IT DOES NOT FIT")] = one.peak
+    held[f"peak, of {gib(one.topology.chip.room)} GiB" + ("" if one.fits else ": IT DOES NOT FIT")] = one.peak
     lines += [f"  {size / 2**30:9.3f} GiB  {name}" for name, size in held.items()]
     if bound.flops:
         useful = "{:.4g} {}".format(*_scaled(facts["flops"] / one.topology.count))
@@ -187,20 +211,18 @@ def _program(one: Compiled) -> list[str]:
     rate = f"at most {tokens / bound.seconds:,.0f} tokens/s"
     if one.name != "decode" and not facts["partial"]:
         rate += f", MFU {one.mfu:.0%}"
-    return [
-        *lines,
-        f"  {least}",
-        f"  {'':9} {'':4} {rate}; planned in {one.plan.seconds:.0f} s of CPU, without generating code",
-    ]
+    seconds = f"{one.plan.seconds:.0f} s of CPU"
+    took = f"compiled in {seconds}" if one.plan.whole else f"planned in {seconds}, without generating code"
+    return [*lines, f"  {least}", f"  {'':9} {'':4} {rate}; {took}"]
 
 
 def _assumed(topology: Topology) -> list[str]:
     chip = topology.chip
-    rings = "rings" if all(topology.wrap) else "lines" if not any(topology.wrap) else "rings and lines"
-    return [
-        f"assumed of a {topology.generation}: {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e12:.3g} TB/s of HBM"
-        f", {topology.ingress / 1e9:.0f} GB/s received over all links, which are {rings}; no step reaches them"
-    ]
+    assumed = [f"{chip.flops / 1e12:.0f} TFLOP/s", f"{chip.bandwidth / 1e12:.3g} TB/s of HBM"]
+    if topology.count > 1:
+        rings = "rings" if all(topology.wrap) else "lines" if not any(topology.wrap) else "rings and lines"
+        assumed.append(f"{topology.ingress / 1e9:.0f} GB/s received over all links, which are {rings}")
+    return [f"assumed of a {topology.generation}: {', '.join(assumed)}; no step reaches them"]
 
 
 def _line(amount: float, unit: str, what: str) -> str:
@@ -214,7 +236,7 @@ def _scaled(amount: float) -> tuple[float, str]:
     return amount / 1000**thousands, " kMGTP"[thousands].strip()
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     return f"{size / 2**30:.2f}"
 
 
@@ -234,7 +256,7 @@ def _remedy(config: ConfigDict, one: Compiled) -> str:
         except UserError:  # what does not divide over more chips
             continue
         if found.fits:
-            return f"it fits with {_words(changes, topology, one.topology)}, in {_gib(found.peak)} GiB"
+            return f"it fits with {_words(changes, topology, one.topology)}, in {gib(found.peak)} GiB"
     return "nothing that was tried fits"
 
 

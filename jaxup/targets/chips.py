@@ -89,16 +89,35 @@ def _slices(generation: str) -> list[Topology]:
     return [Topology(generation, shape) for shape in shapes]
 
 
+def ascending(text: str) -> list[Topology]:
+    """The slices that `auto`, or `auto:v5e,v6e`, is a choice of, one for each number of chips, by that and by memory.
+
+    Of v4 and v5p those of whole hosts: no fewer chips are let. UserError for a generation that there is not.
+    """
+    generations = [_known(name, f"--target={text}") for name in text.lower().partition(":")[2].split(",") if name]
+    by_count: dict[tuple[int, int, str], Topology] = {}
+    for generation in dict.fromkeys(generations or CHIPS):
+        for t in sorted(_slices(generation), key=lambda t: max(t.shape)):
+            if t.chip.axes == 2 or t.count >= 4:
+                by_count.setdefault((t.count, t.chip.room, generation), t)
+    return [by_count[key] for key in sorted(by_count)]
+
+
+def _known(generation: str, at: str) -> str:
+    if generation not in CHIPS:
+        raise UserError(f"no TPU {generation!r}{suggest(generation, CHIPS)}", at=at, hint="such as v5p:4x4x4, auto:v5p")
+    return generation
+
+
 def parse(text: str) -> Topology:
     """`v5p:4x4x4`; UserError, with the nearest that there is, for any that there is not."""
     generation, _, sizes = text.lower().partition(":")
     at = f"--target={text}"
-    if generation not in CHIPS:
-        raise UserError(f"no TPU {generation!r}{suggest(generation, CHIPS)}", at=at, hint="such as v5p:4x4x4")
+    _known(generation, at)
     known = _slices(generation)
     if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", sizes):
         what = "chips along each axis belong after the colon" if not sizes else f"{sizes!r} is no shape"
-        raise UserError(what, at=at, hint=f"such as {known[3]}, {known[-3]}")
+        raise UserError(what, at=at, hint=f"such as {known[3]}, {known[-3]}, or auto:{generation}")
     asked = tuple(map(int, sizes.split("x")))
     found = [t for t in known if sorted(t.shape) == sorted(asked)]
     if not found:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 import re
@@ -42,6 +43,14 @@ class Memory:
     def total(self) -> int:
         return self.arguments + self.outputs + self.constants + self.temporary
 
+    def least(self, count: int, room: int | float) -> float:
+        """Of a step in `count` micro-batches that does not fit: fewer of them than this do not fit either.
+
+        What is there for a while gets smaller by no more than it is cut.
+        """
+        left = room - (self.total - self.temporary)
+        return count * self.temporary / left if left > 0 else math.inf
+
 
 def read_memory(text: str) -> Memory:
     """Of a buffer assignment, a text of XLA's."""
@@ -61,19 +70,22 @@ class Plan:
     memory: Memory
     module: Module
     facts: dict[str, Any]  # what whoever compiled it said of it
-    seconds: float  # of processors, to come to it
+    seconds: float  # of processors, to come to it, or to its code
+    whole: bool = False  # its code was made
 
 
-def read_dump(directory: Path, facts: dict[str, Any], seconds: float = 0.0) -> Plan:
+def read_dump(directory: Path, facts: dict[str, Any], seconds: float = 0.0, whole: bool = False) -> Plan:
     """Of the one program whose dump is in `directory`."""
     (plan,), (buffers,) = (sorted(directory.glob(f"*{name}")) for name in (_PLAN, _BUFFERS))
-    return Plan(read_memory(buffers.read_text()), parse(plan.read_text()), facts, seconds)
+    return Plan(read_memory(buffers.read_text()), parse(plan.read_text()), facts, seconds, whole)
 
 
-def compiled(module: str, given: Any, directory: Path, generation: str) -> Plan:
+def compiled(module: str, given: Any, directory: Path, generation: str, *, whole: bool = False) -> Plan:
     """Runs `python -m MODULE`, which reads `given` and has XLA dump a program, until the dump is there.
 
-    UserError for what it refuses, and for a compiler that fails before it has a plan.
+    With `whole` to its end: a kernel may need more of a chip's fast memory than there is, which its code shows.
+
+    UserError for what it refuses, and for a compiler that fails, unless it is for want of memory and there is a plan.
     """
     environment = {**os.environ, **_ENVIRONMENT, "TPU_ACCELERATOR_TYPE": f"{generation}-8"}
     began, waiting = os.times(), Waiting()
@@ -89,7 +101,7 @@ def compiled(module: str, given: Any, directory: Path, generation: str) -> Plan:
             while process.poll() is None:
                 time.sleep(0.5)
                 waiting.on("the compiler")
-                if (now := _written(directory)) is not None and now == before:
+                if (now := _written(directory)) is not None and now == before and not whole:
                     break
                 before = now
         finally:
@@ -100,9 +112,10 @@ def compiled(module: str, given: Any, directory: Path, generation: str) -> Plan:
     if (refused := directory / REFUSED).exists():
         said = json.loads(refused.read_text())
         raise UserError(said["what"], at=said["at"], hint=said["hint"])
-    if _written(directory) is None:
-        raise UserError(f"the compiler fails: {_failure((directory / LOG).read_text(errors='replace'))}")
-    return read_dump(directory, json.loads((directory / FACTS).read_text()), seconds)
+    log_text, made = (directory / LOG).read_text(errors="replace"), process.returncode == 0
+    if _written(directory) is None or (whole and not made and "RESOURCE_EXHAUSTED" not in log_text):
+        raise UserError(f"the compiler fails: {_failure(log_text)}")
+    return read_dump(directory, json.loads((directory / FACTS).read_text()), seconds, made)
 
 
 def _written(directory: Path) -> tuple[int, ...] | None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxup.errors import UserError, first_line
 from jaxup.progress import say
+from jaxup.targets.dump import Memory
 from jaxup.text import read_json
 from jaxup.together import gather, told
 from jaxup.training.run import Run
@@ -110,10 +111,8 @@ def fewest_that_fit(
         if count >= least:  # below that the program before has said that it cannot be
             try:
                 step = make(count).lower(*inputs).compile()
-                fixed, cut = _needs(step)
-                fits = fixed + cut <= room
-                # What is cut gets smaller by no more than it is cut.
-                least = count * cut / (room - fixed) if fixed < room else math.inf
+                needs = _needs(step)
+                fits, least = needs.total <= room, needs.least(count, room)
             except jax.errors.JaxRuntimeError as error:
                 if not _ran_out(error):
                     raise
@@ -137,8 +136,10 @@ def _room(mesh: Mesh) -> float:
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
 
 
-def _needs(step: Any) -> tuple[int, int]:
-    """Bytes on each device of (what goes in and comes out, what is there in between)."""
+def _needs(step: Any) -> Memory:
+    """Of each device."""
     memory = step.memory_analysis()
-    sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return sizes, memory.temp_size_in_bytes
+    return Memory(
+        arguments=memory.argument_size_in_bytes, constants=0, temporary=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    )  # fmt: skip

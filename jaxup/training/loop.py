@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import NonFinite, UserError
-from jaxup.model.attention import choose
+from jaxup.model.attention import described
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract, init
 from jaxup.model.sharding import param_shardings
@@ -234,7 +234,7 @@ def train_model(
         compiles = make_program.cache_info().hits == hits
         place, later = run.place(name, steps)
         label = f"{name} (model {place})" if place else name
-        attention = choose(
+        attention = described(
             run.settings.compute.attention, dtype=run.settings.compute.dtype, seq_len=run.data.seq_len,
             head_dim=model.head_dim, packed=run.data.train.isolate,
         )  # fmt: skip
