@@ -90,7 +90,7 @@ def described(asked: str, *, dtype: DTypeLike, seq_len: int | None, head_dim: in
     """What `choose` takes, with the positions that it computes at once."""
     chosen = choose(asked, dtype=dtype, seq_len=seq_len, head_dim=head_dim, packed=packed)
     if chosen == "splash" and seq_len is not None:
-        return f"splash, blocks of {_tpu_blocks(seq_len, head_dim, dtype)[1]:,}"
+        return f"splash, blocks of {_equal(seq_len, _most(head_dim, dtype))[1]:,}"
     return f"blocked, {_BLOCK} queries each" if chosen == "blocked" else chosen
 
 
@@ -140,20 +140,23 @@ def _cudnn(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS):
     return masked(*padded, segment_ids_BS)[..., :H]
 
 
-def _tpu_blocks(seq_len: int, head_dim: int, dtype: DTypeLike) -> tuple[int, int]:
-    """How many blocks the TPU's kernel has of a row, and positions of each.
+def _most(head_dim, dtype):
+    """Positions of a block of the TPU's kernel."""
+    return _TPU_BLOCK if head_dim * jnp.dtype(dtype).itemsize <= 512 else _TPU_BLOCK // 2
 
-    Rows end in keys that no query before them sees, so that blocks of one size, a multiple of 128, are all of them.
-    """
-    count = -(-seq_len // (_TPU_BLOCK if head_dim * jnp.dtype(dtype).itemsize <= 512 else _TPU_BLOCK // 2))
-    return count, -(-seq_len // (128 * count)) * 128
+
+def _equal(length, most):
+    """The fewest blocks of one size, a multiple of 128 up to `most`, that hold `length`: (their number, their size)."""
+    count = -(-length // most)
+    return count, -(-length // (128 * count)) * 128
 
 
 def _splash(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS, batch_axes):
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas  # slow to import, and for TPUs only
 
     S, K, H = k_BSKH.shape[1:]
-    count, block = _tpu_blocks(S, H, k_BSKH.dtype)
+    # Rows end in keys that no query before them sees, so that blocks of one size are all of them.
+    count, block = _equal(S, _most(H, k_BSKH.dtype))
     product = math.gcd(block, _TPU_PRODUCT)
     fused = count <= _TPU_FUSED
     sizes = pallas.BlockSizes(
