@@ -21,6 +21,7 @@ from jaxup.hub.reader import load_config
 from jaxup.model.spec import count_params
 from jaxup.targets import chips, cost, dump, hlo
 from jaxup.targets.roofline import Roofline, roofline
+from jaxup.training import trial
 from jaxup.training.sharding import MeshConfig, make_mesh
 
 # One layer of fully sharded data parallelism over 2 x 4 devices, four times in a loop: its weights are gathered over
@@ -361,6 +362,12 @@ def test_nothing_fits(fake, capsys, tmp_path, monkeypatch):
         train.main(["train", "--config=heal_tunguska.py", "--target=auto:v5e", "--target-json=x"])
     assert len(fake.asked) == 1  # and it says how many it would need
     assert "too large" in capsys.readouterr().out
+    monkeypatch.setattr(trial, "needed", lambda stage, mesh: 2**60)
+    with pytest.raises(
+        UserError, match=r"healed keeps 1073741824\.00 GiB between steps: no slice that its rows divide"
+    ):
+        train.main(["train", "--config=heal_tunguska.py", "--target=auto:v5e"])
+    assert len(fake.asked) == 1
     monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^--target=auto: compiling for TPUs needs libtpu; install jaxup\[tpu\]$"):
         train.main(["train", "--config=heal_tunguska.py", "--target=auto"])
