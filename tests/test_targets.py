@@ -18,6 +18,7 @@ from jaxup.experiments import lowered, target
 from jaxup.experiments.common import new_model
 from jaxup.experiments.config import load
 from jaxup.hub.reader import load_config
+from jaxup.model.attention import described
 from jaxup.model.spec import count_params
 from jaxup.targets import chips, cost, dump, hlo
 from jaxup.targets.roofline import Roofline, roofline
@@ -174,6 +175,20 @@ def test_rings_and_links():
     ingress = {"v5p:4x4x4": 540e9, "v5p:2x2x4": 270e9, "v6e:4x4": 180e9, "v5e:4x4": 90e9, "v5e:16x16": 180e9}
     assert {name: chips.parse(name).ingress for name in ingress} == ingress
     assert str(chips.parse("v5p:8x4x4").larger()) == "v5p:4x8x8"
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "seq_len", "head_dim", "said"),
+    [
+        ("splash", "bfloat16", 8192, 128, "splash, blocks of 1,024"),
+        ("splash", "bfloat16", 1500, 64, "splash, blocks of 768"),  # two of one size, a multiple of 128
+        ("splash", "float32", 2048, 256, "splash, blocks of 512"),
+        ("blocked", "float32", 4096, 64, "blocked, 128 queries each"),
+        ("auto", "float32", None, 64, "xla"),
+    ],
+)
+def test_what_is_said_of_attention(asked, dtype, seq_len, head_dim, said):
+    assert described(asked, dtype=dtype, seq_len=seq_len, head_dim=head_dim, packed=False) == said
 
 
 def configuration(*more):

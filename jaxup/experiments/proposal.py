@@ -27,8 +27,9 @@ from jaxup.targets.chips import Topology
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# By the time they take; each takes less memory than the one before it.
-REMAT = ("dots", "context", "full")
+# Policies by the time they take; each takes less memory than the one before it. A further group is for slices on which
+# none of the first fits.
+REMAT: tuple[tuple[str, ...], ...] = (("dots", "context", "full"),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +126,11 @@ class Search:
         meshes = list(self._meshes(topology))
         if not meshes or self.state > count * room or count < self._least.get(generation, 0):
             return None
-        remat = (self._config.compute.remat,) if "compute.remat" in self._given else REMAT
-        least = self._compiled(topology, meshes[-1], remat[-1], self._cuts(meshes[-1])[-1])
+        groups = ((self._config.compute.remat,),) if "compute.remat" in self._given else REMAT
+        for remat in groups:
+            least = self._compiled(topology, meshes[-1], remat[-1], self._cuts(meshes[-1])[-1])
+            if least.fits:
+                break
         if not least.fits:
             if isinstance(least.found, Compiled):  # what is split gets smaller by no more than it is split
                 self._least[generation] = count * least.found.peak / room
