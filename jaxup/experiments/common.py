@@ -37,7 +37,7 @@ from jaxup.together import told
 from jaxup.training.loop import evaluate, random_params, train_model
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Result, Run, Settings, Stage, check_digest, describe_model, read_result, write_result
-from jaxup.training.sharding import check_heads
+from jaxup.training.sharding import BATCH_AXES, check_heads
 from jaxup.training.step import StepConfig
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def read_settings(config: ConfigDict) -> Settings:
             raise UserError(f"{key} must be at least {least}, not {value}", hint="0 = all" * (key == "eval.rows"))
     return Settings(
         seed=config.seed, batch_size=config.batch_size, optimizer=section(OptimizerConfig, config.optimizer),
-        step=section(StepConfig, config.step), compute=section(Compute, config.compute),
+        step=section(StepConfig, config.step), compute=section(Compute, config.compute, batch_axes=BATCH_AXES),
         eval_interval=config.eval.interval, eval_rows=config.eval.rows,
         eval_batch_size=config.eval.batch_size, log_interval=config.log.interval,
         checkpoint_interval=config.checkpoint.interval, keep_checkpoints=config.checkpoint.keep,

@@ -65,7 +65,7 @@ from jaxup.training.lora import LoraConfig
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Dtypes, Result, Run, Settings, Stage, check_digest, describe_model, read_result
 from jaxup.training.selection import Selection, TrainConfig, select
-from jaxup.training.sharding import BATCH_AXES, check_batch
+from jaxup.training.sharding import check_batch
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -157,8 +157,7 @@ class Heal(Experiment):
 
     def _select(self, model: ModelConfig, plan: DepthPlan, train: TrainConfig | None = None) -> Selection:
         s = self._settings
-        compute = dataclasses.replace(s.compute, batch_axes=BATCH_AXES)
-        return select(model, plan, train or self._train, self._lora, compute=compute, seed=s.seed)
+        return select(model, plan, train or self._train, self._lora, compute=s.compute, seed=s.seed)
 
     # ---- data
 

@@ -180,9 +180,8 @@ def _splash(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS, batch_axes):
     ids_BS = None if segment_ids_BS is None else pad(segment_ids_BS)
     run: Callable[..., Any] = local
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        # Those that an enclosing shard_map has split already are no more to be split.
-        left = {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
+    # Those that an enclosing shard_map has split already are no more to be split.
+    if left := {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}:
         rows = tuple(axis for axis in batch_axes if axis in left)
         split = PartitionSpec(rows, "tensor" if K % left.get("tensor", K + 1) == 0 else None)
         run = jax.shard_map(

@@ -234,7 +234,7 @@ class Compute:
     # gave, unless a TPU would store it in twice its bytes), context (all but the latter), full.
     remat: str = "none"
     unroll: int = 1  # layers per iteration of the scan; 0 = all, faster but for compiling
-    batch_axes: tuple[str, ...] = ()  # mesh axes that split the batch; () = no mesh
+    batch_axes: tuple[str, ...] = ()  # mesh axes that split the batch, where a mesh is set
 
     def __post_init__(self):
         for name, choices in (
@@ -244,3 +244,12 @@ class Compute:
         ):
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"compute: {name}={value!r} is not one of {choices}{nearest(value, choices)}")
+
+    @property
+    def rows_over(self) -> tuple[str, ...]:
+        """Of `batch_axes` those that split the rows here: of the mesh that is set, if one is, and not of a `shard_map`
+        around, inside of which each device has its own rows."""
+        import jax
+
+        mesh = jax.sharding.get_abstract_mesh()
+        return tuple(axis for axis in self.batch_axes if axis in mesh.shape and axis not in mesh.manual_axes)

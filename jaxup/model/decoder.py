@@ -163,8 +163,9 @@ class Decoder(nnx.Module):
         if self.embed_positions is not None:
             check_numbers("position", positions_BS, self.config.max_positions)
         dtype = jnp.dtype(self.compute.dtype)
+        rows = self.compute.rows_over
         x_BSD = self.embed_tokens[...][tokens_BS]
-        *others, last = self.compute.batch_axes or ("",)
+        *others, last = rows or ("",)
         if last and x_BSD.shape[-1] % jax.sharding.get_abstract_mesh().shape[last] == 0:
             # The table is split along hidden, over the last of these axes. So each device looks its part of hidden up,
             # for the rows of all along that axis, before it has its own rows whole: not told so, XLA may look every
@@ -177,10 +178,10 @@ class Decoder(nnx.Module):
             # A position that was not learned makes NaN, where indexing alone would take the last.
             learned_BSD = self.embed_positions[...].at[positions_BS].get(mode="fill", fill_value=jnp.nan)
             x_BSD = x_BSD + learned_BSD.astype(dtype)
-        if self.compute.batch_axes:
+        if rows:
             # The table is split over the same mesh axes as the batch: unless told otherwise, XLA may
             # leave the activations split along the hidden axis.
-            x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(self.compute.batch_axes))
+            x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(rows))
         return x_BSD
 
     def logits(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:

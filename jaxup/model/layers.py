@@ -169,7 +169,7 @@ class Attention(nnx.Module):
         def attend(window: int | None, q: Array, k: Array, v: Array) -> Array:
             return attention(
                 q, k.astype(q.dtype), v.astype(q.dtype), q_start=start, window=window, segment_ids=segment_ids_BS,
-                first=first_B, implementation=self.compute.attention, batch_axes=self.compute.batch_axes,
+                first=first_B, implementation=self.compute.attention, batch_axes=self.compute.rows_over,
             )  # fmt: skip
 
         # The window decides which program runs, so a layer's own is chosen among those of the model.

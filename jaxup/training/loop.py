@@ -39,7 +39,7 @@ from jaxup.training.optimizer import learning_rate, make_optimizer
 from jaxup.training.partition import Partition, digest
 from jaxup.training.run import Result, Run, Settings, check_digest, describe_model, read_result, write_result
 from jaxup.training.selection import EVERYTHING, Selection
-from jaxup.training.sharding import BATCH_AXES, local_rows, place_batch, state_shardings
+from jaxup.training.sharding import local_rows, place_batch, state_shardings
 from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step, skip_step
 
 
@@ -101,7 +101,6 @@ def make_program(
     """`peaks`: see `learning_rate`."""
     partition = selection.partition
     optimizer = make_optimizer(settings.optimizer, steps, selection.rates, peaks=peaks)
-    compute = dataclasses.replace(settings.compute, batch_axes=BATCH_AXES)
     replicated = NamedSharding(mesh, PartitionSpec())
     whole = param_shardings(model, mesh)
 
@@ -121,7 +120,7 @@ def make_program(
     def cut_into(count: int) -> Any:
         step = dataclasses.replace(settings.step, accumulation=count)
         return jax.jit(
-            make_train_step(model, compute, optimizer, step, partition),
+            make_train_step(model, settings.compute, optimizer, step, partition),
             donate_argnums=0,
             out_shardings=(shardings, replicated),
             compiler_options=compiler_options(mesh),
@@ -156,7 +155,7 @@ def evaluate(run: Run, name: str, model: ModelConfig, params: Params) -> float:
 def _eval_step(
     model: ModelConfig, compute: Compute, step: StepConfig, mesh: Mesh, partition: Partition | None
 ) -> Callable:
-    eval_step = make_eval_step(model, dataclasses.replace(compute, batch_axes=BATCH_AXES), step, partition)
+    eval_step = make_eval_step(model, compute, step, partition)
     out = NamedSharding(mesh, PartitionSpec())
     return jax.jit(eval_step, out_shardings=out, compiler_options=compiler_options(mesh))
 

@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxup.errors import UserError
+from jaxup.model.attention import choose
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
+from jaxup.model.sharding import RULES
 from jaxup.model.spec import STACK, flatten
 from jaxup.training.loss import cross_entropy
 from jaxup.training.partition import Partition
@@ -74,21 +77,30 @@ def make_train_step(
     are divided once, so accumulation, padding and mesh do not change what is optimised.
 
     Where the model computes in bfloat16, a kernel's gradient is summed over the devices in bfloat16, and over the
-    micro-batches in float32; the head's is float32 throughout, and so are the master weights and moments.
+    micro-batches in float32, as then over the devices of `_summed_once`; the head's is float32 throughout, and so are
+    the master weights and moments.
     """
     loss_sums = _make_loss(model, compute, config, partition)
+    gradient = jax.value_and_grad(loss_sums, has_aux=True)
+
+    def accumulated(params: Params, batch: Batch, *frozen: Params) -> Any:
+        zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params)
+
+        def body(total, micro_batch):
+            return jax.tree.map(jnp.add, total, gradient(params, micro_batch, *frozen)), None
+
+        return jax.lax.scan(body, zeros, _micro_batches(batch, config.accumulation))[0]
 
     def train_step(state: TrainState, batch: Batch, *frozen: Params) -> tuple[TrainState, dict[str, jax.Array]]:
-        gradient = jax.value_and_grad(loss_sums, has_aux=True)
-        if config.accumulation <= 1:  # 0, where nothing says what fits
-            (loss, plain), grads = gradient(state.params, batch, *frozen)
-        else:
-            zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.params)
-
-            def body(total, micro_batch):
-                return jax.tree.map(jnp.add, total, gradient(state.params, micro_batch, *frozen)), None
-
-            ((loss, plain), grads), _ = jax.lax.scan(body, zeros, _micro_batches(batch, config.accumulation))
+        sums = gradient if config.accumulation <= 1 else accumulated  # 0, where nothing says what fits
+        if config.accumulation > 1 and (axes := _summed_once(model, compute, batch)):
+            whole, sizes = PartitionSpec(), jax.sharding.get_abstract_mesh().shape
+            sums = jax.shard_map(
+                lambda *given: jax.lax.psum(accumulated(*given), axes), check_vma=False,
+                in_specs=(whole, PartitionSpec(axes), *[whole] * len(frozen)), out_specs=whole,
+                axis_names={*axes} if any(sizes[axis] > 1 for axis in sizes if axis not in axes) else {*sizes},
+            )  # fmt: skip
+        (loss, plain), grads = sums(state.params, batch, *frozen)
         tokens = jnp.sum(batch["loss_weights"])
         scale = 1 / jnp.maximum(tokens, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -121,6 +133,22 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def _summed_once(model: ModelConfig, compute: Compute, batch: Batch) -> tuple[str, ...]:
+    """Axes of the mesh along which each device adds up the gradients of its own rows, until they are summed after the
+    last micro-batch; XLA by itself sums them in each.
+
+    They are those that split rows and no parameter. There are none where what XLA has to split by itself beside them is
+    more than it can: an embedding along both of its axes, or cuDNN's kernel, which it splits by a call of its own.
+    """
+    sizes = {axis: size for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1}
+    axes = tuple(axis for axis in compute.rows_over if axis in sizes and axis not in RULES.values())
+    kernel = choose(
+        compute.attention, dtype=compute.dtype, seq_len=batch["tokens"].shape[1], head_dim=model.head_dim,
+        packed="segment_ids" in batch,
+    )  # fmt: skip
+    return axes if len(sizes) - len(axes) <= (kernel != "cudnn") else ()
 
 
 def _where(condition: jax.Array, then: TrainState, otherwise: TrainState) -> TrainState:
@@ -177,7 +205,7 @@ def _make_loss(
             decoder, x_BSD = partition.hidden(params, frozen[0], batch["tokens"], **inputs)
         return cross_entropy(
             x_BSD, decoder.head_kernel(), batch["targets"], batch["loss_weights"],
-            chunk=config.loss_chunk, z_loss=config.z_loss, batch_axes=compute.batch_axes,
+            chunk=config.loss_chunk, z_loss=config.z_loss, batch_axes=compute.rows_over,
         )  # fmt: skip
 
     return loss_sums
