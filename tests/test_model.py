@@ -163,6 +163,7 @@ def cudnn(monkeypatch):
     [
         ("cudnn", 6, "dots", 1), ("cudnn", 6, "context", 1), ("cudnn", 6, "full", 2),
         ("splash", 128, "dots", 1), ("splash", 64, "dots", 2), ("splash", 64, "context", 1), ("splash", 128, "full", 2),
+        ("splash", 64, "offload", 2),
     ],
 )  # fmt: skip
 def test_what_rematerialisation_keeps_of_the_kernel_of_attention(attention, head_dim, remat, times, cudnn):
@@ -177,6 +178,9 @@ def test_what_rematerialisation_keeps_of_the_kernel_of_attention(attention, head
     }[attention]
     assert program.count(forward) == times
     assert program.count(backward) == 1
+    # What the layers keep in the memory of the host: the input of each.
+    kept = set(re.findall(r"\w+<host>\[3,[\d,]+\]", program))
+    assert len(kept) == (remat == "offload"), kept
 
 
 def test_packed_rows_keep_no_mask_and_no_logits_for_the_backward_pass_of_the_kernel(cudnn):
@@ -223,7 +227,7 @@ def test_rematerialisation_and_unrolling_do_not_change_gradients(config):
     params, tokens = noisy(config), tokens_for(config)
     (loss, _), grads = loss_and_grad(config, Compute(), params, tokens)
     scale = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
-    for compute in (Compute(remat="dots", unroll=2), Compute(remat="full", unroll=99)):
+    for compute in (Compute(remat="dots", unroll=2), Compute(remat="full", unroll=99), Compute(remat="offload")):
         (other_loss, _), other = loss_and_grad(config, compute, params, tokens)
         assert abs(loss - other_loss) < 1e-6
         errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / scale, other, grads)

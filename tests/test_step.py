@@ -35,6 +35,7 @@ from jaxup.training.sharding import (
     batch_sharding,
     check_batch,
     check_heads,
+    check_host_memory,
     device_grid,
     local_rows,
     make_mesh,
@@ -370,6 +371,16 @@ def test_pod_configurations_start_on_pods():
         check_batch("batch_size", settings.batch_size, mesh, settings.step.accumulation)
         check_batch("eval.batch_size", settings.eval_batch_size, mesh)
         assert micro_batches(settings.batch_size, mesh)[0] == 1
+
+
+def test_devices_whose_host_has_no_memory_for_them_are_refused():
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    check_host_memory(Compute(remat="offload"), mesh)
+    device = mock.Mock(platform="gpu", device_kind="old", **{"addressable_memories.return_value": []})
+    without = mock.Mock(spec=jax.sharding.Mesh, devices=np.array([device]), local_devices=[device])
+    check_host_memory(Compute(remat="full"), without)
+    with pytest.raises(UserError, match=r"^compute.remat=offload: old cannot put .* of its host; full "):
+        check_host_memory(Compute(remat="offload"), without)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ from jaxup.together import told
 from jaxup.training.loop import evaluate, random_params, train_model
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Result, Run, Settings, Stage, check_digest, describe_model, read_result, write_result
-from jaxup.training.sharding import BATCH_AXES, check_heads
+from jaxup.training.sharding import BATCH_AXES, check_heads, check_host_memory
 from jaxup.training.step import StepConfig
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Experiment(abc.ABC):
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
         self._config, self._settings, self._mesh = config, settings, mesh
+        check_host_memory(settings.compute, mesh)
 
     @abc.abstractmethod
     def open_data(self, root: str) -> None:

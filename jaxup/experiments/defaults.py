@@ -76,7 +76,8 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c.compute.attention = "auto"  # see jaxup.model.attention
     # What the backward pass computes again: none; dots: all but products with parameters and what a kernel of attention
     # gave (but not of heads of up to 64 on TPUs, where it takes twice its bytes); context: all but what a kernel gave;
-    # full. Each takes less memory than the one before it, and more time.
+    # full. Each takes less memory than the one before it, and more time. offload: as full, and what is kept, the
+    # input of each block, is in the memory of the host until then.
     c.compute.remat = "none" if small else "full"
     c.compute.unroll = 0 if small else 1  # layers per iteration of the scan; 0 = all, faster but for compiling
     data, fsdp = (-1, 1) if small else (1, -1)

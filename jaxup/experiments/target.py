@@ -197,6 +197,8 @@ def _program(one: Compiled) -> list[str]:
     held["batch, padding" if held else "parameters, cache"] = memory.arguments + facts["beside"] - sum(held.values())
     held["gradients, activations" if training else "activations"] = memory.temporary + memory.outputs + memory.constants
     held[f"peak, of {gib(one.topology.chip.room)} GiB" + ("" if one.fits else ": IT DOES NOT FIT")] = one.peak
+    if memory.host:
+        held["in the memory of the host"] = memory.host
     lines += [f"  {size / 2**30:9.3f} GiB  {name}" for name, size in held.items()]
     if bound.flops:
         useful = "{:.4g} {}".format(*_scaled(facts["flops"] / one.topology.count))
@@ -269,7 +271,7 @@ def _less(one: Compiled, fewest: bool) -> Iterator[tuple[dict[str, str], Topolog
     # Of what is there for a while the most part is of the rows of a micro-batch.
     likely = [n for n in finer if room > 0 and memory.temporary * now / n <= 1.2 * room]
     micro = [{"step.accumulation": str(n)} for n in dict.fromkeys([*likely[:2], *finer[-1:]])]
-    full = [{"compute.remat": "full"}] if facts["remat"] != "full" else []
+    full = [{"compute.remat": "full"}] if facts["remat"] not in ("full", "offload") else []
     split = [{"mesh.data": "1", "mesh.fsdp": "-1"}] if mesh["data"] > 1 else []
     alone = [*(micro if room > 0 else []), *full, *split]
     both = [{**a, **b} for a in split or [{}] for b in [*micro[-1:], *full]] if split else []

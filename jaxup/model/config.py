@@ -231,7 +231,8 @@ class Compute:
     dtype: str = "float32"  # of activations, or "bfloat16"; params keep their own
     attention: str = "auto"  # see jaxup.model.attention
     # What the backward pass computes again: none, dots (all but products with parameters and what a kernel of attention
-    # gave, unless a TPU would store it in twice its bytes), context (all but the latter), full.
+    # gave, unless a TPU would store it in twice its bytes), context (all but the latter), full. offload: as full, and
+    # the input of each block is in the memory of the host until then.
     remat: str = "none"
     unroll: int = 1  # layers per iteration of the scan; 0 = all, faster but for compiling
     batch_axes: tuple[str, ...] = ()  # mesh axes that split the batch, where a mesh is set
@@ -240,7 +241,7 @@ class Compute:
         for name, choices in (
             ("dtype", ("float32", "bfloat16")),
             ("attention", ("auto", "xla", "blocked", "cudnn", "splash")),
-            ("remat", ("none", "dots", "context", "full")),
+            ("remat", ("none", "dots", "context", "full", "offload")),
         ):
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"compute: {name}={value!r} is not one of {choices}{nearest(value, choices)}")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -209,6 +210,8 @@ class Decoder(nnx.Module):
         def body(carry, layer):
             x_BSD, kv = carry
             block, index, kind = layer
+            if self.compute.remat == "offload":
+                x_BSD = checkpoint_name(x_BSD, _INPUT)
             return block(
                 x_BSD, layer=index, kind=kind, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS,
                 cache=kv, start=start, first_B=first_B,
@@ -259,11 +262,18 @@ def check_numbers(what: str, numbers: Array | np.ndarray, count: int, first: int
 
 
 _is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # with a parameter, which has no batch
+_INPUT = "input of a block"
 # What the backward pass finds kept, besides each block's input; all else it computes again.
 _REMAT = {
     "dots": jax.checkpoint_policies.save_from_both_policies(_is_product, functools.partial(is_kernel, narrow=False)),
     "context": is_kernel,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 

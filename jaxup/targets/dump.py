@@ -22,6 +22,7 @@ from jaxup.progress import Waiting
 from jaxup.targets.hlo import Module, parse
 
 FACTS, REFUSED, LOG = "facts.json", "refused.json", "log.txt"
+_HOST = 5  # the number of the host's memory, in XLA
 _PLAN, _BUFFERS = "after_optimizations.txt", "buffer-assignment.txt"
 # libtpu looks for the machine that it is on, and for who else uses its TPUs: there are none.
 _ENVIRONMENT = {
@@ -38,6 +39,7 @@ class Memory:
     outputs: int  # what it returns elsewhere
     constants: int
     temporary: int  # all else, at the moment of its execution that needs most
+    host: int = 0  # of the memory of the host that are put aside there meanwhile, which are none of the device's
 
     @property
     def total(self) -> int:
@@ -54,8 +56,10 @@ class Memory:
 
 def read_memory(text: str) -> Memory:
     """Of a buffer assignment, a text of XLA's."""
-    sizes = dict.fromkeys(("arguments", "outputs", "constants", "temporary"), 0)
+    sizes = dict.fromkeys(("arguments", "outputs", "constants", "temporary", "host"), 0)
     for size, rest in re.findall(r"^allocation \d+: size (\d+)(.*)", text, re.M):
+        if re.search(rf"\bcolor {_HOST}\b", rest):
+            sizes["host"] += int(size)
         if "thread-local" in rest or re.search(r"\bcolor [1-9]", rest):  # of one instruction, or on the chip itself
             continue
         kinds = {"parameter ": "arguments", "constant": "constants", "maybe-live-out": "outputs", "output": "outputs"}

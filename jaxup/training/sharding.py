@@ -14,7 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxup.errors import UserError
-from jaxup.model.config import ModelConfig
+from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.sharding import RULES, undivided
 
@@ -80,6 +80,18 @@ def micro_batches(size: int, mesh: Mesh) -> list[int]:
     """Into how many a batch of `size` rows can be cut, from 1 to one row on each device; none if it does not divide."""
     rows, rest = divmod(size, math.prod(mesh.shape[axis] for axis in BATCH_AXES))
     return [] if rest else [count for count in range(1, rows + 1) if rows % count == 0]
+
+
+def check_host_memory(compute: Compute, mesh: Mesh) -> None:
+    """Refuses to put activations aside in the memory of the host on devices that cannot; all TPUs can."""
+    devices = [] if mesh.devices.flat[0].platform == "tpu" else mesh.local_devices[:1]
+    if compute.remat == "offload" and any("pinned_host" not in _memories(device) for device in devices):
+        what = f"{devices[0].device_kind} cannot put activations aside in the memory of its host"
+        raise UserError(what, at="compute.remat=offload", hint="full takes the least of those that can")
+
+
+def _memories(device: Any) -> set[str]:
+    return {memory.kind for memory in device.addressable_memories()}
 
 
 _HELD = {"embed": "hidden size", "kv_heads": "key/value heads", "mlp": "MLP width", "vocab": "vocabulary"}
