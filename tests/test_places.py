@@ -2,6 +2,7 @@
 
 import http.server
 import re
+import socket
 import sys
 import threading
 import types
@@ -25,6 +26,14 @@ OPEN_MPI = {
 GKE = {"TPU_WORKER_HOSTNAMES": "a.tpu,b.tpu,c.tpu,d.tpu", "TPU_WORKER_ID": "2"}
 SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "job-0-0.job:8080"}
 INDEXED = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+
+
+@pytest.fixture(autouse=True)
+def named(monkeypatch):
+    """named(name): what this machine is called; without a headless service a pod is called by its host's name alone."""
+    names = ["train-1"]
+    monkeypatch.setattr(socket, "getfqdn", lambda *_: names[-1])
+    return names.append
 
 
 @pytest.mark.parametrize(
@@ -82,8 +91,8 @@ def test_steps_of_one_job_and_jobs_on_one_machine_do_not_meet():
 @pytest.mark.parametrize(
     ("env", "said"),
     [
-        ({**EXPLICIT, "JAX_PROCESS_ID": ""}, "JAX_COORDINATOR_ADDRESS is set, which takes two numbers more: "
-         "JAX_NUM_PROCESSES=2, JAX_PROCESS_ID="),
+        ({**EXPLICIT, "JAX_PROCESS_ID": ""}, "JAX_COORDINATOR_ADDRESS says where they meet, which takes two numbers "
+         "more: JAX_NUM_PROCESSES=2, JAX_PROCESS_ID="),
         ({**EXPLICIT, "JAX_PROCESS_ID": "-1"}, "takes two numbers more: JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=-1"),
         ({**EXPLICIT, "JAX_PROCESS_ID": "2"}, "JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=2: each process has a number"),
         ({**EXPLICIT, "JAX_COORDINATOR_ADDRESS": "host"}, "JAX_COORDINATOR_ADDRESS=host is not HOST:PORT"),
@@ -106,6 +115,26 @@ def test_an_environment_that_makes_no_sense_is_one_line(env, said, monkeypatch):
     with pytest.raises(UserError, match=re.escape(said)) as error:
         place(env)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("train-1.pods.default.svc.cluster.local", "train-0.pods.default.svc.cluster.local"),
+        ("set-workers-0-1.set.ns.svc.cluster.local", "set-workers-0-0.set.ns.svc.cluster.local"),  # of a JobSet
+        ("train-1.pods", "train-0.pods"),
+    ],
+)
+def test_a_pod_knows_the_first_by_its_own_name(name, address, named):
+    named(name)
+    found = place({**INDEXED, "JAX_NUM_PROCESSES": "4", "JAX_COORDINATOR_PORT": "1234"})
+    assert (found.address, found.total, found.rank) == (f"{address}:1234", 4, 1)
+    with pytest.raises(UserError, match=r"^this pod's name says where they meet, which takes two numbers more: JAX_"):
+        place(INDEXED)
+    for other in ("train-1", "train-11.pods", "node.zone.internal"):  # the last where it has its machine's network
+        named(other)
+        with pytest.raises(UserError, match="nothing says where they meet"):
+            place({**INDEXED, "JAX_NUM_PROCESSES": "4"})
 
 
 def test_jax_asks_kubernetes_where_it_can(monkeypatch):

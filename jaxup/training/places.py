@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import socket
 import zlib
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -65,7 +66,7 @@ def place(env: Mapping[str, str] = os.environ) -> Place | None:
         hint = f"set {ADDRESS}=HOST:PORT of process 0 for all of them, or {TOTAL}=1 for runs of their own"
         raise UserError(f"one of several processes ({said}), and nothing says where they meet", hint=hint)
     if not all(number.isdecimal() for number in numbers):
-        raise UserError(f"{where} is set, which takes two numbers more: {said}")
+        raise UserError(f"{where} says where they meet, which takes two numbers more: {said}")
     total, rank = map(int, numbers)
     if rank >= total:
         raise UserError(f"{said}: each process has a number of its own, from 0 on and below theirs")
@@ -136,13 +137,19 @@ def _tpu(env: Mapping[str, str]) -> _Found | None:
 
 
 def _others(env: Mapping[str, str]) -> _Found | None:
-    """Of these (MPICH's mpiexec, torchrun, an indexed job of Kubernetes) nothing, or no more than jax can ask, is known
-    of where the processes meet: without JAX_COORDINATOR_ADDRESS each would be a run of its own, in the same place."""
+    """Of MPICH's mpiexec and torchrun nothing is known of where the processes meet, of an indexed job of Kubernetes not
+    how many they are, unless jax asks: without what is missing each would be a run of its own, in the same place."""
     for total, rank in (("PMI_SIZE", "PMI_RANK"), ("WORLD_SIZE", "RANK")):
         if total in env and rank in env:
             return _Found("", env[total], env[rank], (ADDRESS, total, rank))
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-        return _Found("", "", env["JOB_COMPLETION_INDEX"], (ADDRESS, TOTAL, "JOB_COMPLETION_INDEX"))
+        index = env["JOB_COMPLETION_INDEX"]
+        # JOB-3.SUBDOMAIN.NAMESPACE.svc.cluster.local, where the job has a headless service; JOB-3 alone where not.
+        job, found, domain = socket.getfqdn().partition(f"-{index}.")
+        if found and "." not in job:
+            names = ("this pod's name", TOTAL, "JOB_COMPLETION_INDEX")
+            return _Found(f"{job}-0.{domain}:{_port(env, job)}", "", index, names)
+        return _Found("", "", index, (ADDRESS, TOTAL, "JOB_COMPLETION_INDEX"))
     return None
 
 
