@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import re
 import types
 
@@ -232,70 +231,6 @@ def test_rematerialisation_and_unrolling_do_not_change_gradients(config):
         assert abs(loss - other_loss) < 1e-6
         errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / scale, other, grads)
         assert max(jax.tree.leaves(errors)) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("block", "segmented", "window"),
-    [*itertools.product([128], [False, True], [None, 1, 5, 200]), (8, False, None), (8, True, 5), (8, True, 200)],
-)
-def test_blocked_attention_equals_dense(block, segmented, window, monkeypatch):
-    """Three blocks, the last one short; and 38, which are loops."""
-    seq = 300
-    monkeypatch.setattr("jaxup.model.attention._BLOCK", block)
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (2, seq, n, 4)) for key, n in zip(keys, (4, 2, 2), strict=True))
-    segments = jnp.stack([jnp.arange(seq) // 70, jnp.arange(seq) // 256]) if segmented else None
-
-    def run(implementation):
-        def total(q, k, v):
-            out = attention(q, k, v, window=window, segment_ids=segments, implementation=implementation)
-            return jnp.sum(jnp.sin(out)), out
-
-        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
-
-    (_, dense), dense_grads = run("xla")
-    (_, blocked), blocked_grads = run("blocked")
-    np.testing.assert_allclose(blocked, dense, atol=1e-6)
-    for a, b in zip(blocked_grads, dense_grads, strict=True):
-        assert relative(a, b) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "heads", "kv_heads", "segmented", "window"),
-    [
-        (100, 4, 2, True, 100),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-            (64, 4, 4, False, None), (64, 4, 1, True, None), (128, 4, 2, True, None), (128, 4, 1, False, 70),
-        ]),
-    ],
-)  # fmt: skip
-def test_the_kernel_for_tpus_equals_dense_attention(head_dim, heads, kv_heads, segmented, window, monkeypatch):
-    """Interpreted, each device with its rows and heads; two blocks, the last of which is not full."""
-    monkeypatch.setattr("jaxup.model.attention._TPU_BLOCK", 128)
-    monkeypatch.setattr("jaxup.model.attention._TPU_FUSED", 1 if head_dim == 128 else 2)
-    seq = 200
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = [(2, seq, n, head_dim) for n in (heads, kv_heads, kv_heads)]
-    q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-    q = q * head_dim**-0.5
-    segments = jnp.stack([1 + jnp.arange(seq) // 70, jnp.arange(seq) < 150]) if segmented else None
-
-    def run(implementation):
-        def total(q, k, v, segments):
-            how = {"window": window, "segment_ids": segments, "implementation": implementation}
-            out = attention(q, k, v, **how, batch_axes=("data",))
-            return jnp.sum(jnp.sin(out)), out
-
-        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v, segments)
-
-    (_, dense), dense_grads = run("xla")
-    axes = (jax.sharding.AxisType.Auto,) * 2
-    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"), axis_types=axes, devices=jax.devices()[:4])):
-        (_, splash), splash_grads = run("splash")
-    assert splash.sharding.shard_shape(splash.shape) == (1, seq, heads // 2 if kv_heads > 1 else heads, head_dim)
-    np.testing.assert_allclose(splash, dense, atol=2e-6)
-    for a, b in zip(splash_grads, dense_grads, strict=True):
-        assert relative(a, b) < 1e-6
 
 
 @pytest.mark.parametrize("window", [None, 1024])
