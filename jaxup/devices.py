@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from jaxup.errors import Parser, UserError, first_line
 
@@ -33,7 +35,7 @@ def ready() -> None:
     """
     import jax
 
-    asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds its options at run time
+    asked = _with_processor()
     hint = "end what else uses it, or compute on the processor by --platform=cpu"
     try:
         backend = jax.default_backend()
@@ -41,10 +43,34 @@ def ready() -> None:
         said = first_line(error).partition(" (set JAX_PLATFORMS")[0] if str(error) else ""
         what = said or f"jax has no {asked} to compute on"
         raise UserError(what, at="devices", hint=hint) from None
+    wanted = (asked or backend).split(",")[0]
+    if backend == "cpu" != wanted:  # jax passes over CUDA where there is no GPU
+        raise UserError(f"jax has no {wanted} to compute on", at="devices", hint=hint)
     if backend == "cpu" and not asked and (found := _accelerator()):
         what = f"this machine has {found[0]}, and jax sees none"
         raise UserError(what, at="devices", hint=f"install jaxup[{found[1]}], {hint}")
     _keep_programs(backend)
+
+
+def host() -> contextlib.AbstractContextManager[Any]:
+    """Computing on the processor, as for what need not fit into an accelerator, whatever platform is asked for."""
+    import jax
+
+    asked = _with_processor()
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError as error:
+        raise UserError(first_line(error), at="devices", hint=f"JAX_PLATFORMS={asked},cpu has both") from None
+
+
+def _with_processor() -> str:
+    """The platforms that jax was asked for, "" for all; if its devices are not started yet, it has the host's, too."""
+    import jax
+
+    asked = str(jax.config.jax_platforms or "")  # type: ignore[attr-defined]  # jax adds its options at run time
+    if asked and "cpu" not in asked:
+        jax.config.update("jax_platforms", f"{asked},cpu")
+    return asked
 
 
 def _accelerator() -> tuple[str, str] | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from jaxup import devices
 from jaxup.errors import Parser, UserError, entry_point, within
 from jaxup.progress import tell
 
@@ -69,8 +70,6 @@ def main(argv: list[str]) -> None:
 
 
 def _write(args: argparse.Namespace) -> None:
-    import jax
-
     from jaxup.experiments import stored
     from jaxup.files.bucket import place
     from jaxup.files.shards import parse_size
@@ -110,7 +109,7 @@ def _write(args: argparse.Namespace) -> None:
         stored.export(source, out, name=name, step=step, **how)
     else:
         where = str(source) if source.is_dir() else args.source
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it need not fit into an accelerator
+        with devices.host():  # it need not fit into an accelerator
             model = load(where, revision=args.revision, allow_pickle=args.allow_pickle, strict=True, progress=True)
         save(model, out, **how)
     tell(f"wrote {out}")

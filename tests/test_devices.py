@@ -68,6 +68,28 @@ def test_a_platform_that_is_not_there_is_one_line(config, monkeypatch):
     assert os.environ["JAX_PLATFORMS"] == "cuda"
 
 
+def test_the_processor_is_there_beside_what_is_asked_for(config, monkeypatch):
+    """What need not fit into an accelerator is computed there; and that it is there is no answer to what is asked."""
+    config.update("jax_platforms", "cuda")
+    with pytest.raises(UserError, match=r"^devices: jax has no cuda to compute on; end what else"):
+        devices.ready()  # the devices of this process have started, and are processors
+    assert config.jax_platforms == "cuda,cpu"
+    with pytest.raises(UserError, match="has no cuda"):
+        devices.ready()
+    config.update("jax_platforms", "tpu")
+    with devices.host():
+        assert jax.jit(lambda: jnp.ones(3))().devices() == {jax.local_devices(backend="cpu")[0]}
+    assert config.jax_platforms == "tpu,cpu"
+
+    def fails(backend):
+        raise RuntimeError("Unknown backend cpu")
+
+    config.update("jax_platforms", "tpu")
+    monkeypatch.setattr(jax, "local_devices", fails)  # a program that had its devices start without
+    with pytest.raises(UserError, match=r"^devices: Unknown backend cpu; JAX_PLATFORMS=tpu,cpu has both"):
+        devices.host()
+
+
 def test_programs_are_kept_in_the_users_cache_directory(config, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config.update("jax_compilation_cache_dir", "/elsewhere")

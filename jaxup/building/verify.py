@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxup import devices
 from jaxup.depth.arithmetic import rescale
 from jaxup.depth.materials import Bill
 from jaxup.errors import UserError
@@ -50,7 +51,7 @@ def verify(
     length = min(_SEQ, *(model.config.max_positions for model in (result, *models.values())))
     tokens_BS = np.random.default_rng(0).integers(0, smallest, (_BATCH, length), np.int32)
     total = sum(model.config.num_layers for model in (result, *models.values()))
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with devices.host():
         done = itertools.count(1)
         with Progress("verify", total=total, unit="layers", shown=progress) as bar:
             advance = lambda: bar.update(next(done))  # noqa: E731

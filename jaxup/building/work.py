@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxup import devices
 from jaxup.building import copying
 from jaxup.building.origins import Origin, tensor_origins
 from jaxup.building.vocabulary import Vocabulary, open_vocabulary
@@ -299,7 +300,7 @@ def _new_leaves(work: Work) -> dict[tuple[str, int], np.ndarray]:
             for path, layers in needed.items()
         }
 
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with devices.host():
         made = jax.tree.map(np.asarray, jax.jit(make)())
     return {(path, layer): made[path][i] for path, layers in needed.items() for i, layer in enumerate(layers)}
 

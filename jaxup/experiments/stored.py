@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jaxup import devices
 from jaxup.data.store import Store
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
@@ -168,7 +169,7 @@ def restore(run: Path, name: str, step: int, stored: Stored) -> Params:
         compute=Compute(), seed=healed["seed"],
     )  # fmt: skip
     before = healed["before"]
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it need not fit into an accelerator
+    with devices.host():  # it need not fit into an accelerator
         trained = _read(run, name, step, selection.trained(abstract(stored.model)[1]))
         check_sound(run / "checkpoints" / before / "0", "the command that made the run builds it again")
         params = selection.merge(trained, restore(run, before, 0, read_stored(run, before)._replace(healed=None)))
