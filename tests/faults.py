@@ -369,8 +369,8 @@ def hostile(world: World, rng: random.Random) -> str:
 
 
 def several(world: World, rng: random.Random) -> str:
-    """One of 2 or 4 processes is killed, asked to stop or frozen at any moment: all leave, and the run goes on."""
-    what, total = rng.choice(["kill", "term", "freeze"]), rng.choice([2, 2, 4])
+    """One of 4 processes is killed, asked to stop or frozen at any moment: all leave, and the run goes on."""
+    what, total = rng.choice(["kill", "term", "freeze"]), 4
     signum = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "freeze": signal.SIGSTOP}[what]
     rank = rng.randrange(total)
     folder, case = unfinished(world) if rng.random() < 0.5 else world.fresh(), f"{what} of {rank} of {total}"
@@ -399,6 +399,11 @@ def several(world: World, rng: random.Random) -> str:
         return f"WRONG: {case}: exit {codes}: {ends}"
     if what != "term" and any(them[number].returncode and f"process {rank} " not in ends[number] for number in ends):
         return f"WRONG: {case}: not named: {ends}"
+    # Who has joined, and waits for one that is frozen, shows where.
+    if what == "freeze" and not any(words in said for words in ("did not come", "made no progress for 60 s")):
+        without = [number for number in ends if them[number].returncode and "call first" not in ends[number]]
+        if without:
+            return f"WRONG: {case}: no stacks of {without}: {ends}"
     if took > 15 and "did not come" not in said and what != "freeze":
         return f"WRONG: {case}: left after {took:.0f} s: {ends}"
     command = Started([*arguments], folder)

@@ -273,6 +273,7 @@ STALLED = "made no progress for longer than processes.timeout=5 s"
         (1, "step", "os.kill(os.getpid(), signal.SIGKILL)", (5, -9), ("process 1 died, or cannot be reached", "")),
         (0, "step", "os.kill(os.getpid(), signal.SIGKILL)", (-9, 5), ("", "process 0 died, or cannot be reached")),
         (1, "step", "os.kill(os.getpid(), signal.SIGSTOP)", (5, None), ("process 1 still there, and not running", "")),
+        (0, "step", "os.kill(os.getpid(), signal.SIGSTOP)", (None, 5), ("", "process 0 still there, and not running")),
         (1, "step", "time.sleep(1000)", (5, 5), (f"process 1 {STALLED}",) * 2),
         (0, "step", "time.sleep(1000)", (5, 5), (f"process 0 {STALLED}",) * 2),
         # What was being read is not at fault.
@@ -291,9 +292,10 @@ def test_what_ends_one_ends_both(rank, place, fault, codes, said, corpus, tmp_pa
     command = arguments(corpus, tmp_path / "run", *more)
     with processes.two_started("-c", FAULT, str(rank), place, fault, *command, devices=1) as both:
         if None in codes:  # it stays as it is
-            both[0].wait(processes.LIMIT)
-            both[1].send_signal(signal.SIGKILL)
-            codes = (codes[0], -signal.SIGKILL)
+            stopped = codes.index(None)
+            both[1 - stopped].wait(processes.LIMIT)
+            both[stopped].send_signal(signal.SIGKILL)
+            codes = tuple(-signal.SIGKILL if code is None else code for code in codes)
         ends = [process.communicate(timeout=processes.LIMIT) for process in both]
     assert tuple(process.returncode for process in both) == codes, ends
     for text, (_, err) in zip(said, ends, strict=True):

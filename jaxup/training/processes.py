@@ -75,6 +75,7 @@ class Processes:
         self._seen, self._since = (0, 0), time.monotonic()
         self._heard: dict[int, tuple[str, float]] = {}  # what each said last, and since when
         self._silent: dict[int, str] = {}  # ranks of which nothing was heard for a while, and their identities
+        self._first = ""  # the identity of process 0, of whose silence only the others can tell
         self._answered = 0.0  # when the service last did
 
     # ---- the main thread
@@ -137,6 +138,8 @@ class Processes:
             self._several = service() is not None
             if self._several:
                 (self._rank, self._count), self._service = together.here(), service()
+                if self._rank == 0:
+                    self._service.key_value_set(f"{self._place}now/first", identity(), True)
                 if self._meeting is not None:
                     self._meeting.leave()
                 self._wake_up()
@@ -315,6 +318,7 @@ class Processes:
             else:
                 silent = json.loads(now.get(f"{self._place}now/silent", "{}"))
                 self._silent = {int(rank): who for rank, who in silent.items()}
+                self._first = now.get(f"{self._place}now/first", "")
         except _errors():
             return  # process 0 is gone, and the service with it: `_lost` is called
         self._answered = time.monotonic()
@@ -414,9 +418,10 @@ class Processes:
 
     def _fate(self) -> End:
         """Of those that are silent, or of process 0 and with it the service."""
-        if stopped := [rank for rank, who in self._silent.items() if lives(who)]:
+        silent = self._silent or {0: self._first}
+        if stopped := [rank for rank, who in silent.items() if lives(who)]:
             return End(LOST, f"{names(stopped)} still there, and not running: stopped by a signal?", stalled=True)
-        return died(list(self._silent) or [0])
+        return died(list(silent))
 
     def _give_up(self, end: End) -> None:
         faulthandler.dump_traceback(file=2)
