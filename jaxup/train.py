@@ -2,7 +2,8 @@
 
 With neither --config nor --resume the shipped files are listed; `--config=FILE --help` prints what one of them says of
 itself, and every key with its value. `--dry-run` says what the run would do, and what memory and time it takes;
-`--target=v5p:4x4x4` what it takes on such TPUs, which need not be here, and `--target=auto` on the fewest that fit.
+`--target=v5p:4x4x4` what it takes on such TPUs, which need not be here, and `--target=auto` on the fewest that fit;
+`--preflight`, started on all machines as the run will be, whether it can begin there.
 
 The same command again resumes the run in its directory, or does nothing if it is finished; so does `--resume=DIR`,
 which has the configuration. What does not decide the numbers may change (mesh, log, eval, checkpoint, sample; and
@@ -47,6 +48,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true",
                         help="say what would be done, with the memory and time that it takes, and leave")  # fmt: skip
+    parser.add_argument("--preflight", action="store_true",
+                        help="say whether all machines are ready: processes, devices, places to write; and leave")  # fmt: skip
     parser.add_argument("--target", metavar="TPU",
                         help="say what a step takes on TPUs such as v5p:4x4x4, which need not be here; "
                         "auto, or auto:v5p: on the smallest slice that fits")  # fmt: skip
@@ -79,7 +82,10 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
         raise UserError("--target-compile: goes with --target=SLICE, such as v5p:4x4x4")
     if args.target and args.config is None:
         raise UserError(f"--target={args.target}: goes with --config, and not with a run that is here")
-    beside = {"--dry-run": args.dry_run, "--workdir": args.workdir, SKIP: args.skip_step, RATE: args.rate_from}
+    if args.preflight and args.dry_run:
+        raise UserError("--preflight: goes without --dry-run")
+    beside = {"--dry-run": args.dry_run, "--preflight": args.preflight, "--workdir": args.workdir,
+              SKIP: args.skip_step, RATE: args.rate_from}  # fmt: skip
     if args.target and (needless := [flag for flag, value in beside.items() if value]):
         raise UserError(f"--target={args.target}: runs and writes nothing; leave {needless[0]} out")
     if args.resume is not None and args.workdir:
@@ -122,7 +128,9 @@ def main(argv: list[str]) -> None:
         return
     devices.choose(args.platform)
     command, dry = shlex.join(["python", "-m", "jaxup.train", *argv[1:]]), (args.config or "") if args.dry_run else None
-    run_experiment(config, workdir, title, parse(args.skip_step, args.rate_from), command, dry=dry)
+    run_experiment(
+        config, workdir, title, parse(args.skip_step, args.rate_from), command, dry=dry, preflight=args.preflight
+    )
 
 
 if __name__ == "__main__":

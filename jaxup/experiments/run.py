@@ -16,6 +16,7 @@ from jaxup.errors import UserError
 from jaxup.experiments import resuming
 from jaxup.experiments.config import get, section
 from jaxup.experiments.shown import as_yaml
+from jaxup.files.bucket import place
 from jaxup.progress import say, tell
 from jaxup.text import remote
 from jaxup.together import gather, service, told
@@ -26,15 +27,18 @@ if TYPE_CHECKING:
 
     from jaxup.training.corrections import Corrections
 
+_GATHERING = 1800.0  # seconds in which all processes come to a preflight; after a preemption 300 were too few
+
 
 def run_experiment(
     config: ConfigDict, workdir: Path, title: str, corrections: Corrections | None = None, command: str = "", *,
-    dry: str | None = None,
+    dry: str | None = None, preflight: bool = False,
 ) -> None:  # fmt: skip
     """Carries the experiment out in `workdir`, or goes on with what was begun there.
 
     `corrections` are for the model whose training goes on; `command` is what was typed, for the summary. With `dry`,
-    the experiment file with its variants if one was given, it only says what it would do, and writes nothing there.
+    the experiment file with its variants if one was given, it only says what it would do, and writes nothing there;
+    with `preflight` only whether it can begin, on all machines.
 
     What cannot work is a UserError before anything is written. Stopped: by a signal, with the state saved.
     """
@@ -43,10 +47,12 @@ def run_experiment(
         raise UserError(what, at=f"--workdir={workdir}", hint="mount other buckets; data.store may lie there")
     if not config.processes.timeout > 0:  # nor NaN
         raise UserError(f"processes.timeout must be positive, not {config.processes.timeout:g}")
-    with Processes(config.processes.timeout) as processes:
+    timeout = config.processes.timeout
+    with Processes(max(timeout, _GATHERING) if preflight else timeout) as processes:
         processes.join()
         if service() is not None:
             given = {"--workdir": str(workdir), "corrections": str(corrections or ""), "--dry-run": dry is not None}
+            given["--preflight"] = preflight
             _check_same({**_code(), **given, **config.to_dict()})
         ready()
         import jax
@@ -68,12 +74,17 @@ def run_experiment(
             if jax.process_index() == 0:
                 print("\n".join([*done, f"finished before: {workdir / 'SUMMARY.md'}"]), flush=True)
             return
-        _check_stores(config, workdir)
+        stores = _stores(config, workdir)
         mesh = make_mesh(section(MeshConfig, config.mesh))
         check_batch("batch_size", settings.batch_size, mesh, settings.step.accumulation)
         check_batch("eval.batch_size", settings.eval_batch_size, mesh)
         check_trackers(tuple(config.log.trackers), workdir)
         experiment = kind(config, settings, mesh)
+        if preflight:
+            from jaxup.experiments.preflight import show as show_machines
+
+            show_machines(mesh, {"--workdir": workdir, **stores})
+            return
         experiment.exported = told(lambda: resuming.exported(workdir, config), "look at the run directory")
         writes = jax.process_index() == 0
         # One process makes the tokens if they are not there; the others find them made.
@@ -114,13 +125,16 @@ def run_experiment(
             tell(f"finished: {workdir / 'SUMMARY.md'}")
 
 
-def _check_stores(config: ConfigDict, workdir: Path) -> None:
-    """UserError for tokens in the run's directory, in which no run could begin then."""
-    directory = Path(str(workdir)).absolute()
+def _stores(config: ConfigDict, workdir: Path) -> dict[str, Path]:
+    """Where tokens lie; UserError if that is in the run's directory, in which no run could begin then."""
+    directory, stores = Path(str(workdir)).absolute(), {}
     for key in ("data.store", "pretrain.data.store"):
-        store = Path(get(config, key) or str(workdir.parent / "data")).expanduser().absolute()
-        if directory in (store, *store.parents):
-            raise UserError("lies in the run's directory", at=f"{key}={store}", hint="choose another --workdir")
+        store = str(get(config, key) or workdir.parent / "data")
+        if directory in ((path := Path(store).expanduser().absolute()), *path.parents):
+            raise UserError("lies in the run's directory", at=f"{key}={path}", hint="choose another --workdir")
+        if get(config, key) is not None and place(store) not in stores.values():
+            stores[f"--config.{key}"] = place(store)
+    return stores
 
 
 def _check_same(what: Mapping[str, Any]) -> None:
