@@ -28,7 +28,7 @@ check_project() {
 
 check_slice() {
   local types
-  types=$(ask "$ACCELERATOR" gcloud compute tpus accelerator-types list "--project=$PROJECT" "--zone=$ZONE" '--format=value(type)') ||
+  types=$(ask "$ACCELERATOR" gcloud compute tpus accelerator-types list "--project=$PROJECT" "--zone=$ZONE" '--format=value(name.basename())') ||
     refuse "ZONE=$ZONE: $(complaint)"
   [[ -n $types ]] || refuse "ZONE=$ZONE: has no TPUs; see https://cloud.google.com/tpu/docs/regions-zones"
   if ! grep -qx "$ACCELERATOR" <<<"$types"; then

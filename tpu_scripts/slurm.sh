@@ -42,7 +42,10 @@ if [[ -n ${SLURM_JOB_ID:-} && -n ${JAXUP_SCRIPTS:-} ]]; then # in the job; sbatc
   srun "${command[@]}" &
   step=$!
   wait "$step" || code=$?
-  while kill -0 "$step" 2>/dev/null; do wait "$step" && code=0 || code=$?; done # the signal ended the waiting, not the step
+  if [[ -n $leave ]]; then # the signal ended the waiting, and not the step
+    code=0
+    wait "$step" || code=$?
+  fi
   case $code in
     0) say "finished: runs/$RUN/SUMMARY.md" ;;
     2 | 3 | 6) say "it ended with code $code, which a restart does not help" ;;
