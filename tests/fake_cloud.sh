@@ -108,12 +108,12 @@ xpk() {
   case "$1 $2" in
     "cluster create") echo "pod " >"$FAKE/cluster" ;;
     "cluster delete") rm "$FAKE/cluster" ;;
-    "workload create") echo "$(flag workload "$@") JobSet Running" >"$FAKE/workload" ;;
+    "workload create") echo "$(flag workload "$@")  2026-11-26  Admitted  Admitted by ClusterQueue" >"$FAKE/workload" ;;
     "workload delete") rm "$FAKE/workload" ;;
     "workload list")
       [[ -e $FAKE/cluster ]] || { echo "ERROR: no cluster" >&2 && exit 1; }
       if [[ -s $FAKE/next && -e $FAKE/workload ]]; then
-        sed -i "s/JobSet.*/JobSet $(head -n 1 "$FAKE/next")/; s/finished/finished successfully/" "$FAKE/workload"
+        sed -i "s/2026.*/2026-11-26  $(head -n 1 "$FAKE/next")/" "$FAKE/workload"
         sed -i 1d "$FAKE/next"
       fi
       cat "$FAKE/workload" 2>/dev/null || true

@@ -367,10 +367,13 @@ def test_on_kubernetes(cloud):
     assert "trains into gs://runs/runs/tunguska; gke.sh watch looks at it\n" in cloud.run("gke", "launch")
     assert cloud.run("gke", "launch").startswith("gke: it is there already: ")
     job = (cloud.fake / "workload").read_text().split()[0]
-    (cloud.fake / "next").write_text("Running\nRestarting\nfinished\n")
+    states = ["Admitted  Admitted by ClusterQueue", "Evicted  Preempted", "Finished  JobSet finished successfully"]
+    (cloud.fake / "next").write_text("\n".join([*states, ""]))
     said = cloud.run("gke", "watch").splitlines()
-    assert [line.split(" JobSet ")[1] for line in said[:-1]] == ["Running", "Restarting", "finished successfully"]
+    assert said[:-1] == [f"gke: {job}  2026-11-26  {state}" for state in states]
     assert said[-1].startswith("gke: finished: gs://runs/runs/tunguska/SUMMARY.md; fetch.sh brings it here. pod (clus")
+    (cloud.fake / "next").write_text("Finished  JobSet failed due to reaching max number of restarts\n")
+    assert "gke: it failed, and was started again up to 3 times; pod (" in cloud.run("gke", "watch", code=1)
     assert cloud.run("gke", "stop").startswith(f"gke: {job} is out of the cluster; pod (")
     assert cloud.run("gke", "delete").startswith("gke: there is no cluster pod; what lies in gs://runs stays")
     (cloud.fake / "cluster").write_text("pod bob")

@@ -56,7 +56,7 @@ create() {
 
 # The line that xpk has of the workload; nothing if there is none.
 workload() { # ASSUMED
-  ask "$1" xpk workload list "--cluster=$CLUSTER" "--filter-by-job=^$JOB\$" "${here[@]}" >"$ERRORS.list" ||
+  ask "$1" xpk workload list "--cluster=$CLUSTER" "--filter-by-job=$JOB" "${here[@]}" >"$ERRORS.list" ||
     fail "xpk cannot list the workloads of CLUSTER=$CLUSTER: $(complaint)"
   grep -E "^$JOB " "$ERRORS.list" || true
   rm -f "$ERRORS.list"
@@ -87,18 +87,18 @@ watch() {
   local now before=""
   trap 'say "not watching any more. The training goes on; $(of_cluster)"; exit 130' INT
   while :; do
-    now=$(workload "$JOB JobSet finished successfully")
+    now=$(workload "$JOB  Finished  JobSet finished successfully")
     [[ -n $now ]] || refuse "$JOB: is no workload of CLUSTER=$CLUSTER; gke.sh launch starts it"
     if [[ $now != "$before" ]]; then say "$now"; fi
     before=$now
     case $now in
-      *"finished successfully"*)
+      *" Finished "*[Ff]ailed*)
+        logs || true
+        fail "it failed, and was started again up to $RESTARTS times; $(of_cluster)"
+        ;;
+      *" Finished "*)
         say "finished: $WORKDIR/SUMMARY.md; fetch.sh brings it here. $(of_cluster)"
         return
-        ;;
-      *"JobSet failed"*)
-        logs || true
-        fail "it failed, after up to $RESTARTS restarts; $(of_cluster)"
         ;;
     esac
     sleep "$POLL"
