@@ -8,7 +8,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxup.experiments.lowered import devices_of
 from jaxup.model.attention import attention
+from jaxup.targets import chips
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +50,11 @@ def test_the_kernel_of_attention_compiles(topology, head_dim, heads, kv_heads, s
         program = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, k, ids).compile()
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == (2 if seq <= 8192 else 3)
     assert program.memory_analysis().peak_memory_in_bytes < heads * seq**2 * 4  # no logits of all positions
+
+
+@pytest.mark.parametrize("name", ["v4:1x1x1", "v5e:1x1", "v5p:1x2x1", "v6e:1x1", "v5e:2x2"])
+def test_slices_that_are_less_than_a_host(name):
+    pytest.importorskip("libtpu", reason="needs the TPU's compiler: pip install libtpu")
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    topology = chips.parse(name)
+    assert len(devices_of(topology)) == topology.count
