@@ -4,6 +4,7 @@ import ast
 import functools
 import operator
 import re
+import runpy
 
 import pages
 import pytest
@@ -74,3 +75,8 @@ def test_settings_of_the_released_code(script, file):
 
 def test_layouts():
     assert [row[0].strip("`") for row in rows("from_trl.md", "layout")] == [*LAYOUTS]
+
+
+def test_hours_are_those_of_the_table_that_was_compiled():
+    table = runpy.run_path(pages.DOCS.parent / "benchmarks" / "machines.py")["table"]()
+    assert table in (pages.DOCS / "machines.md").read_text(), "run benchmarks/machines.py"
