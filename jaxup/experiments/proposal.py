@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Policies by the time they take; each takes less memory than the one before it. A further group is for slices on which
 # none of the first fits.
-REMAT: tuple[tuple[str, ...], ...] = (("dots", "context", "full"),)
+REMAT: tuple[tuple[str, ...], ...] = (("dots", "context", "full"), ("offload",))
 
 
 @dataclasses.dataclass(frozen=True)
