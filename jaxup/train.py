@@ -49,7 +49,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     parser.add_argument("--dry-run", action="store_true",
                         help="say what would be done, with the memory and time that it takes, and leave")  # fmt: skip
     parser.add_argument("--preflight", action="store_true",
-                        help="say whether all machines are ready, and leave: processes, devices, places to write")  # fmt: skip
+                        help="say whether all machines are ready: processes, devices, places to write")  # fmt: skip
     parser.add_argument("--target", metavar="TPU",
                         help="say what a step takes on TPUs such as v5p:4x4x4, which need not be here; "
                         "auto, or auto:v5p: on the smallest slice that fits")  # fmt: skip

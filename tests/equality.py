@@ -30,7 +30,8 @@ import processes
 import runs
 
 STEPS, MIDDLE = 50, 25
-MESHES = ["8,1,1", "1,8,1", "2,2,2", "1,4,2", "2,1,4", "1,1,8"]  # data, fsdp, tensor
+AXES = ("data", "fsdp", "tensor", "context")
+MESHES = ["8,1,1", "1,8,1", "2,2,2", "1,4,2", "2,1,4", "1,1,8", "4,1,1,2", "1,2,1,4", "1,1,1,8", "1,2,2,2"]
 TINY = [
     f"--config.steps={STEPS}", f"--config.checkpoint.interval={MIDDLE}", "--config.reference.steps=2",
     "--config.inherit.control=0", "--config.inherit.layers=2", "--config.model.num_layers=4",
@@ -115,7 +116,7 @@ def table(root: Path) -> list[Row]:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
 
     def tasks(name: str, mesh: str, middle: Path | None) -> list[list[str]]:
-        axes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh.split(","))]
+        axes = [f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, mesh.split(","))]
         made = [[str(root / f"{name}.new"), *runs.arguments(root / "corpus", root / name, *TINY, *axes)]]
         if middle is not None:
             shutil.copytree(middle, root / f"{name}-on")
@@ -163,7 +164,7 @@ if __name__ == "__main__":
             watched(Path(record), arguments)
         sys.exit()
     with tempfile.TemporaryDirectory(prefix="jaxup-equality-") as directory:
-        print("| data, fsdp, tensor | loss, 50 steps | resumed | restored state | batches |\n|---|--:|--:|---|---|")
+        print(f"| {', '.join(AXES)} | loss, 50 steps | resumed | restored state | batches |\n|---|--:|--:|---|---|")
         for row in table(Path(directory)):
             same = ["the same bits" if one else "OTHERS" for one in (row.state, row.batches)]
             print(f"| {row.where} | {row.loss:.1e} | {row.resumed:.1e} | {' | '.join(same)} |")

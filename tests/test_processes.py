@@ -167,7 +167,11 @@ entry_point(main)
         ("sys.argv.append('--config.steps=9')", [], "process 1 differs from process 0: steps is 9, not 8; start all"),
         ("jaxup.__version__ = '0.0.9'", [], "process 1 differs from process 0: jaxup is '0.0.9 of "),
         ("sys.argv.append('--skip-step=3')", [], "process 0: corrections is 'step 3 left out', not ''; start"),
-        ("", ["--config.mesh.tensor=3"], "mesh: data x fsdp x tensor = 1 x 1 x 3 is not the 2 devices here"),
+        (
+            "",
+            ["--config.mesh.tensor=3"],
+            "mesh: data x fsdp x context x tensor = 1 x 1 x 1 x 3 is not the 2 devices here",
+        ),
         ("", ["--config.mesh.tensor=2", "--config.model.num_heads=1"], "1 attention heads do not divide over mesh"),
         ("", ["--platform=tpu"], "devices: "),
     ],

@@ -140,13 +140,13 @@ def test_a_run_can_be_made_longer(whole, folder, command, capsys):
     capsys.readouterr()
     with devices(8):
         run(
-            f"--resume={folder / 'longer'}", "--config.steps=12", "--config.mesh.data=2", "--config.mesh.fsdp=4",
-            "--config.checkpoint.keep=1", "--config.eval.rows=16", "--config.log.interval=2",
+            f"--resume={folder / 'longer'}", "--config.steps=12", "--config.mesh.data=2", "--config.mesh.fsdp=2",
+            "--config.mesh.context=2", "--config.checkpoint.keep=1", "--config.eval.rows=16", "--config.log.interval=2",
         )  # fmt: skip
     out = capsys.readouterr().out
     for line in (
         "steps was 8, now 12",
-        "mesh.fsdp was 1, now 4: sums are made in another order",
+        "mesh.context was 1, now 2: sums are made in another order",
         "eval.rows was 8, now 16",
     ):
         assert f"changed under the run: {line}" in out

@@ -36,10 +36,12 @@ from jaxup.training.sharding import (
     check_batch,
     check_heads,
     check_host_memory,
+    check_length,
     device_grid,
     local_rows,
     make_mesh,
     micro_batches,
+    ordered,
     place_batch,
     state_shardings,
 )
@@ -98,10 +100,19 @@ def test_accumulation_does_not_change_the_gradient(accumulation):
 
 
 @pytest.mark.parametrize(
-    "mesh_config", [(8, 1, 1), (2, 2, 2), (2, 4, 1), pytest.param((1, 8, 1), marks=pytest.mark.slow), (1, 2, 4)]
+    "mesh_config",
+    [
+        (8, 1, 1),
+        (2, 2, 2),
+        (2, 4, 1),
+        pytest.param((1, 8, 1), marks=pytest.mark.slow),
+        (1, 2, 4),
+        (1, 2, 2, 2),
+        (4, 1, 1, 2),
+    ],
 )
 def test_mesh_does_not_change_the_step(mesh_config, capfd):
-    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), mesh_config))))
+    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor", "context"), mesh_config))))
     compute = Compute(batch_axes=BATCH_AXES)
     optimizer = make_optimizer(OPTIMIZER, 10)
     params = param_shardings(MODEL, mesh)
@@ -118,11 +129,11 @@ def test_mesh_does_not_change_the_step(mesh_config, capfd):
         assert local_rows(ROWS, mesh) == slice(0, ROWS)
         placed = place_batch(batch, ROWS, mesh)
         assert placed["tokens"].sharding == batch_sharding(mesh)
-        jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), batch)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), ordered(batch, mesh))
         step = step.lower(state, placed).compile()
         state, metrics = step(state, placed)
-    data, fsdp, tensor = mesh_config
-    if min(fsdp, tensor) == 1:
+    data, *others = mesh_config
+    if sum(size > 1 for size in others) <= 1:
         # Along data the gradients are summed once, not in each of the two micro-batches: in float32, of what a device
         # keeps of the parameters. Besides them there are some sums of a few numbers.
         sizes = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)) * 4, before.params, params)
@@ -134,8 +145,8 @@ def test_mesh_does_not_change_the_step(mesh_config, capfd):
     assert_close(expected_state.opt_state[1].mu, state.opt_state[1].mu, rtol=1e-5, atol=1e-7)
     assert_close(expected_metrics, metrics)
     q = state.params["blocks"]["self_attn"]["q_proj"]["kernel"]
-    split = {"fsdp": mesh_config[1], "tensor": mesh_config[2]}
-    assert q.sharding.shard_shape(q.shape) == (3, 16 // split["fsdp"], 4 // split["tensor"], 4)
+    hidden, heads = mesh.shape["fsdp"] * mesh.shape["context"], mesh.shape["tensor"]
+    assert q.sharding.shard_shape(q.shape) == (3, 16 // hidden, 4 // heads, 4)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err  # XLA's warning of a whole copy on each
 
 
@@ -278,12 +289,14 @@ def test_bfloat16_compute_keeps_float32_state():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: make_mesh(MeshConfig(data=3, fsdp=1, tensor=1)), "3 x 1 x 1 is not the 8 devices"),
+        (lambda m: make_mesh(MeshConfig(data=3, fsdp=1, tensor=1)), "3 x 1 x 1 x 1 is not the 8 devices"),
         (lambda m: make_mesh(MeshConfig(data=-1, fsdp=-1, tensor=1)), "one of them -1"),
         (lambda m: check_batch("batch_size", 12, m), "batch_size=12 does not divide over data x fsdp = 8 devices; 16"),
         (lambda m: check_batch("batch_size", 8, m, 2), r"and 2 micro-batches; 16 would, or step.accumulation=1 \(0 ="),
         (lambda m: check_batch("batch_size", 96, m, 8), "and 8 micro-batches; 128 would, or step.accumulation=6 "),
         (lambda m: check_batch("batch_size", 12, m, 0), "does not divide over data x fsdp = 8 devices; 16 would$"),
+        (lambda m: check_length("data.seq_len", 100, make_mesh(MeshConfig(data=2, fsdp=1, context=4, tensor=1))),
+         r"^data\.seq_len=100 does not divide into two chunks for each of mesh\.context=4 devices; 104 would$"),
         (lambda m: check_heads(GROUPED, make_mesh(MeshConfig(data=1, fsdp=1, tensor=8))), "^6 attention heads do not "
          r"divide over mesh\.tensor=8; 2 would$"),
     ],

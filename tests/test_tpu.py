@@ -15,29 +15,30 @@ from jaxup.targets import chips
 pytestmark = pytest.mark.slow
 
 
-def mesh_of(topology):
+def mesh_of(topology, axis):
     """The four devices of a slice that is not here."""
     pytest.importorskip("libtpu", reason="needs the TPU's compiler: pip install libtpu")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ["TPU_ACCELERATOR_TYPE"] = topology.split(":")[0] + "-8"
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh((2, 2), ("data", axis), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize(
-    ("head_dim", "heads", "kv_heads", "seq", "window", "packed", "dtype"),
+    ("head_dim", "heads", "kv_heads", "seq", "window", "packed", "dtype", "axis"),
     [
-        (64, 16, 16, 1024, None, False, "bfloat16"),
-        (64, 16, 16, 16_384, 1000, True, "bfloat16"),
-        (100, 8, 8, 4096, None, True, "bfloat16"),
-        (128, 8, 2, 4096, None, True, "bfloat16"),
-        (256, 4, 1, 4096, None, True, "float32"),
+        (64, 16, 16, 1024, None, False, "bfloat16", "tensor"),
+        (64, 16, 16, 16_384, 1000, True, "bfloat16", "tensor"),
+        (100, 8, 8, 4096, None, True, "bfloat16", "tensor"),
+        (128, 8, 2, 4096, None, True, "bfloat16", "tensor"),
+        (128, 8, 2, 16_384, None, True, "bfloat16", "context"),
+        (256, 4, 1, 4096, None, True, "float32", "tensor"),
     ],
 )
-def test_the_kernel_of_attention_compiles(topology, head_dim, heads, kv_heads, seq, window, packed, dtype):
+def test_the_kernel_of_attention_compiles(topology, head_dim, heads, kv_heads, seq, window, packed, dtype, axis):
     """Forward and backward, down to the code: that is where its blocks may not fit fast memory."""
-    mesh = mesh_of(topology)
+    mesh = mesh_of(topology, axis)
     rows = NamedSharding(mesh, PartitionSpec("data"))
     q, k = (jax.ShapeDtypeStruct((2, seq, n, head_dim), dtype, sharding=rows) for n in (heads, kv_heads))
     ids = jax.ShapeDtypeStruct((2, seq), jnp.int32, sharding=rows)

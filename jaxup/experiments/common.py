@@ -37,7 +37,7 @@ from jaxup.together import told
 from jaxup.training.loop import evaluate, random_params, train_model
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Result, Run, Settings, Stage, check_digest, describe_model, read_result, write_result
-from jaxup.training.sharding import BATCH_AXES, check_heads, check_host_memory
+from jaxup.training.sharding import BATCH_AXES, check_heads, check_host_memory, check_length
 from jaxup.training.step import StepConfig
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class Experiment(abc.ABC):
         """Refuses one that the rows or the mesh do not fit."""
         check_heads(model, self._mesh)
         seq_len = self._config.data.seq_len
+        check_length("data.seq_len", seq_len, self._mesh)
         if model.positions == "learned" and model.max_positions < seq_len:
             raise UserError(f"data.seq_len={seq_len} exceeds the model's {model.max_positions} positions")
 

@@ -81,7 +81,9 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c.compute.remat = "none" if small else "full"
     c.compute.unroll = 0 if small else 1  # layers per iteration of the scan; 0 = all, faster but for compiling
     data, fsdp = (-1, 1) if small else (1, -1)
-    c.mesh = ConfigDict({"data": data, "fsdp": fsdp, "tensor": 1})  # devices along each axis; -1 = all that are left
+    # Devices along each axis; -1 = all that are left. Rows of a batch are split over data and fsdp, of which the latter
+    # splits parameters too; each row over context, for rows that are long; and heads, MLP and vocabulary over tensor.
+    c.mesh = ConfigDict({"data": data, "fsdp": fsdp, "context": 1, "tensor": 1})
 
     # Intervals are steps. `rows`: the first so many of validation, 0 = all.
     c.eval = ConfigDict({"interval": 1000, "rows": 128 if small else 512, "batch_size": 32 if small else 64})

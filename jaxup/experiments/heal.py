@@ -65,7 +65,7 @@ from jaxup.training.lora import LoraConfig
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Dtypes, Result, Run, Settings, Stage, check_digest, describe_model, read_result
 from jaxup.training.selection import Selection, TrainConfig, select
-from jaxup.training.sharding import check_batch
+from jaxup.training.sharding import check_batch, check_length
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -101,6 +101,7 @@ class Heal(Experiment):
             with within("pretrain."):
                 optimizer = section(OptimizerConfig, config.pretrain.optimizer)
                 learning_rate(optimizer, config.pretrain.steps)
+                check_length("data.seq_len", config.pretrain.data.seq_len, mesh)
             self._pretrain = dataclasses.replace(settings, batch_size=config.pretrain.batch_size, optimizer=optimizer)
         else:
             self._plan = self._recipe.plan

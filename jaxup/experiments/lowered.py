@@ -32,7 +32,7 @@ from jaxup.targets.dump import FACTS, REFUSED
 from jaxup.text import write_atomically
 from jaxup.training.loop import abstract_params, make_program
 from jaxup.training.run import Stage
-from jaxup.training.sharding import MeshConfig, batch_sharding, check_batch, make_mesh, micro_batches
+from jaxup.training.sharding import MeshConfig, batch_sharding, check_batch, make_mesh, micro_batches, ordered
 from jaxup.training.trial import arguments, held, needed
 
 PROGRAMS = ("train_step", "eval_step", "decode")
@@ -55,7 +55,7 @@ def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.
     state, frozen = arguments(stage, mesh)
     count = s.step.accumulation or 1
     rows = s.batch_size if name == "train_step" else s.eval_batch_size
-    shape = stage.data.batches(batch_size=1, seed=0)(0)
+    shape = ordered(stage.data.batches(batch_size=1, seed=0)(0), mesh)
     batch = {
         key: jax.ShapeDtypeStruct((rows, *value.shape[1:]), value.dtype, sharding=batch_sharding(mesh))
         for key, value in shape.items()

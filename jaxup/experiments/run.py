@@ -127,7 +127,7 @@ def run_experiment(
 
 def _stores(config: ConfigDict, workdir: Path) -> dict[str, Path]:
     """Where tokens lie; UserError if that is in the run's directory, in which no run could begin then."""
-    directory, stores = Path(str(workdir)).absolute(), {}
+    directory, stores = Path(str(workdir)).absolute(), dict[str, Path]()
     for key in ("data.store", "pretrain.data.store"):
         store = str(get(config, key) or workdir.parent / "data")
         if directory in ((path := Path(store).expanduser().absolute()), *path.parents):

@@ -72,8 +72,8 @@ def load(
         as those of `jaxup.open_plan`. No code that lies beside a model is ever run.
       dtype: of the params: "float32", "bfloat16" or "float16". None keeps what is stored (layers
         stored in several dtypes take the one that holds them all).
-      mesh: the params are laid out by `jaxup.model.sharding.RULES` over its axes "fsdp" and
-        "tensor". Every process of the mesh must call this. None: one device, `jax.default_device`.
+      mesh: the params are laid out by `jaxup.model.sharding.RULES` over its axes "fsdp",
+        "context" and "tensor". Every process of the mesh must call this. None: one device, `jax.default_device`.
       plan: which layers of the sources make up the result, applied while loading: what it drops is
         not read, what it repeats is read once. What it does not inherit is `init(config, seed 0)`.
       revision: branch, tag or commit of a Hub id.

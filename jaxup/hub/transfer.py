@@ -287,7 +287,8 @@ def _axes(tensor: Tensor, target: NamedSharding) -> tuple[tuple[str, ...], tuple
     spec = tuple(target.spec)[0 if tensor.layer is None else 1 :]
     first, second = spec[: tensor.row.inputs], spec[tensor.row.inputs :]
     rows, columns = (second, first) if tensor.row.layout == "linear" else (first, second)
-    rows, columns = (tuple(name for name in names if name is not None) for names in (rows, columns))
+    names = lambda entry: (entry,) if isinstance(entry, str) else entry or ()  # noqa: E731
+    rows, columns = (tuple(name for entry in axes for name in names(entry)) for axes in (rows, columns))
     return rows, columns, tuple(name for name in target.mesh.axis_names if name not in rows + columns)
 
 

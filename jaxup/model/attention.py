@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+# The axis of the mesh that splits sequences, for what has its batch split: see `balanced`.
+_CONTEXT = "context"
 # Queries per block of the "blocked" implementation.
 _BLOCK = 128
 # So many blocks are unrolled, which XLA runs faster than a loop. More are loops, over blocks with the same keys.
@@ -51,19 +53,44 @@ def attention(
     `cudnn` is the GPU's flash attention (16-bit); `splash` is the TPU's, which each device of the mesh runs on its own
     rows, as `batch_axes` split them, and heads, as the axis "tensor" does (elsewhere it is interpreted: for tests);
     `auto` and what `choose` takes instead of one that cannot do what is asked: see there.
+
+    Where the mesh splits sequences too (`seq_axis`), they are in the order of `balanced`. Then each device has its own
+    queries and gathers all keys and values, as Llama 3 was trained (Dubey et al. 2024): with grouped queries these are
+    the small part, and segments and windows stay what they are.
     """
     S, T, H = q_BSNH.shape[1], k_BTKH.shape[1], q_BSNH.shape[-1]
     itself = isinstance(q_start, int) and q_start == 0 and S == T and first is None
     chosen = choose(
         implementation, dtype=q_BSNH.dtype, seq_len=S if itself else None, head_dim=H, packed=segment_ids is not None
     )
+    if not itself:
+        return _dense(q_BSNH, k_BTKH, v_BTKH, _mask(q_start + jnp.arange(S), jnp.arange(T), window, segment_ids, first))
     if chosen == "splash":
         return _splash(q_BSNH, k_BTKH, v_BTKH, window, segment_ids, batch_axes)
-    if chosen == "cudnn":
-        return _cudnn(q_BSNH, k_BTKH, v_BTKH, window, segment_ids)
-    if chosen == "blocked":
-        return _blocked(q_BSNH, k_BTKH, v_BTKH, window, segment_ids)
-    return _dense(q_BSNH, k_BTKH, v_BTKH, _mask(q_start + jnp.arange(S), jnp.arange(T), window, segment_ids, first))
+    run = {"cudnn": _cudnn, "blocked": _blocked, "xla": _whole}[chosen]
+    if seq_axis(batch_axes):
+        return _chunks(run, q_BSNH, k_BTKH, v_BTKH, window, segment_ids, batch_axes)
+    return run(q_BSNH, k_BTKH, v_BTKH, window, segment_ids)
+
+
+def seq_axis(batch_axes: tuple[str, ...]) -> str | None:
+    """The axis of the current mesh that splits the sequences of a batch which `batch_axes` split, if one does."""
+    return _CONTEXT if batch_axes and context_size() > 1 else None
+
+
+def context_size() -> int:
+    """How many parts the current mesh splits sequences into."""
+    return jax.sharding.get_abstract_mesh().shape.get(_CONTEXT, 1)
+
+
+def balanced(seq_len: int, parts: int) -> np.ndarray:
+    """int [seq_len]: the positions of a sequence in the order in which so many devices have equal parts of it.
+
+    Of 2 * parts chunks device i has chunks i and 2 * parts - 1 - i: all have as many pairs of a query and a key that a
+    causal mask leaves.
+    """
+    chunks = np.arange(seq_len).reshape(2 * parts, -1)
+    return np.stack([chunks[:parts], chunks[::-1][:parts]], axis=1).reshape(seq_len)
 
 
 def choose(asked: str, *, dtype: DTypeLike, seq_len: int | None, head_dim: int, packed: bool) -> str:
@@ -72,8 +99,8 @@ def choose(asked: str, *, dtype: DTypeLike, seq_len: int | None, head_dim: int, 
     It is chosen for the devices of the mesh that is set (`jax.set_mesh`), which need not be this process's, and without
     one for those that jax takes by itself. `splash` is taken on TPUs: under a mesh, as a kernel that no mesh says how
     to split runs on one device only. cuDNN's is taken from NVIDIA's Ampere on, or where it is asked for, if it fits:
-    16-bit; heads up to 128, from Hopper on up to 256; packed rows of even length. Otherwise `blocked`, and `xla` for
-    decoding.
+    16-bit; heads up to 128, from Hopper on up to 256; packed rows of even length, and chunks of rows where the mesh
+    splits them. Otherwise `blocked`, and `xla` for decoding.
     """
     if seq_len is None or asked == "xla":
         return "xla"
@@ -82,6 +109,8 @@ def choose(asked: str, *, dtype: DTypeLike, seq_len: int | None, head_dim: int, 
         return "splash"
     capability = _capability(platform)
     largest = 256 if capability >= 9 else 128
+    if (parts := context_size()) > 1:
+        packed, seq_len = True, seq_len // (2 * parts)  # each chunk has a mask
     fits = jnp.dtype(dtype).itemsize == 2 and head_dim <= largest and not (packed and seq_len % 2)
     return "cudnn" if fits and (asked == "cudnn" or (asked == "auto" and capability >= 8)) else "blocked"
 
@@ -121,85 +150,41 @@ _CUDNN = "dot_product_attention"  # what the names of the kernel's primitives be
 _SPLASH, _NARROW = "splash attention", "splash attention of narrow heads"  # what its output and statistics are named
 
 
-def _cudnn(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS):
-    H = q_BSNH.shape[-1]
+# ---- causal attention of the last S of T positions
+
+
+def _cudnn(q_BSNH, k_BTKH, v_BTKH, window, segment_ids_BT):
+    S, T, H = q_BSNH.shape[1], k_BTKH.shape[1], q_BSNH.shape[-1]
     # The kernel wants heads of a multiple of 8; zeros change no product.
-    padded = [jnp.pad(x, ((0, 0),) * 3 + ((0, -H % 8),)) for x in (q_BSNH, k_BSKH, v_BSKH)]
+    padded = [jnp.pad(x, ((0, 0),) * 3 + ((0, -H % 8),)) for x in (q_BSNH, k_BTKH, v_BTKH)]
     kernel = functools.partial(jax.nn.dot_product_attention, scale=1.0, is_causal=True, implementation="cudnn")
-    if segment_ids_BS is None:
+    if segment_ids_BT is None and S == T:
         return kernel(*padded, local_window_size=None if window is None else (window - 1, 0))[..., :H]
 
-    # The mask becomes a 16-bit bias [B, 1, S, S], of 1 / 2N of the bytes of logits, and nothing for each layer to keep.
+    # The mask becomes a 16-bit bias [B, 1, S, T], of 1 / 2N of the bytes of logits, and nothing for each layer to keep.
     # cuDNN takes offsets of segments as well: but JAX has no public way to it, and makes softmax's statistics as many
     # times as a row may have segments.
     @functools.partial(jax.checkpoint, policy=is_kernel)
-    def masked(q, k, v, segment_ids_BS):
-        index_S = jnp.arange(q.shape[1])
-        return kernel(q, k, v, mask=_mask(index_S, index_S, window, segment_ids_BS)[:, 0])
+    def masked(q, k, v, segment_ids_BT):
+        return kernel(q, k, v, mask=_mask(jnp.arange(T - S, T), jnp.arange(T), window, segment_ids_BT)[:, 0])
 
-    return masked(*padded, segment_ids_BS)[..., :H]
-
-
-def _most(head_dim, dtype):
-    """Positions of a block of the TPU's kernel."""
-    return _TPU_BLOCK if head_dim * jnp.dtype(dtype).itemsize <= 512 else _TPU_BLOCK // 2
+    return masked(*padded, segment_ids_BT)[..., :H]
 
 
-def _equal(length, most):
-    """The fewest blocks of one size, a multiple of 128 up to `most`, that hold `length`: (their number, their size)."""
-    count = -(-length // most)
-    return count, -(-length // (128 * count)) * 128
+def _whole(q_BSNH, k_BTKH, v_BTKH, window, segment_ids_BT):
+    S, T = q_BSNH.shape[1], k_BTKH.shape[1]
+    return _dense(q_BSNH, k_BTKH, v_BTKH, _mask(jnp.arange(T - S, T), jnp.arange(T), window, segment_ids_BT))
 
 
-def _splash(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS, batch_axes):
-    from jax.experimental.pallas.ops.tpu import splash_attention as pallas  # slow to import, and for TPUs only
-
-    S, K, H = k_BSKH.shape[1:]
-    # Rows end in keys that no query before them sees, so that blocks of one size are all of them.
-    count, block = _equal(S, _most(H, k_BSKH.dtype))
-    product = math.gcd(block, _TPU_PRODUCT)
-    fused = count <= _TPU_FUSED
-    sizes = pallas.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=product, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=product, use_fused_bwd_kernel=fused, block_q_dq=None if fused else block,
-        block_kv_dq=None if fused else product,
-    )  # fmt: skip
-    shape = (count * block,) * 2
-    mask = pallas.CausalMask(shape) if window is None else pallas.LocalMask(shape, (window - 1, 0), 0)
-
-    def local(q_BNSH, k_BKSH, v_BKSH, segment_ids_BS):
-        kernel = pallas.make_splash_mha(
-            pallas.MultiHeadMask([mask] * q_BNSH.shape[1]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-            residual_checkpoint_name=_SPLASH if H > 64 else _NARROW, interpret=_platform() != "tpu",
-        )  # fmt: skip
-        ids = None if segment_ids_BS is None else pallas.SegmentIds(segment_ids_BS, segment_ids_BS)
-        return jax.vmap(kernel)(q_BNSH, k_BKSH, v_BKSH, ids)
-
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, shape[0] - S)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-    heads_first = [jnp.swapaxes(pad(x), 1, 2) for x in (q_BSNH, k_BSKH, v_BSKH)]
-    ids_BS = None if segment_ids_BS is None else pad(segment_ids_BS)
-    run: Callable[..., Any] = local
-    mesh = jax.sharding.get_abstract_mesh()
-    # Those that an enclosing shard_map has split already are no more to be split.
-    if left := {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}:
-        rows = tuple(axis for axis in batch_axes if axis in left)
-        split = PartitionSpec(rows, "tensor" if K % left.get("tensor", K + 1) == 0 else None)
-        run = jax.shard_map(
-            local, in_specs=(split, split, split, PartitionSpec(rows)), out_specs=split, axis_names={*left},
-            check_vma=False,
-        )  # fmt: skip
-    return jnp.swapaxes(run(*heads_first, ids_BS), 1, 2)[:, :S]
-
-
-def _blocked(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS):
-    S, out = q_BSNH.shape[1], []
-    count = -(-S // _BLOCK)
+def _blocked(q_BSNH, k_BTKH, v_BTKH, window, segment_ids_BT):
+    S, T, out = q_BSNH.shape[1], k_BTKH.shape[1], []
+    count = -(-T // _BLOCK)
     each = 1 if count <= _UNROLLED else -(-count // _LOOPS)
-    for start in range(0, S, each * _BLOCK):
-        stop = min(start + each * _BLOCK, S)
+    for start in range(T - S, T, each * _BLOCK):
+        stop = min(start + each * _BLOCK, T)
         seen = slice(0 if window is None else max(0, start + 1 - window), stop)
-        q, k, v = q_BSNH[:, start:stop], k_BSKH[:, seen], v_BSKH[:, seen]
-        ids = None if segment_ids_BS is None else segment_ids_BS[:, seen]
+        q, k, v = q_BSNH[:, start - T + S : stop - T + S], k_BTKH[:, seen], v_BTKH[:, seen]
+        ids = None if segment_ids_BT is None else segment_ids_BT[:, seen]
         if stop - start <= _BLOCK:
             out.append(_dense(q, k, v, _mask(jnp.arange(start, stop), jnp.arange(seen.start, stop), window, ids)))
         else:
@@ -232,6 +217,117 @@ def _loop(q_BSNH, k_BTKH, v_BTKH, q_start, window, segment_ids_BT):
     starts = q_start + _BLOCK * jnp.arange(blocks)
     out = jax.lax.scan(lambda _, xs: (None, block(keys, values, *xs)), None, (q, starts))[1]
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :S]
+
+
+# ---- on the devices of a mesh
+
+
+def _chunks(run, q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS, batch_axes):
+    """`run` of the two chunks of a sequence that each device has, and of the keys that they see."""
+    parts = context_size()
+
+    def own(device, q, k, v, ids):
+        chunk, out = q.shape[1] // 2, []
+        for half, number in enumerate((device, 2 * parts - 1 - device)):
+            start, stop = number * chunk, (number + 1) * chunk
+            first = 0 if window is None else max(0, start + 1 - window) // 2 * 2  # even, as cuDNN wants the length
+            seen = None if ids is None else ids[:, first:stop]
+            mine = q[:, half * chunk : (half + 1) * chunk]
+            out.append(run(mine, k[:, first:stop], v[:, first:stop], window, seen))
+        return jnp.concatenate(out, axis=1)
+
+    # A program for each device, so that none computes what its mask hides. What they keep for the backward pass is of
+    # the same shapes, and so there once: their arguments, and what a kernel gave.
+    programs = [jax.checkpoint(functools.partial(own, device), policy=is_kernel) for device in range(parts)]
+
+    def local(_, q, k, v, ids, ids_BT):
+        return jax.lax.switch(jax.lax.axis_index(_CONTEXT), programs, q, k, v, ids_BT)
+
+    return _on_own_part(local, None, None, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, batch_axes)
+
+
+def _most(head_dim, dtype):
+    """Positions of a block of the TPU's kernel."""
+    return _TPU_BLOCK if head_dim * jnp.dtype(dtype).itemsize <= 512 else _TPU_BLOCK // 2
+
+
+def _equal(length, most):
+    """The fewest blocks of one size, a multiple of 128 up to `most`, that hold `length`: (their number, their size)."""
+    count = -(-length // most)
+    return count, -(-length // (128 * count)) * 128
+
+
+def _splash(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS, batch_axes):
+    from jax.experimental.pallas.ops.tpu import splash_attention as pallas  # slow to import, and for TPUs only
+
+    S, N, H = q_BSNH.shape[1:]
+    mesh, axis = jax.sharding.get_abstract_mesh(), seq_axis(batch_axes)
+    parts = context_size() if axis else 1
+    # Sequences end in keys that no query before them sees, so that blocks of one size are all of them.
+    (q_count, q_block), (count, block) = (_equal(n, _most(H, k_BSKH.dtype)) for n in (S // parts, S))
+    Q, T = q_count * q_block, count * block
+    product = math.gcd(block, _TPU_PRODUCT)
+    fused = count <= _TPU_FUSED
+    sizes = pallas.BlockSizes(
+        block_q=q_block, block_kv=block, block_kv_compute=product, block_q_dkv=q_block, block_kv_dkv=block,
+        block_kv_dkv_compute=product, use_fused_bwd_kernel=fused, block_q_dq=None if fused else q_block,
+        block_kv_dq=None if fused else product,
+    )  # fmt: skip
+    shape = (parts * Q, T)
+    mask: Any = pallas.CausalMask(shape) if window is None else pallas.LocalMask(shape, (window - 1, 0), 0)
+    order = balanced(S, parts).reshape(parts, -1) if axis else np.arange(S)[None]
+    mask.q_sequence = np.pad(order, ((0, 0), (0, Q - S // parts)), constant_values=T - 1).reshape(-1).astype(np.int32)
+    heads = _split(batch_axes, k_BSKH.shape[2])[1]
+    kernel = pallas.make_splash_mha(
+        pallas.MultiHeadMask([mask] * (N // mesh.shape[heads] if heads else N)), block_sizes=sizes, head_shards=1,
+        q_seq_shards=parts, residual_checkpoint_name=_SPLASH if H > 64 else _NARROW, interpret=_platform() != "tpu",
+    )  # fmt: skip
+
+    def local(kernel, q, k, v, ids_BS, ids_BT):
+        pad = lambda x, length: jnp.pad(x, ((0, 0), (0, length - x.shape[1])) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
+        ids = None if ids_BS is None else pallas.SegmentIds(pad(ids_BS, Q), pad(ids_BT, T))
+        heads_first = [jnp.swapaxes(pad(x, length), 1, 2) for x, length in ((q, Q), (k, T), (v, T))]
+        return jnp.swapaxes(jax.vmap(kernel)(*heads_first, ids), 1, 2)[:, : q.shape[1]]
+
+    # Each device has the rows of the mask that are of its queries.
+    spec = None if mesh.empty else kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, axis)))
+    return _on_own_part(local, kernel, spec, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, batch_axes)
+
+
+def _split(batch_axes, kv_heads):
+    """The axes that split rows, and that which splits heads; those that an enclosing shard_map has split split none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    left = {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
+    rows = tuple(axis for axis in batch_axes if axis in left)
+    return rows, "tensor" if kv_heads % left.get("tensor", kv_heads + 1) == 0 else None
+
+
+def _on_own_part(local, kernel, spec, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, batch_axes):
+    """`local` on each device of the mesh: (kernel, its queries, the keys, the values, segments of both)."""
+    mesh, axis = jax.sharding.get_abstract_mesh(), seq_axis(batch_axes)
+    if not (left := {*mesh.shape} - {*mesh.manual_axes}):
+        return local(kernel, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, segment_ids_BS)
+
+    def whole(x):
+        """What all devices have of the sequences, in its own order."""
+        if axis is None or x is None:
+            return x
+        x = jax.lax.all_gather(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), axis, axis=1)
+        chunks = jnp.concatenate([x[:, :, 0], x[:, ::-1, 1]], axis=1)
+        return chunks.reshape(x.shape[0], -1, *x.shape[4:])
+
+    def gathered(kernel, q, k, v, ids):
+        return local(kernel, q, whole(k), whole(v), ids, whole(ids))
+
+    rows, heads = _split(batch_axes, k_BSKH.shape[2])
+    part = PartitionSpec(rows, axis, heads)
+    return jax.shard_map(
+        gathered, in_specs=(spec, part, part, part, PartitionSpec(rows, axis)), out_specs=part,
+        axis_names=left, check_vma=False,
+    )(kernel, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS)  # fmt: skip
+
+
+# ---- what all have in common
 
 
 def _mask(q_index_S, k_index_T, window, segment_ids_BT=None, first_B=None):

@@ -235,7 +235,9 @@ class Compute:
     # the input of each block is in the memory of the host until then.
     remat: str = "none"
     unroll: int = 1  # layers per iteration of the scan; 0 = all, faster but for compiling
-    batch_axes: tuple[str, ...] = ()  # mesh axes that split the batch, where a mesh is set
+    # Mesh axes that split the batch, where a mesh is set. Its axis "context" then splits sequences, which are in the
+    # order of `jaxup.model.attention.balanced`.
+    batch_axes: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name, choices in (

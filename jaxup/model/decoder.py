@@ -21,9 +21,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxup.errors import UserError
-from jaxup.model.attention import is_kernel
+from jaxup.model.attention import is_kernel, seq_axis
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.layers import Block, Linear, Norm, param
+from jaxup.model.sharding import splits
 from jaxup.model.spec import STACK, Param, flatten, spec, unflatten
 from jaxup.model.stack import SplitStack, Step
 from jaxup.text import size
@@ -164,25 +165,29 @@ class Decoder(nnx.Module):
         if self.embed_positions is not None:
             check_numbers("position", positions_BS, self.config.max_positions)
         dtype = jnp.dtype(self.compute.dtype)
-        rows = self.compute.rows_over
-        x_BSD = self.embed_tokens[...][tokens_BS]
-        *others, last = rows or ("",)
-        if last and x_BSD.shape[-1] % jax.sharding.get_abstract_mesh().shape[last] == 0:
-            # The table is split along hidden, over the last of these axes. So each device looks its part of hidden up,
-            # for the rows of all along that axis, before it has its own rows whole: not told so, XLA may look every
-            # row up on every device, and sums the table's gradient, whole, over all of them.
-            x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(tuple(others), None, last))
-        x_BSD = x_BSD.astype(dtype)  # after the look-up: the rows that are read, not the whole table
+        axes = self.compute.rows_over
+        seq = seq_axis(axes)
+        split = jax.lax.with_sharding_constraint
+        table = splits("embed", self.config.hidden_size, jax.sharding.get_abstract_mesh()) if axes else ()
+        if table:
+            rows = PartitionSpec(tuple(axis for axis in axes if axis not in table))
+            tokens_BS, positions_BS = (x if x.shape[0] == 1 else split(x, rows) for x in (tokens_BS, positions_BS))
+        # The cast is after the look-up: of the rows that are read, not of the whole table.
+        x_BSD = self.embed_tokens[...][tokens_BS].astype(dtype)
         if self.config.embed_scale != 1:
             x_BSD = x_BSD * jnp.asarray(self.config.embed_scale, dtype)
         if self.embed_positions is not None:
             # A position that was not learned makes NaN, where indexing alone would take the last.
             learned_BSD = self.embed_positions[...].at[positions_BS].get(mode="fill", fill_value=jnp.nan)
             x_BSD = x_BSD + learned_BSD.astype(dtype)
-        if rows:
-            # The table is split over the same mesh axes as the batch: unless told otherwise, XLA may
-            # leave the activations split along the hidden axis.
-            x_BSD = jax.lax.with_sharding_constraint(x_BSD, PartitionSpec(rows))
+        if axes:
+            # The table is split along hidden, over axes that split tokens as well. So each device looks up what it has
+            # of hidden, for the tokens of all along these, before it has its own tokens whole: not told so, XLA may
+            # look all up on every device, sum the table's gradient, whole, over all of them, and leave the activations
+            # split along hidden. One axis at a time: it finds no way to both at once.
+            for hidden in dict.fromkeys((table, tuple(axis for axis in table if axis != seq), ())):
+                others = tuple(axis for axis in axes if axis not in hidden)
+                x_BSD = split(x_BSD, PartitionSpec(others, None if seq in hidden else seq, hidden))
         return x_BSD
 
     def logits(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxup.model.attention import attention
+from jaxup.model.attention import attention, context_size
 from jaxup.model.config import Compute, ModelConfig, RopeScaling
 from jaxup.model.spec import spec
 
@@ -55,8 +55,8 @@ class Linear(nnx.Module):
         kernel = kernel.astype(x.dtype)
         batch, outputs = x.shape[: x.ndim - self.inputs], self.outputs
         # As one matrix product of two dimensions: on CPU, XLA runs the gradients of a product with
-        # several batch axes a third slower.
-        x = x.reshape(math.prod(batch), -1)
+        # several batch axes a third slower. But no sharding says what rows that are split along both axes are as one.
+        x = x.reshape(*((math.prod(batch),) if context_size() == 1 else batch), -1)
         y = x @ kernel.reshape(-1, math.prod(outputs))
         if self.kernel_lora_a is not None and self.kernel_lora_b is not None:
             a, b = (param[...].astype(x.dtype) for param in (self.kernel_lora_a, self.kernel_lora_b))

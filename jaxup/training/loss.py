@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxup.model.attention import seq_axis
+from jaxup.model.sharding import splits
+
 
 def cross_entropy(
     x_BSD: Float[Array, "batch seq hidden"],
@@ -31,17 +34,14 @@ def cross_entropy(
     three matrix products with the vocabulary instead of the four of rematerialisation, and no logits
     kept (as in Liger). Sums are float32; so is the kernel's gradient until it is cast to its dtype.
 
-    `batch_axes` are the axes of the current mesh that split the batch. Then each device takes its own rows: the
-    kernel, which the axis "fsdp" may split along hidden, is gathered once, and its gradient reduced once, not in
-    each chunk.
+    `batch_axes` are the axes of the current mesh that split the batch. Then each device takes its own rows, or its part
+    of them (`seq_axis`): the kernel, which these axes may split along hidden, is gathered once, and its gradient
+    reduced once, not in each chunk.
     """
-    seq_len = x_BSD.shape[1]
-    chunk = min(chunk, seq_len)
-    if padding := -seq_len % chunk:
-        pad = lambda a: jnp.pad(a, ((0, 0), (0, padding)) + ((0, 0),) * (a.ndim - 2))  # noqa: E731
-        x_BSD, targets_BS, weights_BS = pad(x_BSD), pad(targets_BS), pad(weights_BS)
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
+    if seq := seq_axis(batch_axes):
+        axes += (seq,)
     loss, plain = _sums(x_BSD, kernel_DV, targets_BS, weights_BS, chunk, z_loss, axes)
     return loss, jax.lax.stop_gradient(plain)
 
@@ -68,21 +68,25 @@ def _on_own_rows(local, axes, x_BSD, kernel_DV, targets_BS, weights_BS, gradient
     """`local` of each device's rows and the whole kernel: the sums of all, each its dx, and the sum of all dkernel."""
     if not axes:
         return local(x_BSD, kernel_DV, targets_BS, weights_BS)
-    split = "fsdp" in axes and kernel_DV.shape[0] % jax.sharding.get_abstract_mesh().shape["fsdp"] == 0
+    split = tuple(
+        axis for axis in splits("embed", kernel_DV.shape[0], jax.sharding.get_abstract_mesh()) if axis in axes
+    )
 
     def collective(x_BSD, kernel_DV, targets_BS, weights_BS):
         if split:  # after the cast: half the bytes where the model computes in 16 bits
-            kernel_DV = jax.lax.all_gather(kernel_DV.astype(x_BSD.dtype), "fsdp", axis=0, tiled=True)
+            kernel_DV = jax.lax.all_gather(kernel_DV.astype(x_BSD.dtype), split, axis=0, tiled=True)
         found = local(x_BSD, kernel_DV, targets_BS, weights_BS)
         if not gradients:
             return jax.lax.psum(found, axes)
         sums, (dx_BSD, dkernel_DV) = found
         if split:
-            dkernel_DV = jax.lax.psum_scatter(dkernel_DV, "fsdp", scatter_dimension=0, tiled=True)
-        dkernel_DV = jax.lax.psum(dkernel_DV, tuple(axis for axis in axes if not (split and axis == "fsdp")))
+            dkernel_DV = jax.lax.psum_scatter(dkernel_DV, split, scatter_dimension=0, tiled=True)
+        dkernel_DV = jax.lax.psum(dkernel_DV, tuple(axis for axis in axes if axis not in split))
         return jax.lax.psum(sums, axes), (dx_BSD, dkernel_DV)
 
-    rows, kernel = PartitionSpec(axes), PartitionSpec("fsdp" if split else None)
+    seq = seq_axis(axes)
+    rows = PartitionSpec(tuple(axis for axis in axes if axis != seq), seq)
+    kernel = PartitionSpec(split)
     sums = (PartitionSpec(), PartitionSpec())
     return jax.shard_map(
         collective, in_specs=(rows, kernel, rows, rows), out_specs=(sums, (rows, kernel)) if gradients else sums,
@@ -108,7 +112,8 @@ def _with_gradients(chunk, z_loss, x_BSD, kernel_DV, targets_BS, weights_BS):
 
     zeros = ((jnp.float32(0), jnp.float32(0)), jnp.zeros(kernel_DV.shape, jnp.float32))
     (sums, dkernel_DV), dx = jax.lax.scan(body, zeros, _split(chunk, x_BSD, targets_BS, weights_BS))
-    dx_BSD = jnp.moveaxis(dx, 0, 1).reshape(x_BSD.shape)
+    B, S, D = x_BSD.shape
+    dx_BSD = jnp.moveaxis(dx, 0, 1).reshape(B, -1, D)[:, :S]
     return sums, (dx_BSD, dkernel_DV)
 
 
@@ -122,8 +127,14 @@ _sums.defvjp(_forward, _backward)
 
 
 def _split(chunk, *arrays):
-    """[B, S, ...] -> [S / chunk, B, chunk, ...]; the batch axis, which meshes split, stays whole."""
-    return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0) for a in arrays)
+    """[B, S, ...] -> [S / chunk, B, chunk, ...], zeros at the end; the batch axis, which meshes split, stays whole."""
+    chunk = min(chunk, arrays[0].shape[1])
+
+    def split(a):
+        a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % chunk)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0)
+
+    return tuple(map(split, arrays))
 
 
 def _flat(a):

@@ -1,4 +1,4 @@
-"""One mesh of three axes, and how batches and optimizer states lie on it; for params see `jaxup.model.sharding`."""
+"""One mesh of four axes, and how batches and optimizer states lie on it; for params see `jaxup.model.sharding`."""
 
 from __future__ import annotations
 
@@ -14,45 +14,49 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxup.errors import UserError
+from jaxup.model.attention import balanced
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params
-from jaxup.model.sharding import RULES, undivided
+from jaxup.model.sharding import named, undivided
 
 # Rows of a batch are split over both: fsdp is data parallelism that also splits the parameters.
 BATCH_AXES = ("data", "fsdp")
+_AXES = (*BATCH_AXES, "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    data: int  # one of the three may be -1: all the devices that are left
+    data: int  # one of the four may be -1: all the devices that are left
     fsdp: int
     tensor: int
+    context: int = 1  # splits the sequences of a batch
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices of all processes, or over these, such as those of a topology.
+    """The mesh (data, fsdp, context, tensor) over all devices of all processes, or over these, as those of a topology.
 
     UserError if they do not fit.
     """
     devices = jax.devices() if devices is None else devices
-    sizes, count = [config.data, config.fsdp, config.tensor], len(devices)
+    sizes, count = [getattr(config, axis) for axis in _AXES], len(devices)
     known = math.prod(s for s in sizes if s != -1)
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        raise UserError(f"mesh: data, fsdp and tensor must be positive, or one of them -1; got {sizes}")
+        raise UserError(f"mesh: {', '.join(_AXES)} must be positive, or one of them -1; got {sizes}")
     sizes = [max(count // known, 1) if s == -1 else s for s in sizes]
     if math.prod(sizes) != count:
-        raise UserError(f"mesh: data x fsdp x tensor = {' x '.join(map(str, sizes))} is not the {count} devices here")
-    return Mesh(device_grid(sizes, devices), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+        product = f"{' x '.join(_AXES)} = {' x '.join(map(str, sizes))}"
+        raise UserError(f"mesh: {product} is not the {count} devices here")
+    return Mesh(device_grid(sizes, devices), _AXES, axis_types=(AxisType.Auto,) * len(_AXES))
 
 
 def device_grid(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """Devices [data, fsdp, tensor], so that the later of these axes have the shorter ways.
+    """Devices [data, fsdp, ...], so that the later of these axes have the shorter ways.
 
     Slices of a pod, which devices tell by their `slice_index`, are connected by a slower network than their devices
     are among each other. Along `data` gradients alone are summed: it runs over slices as far as it goes, then fsdp.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    data, fsdp, tensor = sizes
+    data, fsdp, *others = sizes
     across = math.gcd(slices, data), slices // math.gcd(slices, data)
     if fsdp % across[1]:
         what = f"data x fsdp = {data} x {fsdp} does not divide over the {slices} slices that these devices are in"
@@ -60,8 +64,8 @@ def device_grid(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     # Axes that are no product of a torus' own (data=2, fsdp=32 on 4x4x4) split one of them.
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    within = (data // across[0], fsdp // across[1], tensor)
-    return mesh_utils.create_hybrid_device_mesh(within, (*across, 1), devices, allow_split_physical_axes=True)
+    within, one = (data // across[0], fsdp // across[1], *others), (1,) * len(others)
+    return mesh_utils.create_hybrid_device_mesh(within, (*across, *one), devices, allow_split_physical_axes=True)
 
 
 def check_batch(name: str, size: int, mesh: Mesh, accumulation: int = 1) -> None:
@@ -74,6 +78,16 @@ def check_batch(name: str, size: int, mesh: Mesh, accumulation: int = 1) -> None
     if fewer := [count for count in micro_batches(size, mesh) if count < cuts]:
         hint += f", or step.accumulation={fewer[-1]} (0 = the fewest that fit)"
     raise UserError(f"{name}={size} does not divide over {splits}; {hint}")
+
+
+def check_length(name: str, seq_len: int, mesh: Mesh) -> None:
+    """Refuses rows of which not each device of the axis "context" has two chunks of one length."""
+    if seq_len % (chunks := 2 * mesh.shape["context"]) and chunks > 2:
+        fits = math.ceil(seq_len / chunks) * chunks
+        raise UserError(
+            f"{name}={seq_len} does not divide into two chunks for each of mesh.context={chunks // 2}"
+            f" devices; {fits} would"
+        )
 
 
 def micro_batches(size: int, mesh: Mesh) -> list[int]:
@@ -108,7 +122,8 @@ def check_heads(model: ModelConfig, mesh: Mesh) -> str:
         tensor = mesh.shape["tensor"]
         fits = next(n for n in range(tensor - 1, 0, -1) if heads % n == 0 and mesh.size % n == 0)
         raise UserError(f"{heads} attention heads do not divide over mesh.tensor={tensor}; {fits} would")
-    axes = [f"{_HELD[axis]} {size:,} over {RULES[axis]}={mesh.shape[RULES[axis]]}" for axis, size in whole.items()]
+    over = lambda axis: " x ".join(f"{name}={mesh.shape[name]}" for name in named(axis, mesh))  # noqa: E731
+    axes = [f"{_HELD[axis]} {size:,} over {over(axis)}" for axis, size in whole.items()]
     return f"mesh: held whole by each device, as it does not divide: {', '.join(axes)}" if axes else ""
 
 
@@ -121,12 +136,13 @@ def state_shardings(optimizer: optax.GradientTransformation, opt_state: Any, par
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
 
 
 def local_rows(size: int, mesh: Mesh) -> slice:
     """The rows of a global batch of `size` that this process's devices hold."""
-    spans = [_span(index, size) for index in batch_sharding(mesh).addressable_devices_indices_map((size,)).values()]
+    shape = (size, mesh.shape["context"])
+    spans = [_span(index, size) for index in batch_sharding(mesh).addressable_devices_indices_map(shape).values()]
     return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
 
 
@@ -136,6 +152,17 @@ def _span(index: tuple[slice, ...] | None, size: int) -> tuple[int, int]:
     return start, stop
 
 
+def ordered(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
+    """The batch with its rows in the order in which the axis "context" splits them, and with positions, if it does."""
+    if (parts := mesh.shape["context"]) == 1:
+        return batch
+    tokens = batch["tokens"]
+    order = balanced(tokens.shape[1], parts).astype(np.int32)
+    return {"positions": np.broadcast_to(order, tokens.shape)} | {
+        name: array[:, order] for name, array in batch.items()
+    }
+
+
 def place_batch(local: dict[str, np.ndarray], size: int, mesh: Mesh) -> dict[str, jax.Array]:
     """The global batch of `size` rows on the mesh, from each process's `local_rows` of it."""
     sharding, first = batch_sharding(mesh), local_rows(size, mesh).start
@@ -143,8 +170,8 @@ def place_batch(local: dict[str, np.ndarray], size: int, mesh: Mesh) -> dict[str
     def place(array: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             start, stop = _span(index, size)
-            return array[start - first : stop - first]
+            return array[start - first : stop - first, *(index or ())[1:]]
 
         return jax.make_array_from_callback((size, *array.shape[1:]), sharding, shard)
 
-    return {name: place(array) for name, array in local.items()}
+    return {name: place(array) for name, array in ordered(local, mesh).items()}

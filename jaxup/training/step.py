@@ -93,7 +93,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, *frozen: Params) -> tuple[TrainState, dict[str, jax.Array]]:
         sums = gradient if config.accumulation <= 1 else accumulated  # 0, where nothing says what fits
-        if config.accumulation > 1 and (axes := _summed_once(model, compute, batch)):
+        if config.accumulation > 1 and (axes := _summed_once(model, compute, batch, config.accumulation)):
             whole, sizes = PartitionSpec(), jax.sharding.get_abstract_mesh().shape
             sums = jax.shard_map(
                 lambda *given: jax.lax.psum(accumulated(*given), axes), check_vma=False,
@@ -135,20 +135,22 @@ def make_train_step(
     return train_step
 
 
-def _summed_once(model: ModelConfig, compute: Compute, batch: Batch) -> tuple[str, ...]:
+def _summed_once(model: ModelConfig, compute: Compute, batch: Batch, accumulation: int) -> tuple[str, ...]:
     """Axes of the mesh along which each device adds up the gradients of its own rows, until they are summed after the
     last micro-batch; XLA by itself sums them in each.
 
     They are those that split rows and no parameter. There are none where what XLA has to split by itself beside them is
-    more than it can: an embedding along both of its axes, or cuDNN's kernel, which it splits by a call of its own.
+    more than it can: an embedding along both of its axes, or cuDNN's kernel, which it splits by a call of its own; nor
+    where all of its sums in the compute dtype are no more bytes than the one in float32.
     """
     sizes = {axis: size for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1}
-    axes = tuple(axis for axis in compute.rows_over if axis in sizes and axis not in RULES.values())
+    axes = tuple(axis for axis in compute.rows_over if axis in sizes and axis not in sum(RULES.values(), ()))
     kernel = choose(
         compute.attention, dtype=compute.dtype, seq_len=batch["tokens"].shape[1], head_dim=model.head_dim,
         packed="segment_ids" in batch,
     )  # fmt: skip
-    return axes if len(sizes) - len(axes) <= (kernel != "cudnn") else ()
+    others, itemsize = len(sizes) - len(axes), jnp.dtype(compute.dtype).itemsize
+    return () if others and (accumulation * itemsize <= 4 or others > 1 or kernel == "cudnn") else axes
 
 
 def _where(condition: jax.Array, then: TrainState, otherwise: TrainState) -> TrainState:
