@@ -120,7 +120,7 @@ def fewest_that_fit(
             assert step is not None
             return count, step
     what = f"the devices have not enough memory for a step, not even in {counts[-1]} micro-batches"
-    hint = "use more devices along fsdp, compute.remat=full, a shorter data.seq_len, or adapters (lora.rank)"
+    hint = "use more devices along fsdp or context, compute.remat=full, a shorter data.seq_len, or adapters (lora.rank)"
     raise UserError(what, at="step.accumulation=0", hint=hint)
 
 
