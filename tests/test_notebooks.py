@@ -1,11 +1,13 @@
 """The notebooks do what they say, show what such a run showed, and install this version; containers are of it, too."""
 
+import ast
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import processes
@@ -14,6 +16,8 @@ from packaging.requirements import Requirement
 
 import jaxup
 import notebooks
+from jaxup import train
+from jaxup.experiments.config import load
 
 ROOT = notebooks.NOTEBOOKS.parent
 FILES = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
@@ -53,9 +57,24 @@ def test_a_notebook_runs(name, tmp_path):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_what_a_notebook_shows(file):
     assert_all_well(file)
-    shown = [output for cell in cells(file) for output in cell["outputs"]]
-    assert any("image/png" in output.get("data", {}) for output in shown)
-    assert len(json.dumps(shown)) < 300_000
+    shown = [output.get("data", {}) for cell in cells(file) for output in cell["outputs"]]
+    pictures = [data["image/png"] for data in shown if "image/png" in data]
+    assert 0 < sum(map(len, map("".join, pictures))) < 300_000
+
+
+@pytest.mark.parametrize("name", ["heal", "inherit_gpt2"])
+def test_an_accelerator_gets_settings_that_there_are(name):
+    """The size that is not executed here: its keys and values are those of the experiment, on a TPU and on a GPU."""
+    [cell] = [source(cell) for cell in cells(notebooks.NOTEBOOKS / f"{name}.ipynb") if "flags = [" in source(cell)]
+    [branch] = [node for node in ast.parse(cell).body if isinstance(node, ast.If)]
+    for platform, dtype in (("tpu", "bfloat16"), ("gpu", "float32")):
+        scope = {"device": types.SimpleNamespace(platform=platform)}
+        exec(ast.unparse(branch.orelse), scope)
+        args, overrides = train.parse_args(["train", *scope["flags"]])
+        config = load(args.config, overrides)
+        assert config.compute.dtype == dtype
+        [revision] = [value for key, value in overrides if key.endswith(".revision")]
+        assert re.fullmatch("[0-9a-f]{40}", revision)
 
 
 def test_what_a_notebook_installs():
