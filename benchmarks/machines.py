@@ -18,14 +18,16 @@ HEALED = 0.3e9  # tokens of a healing: two epochs of 600 MB of chats, at 4 bytes
 
 
 def table() -> str:
-    rows = [line.strip("|").split("|") for line in (DOCS / "pods.md").read_text().splitlines() if line[:3] == "| `"]
-    [head] = [line for line in (DOCS / "pods.md").read_text().splitlines() if line.startswith("| configuration |")]
-    lines = [
-        "| configuration | machine | memory of a chip, GiB | hours at least | chip-hours |",
-        "|---|---|--:|--:|--:|",
+    text = (DOCS / "pods.md").read_text()
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.partition("<!-- benchmarks/targets.py -->")[2].partition(END)[0].splitlines()
+        if line.startswith("|")
     ]
+    lines = ["| configuration | machine | memory of a chip, GiB | hours at least | chip-hours |"]
+    lines.append("|---|---|--:|--:|--:|")
     for row in rows:
-        cells = dict(zip((name.strip() for name in head.strip("|").split("|")), map(str.strip, row), strict=True))
+        cells = dict(zip(head, row, strict=True))
         if "does not fit" in cells["peak GiB"]:
             continue
         words = cells["configuration"].strip("`").split("` `")
@@ -33,10 +35,8 @@ def table() -> str:
         if config.experiment == "heal":
             seconds = HEALED / float(cells["tokens/s"].replace(",", ""))
         else:
-            tokens = config.batch_size * config.data.seq_len
-            seconds = (config.steps or config.epochs * config.data.tokens // tokens) * float(
-                cells["s a step, at least"]
-            )
+            steps = config.steps or config.epochs * config.data.tokens // (config.batch_size * config.data.seq_len)
+            seconds = steps * float(cells["s a step, at least"])
         chips = math.prod(map(int, cells["chips"].partition(":")[2].split("x")))
         memory = f"{float(cells['peak GiB']):.1f} of {float(cells['of']):.1f}"
         hours = f"{seconds / 3600:.1f} | {chips * seconds / 3600:,.0f}"
