@@ -335,6 +335,16 @@ def test_ctrl_c_in_watch_leaves_the_training(pod):
         )
         assert watch.wait(ENDS) == 130
     assert "delete: pod trains" in pod.run("delete", code=2)
+    with pod.started("watch") as watch:  # in the middle of a restart there is more to say
+        pod.become("SUSPENDED")
+        until(watch, "^create: pod is WAITING")
+        os.killpg(watch.pid, signal.SIGINT)
+        said, _ = watch.communicate()
+        assert "create: not waiting any more. The request stays: once pod is there, it is billed; delete.sh" in said
+        assert (
+            "watch: not watching any more, in the middle of a restart: nothing trains, and what is there of pod" in said
+        )
+        assert watch.returncode == 130
 
 
 def test_what_is_deleted_meanwhile_is_not_made_again(pod):
@@ -360,7 +370,9 @@ def test_dry_runs_and_help(cloud):
 
 
 def test_on_kubernetes(cloud):
-    cloud.set(IMAGE="image:1")
+    cloud.set(IMAGE="image:1", CAPACITY="reservation")
+    assert cloud.run("gke", "create", code=2).startswith("gke: RESERVATION: xpk needs its name; it belongs in ")
+    cloud.set(CAPACITY="spot")
     assert cloud.run("gke", "launch", code=1).startswith("gke: xpk cannot list the workloads of CLUSTER=pod: no clu")
     assert cloud.run("gke", "create") == "gke: pod (cluster of v5p:2x2x2, 8 chips) is billed until gke.sh delete\n"
     assert cloud.run("gke", "create").startswith("gke: pod is there already; pod (cluster")

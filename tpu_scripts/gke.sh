@@ -39,7 +39,10 @@ create() {
   case $CAPACITY in
     spot) how=(--spot) ;;
     on-demand) how=(--on-demand) ;;
-    reservation) how=("--reservation=${RESERVATION:?belongs in the settings, by its name}") ;;
+    reservation)
+      [[ -n $RESERVATION ]] || refuse "RESERVATION: xpk needs its name; it belongs in $SETTINGS"
+      how=("--reservation=$RESERVATION")
+      ;;
     *) refuse "CAPACITY=$CAPACITY: is none of spot, on-demand and reservation" ;;
   esac
   find_cluster ""

@@ -29,7 +29,7 @@ PYTHON="3.12"
 EXTRAS="tpu"                  # tpu,lora for :lora
 PACKAGES_OF="2026-11-26"
 UV="0.13.9"
-DISK=40                       # GiB that must be free on each worker
+DISK=40                       # GiB that must be free on each worker; 60 for a model of 44 GB from the Hub
 
 # ---- how long is waited, in seconds, and how often it is started again
 

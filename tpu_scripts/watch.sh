@@ -16,6 +16,10 @@ ASSUMED="runs training"
 PATIENT=1 # a network that fails for a while is no reason to leave
 count=0 shown="" partly=0 made_anew=""
 interrupted() {
+  if [[ -n $made_anew ]]; then
+    say "not watching any more, in the middle of a restart: nothing trains, and what is there of $NAME is billed until delete.sh"
+    exit 130
+  fi
   say "not watching any more. The training goes on, but is not restarted; $(billed)"
   exit 130
 }
