@@ -398,6 +398,7 @@ def test_on_kubernetes(cloud):
 @pytest.mark.parametrize(("ends", "code", "said"), [
     ("0", 0, "slurm: finished: runs/tunguska/SUMMARY.md\n"),
     ("3", 3, "slurm: it ended with code 3, which a restart does not help\n"),
+    ("143", 143, "slurm: it was stopped, with its state saved; slurm.sh goes on with it\n"),
     ("5", 0, "slurm: restart 3 of at most 3: it ended with code 5\n"),
     ("", 0, "slurm: restart 3 of at most 3: its time was over\n"),
     ("preflight", 2, "slurm: the preflight ended with code 2\n"),

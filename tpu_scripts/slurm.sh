@@ -32,7 +32,7 @@ if [[ -n ${SLURM_JOB_ID:-} && -n ${JAXUP_SCRIPTS:-} ]]; then # in the job; sbatc
 
   # The steps get SIGTERM, upon which all processes save and leave.
   leave="" step=""
-  trap 'leave=1; kill -TERM "$step" 2>/dev/null || true' USR1 TERM
+  trap 'leave=1; kill -TERM "$step" 2>/dev/null || true' USR1
   code=0
   srun "${command[@]}" --preflight || code=$?
   if ((code)); then
@@ -49,7 +49,11 @@ if [[ -n ${SLURM_JOB_ID:-} && -n ${JAXUP_SCRIPTS:-} ]]; then # in the job; sbatc
   case $code in
     0) say "finished: runs/$RUN/SUMMARY.md" ;;
     2 | 3 | 6) say "it ended with code $code, which a restart does not help" ;;
-    *) again "$([[ -n $leave ]] && echo "its time was over" || echo "it ended with code $code")" ;;
+    130 | 143)
+      [[ -z $leave ]] || again "its time was over"
+      say "it was stopped, with its state saved; slurm.sh goes on with it" # by scancel; of a preemption Slurm queues it again
+      ;;
+    *) again "it ended with code $code" ;;
   esac
   exit "$code"
 fi
