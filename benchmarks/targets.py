@@ -100,6 +100,7 @@ def main() -> None:
             sys.exit(f"{PAGE} has no place for the table")
         before, after = text.partition(BEGIN)[0], text.partition(END)[2]
         PAGE.write_text("\n".join([f"{before}{BEGIN}", *lines, f"\n{END}{after}"]))
+        print("the hours that follow from it: `python tests/test_scripts.py` writes them into tpu_scripts/README.md")
 
 
 if __name__ == "__main__":

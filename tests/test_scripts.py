@@ -450,7 +450,8 @@ def chip_hours():
 
 def test_chip_hours_of_the_readme():
     """`python tests/test_scripts.py` writes them."""
-    assert f"<!-- chip-hours -->\n\n{chip_hours()}\n\n<!-- end -->" in README.read_text()
+    said = f"<!-- chip-hours -->\n\n{chip_hours()}\n\n<!-- end -->" in README.read_text()
+    assert said, "`python tests/test_scripts.py` writes what docs/pods.md has now"
 
 
 def test_commands_of_the_readme(cloud):

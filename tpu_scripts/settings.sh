@@ -23,11 +23,10 @@ TRAIN=(                       # what follows `python -m jaxup.train`, but for --
 )
 HF_TOKEN_FILE=""              # for a model that asks for one: ~/.cache/huggingface/token
 
-# ---- how it is installed: this clone, at its commit, with the newest packages of that day
+# ---- how it is installed: this clone, at its commit, with the versions of its containers/constraints.txt
 
-PYTHON="3.12"
+PYTHON="3.11"                 # which those are for
 EXTRAS="tpu"                  # tpu,lora for :lora
-PACKAGES_OF="2026-11-26"
 UV="0.13.9"
 DISK=40                       # GiB that must be free on each worker; 60 for a model of 44 GB from the Hub
 

@@ -3,7 +3,7 @@
 #
 # Usage: setup.sh [--dry-run] [--help]
 #
-# Packages are the newest of the day that PACKAGES_OF names, so that a later setup of the same run has the same ones.
+# Packages have the versions of containers/constraints.txt, so that a later setup of the same commit has the same ones.
 # Started again it installs again, which takes seconds. A running training is left alone.
 NEEDS=(PROJECT ZONE BUCKET)
 # shellcheck source=functions.sh
@@ -27,7 +27,7 @@ if [[ -n $HF_TOKEN_FILE ]]; then
   what+=("$files/jaxup-hf-token")
 fi
 to_workers "${what[@]}" || fail "the workers of $NAME could not be reached; $(billed)"
-on_workers all install "$UV" "$PYTHON" "$EXTRAS" "$PACKAGES_OF" "$DISK"
+on_workers all install "$UV" "$PYTHON" "$EXTRAS" "$DISK"
 all_said ready || exit 1
 for k in "${!SAID[@]}"; do
   [[ ${SAID[k]} == "${SAID[0]}" ]] || fail "worker $k is ${SAID[k]}, and worker 0 ${SAID[0]}; $(billed)"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the other scripts have a worker do; setup.sh puts it there.
 #
-# Usage: bash jaxup-worker.sh install UV PYTHON EXTRAS DAY GIB | start WORD... | status | stop | log LINES | fits WORD...
+# Usage: bash jaxup-worker.sh install UV PYTHON EXTRAS GIB | start WORD... | status | stop | log LINES | fits WORD...
 #
 # Each prints one line, `worker NUMBER: WORD ...`, of which WORD says what is so: ready, started, runs, ended, idle,
 # fits, stopped or refused.
@@ -28,15 +28,14 @@ room() { # GIB: refuses a disk with less
 }
 
 install() {
-  local uv=$1 version=$2 extras=$3 day=$4
   mkdir -p "$home"
-  room "$5"
+  room "$4"
   if [[ -f $HOME/jaxup-hf-token ]]; then
     mkdir -p "$HOME/.cache/huggingface"
     install_private "$HOME/jaxup-hf-token" "$HOME/.cache/huggingface/token"
   fi
   if ! alive; then # what runs is not to find other code when it looks for more of it
-    install_packages "$uv" "$version" "$extras" "$day" >"$home/install.log" 2>&1 ||
+    install_packages "$1" "$2" "$3" >"$home/install.log" 2>&1 ||
       refuse "installing failed: $(tail -n 1 "$home/install.log")"
   fi
   # Of all packages, so that a single other one is noticed.
@@ -53,7 +52,7 @@ install_packages() {
     tar -xzf "$HOME/jaxup-source.tar.gz" -C "$home/source" &&
     python3 -m pip install --quiet --user "uv==$1" &&
     { [[ -x $python ]] || uv venv --quiet --python "$2" "$home/venv"; } &&
-    uv pip install --quiet --python "$python" --exclude-newer "$4" "$home/source[$3]"
+    uv pip install --quiet --python "$python" --constraint "$home/source/containers/constraints.txt" "$home/source[$3]"
 }
 
 install_private() {
