@@ -12,7 +12,7 @@ begin "" "$@"
 
 clone=$(dirname "$SCRIPTS")
 there
-if [[ -n $(git -C "$clone" status --porcelain) ]]; then
+if [[ -n $(git -C "$clone" status --porcelain --untracked-files=no) ]]; then
   say "what is not committed in $clone is not installed"
 fi
 # Their names there are those here.
