@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# gcloud, xpk, kubectl, Slurm and what workers have, as the scripts of tpu_scripts/ see them: tests link their names to
+# gcloud, xpk, kubectl, Slurm, git and what workers have, as the scripts of tpu_scripts/ see them: tests link their names to
 # this file. All that there is lies in the directory $FAKE: `qr` is the queued resource, worker-K/ the home of a worker,
 # `next` the states that each look at it goes on to, faults/NAME something that goes wrong, `said` the calls.
 set -euo pipefail
@@ -157,6 +157,7 @@ case ${0##*/} in
   scontrol) touch "$FAKE/requeued" ;;
   curl) echo "$WORKER" ;;
   df) printf 'Avail\n%s\n' "$(if fault "full-$WORKER"; then echo 1; else echo 90; fi)" ;;
+  git) if [[ $* == *archive* ]]; then tar -czf "$(flag output "$@")" -T /dev/null; fi ;;
   python3) ;;
   uv)
     if [[ $1 == venv ]]; then

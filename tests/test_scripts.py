@@ -37,6 +37,7 @@ class Cloud:
             "xpk",
             "kubectl",
             "sbatch",
+            "git",
             "squeue",
             "srun",
             "scontrol",
@@ -120,8 +121,6 @@ def made(tmp_path_factory):
     cloud = Cloud(tmp_path_factory.mktemp("made"))
     cloud.run("create")
     cloud.run("setup")
-    for source in cloud.fake.glob("worker-*/jaxup/source"):
-        shutil.rmtree(source)
     return cloud.fake
 
 

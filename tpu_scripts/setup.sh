@@ -11,6 +11,7 @@ source "$(dirname "$0")/functions.sh"
 begin "" "$@"
 
 clone=$(dirname "$SCRIPTS")
+git -C "$clone" rev-parse --quiet --verify HEAD >/dev/null || refuse "$clone: is no clone, of which a commit could be installed"
 there
 if [[ -n $(git -C "$clone" status --porcelain --untracked-files=no) ]]; then
   say "what is not committed in $clone is not installed"
