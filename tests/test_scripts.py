@@ -157,12 +157,12 @@ def test_from_nothing_through_a_preemption_to_nothing(cloud, tmp_path):
     said = cloud.run("create")
     states = ("WAITING_FOR_RESOURCES", "PROVISIONING")
     assert said == "".join(f"create: pod is {state}\n" for state in states) + (
-        "create: pod is there: pod (v5p:2x2x2, 8 chips) is billed until delete.sh\n"
+        "create: it is there: pod (v5p:2x2x2, 8 chips) is billed until delete.sh\n"
     )
     assert cloud.run("create").splitlines()[0] == "create: pod is ACTIVE already"
     assert "setup: all 2 workers are ready jaxup 0.1.0 jax 0.10.2\n" in cloud.run("setup")
     said = cloud.run("launch")
-    assert said.splitlines()[0].startswith("launch: fits 25.3 s at least")
+    assert said.splitlines()[0].startswith("launch: it fits; a step takes 25.3 s at least")
     assert "all 2 workers train into gs://runs/runs/tunguska" in said
     commands = [path.read_text() for path in sorted(cloud.fake.glob("worker-*/jaxup/command"))]
     assert len(commands) == 2
@@ -175,7 +175,7 @@ def test_from_nothing_through_a_preemption_to_nothing(cloud, tmp_path):
         until(watch, r"^watch: training train healed: \d/320 steps")
         cloud.become("SUSPENDED")
         said = until(watch, r"^watch: training train healed: \d/320 steps")
-        assert "\nwatch: restart 1 of at most 3: pod was preempted (it is SUSPENDED)\n" in f"\n{said}"
+        assert "\nwatch: restart 1 of at most 3: pod was preempted (it is SUSPENDED), 20" in f"\n{said}"
         assert "create: pod is SUSPENDED: what is left of it is deleted, and it is asked for anew\n" in said
         assert commands == [path.read_text() for path in sorted(cloud.fake.glob("worker-*/jaxup/command"))]
         (cloud.fake / "train").write_text("0")

@@ -101,7 +101,7 @@ wait_for() {
     sleep "$POLL"
   done
   trap - INT
-  say "$NAME is there: $(billed)"
+  say "it is there: $(billed)"
 }
 
 check_gcloud

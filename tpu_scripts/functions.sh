@@ -187,6 +187,7 @@ on_workers() {
 assumed() { # with --dry-run
   case $1 in
     install) echo ready ;;
+    fits) echo "fits N s at least" ;;
     start) echo started ;;
     status) echo "${ASSUMED:-idle}" ;;
     *) echo "done" ;;

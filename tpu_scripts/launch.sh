@@ -79,7 +79,7 @@ if ! has --no-fit; then
   [[ -z ${ABSENT[*]} ]] || fail "worker 0 did not answer: $(complaint); $(billed)"
   case ${SAID[0]} in
     refused:*) refuse "${SAID[0]#refused: }; $(billed)" ;;
-    *) say "${SAID[0]}" ;;
+    *) say "it fits; a step takes ${SAID[0]#fits }" ;;
   esac
 fi
 on_workers all start "${TRAIN[@]}" "--workdir=$WORKDIR"

@@ -30,7 +30,7 @@ restart() {
   local step code
   count=$((count + 1)) shown=""
   ((count <= RESTARTS)) || fail "$1; that was after $RESTARTS restarts, and RESTARTS allows no more; $(billed)"
-  say "restart $count of at most $RESTARTS: $1"
+  say "restart $count of at most $RESTARTS: $1, $(date -u +%FT%RZ)"
   for step in create.sh setup.sh "launch.sh --no-fit"; do
     code=0 made_anew=1
     # shellcheck disable=SC2086  # a script and its flag
