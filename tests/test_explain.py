@@ -9,6 +9,7 @@ import textwrap
 import warnings
 
 import numpy as np
+import processes
 import pytest
 import safetensors.numpy
 from hypothesis import Phase, given, settings
@@ -18,7 +19,7 @@ from test_build import _END_SCALES, _FACTOR, _FILTERS, RECIPES, SLOW, make, simp
 import jaxup
 import jaxup.export
 from jaxup.building.work import build
-from jaxup.depth import picture
+from jaxup.depth import picture, recipes
 from jaxup.depth.plan import BLOCK_PATHS, ENDS, ZEROED, DepthPlan, Row
 from jaxup.errors import UserError
 from jaxup.families import FAMILIES, config_from_hf
@@ -182,6 +183,43 @@ def test_a_layer_in_two_places_and_parts_of_two_layers(tmp_path):
     assert any(note.startswith("layer 2: its mlp is that of layer 4 of ") for note in said)
 
 
+def test_more_tokens_and_what_is_not_finite(tmp_path):
+    """Rows that were added are said, and so is NaN, which is nowhere but where it is."""
+    path = make(tmp_path / "m", hidden_size=32)
+
+    def change(name, x):
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            return np.concatenate([x, x[:2]])
+        return np.where(x == x[0, 0], np.nan, x) if name.endswith("2.self_attn.q_proj.weight") else x
+
+    out = changed(path, tmp_path / "out", change)
+    (out / "config.json").write_text((path / "config.json").read_text().replace('"vocab_size": 13', '"vocab_size": 15'))
+    found = explain(out, against=[path])
+    assert found.plan == recipes.identity(str(path), 4)
+    assert "NaN or infinity in self_attn.q_proj.kernel of layer 2" in found.notes
+    assert "vocab_size is 15, and 13 in what the plan makes" in found.notes
+    assert [layer.untouched for layer in found.layers] == [True, True, False, True]
+    assert 0 < found.layers[2].changed < 0.1
+    assert all(end.untouched for end in found.ends.values())
+
+
+@pytest.mark.slow
+def test_a_healed_model(tmp_path):
+    """After an epoch of the healing of the shipped experiment, as small as tests have it."""
+    run = tmp_path / "run"
+    processes.run("-m", "jaxup.train", "--config=heal.py:smoke,epochs=1,control=0", f"--workdir={run}")
+    jaxup.export.main(["export", f"{run}@pretrained", str(tmp_path / "base")])
+    rng = np.random.default_rng(0)
+    stranger = changed(
+        tmp_path / "base", tmp_path / "stranger", lambda _, x: rng.permutation(x.ravel()).reshape(x.shape)
+    )
+    found = explain(run, against=[stranger, tmp_path / "base"])
+    plan = DepthPlan.from_yaml((run / "export" / "jaxup_plan.yaml").read_text())
+    assert found.plan == plan.renamed({name: str(tmp_path / "base") for name, _ in plan.sources})
+    assert all(layer.changed for layer in found.layers)
+    assert all(layer.grown > 0 for row, layer in zip(plan.rows, found.layers) if row.zeroed)
+
+
 @pytest.mark.slow
 def test_a_target_that_was_trained(finished, tmp_path):
     run, _ = finished
@@ -213,6 +251,16 @@ def test_little_of_a_large_model_is_read(tmp_path):
     ((read, total), *_) = explain(tmp_path / "m", against=[tmp_path / "m" / "."]).read.values()
     assert total == (tmp_path / "m" / "model.safetensors").stat().st_size > 2.8e9
     assert read < 0.01 * total
+
+
+def test_from_a_bucket(tmp_path, here):
+    path = make(tmp_path / "m", hidden_size=32)
+    build(simple(4, [0, (0, ZEROED), 1, 2]).renamed({"m": str(path)}), tmp_path / "out")
+    for file in ("config.json", "model.safetensors"):
+        (here / "m" / file).write_bytes((path / file).read_bytes())
+    assert explain(tmp_path / "out", against=[f"{here}/m"]).plan == simple(4, [0, (0, ZEROED), 1, 2]).renamed(
+        {"m": "gs://bucket/here/m"}
+    )
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

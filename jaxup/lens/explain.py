@@ -18,7 +18,7 @@ from jaxup.depth.draw import ranges
 from jaxup.depth.plan import ENDS, DepthPlan, Row, simplest_scales
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
-from jaxup.hub.reader import Checkpoint, open_checkpoint
+from jaxup.hub.reader import Checkpoint, is_finite, open_checkpoint
 from jaxup.lens.explanation import Explanation, Trained
 from jaxup.lens.fitting import Cast, Fit, casts, finite, fit
 from jaxup.lens.origins import SILENCED, Match, Place, Values, match
@@ -262,6 +262,10 @@ class _Inference:
     # ---- what is said besides
 
     def _note_matches(self, matches: Sequence[Match]) -> None:
+        odd = [f"{path.removeprefix(STACK)}{'' if layer is None else f' of layer {layer}'}"
+               for (path, layer), x in self.read.values.items() if not is_finite(x)]  # fmt: skip
+        if odd:
+            self.notes.append(f"NaN or infinity in {', '.join(odd[:4])}{' and more' if len(odd) > 4 else ''}")
         if new := [i for i, found in enumerate(matches) if not found.parts]:
             nearest = max(matches[i].nearest for i in new)
             many = len(new) > 1
