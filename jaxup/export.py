@@ -77,6 +77,7 @@ def _write(args: argparse.Namespace) -> None:
     from jaxup.hub.directory import MARKS
     from jaxup.hub.load import load
     from jaxup.hub.save import save
+    from jaxup.training.stored import choose, parse
 
     # All that can be known to fail is looked at before the model is read.
     size = parse_size(args.max_shard_size)
@@ -91,13 +92,13 @@ def _write(args: argparse.Namespace) -> None:
             raise UserError("names the model itself: --model and --step go with a run alone", at=args.source)
         if named:
             with within(args.source):
-                name, step = stored.parse(named)
+                name, step = parse(named)
     elif name is not None or step is not None:
         raise UserError(f"{args.source}: is not a run directory, so it has no --model or --step to choose")
     if args.out is not None:
         out = place(args.out)
     elif of_run is not None and name is not None:
-        name, step, _ = stored.choose(source, name, step)
+        name, step, _ = choose(source, name, step)
         out = source / "models" / name / str(step)
     else:
         raise UserError("OUT is needed, or --push", at=args.source)

@@ -181,12 +181,13 @@ def _of_run(args: argparse.Namespace, run: Path, what: str) -> Opened:
     from jaxup.hub.directory import tokenizer_directory
     from jaxup.model.config import Compute
     from jaxup.model.decoder import abstract
+    from jaxup.training.stored import choose, parse, restore
 
     if args.revision is not None or args.allow_pickle:
         raise UserError("a model of a run: --revision and --allow-pickle go with others", at=args.model)
     with within(args.model):
-        which = stored.parse(what)
-    name, number, about = stored.choose(run, *which)
+        which = parse(what)
+    name, number, about = choose(run, *which)
     directory = None
     if (exported := run / "export").is_dir():
         directory = tokenizer_directory(str(exported))
@@ -198,7 +199,7 @@ def _of_run(args: argparse.Namespace, run: Path, what: str) -> Opened:
 
     def load() -> Decoder:
         say(f"{name} at step {number}")
-        params = stored.restore(run, name, number, about)
+        params = restore(run, name, number, about)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.dtype(args.dtype)), params)
         return nnx.merge(abstract(about.model, Compute(dtype=args.dtype))[0], params)
 

@@ -22,7 +22,7 @@ def rows(page, heading):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
-@pytest.mark.parametrize("page", ["gallery", "from_mergekit", "from_trl", "from_inheritune"])
+@pytest.mark.parametrize("page", ["gallery", "from_mergekit", "from_trl", "from_inheritune", "lens"])
 def test_a_page_runs(page, tmp_path):
     if page != "gallery":
         test_build.make(tmp_path / "base", layers=32)

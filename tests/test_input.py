@@ -16,7 +16,6 @@ import pytest
 from jaxup.data.sources import find_files
 from jaxup.data.tokenizer import encoder, load_tokenizer, train_bpe
 from jaxup.errors import UserError, entry_point
-from jaxup.experiments.stored import read_stored
 from jaxup.files import manifest, storage
 from jaxup.generate import main as generate
 from jaxup.hub import text_generation
@@ -25,6 +24,7 @@ from jaxup.recipes.open import open_recipe
 from jaxup.text import read_json
 from jaxup.training.metrics import MetricsLog
 from jaxup.training.run import Result, read_result
+from jaxup.training.stored import read_stored
 
 CONTROLS = "\x1b]0;x\x07 \x9b31m \u202e\u2066 \r\x08"
 
