@@ -20,11 +20,11 @@ from jaxup import build, export
 from jaxup.data.tokenizer import load_tokenizer
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
-from jaxup.experiments import stored
 from jaxup.hub.load import load
 from jaxup.hub.reader import load_config
 from jaxup.model.spec import flatten
 from jaxup.recipes.open import open_plan, open_recipe
+from jaxup.training import stored
 
 
 @pytest.fixture

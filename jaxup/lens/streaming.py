@@ -59,7 +59,8 @@ def compared(
                 local.comparer = Comparer()
                 local.buffers = [np.empty(BLOCK, np.float32) for _ in tensor.parts]
             values = _REQUEST if remote else _READ
-            return _compare(tensor, pairs, local.comparer, local.buffers, rank=rank, values=values, read=read)
+            with np.errstate(all="ignore"):
+                return _compare(tensor, pairs, local.comparer, local.buffers, rank=rank, values=values, read=read)
 
         pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1) * (4 if remote else 1))
         try:
@@ -102,8 +103,7 @@ def _compare(
             for a, b in pairs:
                 sums[a, b].add(comparer.sums(wide[a], wide[b]))
         for (a, b), matrix_rank in ranks.items():
-            with np.errstate(over="ignore", invalid="ignore"):
-                difference = blocks[a].astype(np.float32) - blocks[b].astype(np.float32)
+            difference = blocks[a].astype(np.float32) - blocks[b].astype(np.float32)
             matrix_rank.add(start, difference.reshape(-1, first.columns))
         read(sum(size * part.itemsize for part in parts.values()))
     found = {}
