@@ -345,7 +345,7 @@ def test_the_smallest_that_fits(fake, tmp_path, capsys):
         f" {command}",
     ):
         assert f"{line}\n" in out
-    assert "heal_tunguska.py on v5e:8x16: 128 chips, mesh data 1 x fsdp 128 x " in out
+    assert "heal_tunguska.py on v5e:8x16: 128 chips, mesh " in out
     assert "a token of the sample" in out
     figures = json.loads(file.read_text())
     assert (figures["target"], figures["command"]) == ("v5e:8x16", command)

@@ -164,14 +164,16 @@ class Search:
             ways = [mesh_sizes(dict(c.mesh), count)]
         else:
             split = math.gcd(c.batch_size, count)
-            others = dict.fromkeys(c.mesh, 1) | {"tensor": count // split}
-            ways = [{**others, "data": split, "fsdp": 1}] if split > 1 else []
-            ways = ways if self.state <= others["tensor"] * room / 2 else []  # there is more than the state
-            ways.append({**others, "data": 1, "fsdp": split})
+            # Where rows do not divide over all chips, several share the heads of a row, or have parts of it.
+            rest = ("tensor", "context") if split < count else ("tensor",)
+            ways = [dict.fromkeys(c.mesh, 1) | {"fsdp": split, axis: count // split} for axis in rest]
+            if split > 1 and self.state <= ways[0]["tensor"] * room / 2:  # there is more than the state
+                ways.insert(0, ways[0] | {"fsdp": 1, "data": split})
         for sizes in ways:
             rows = sizes["data"] * sizes["fsdp"]
             evaluated = 0 if "eval.batch_size" not in self._given else c.eval.batch_size % rows
-            whole = evaluated == c.batch_size % rows == self._heads % sizes["tensor"] == 0
+            parts = 2 * sizes["context"] if sizes["context"] > 1 else 1  # of a row: two on each chip
+            whole = evaluated == c.batch_size % rows == self._heads % sizes["tensor"] == c.data.seq_len % parts == 0
             if whole and math.prod(sizes.values()) == count:
                 yield tuple(sizes.items())
 
