@@ -250,6 +250,15 @@ def test_numbers_are_kept(models, tmp_path, capsys):
         found.save(out)
 
 
+def test_without_a_plan_the_weights_say_what_came_from_what(models, tmp_path):
+    shutil.copytree(models / "before", tmp_path / "bare", ignore=shutil.ignore_patterns("jaxup_*"))
+    known, said = (diff(models / "base", directory) for directory in (models / "before", tmp_path / "bare"))
+    assert said.notes[0] == f"layers are compared by what the weights of {tmp_path}/bare say"
+    assert [origin[:2] for origin in said.origins] == [origin[:2] for origin in known.origins]
+    for metric in METRICS:
+        np.testing.assert_array_equal(said.values[metric], known.values[metric])
+
+
 def test_values_that_are_not_finite_are_named(models, tmp_path):
     shutil.copytree(models / "other", tmp_path / "x\x1b[31m")
     tensors = weights(models / "other")
@@ -267,7 +276,7 @@ def test_values_that_are_not_finite_are_named(models, tmp_path):
         (["base"], "two models are needed; see --help"),
         (["base", "nowhere"], "no such"),
         (["base", "wide"], "hidden_size is 8 in {0}/base, and 16 in {0}/wide; --common compares what both have"),
-        (["base", "gpt2"], "4 layers in {0}/base, 2 in {0}/gpt2, and no plan; give the plan with --plan FILE"),
+        (["base", "gpt2"], "{0}/base: intermediate_size is 12, and 32 in {0}/gpt2"),
         (["gpt2", "base", "--plan=upscale(m, 0:1)"], "has 4 layers, and the plan given makes 3 layers of 'm' (2)"),
         (["base", "before", "--plan=upscale(m, 0:1)"], "has 6 layers, and the plan given makes 5 layers of 'm' (4)"),
         (["base", "other", "--out={0}/base"], "{0}/base: exists already"),

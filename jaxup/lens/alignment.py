@@ -11,12 +11,11 @@ from jaxup.depth import marked_yaml, plan_yaml
 from jaxup.depth.draw import character
 from jaxup.depth.plan import DepthPlan, Row
 from jaxup.errors import UserError
+from jaxup.lens.explain import explain
 from jaxup.lens.sides import Side
 from jaxup.model.spec import STACK
 from jaxup.recipes import line as recipe_line
 from jaxup.recipes.open import open_recipe
-
-_HINT = "give the plan with --plan FILE, or infer it: `jaxup explain {} --against {} --out plan.yaml`"
 
 
 class Origin(NamedTuple):
@@ -57,18 +56,16 @@ class Alignment(NamedTuple):
 def align(sides: Sequence[Side], plan: str | os.PathLike | DepthPlan | None) -> Alignment:
     """Models of one depth layer by layer, unless a plan is given; of different depths by the plan.
 
-    A plan that is not given is that of the first model that has one, in its directory or its run. UserError where one
-    is needed and there is none, and for a plan that is not of these models.
+    A plan that is not given is that of the first model that has one, in its directory or its run, and else what their
+    weights say. UserError where they say nothing, and for a plan that is not of these models.
     """
     depths = [side.config.num_layers for side in sides]
     given = plan is not None
     same = len(set(depths)) == 1
     found, whose = (_opened(plan, sides), "the plan given") if plan is not None else _own(sides)
+    if found is None and not same:
+        found, whose = _inferred(sides[0], next(side for side in sides if side.config.num_layers != depths[0]))
     if found is None:
-        if not same:
-            other = next(side for side in sides if side.config.num_layers != depths[0])
-            what = f"{depths[0]} layers in {sides[0].name}, {other.config.num_layers} in {other.name}, and no plan"
-            raise UserError(what, hint=_HINT.format(other.name, sides[0].name))
         return Alignment(_themselves(sides[0]), None, {}, ("layers of the same number are compared",))
     if same and not given:
         if found.num_layers != depths[0]:
@@ -108,6 +105,15 @@ def _origins(rows: Sequence[Row], names: dict[str, str]) -> tuple[Origin, ...]:
 def _own(sides: Sequence[Side]) -> tuple[DepthPlan | None, str]:
     side = next((side for side in sides if side.plan is not None), None)
     return (None, "") if side is None else (side.plan, f"the plan of {side.name}")
+
+
+def _inferred(base: Side, other: Side) -> tuple[DepthPlan, str]:
+    """The plan that makes `other` of `base`, by their weights."""
+    found = explain(other.name, against=[base.name])
+    if not any(row.parts for row in found.plan.rows):
+        what = f"{base.config.num_layers} layers in {base.name}, {other.config.num_layers} in {other.name}, and no plan"
+        raise UserError(f"{what}; by its weights no layer came from there", hint="give the plan with --plan FILE")
+    return found.plan, f"what the weights of {other.name} say"
 
 
 def _source(plan: DepthPlan, side: Side, whose: str) -> str:
