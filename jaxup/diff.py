@@ -3,8 +3,8 @@
 A, B, ... are models: directories, Hub ids, URLs, runs, and models of runs (RUN@before, RUN@healed/133), the base
 first. Models of one depth are compared layer by layer; of different depths each layer with the one that it was made
 from, as the plan in a model's directory or run says, or --plan. Of three or more, those that follow each other are
-compared, and each with the first. A table of medians over the layers is printed; --out keeps every number. Models of
-any size are read in small pieces.
+compared, and each with the first. A table of medians over the layers is printed; --out makes a page to look at, and
+keeps every number. Models of any size are read in small pieces.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxup.progress import tell
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser("diff", __doc__)
     parser.add_argument("models", metavar="MODEL", nargs="+", help="two or more, the base first")
-    parser.add_argument("--out", metavar="DIR", help="directory to be made, with differences.json")
+    parser.add_argument("--out", metavar="DIR", help="directory to be made: a page, pictures, all numbers")
     parser.add_argument("--plan", metavar="RECIPE", help="file or one line: what made one of the models of another")
     parser.add_argument("--rank", action="store_true", help="the effective rank of each change too; takes far longer")
     parser.add_argument("--common", action="store_true", help="compare what both have, of models that do not fit")
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         tell(line)
     if args.out is not None:
         found.save(args.out)
-        tell(f"\nwrote {args.out}/{FILE}")
+        tell(f"\nwrote {args.out}/index.html, pictures, and all numbers in {FILE}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from jaxup.depth.plan import ZEROED
 from jaxup.errors import UserError
 from jaxup.lens.differences import Differences, diff
 from jaxup.lens.metrics import METRICS
+from jaxup.lens.page import page
 from jaxup.lens.sides import Part
 from jaxup.lens.streaming import Tensor, compared
 
@@ -246,6 +247,9 @@ def test_numbers_are_kept(models, tmp_path, capsys):
     json.loads(text, parse_constant=lambda name: pytest.fail(name))
     assert found.values.keys() == {*METRICS, "rank"}
     assert f"<pre>note: layers are compared by the plan of {models}/healed" in found._repr_html_()
+    assert '<img alt="mean |difference|' in found._repr_html_()
+    assert {path.name for path in out.iterdir()} == {"differences.json", "index.html", "mean_abs.png", "relative.png"}
+    assert (out / "index.html").read_text() == page(found)
     with pytest.raises(UserError, match="exists already"):
         found.save(out)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which is told apart with any colour vision.
 BLUE, ORANGE, PURPLE, SKY, GREEN, RED = "#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#D55E00"
 COLORS = {"=": BLUE, "X": ORANGE, "z": PURPLE, "p": SKY, "n": GREEN}
-_ON = {"=": "#ffffff", "X": "#1b1f24", "z": "#1b1f24", "p": "#1b1f24", "n": "#ffffff"}  # letters on these
+ON = {"=": "#ffffff", "X": "#1b1f24", "z": "#1b1f24", "p": "#1b1f24", "n": "#ffffff"}  # letters on these
 _INK, _FAINT, _GRID, _PATH, _UNUSED, _PAPER = "#1b1f24", "#646c76", "#e6e9ed", "#4d5763", "#fde7e4", "#ffffff"
 _ALARM = "#b3261e"  # the writing on what is never used
 
@@ -133,7 +133,7 @@ def picture(plan: DepthPlan, title: str) -> Image:
         draw.rectangle([x(i), strip, max(x(i + 1), x(i) + 2) - 1 - gap, strip + _STRIP - 1], color)
         if width >= _LETTERED:
             middle = ((x(i) + x(i + 1) - gap) // 2, strip + _STRIP // 2)
-            _write(draw, middle, character(row), _SMALL, _ON[character(row)], "mm")
+            _write(draw, middle, character(row), _SMALL, ON[character(row)], "mm")
     _draw_path(draw, plan, where, x)
     below = strip + _STRIP + 10
     for i in ticks:
@@ -175,7 +175,7 @@ def _draw_legend(draw: ImageDraw, plan: DepthPlan, x: int, y: int, *, lettered: 
     for kind, text in _entries(plan).items():
         draw.rectangle([x, y + 2, x + 23, y + 25], COLORS[kind])
         if lettered:
-            _write(draw, (x + 12, y + 14), kind, _SMALL, _ON[kind], "mm")
+            _write(draw, (x + 12, y + 14), kind, _SMALL, ON[kind], "mm")
         _write(draw, (x + 34, y + 14), text, _TEXT, _INK, "lm")
         x += 34 + _length(text, _TEXT) + 40
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
@@ -17,8 +18,10 @@ from jaxup.depth.draw import CHARACTERS, ranges
 from jaxup.depth.plan import BLOCK_PATHS, END_PATHS, DepthPlan
 from jaxup.errors import UserError
 from jaxup.files.staging import staged_directory
+from jaxup.lens import heatmap
 from jaxup.lens.alignment import Alignment, Origin, align
 from jaxup.lens.metrics import METRICS, RANK
+from jaxup.lens.page import page
 from jaxup.lens.sides import HEAD, Side, open_side
 from jaxup.lens.streaming import Pair, Tensor, compared
 from jaxup.model.config import ModelConfig
@@ -27,6 +30,7 @@ from jaxup.text import escaped, parse_json
 
 FILE = "differences.json"
 FORMAT = 1
+_DRAWN = ("mean_abs", "relative")
 _COPIES = "Xz"  # roles
 # In the table, the medians of these follow.
 _SHOWN = {"relative": "relative", "cosine": "1 - cos", "changed": "changed", RANK: "rank"}
@@ -66,9 +70,16 @@ class Differences:
     notes: tuple[str, ...]
 
     def save(self, out: str | os.PathLike) -> None:
-        """Makes the directory `out` with `differences.json`; UserError if it is there already."""
+        """Makes the directory `out`; UserError if it is there already.
+
+        In it are `index.html`, which shows every number and needs no other file, pictures of `mean_abs` and
+        `relative`, and all numbers in `differences.json`.
+        """
         with staged_directory(Path(out), force=False, marks=(FILE,)) as directory:
             (directory / FILE).write_text(self.to_json())
+            (directory / "index.html").write_text(page(self), "utf-8")
+            for metric in _DRAWN:
+                (directory / f"{metric}.png").write_bytes(heatmap.png(heatmap.differences(self, metric)))
 
     def to_json(self) -> str:
         """NaN is null, infinity is "inf"; what is no ASCII is escaped."""
@@ -119,7 +130,10 @@ class Differences:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
+        drawn = base64.b64encode(heatmap.png(heatmap.differences(self), dpi=80)).decode()
+        alt = "mean |difference| by layers and modules"
+        image = f'<img alt="{alt}" style="max-width: 100%" src="data:image/png;base64,{drawn}">'
+        return f"{image}<details><summary>in words</summary><pre>{escape(str(self))}</pre></details>"
 
     def _table(self, pair: int) -> Iterator[str]:
         first, second = (self.models[index] for index in self.pairs[pair])
