@@ -41,10 +41,10 @@ def made_up(base=4, copies=2, models=3, modules=MODULES, name="base"):
 
 def cases():
     rng = np.random.default_rng(1)
-    values = rng.lognormal(-9, 1, (2, 30, 5))
+    values = rng.lognormal(-9, 1, (2, 30, 6))
     values[0, 3] *= 1000
     values[1, 4, 1], values[:, 5, 2], values[0, 6, 3] = np.inf, np.nan, 0
-    values[..., 4] = 0.5
+    values[..., 4], values[..., 5] = 0.5, np.inf
     values[0, 7, 0] = values[1, 8, 0]
     return values
 
@@ -56,6 +56,7 @@ def test_shades_are_those_of_the_scale():
         found = heatmap.shades(values, scale)
         assert (np.isnan(found.shade) == ~there).all()
         assert (found.outlier >= np.isinf(values)).all()
+        assert scale == "rank" or (found.shade[..., 5] == 1).all()
         for column in range(5):
             of, drawn, shade = values[..., column], finite[..., column], found.shade[..., column]
             if scale == "rank":
@@ -106,6 +107,10 @@ def test_a_picture_has_layer_0_at_the_bottom_and_says_what_is_what():
     assert [label.get_text().split("\n")[0] for label in first.get_xticklabels()] == list(MODULES)
     drawn = heatmap.png(figure, dpi=50)
     assert drawn[:4] == b"\x89PNG"
+    deep = made_up(3000, 10, models=2)
+    figure = heatmap.differences(deep)
+    assert figure.get_size_inches().max() < 70
+    assert len(figure.axes[1].get_yticks()) < 700
     with pytest.raises(UserError, match="'rank' was not measured"):
         heatmap.differences(found, "rank")
 

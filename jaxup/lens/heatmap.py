@@ -45,8 +45,9 @@ LABELS = {
 MAP = "viridis"  # rises in lightness, and is told apart with any colour vision
 FENCE = 1.5  # Tukey's: so many interquartile ranges beyond the quartiles values are outliers
 _COLUMN, _GAP, _ROW = 0.36, 0.3, (0.1, 0.26)  # inches: columns, between panels, rows at least and at most
+_TALLEST = 60  # inches: of a panel
 _ABREAST = 4  # panels
-_DPI = 150
+_DPI, _PIXELS = 150, 60_000  # pixels of an inch, and at most along a side
 _LETTER = 0.008  # inches: the width of a letter, about, for each point of its size
 _SMALL = 7.5  # points
 _NAMED = 6  # layers with outliers
@@ -78,6 +79,7 @@ def shades(values: np.ndarray, scale: str) -> Shades:
                 drawn &= (these >= first - reach) & (these <= third + reach)
                 found.outlier[..., where] |= there & ~drawn
         if not drawn.any():
+            found.shade[..., where] = np.where(there, these == math.inf, np.nan)
             continue
         low, high = these[drawn].min(), these[drawn].max()
         found.low[where], found.high[where] = low, high
@@ -112,7 +114,7 @@ def png(figure: Figure, dpi: int = _DPI) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
-        figure.savefig(file, dpi=dpi)
+        figure.savefig(file, dpi=min(dpi, _PIXELS / max(figure.get_size_inches())))
     return file.getvalue()
 
 
@@ -125,12 +127,15 @@ def draw(
 
     shown = shades(values, scale)
     own = scale not in ("global", "log")  # ranges of the columns
-    ranges = [f"\n{low:.3g} … {high:.3g}" if own else "" for low, high in zip(shown.low, shown.high)]
+    ranges = [
+        f"\n{low:.3g} … {high:.3g}" if own and not math.isnan(low) else "" for low, high in zip(shown.low, shown.high)
+    ]
     texts = [escaped(name) + range for name, range in zip(columns, ranges)]
     sources = [f"{letter}: {escaped(name)}" for name, letter in letters(origins).items()]
     names = labels(origins)
-    row = min(_ROW[1], max(_ROW[0], 6 / len(origins)))
-    size = min(8.0, 0.85 * 72 * row)  # of letters in a row
+    row = min(_ROW[1], max(_ROW[0], 6 / len(origins)), _TALLEST / len(origins))
+    every = math.ceil(_ROW[0] / row)  # so many rows have a label
+    size = min(8.0, 0.85 * 72 * row * every)  # of letters in a row
     left = 0.45 + _LETTER * size * max(map(len, names))
     wide, tall = max(1.6, _COLUMN * len(columns)), row * len(origins)
     above, under = 0.5, 0.2 + _LETTER * _SMALL * max(len(line) for text in texts for line in text.splitlines())
@@ -167,12 +172,12 @@ def draw(
         if not across:
             strip = at(x - 0.22, y, 0.17, tall)
             strip.imshow([[to_rgb(COLORS[o.role])] for o in origins], aspect="auto", origin="lower")
-            for i, origin in enumerate(origins):
+            for i, origin in enumerate(origins) if every == 1 else ():
                 strip.text(0, i, origin.role, fontsize=size, color=ON[origin.role], ha="center", va="center_baseline")
             strip.set_xticks([])
-            strip.set_yticks(range(len(origins)), names, fontsize=size)
+            strip.set_yticks(range(0, len(origins), every), names[::every], fontsize=size)
         if panel == abreast - 1:
-            bar = at(x + wide + 0.15, y + tall - min(tall, 3), 0.13, min(tall, 3))
+            bar = at(x + wide + 0.15, y + tall - min(tall, 3.0), 0.13, min(tall, 3.0))
             figure.colorbar(image, bar, ticks=[0, 0.5, 1])
             bar.set_yticklabels(["lowest", "", "highest"] if own else _levels(shown, scale), fontsize=_SMALL)
     x = 0.2
@@ -221,7 +226,7 @@ def _outliers(
 
 
 def _levels(shown: Shades, scale: str) -> list[str]:
-    low, high = float(np.nanmin(shown.low)), float(np.nanmax(shown.high))
+    low, high = float(shown.low[0]), float(shown.high[0])
     middle = math.sqrt(low * high) if scale == "log" else (low + high) / 2
     return [f"{value:.3g}" for value in (low, middle, high)]
 
