@@ -7,7 +7,10 @@ import time
 import numpy as np
 from runs import metrics, result
 
+from jaxup.depth.plan import DepthPlan
 from jaxup.experiments import pictures, report
+from jaxup.lens import heatmap
+from jaxup.lens.differences import diff
 from jaxup.training.run import Result, read_result
 
 
@@ -92,6 +95,16 @@ def test_what_is_drawn(finished):
     for axes, key in zip(panels, ("loss", "gradient_norm", "learning_rate"), strict=True):
         drawn = [list(line.get_ydata()) for line in axes.lines if line.get_color() == pictures.COLORS["target"]]
         assert drawn[0] == [r[key] for r in records]
+    plan = DepthPlan.from_yaml((workdir / "plan.yaml").read_text())
+    gradients = pictures.gradients(results[1], records, plan).axes[0].images[0].get_array()
+    norms = np.array([r["gradient_norm_layers"] for r in records]).T[None]
+    np.testing.assert_array_equal(gradients, heatmap.shades(norms, "log").shade[0])
+    changed = pictures.difference(workdir, results, results[1]).axes[0].images[0].get_array()
+    found = diff(f"{workdir}@reference", f"{workdir}@target_2")
+    np.testing.assert_array_equal(changed, heatmap.shades(found.values["mean_abs"], "robust").shade[0])
+    assert np.ptp(changed) == 1
+    assert pictures.difference(workdir, [dataclasses.replace(results[0], name="elsewhere")], results[1]) is None
+    assert pictures.gradients(results[1], records[:1], plan) is None
     assert pictures.by_layers("title", results, "token") is None
     assert pictures.training("title", [dataclasses.replace(results[0], steps=0)], [], "token") is None
 

@@ -47,7 +47,7 @@ def test_the_run_directory(finished, corpus):
         results = json.loads((workdir / "checkpoints" / name / "result.json").read_text())
         assert results["sample"].startswith("def")
         assert results["kind"] == name.partition("_")[0]
-    for picture in ("validation_loss", "training"):
+    for picture in ("validation_loss", "training", "gradients", "difference"):
         assert f"](plots/{picture}.png)" in summary
         assert (workdir / "plots" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "plan.yaml").read_text() == (workdir / "export" / "jaxup_plan.yaml").read_text()

@@ -173,7 +173,7 @@ class Experiment(abc.ABC):
             write_model(run.directory / "export", model, params, title=title, plan=plan, force=True, **said, **export)
         if jax.process_index() != 0:
             return
-        pictures.write(run.directory, title, results, run.log.read(), loss_of)
+        pictures.write(run.directory, title, results, run.log.read(), loss_of, made=made, plan=plan)
         how = report.made_by(resuming.starts(run.directory))
         losses = f"Losses are nats per {loss_of} over the same {run.val_rows:,} validation rows."
         notes = [f"{run.data}; seed {run.settings.seed}. {losses}", *notes]

@@ -8,11 +8,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from jaxup.depth.picture import BLUE, GREEN, PURPLE, RED, SKY
+from jaxup.depth.plan import DepthPlan
+from jaxup.errors import UserError
+from jaxup.lens import heatmap
+from jaxup.lens.alignment import origins_of
+from jaxup.lens.differences import diff
+from jaxup.progress import say
 from jaxup.text import write_atomically
 from jaxup.training.run import Result
+from jaxup.training.sound import steps_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,13 +34,23 @@ COLORS = {
 }  # fmt: skip
 _PRETRAINED = ("base", "before")  # kinds that a run begins with: what it trains starts as good as they are
 _MARKERS = "osD^v"
+_LARGE = 500_000_000  # parameters
+_MOMENTS = 120  # of a run, at most, of which gradients are drawn
 
 
-def write(directory: Path, title: str, results: Sequence[Result], records: Sequence[dict[str, Any]], unit: str) -> None:
-    """The PNG files in `directory`/plots: of the lines of metrics.jsonl, and losses are nats per `unit`."""
+def write(
+    directory: Path, title: str, results: Sequence[Result], records: Sequence[dict[str, Any]], unit: str, *,
+    made: Result, plan: DepthPlan,
+) -> None:  # fmt: skip
+    """The PNG files in `directory`/plots: of the lines of metrics.jsonl; losses are nats per `unit`.
+
+    `made` is the model that the run is for, and `plan` what its layers are.
+    """
     figures = {
         "validation_loss": validation(title, results, records, unit),
         "training": training(title, results, records, unit),
+        "gradients": gradients(made, records, plan),
+        "difference": difference(directory, results, made),
         "loss_by_layers": by_layers(title, results, unit),
     }
     (directory / "plots").mkdir(exist_ok=True)
@@ -99,6 +117,41 @@ def training(title: str, results: Sequence[Result], records: Sequence[dict[str, 
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     loss.legend(frameon=False)
     return figure
+
+
+def gradients(made: Result, records: Sequence[dict[str, Any]], plan: DepthPlan) -> Figure | None:
+    """The gradient norm of each layer over the steps; None for less than two steps. Of many neighbours the mean."""
+    norms = {
+        r["step"]: found
+        for r in records
+        if r["model"] == made.name and len(found := r.get("gradient_norm_layers", ())) == plan.num_layers
+    }
+    if len(norms) < 2:
+        return None
+    moments = np.array_split(np.array(list(norms)), min(_MOMENTS, len(norms)))
+    values = np.stack([np.mean([norms[step] for step in steps], axis=0) for steps in moments], axis=1)
+    every = math.ceil(len(moments) / 12)
+    columns = ["" if i % every else f"step {steps[0]:,}" for i, steps in enumerate(moments)]
+    return heatmap.draw(
+        values[None], [made.name], columns, origins_of(plan.rows), "gradient norm of each layer", "log",
+        column=4.5 / len(moments),
+    )  # fmt: skip
+
+
+def difference(directory: Path, results: Sequence[Result], made: Result) -> Figure | None:
+    """How far each module of the model is from where it began; None if that is not among the run's checkpoints.
+
+    A large one is not worth the memory at this place: `jaxup diff` does it.
+    """
+    start = next((r for r in results if r.kind == "before"), results[0])
+    # What several processes have all of them have to read.
+    if jax.process_count() > 1 or made.params > _LARGE or not steps_in(directory / "checkpoints" / start.name):
+        return None
+    try:
+        return heatmap.differences(diff(*(f"{directory}@{r.name}/{r.steps}" for r in (start, made)), as_built=True))
+    except UserError as error:
+        say(f"the difference of {made.name} to {start.name} is not drawn: {error}")
+        return None
 
 
 def by_layers(title: str, results: Sequence[Result], unit: str) -> Figure | None:

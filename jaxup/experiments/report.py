@@ -18,7 +18,7 @@ from jaxup.training.run import Result
 
 _PACKAGES = ("jax", "flax", "optax", "transformers")
 _ONE_SEED = "One seed: by how much another one's numbers differ is not measured."
-_PLOTS = ("validation_loss", "loss_by_layers", "training", "plan")
+_PLOTS = ("validation_loss", "loss_by_layers", "training", "gradients", "difference", "plan")
 
 
 def inherited(results: Sequence[Result], unit: str, *, sweep: bool) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxup.depth import marked_yaml, plan_yaml
@@ -71,7 +72,7 @@ def align(sides: Sequence[Side], plan: str | os.PathLike | DepthPlan | None) -> 
         if found.num_layers != depths[0]:
             return Alignment(_themselves(sides[0]), None, {}, ("layers of the same number are compared",))
         note = f"layers of the same number are compared; which are copies says {whose}"
-        return Alignment(_origins(found.rows, {}), None, {}, (note,))
+        return Alignment(origins_of(found.rows), None, {}, (note,))
     sources: dict[int, str] = {}
     for index, side in enumerate(sides):
         by_name = dict(found.sources).get(side.name) == depths[index]
@@ -89,14 +90,15 @@ def align(sides: Sequence[Side], plan: str | os.PathLike | DepthPlan | None) -> 
         if unused := sorted(set(range(dict(found.sources)[source])) - used):
             notes.append(f"not compared: layers of {source} that are not used: {', '.join(map(str, unused))}")
     names = {source: sides[index].name for index, source in reversed(sources.items())}
-    return Alignment(_origins(found.rows, names), found, sources, tuple(notes))
+    return Alignment(origins_of(found.rows, names), found, sources, tuple(notes))
 
 
 def _themselves(side: Side) -> tuple[Origin, ...]:
     return tuple(Origin(layer, "=", side.name) for layer in range(side.config.num_layers))
 
 
-def _origins(rows: Sequence[Row], names: dict[str, str]) -> tuple[Origin, ...]:
+def origins_of(rows: Sequence[Row], names: Mapping[str, str] = MappingProxyType({})) -> tuple[Origin, ...]:
+    """Of the layers of a plan; `names` says what its sources are called."""
     return tuple(
         Origin(row.layer if row.parts else None, character(row), names.get(row.source, row.source)) for row in rows
     )

@@ -119,9 +119,17 @@ def png(figure: Figure, dpi: int = _DPI) -> bytes:
 
 
 def draw(
-    values: np.ndarray, titles: Sequence[str], columns: Sequence[str], origins: Sequence[Origin], label: str, scale: str
-) -> Figure:
-    """Values [panels, rows, columns] with the origins of the rows at the side; `label` is what the values are."""
+    values: np.ndarray, titles: Sequence[str], columns: Sequence[str], origins: Sequence[Origin], label: str,
+    scale: str, column: float = _COLUMN,
+) -> Figure:  # fmt: skip
+    """Values [panels, rows, columns] with the origins of the rows at the side.
+
+    Args:
+      titles: of the panels, of two lines at most.
+      columns: their names; "" for those that are not named.
+      label: what the values are.
+      column: its width in inches.
+    """
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
 
@@ -137,7 +145,7 @@ def draw(
     every = math.ceil(_ROW[0] / row)  # so many rows have a label
     size = min(8.0, 0.85 * 72 * row * every)  # of letters in a row
     left = 0.45 + _LETTER * size * max(map(len, names))
-    wide, tall = max(1.6, _COLUMN * len(columns)), row * len(origins)
+    wide, tall = max(1.6, column * len(columns)), row * len(origins)
     above, under = 0.5, 0.2 + _LETTER * _SMALL * max(len(line) for text in texts for line in text.splitlines())
     abreast = min(_ABREAST, len(titles))
     width = max(5.0, left + abreast * (wide + _GAP) + 0.75)
@@ -161,11 +169,13 @@ def draw(
         axes = at(x, y, wide, tall)
         image = axes.imshow(shown.shade[panel], MAP, aspect="auto", origin="lower", vmin=0, vmax=1)
         axes.set_facecolor("#dcdcdc")  # what is not there
-        axes.vlines(np.arange(1, len(columns)) - 0.5, -0.5, len(origins) - 0.5, "#ffffff", linewidth=1)
+        if column == _COLUMN:
+            axes.vlines(np.arange(1, len(columns)) - 0.5, -0.5, len(origins) - 0.5, "#ffffff", linewidth=1)
         for marker, side in (("^", shown.shade[panel] > 0.5), ("v", shown.shade[panel] <= 0.5)):
             rows, places = np.nonzero(shown.outlier[panel] & side)
             axes.plot(places, rows, marker, markersize=0.6 * size, markerfacecolor="#fff", markeredgecolor="#000")
-        axes.set_xticks(range(len(columns)), texts, rotation=90, fontsize=_SMALL, parse_math=False)
+        named = [i for i, text in enumerate(texts) if text]
+        axes.set_xticks(named, [texts[i] for i in named], rotation=90, fontsize=_SMALL, parse_math=False)
         axes.set_yticks([])
         short = [_shortened(line, int(wide / _LETTER / _SMALL)) for line in escaped(title, "\n").splitlines()]
         write(x, y + tall + 0.08, "\n".join(short), va="bottom")
