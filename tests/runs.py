@@ -57,7 +57,7 @@ off went old number sure yes self model layer return import tokens step
 @contextlib.contextmanager
 def devices(count):
     """Runs in this process have so many of the devices that are there."""
-    here = jax.devices()[:count]
+    here = jax.local_devices()[:count]  # jax.devices may be patched already
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: count)
         patch.setattr(jax, "devices", lambda: here)

@@ -158,7 +158,7 @@ def test_a_run_can_be_made_longer(whole, folder, command, capsys):
     assert [got[n] for n in (10, 12)] == pytest.approx([want[n] for n in (10, 12)], rel=1e-5)
     # Both models were measured on the same rows in the end, whatever those of before were.
     assert [result(folder / "longer", name)["val_rows"] for name in ("reference", "target_1")] == [16, 16]
-    with pytest.raises(UserError, match="steps was 12, now 8; there may be more"):
+    with devices(8), pytest.raises(UserError, match="steps was 12, now 8; there may be more"):
         run(f"--resume={folder / 'longer'}", "--config.steps=8")
 
 
