@@ -132,7 +132,7 @@ def test_the_page_has_every_number_and_nothing_that_runs_but_its_own():
     assert set(re.findall(r"https?:[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
     for metric, values in found.values.items():
-        np.testing.assert_allclose(np.array(data["values"][metric], float), values, 1e-3)  # null is NaN, "inf" inf
+        np.testing.assert_allclose(np.array(data["values"][metric], float), values, 1e-5)  # null is NaN, "inf" inf
     assert data["ends"]["rms"]["lm_head"] == [None] * 3
     policy = re.search(r'Security-Policy" content="(.*?)"', text)[1]
     assert policy.startswith("default-src 'none'; ")
@@ -231,6 +231,8 @@ def test_the_page_is_walked_and_switched(opened, base, copies, scheme):
     labels = [label.split()[1].rstrip(",") for label in shown.eval_on_selector_all(
         ".map tbody th", "all => all.map(th => th.getAttribute('aria-label'))")]  # fmt: skip
     assert labels[:2] == [str(last), str(base - 1)]  # a copy beside its origin
+    assert shown.locator("aside th[scope=col]").all_inner_texts() == ["norm"]
+    assert shown.inner_text("aside tr:last-child td") == f"{found.ends['mean_abs']['norm'][1]:.3g}"
     shown.select_option("[name=pair]", "all")
     assert shown.locator(".map").count() == 3
     tops = {round(shown.locator(".map").nth(i).locator("tbody").bounding_box()["y"]) for i in range(3)}

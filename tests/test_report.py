@@ -99,7 +99,9 @@ def test_what_is_drawn(finished):
     gradients = pictures.gradients(results[1], records, plan).axes[0].images[0].get_array()
     norms = np.array([r["gradient_norm_layers"] for r in records]).T[None]
     np.testing.assert_array_equal(gradients, heatmap.shades(norms, "log").shade[0])
-    changed = pictures.difference(workdir, results, results[1]).axes[0].images[0].get_array()
+    figure = pictures.difference(workdir, results, results[1])
+    assert "reference\n→ target_2" in [text.get_text() for text in figure.texts]
+    changed = figure.axes[0].images[0].get_array()
     found = diff(f"{workdir}@reference", f"{workdir}@target_2")
     np.testing.assert_array_equal(changed, heatmap.shades(found.values["mean_abs"], "robust").shade[0])
     assert np.ptp(changed) == 1

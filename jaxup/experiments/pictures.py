@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Iterable, Sequence
@@ -148,10 +149,11 @@ def difference(directory: Path, results: Sequence[Result], made: Result) -> Figu
     if jax.process_count() > 1 or made.params > _LARGE or not steps_in(directory / "checkpoints" / start.name):
         return None
     try:
-        return heatmap.differences(diff(*(f"{directory}@{r.name}/{r.steps}" for r in (start, made)), as_built=True))
+        found = diff(*(f"{directory}@{r.name}/{r.steps}" for r in (start, made)), as_built=True)
     except UserError as error:
         say(f"the difference of {made.name} to {start.name} is not drawn: {error}")
         return None
+    return heatmap.differences(dataclasses.replace(found, models=(start.name, made.name)))
 
 
 def by_layers(title: str, results: Sequence[Result], unit: str) -> Figure | None:

@@ -22,7 +22,7 @@ from jaxup.text import escaped
 if TYPE_CHECKING:
     from jaxup.lens.differences import Differences
 
-_DIGITS = 4
+_DIGITS = 6
 
 
 def page(found: Differences) -> str:
