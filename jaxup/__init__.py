@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jaxup.hub.text_generation import generate
     from jaxup.lens.differences import diff
     from jaxup.lens.explain import explain
+    from jaxup.lens.probe import probe
     from jaxup.recipes.functions import (
         concat,
         drop,
@@ -43,15 +44,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "DepthPlan", "UserError", "__version__", "apply_plan", "build_model", "concat", "diff", "drop", "duplicate",
-    "expand", "explain", "generate", "identity", "inherit", "interleave", "load", "open_plan", "save", "solar", "stack",
-    "upscale",
+    "expand", "explain", "generate", "identity", "inherit", "interleave", "load", "open_plan", "probe", "save", "solar",
+    "stack", "upscale",
 ]  # fmt: skip
 
 # Where each name is, and what it is called there if that is something else; the others are recipes.
 _PLACES = {
     "DepthPlan": "depth.plan", "apply_plan": "depth.apply:apply", "build_model": "building.work:build",
     "diff": "lens.differences", "explain": "lens.explain", "generate": "hub.text_generation", "load": "hub.load",
-    "open_plan": "recipes.open", "save": "hub.save",
+    "open_plan": "recipes.open", "probe": "lens.probe", "save": "hub.save",
 }  # fmt: skip
 
 

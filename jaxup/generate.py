@@ -58,12 +58,18 @@ def add_flags(parser: Parser, defaults: Mapping[str, Any]) -> None:
     add("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens; 0 = from all (0)")
     add("--top-p", metavar="P", type=float, help="draw from the fewest tokens that hold P of it (1)")
     add("--seed", metavar="N", type=int, help="the same seed gives the same text (0)")
+    add_reading_flags(parser)
+    parser.epilog = "What is not given of how text is drawn is, of a run, that of its own samples (config.sample)."
+
+
+def add_reading_flags(parser: Parser) -> None:
+    """How the model is read, for `open_model`."""
+    add = parser.add_argument
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of parameters and computation (float32)")
     devices.add_flag(parser)
     add("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     add("--strict", action="store_true", help="refuse NaN and infinite parameters instead of warning")
     add("--allow-pickle", action="store_true", help="read pytorch_model.bin if there are no safetensors")
-    parser.epilog = "What is not given of how text is drawn is, of a run, that of its own samples (config.sample)."
 
 
 def check_flags(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
@@ -146,7 +152,7 @@ class Opened(NamedTuple):
 
 
 def open_model(args: argparse.Namespace) -> Opened:
-    """The model that a command is told with `add_flags`: a directory's, or RUN@MODEL, or RUN@MODEL/STEP."""
+    """The model that a command is told with `add_reading_flags`: a directory's, or RUN@MODEL, or RUN@MODEL/STEP."""
     devices.choose(args.platform)
 
     from jaxup.data.tokenizer import load_tokenizer

@@ -156,18 +156,62 @@ def stack(source: str, source_layers: int, times: int, *, noise: float = 0.0) ->
 
 
 @recipe
-def drop(source: str, source_layers: int, layers: int | Layers) -> DepthPlan:
+def drop(
+    source: str,
+    source_layers: int,
+    which: int | Layers | None = None,
+    *,
+    layers: int | Layers | None = None,
+    params: float | None = None,
+) -> DepthPlan:
     """The source without these layers (ShortGPT, arXiv 2403.03853; The Unreasonable Ineffectiveness
     of the Deeper Layers, arXiv 2403.17887).
 
     Args:
-      layers: a number is that one layer, not how many.
+      which: those that go; a number is that one layer, not how many.
+      layers: as a number how many are left. The deepest ones go but for the last, which is the second paper's choice
+        for a model that nothing is known of; `jaxup.probe` finds others. As a range or list it is `which`.
+      params: so many parameters are left at most, in as many layers as that allows; those go as with `layers`.
+        It needs a model, not a number of layers.
     """
-    dropped = set(_layers(source, source_layers, [layers] if isinstance(layers, int) else layers))
+    if layers is not None and not isinstance(layers, int):
+        which, layers = (layers, None) if which is None else (which, 0)
+    if sum(given is not None for given in (which, layers, params)) != 1:
+        raise UserError("what goes is said in one way: [21:29], layers=24 or params=6e9")
+    if which is None:
+        left = depth_within(source_layers, layers=layers, params=params, source=source)
+        which = range(left - 1, source_layers - 1) if left < source_layers else []
+        if not which:
+            return identity(source, source_layers)
+    dropped = set(_layers(source, source_layers, [which] if isinstance(which, int) else which))
     kept = [layer for layer in range(source_layers) if layer not in dropped]
     if not kept:
         raise UserError(f"nothing would be left of {source!r}, which has {source_layers} layers")
     return _plan(source, source_layers, kept)
+
+
+def depth_within(
+    source_layers: int, *, layers: int | None = None, params: float | None = None,
+    sizes: Sequence[int] | None = None, source: str = "model",
+) -> int:  # fmt: skip
+    """How many layers are left where so many, or at most so many parameters, are asked for.
+
+    `sizes` are the parameters of what is no layer, and of a layer. UserError for more than the source has, and for
+    fewer than one layer.
+    """
+    if layers is not None:
+        _at_least(1, layers=layers)
+        if layers > source_layers:
+            raise UserError(f"layers={layers} are more than the {source_layers} of {source!r}")
+        return layers
+    if sizes is None or params is None:
+        raise UserError(f"params={params:g} needs a model: of {source!r} only the number of layers is known")
+    ends, each = sizes
+    if params > (most := ends + each * source_layers):
+        raise UserError(f"params={params:g} are more than the {most:,} of {source!r}")
+    if params < ends + each:
+        raise UserError(f"params={params:g}: with a single layer {source!r} has {ends + each:,}")
+    return int((params - ends) // each)
 
 
 @recipe

@@ -73,6 +73,17 @@ def attention(
     return run(q_BSNH, k_BTKH, v_BTKH, window, segment_ids)
 
 
+def attention_weights(
+    q_BSNH: Float[Array, "batch seq heads head_dim"],
+    k_BSKH: Float[Array, "batch seq kv_heads head_dim"],
+    window: int | None,
+) -> Float[Array, "batch heads seq seq"]:
+    """What `attention` weighs the values of a sequence with, in float32: a row for each query, of sum 1."""
+    B, S, N, _ = q_BSNH.shape
+    mask_11SS = _mask(jnp.arange(S), jnp.arange(S), window)
+    return _softmax(q_BSNH, k_BSKH, mask_11SS).reshape(B, N, S, S)
+
+
 def seq_axis(batch_axes: tuple[str, ...]) -> str | None:
     """The axis of the current mesh that splits the sequences of a batch which `batch_axes` split, if one does."""
     return _CONTEXT if batch_axes and context_size() > 1 else None
@@ -346,11 +357,16 @@ def _mask(q_index_S, k_index_T, window, segment_ids_BT=None, first_B=None):
     return mask[:, None, None]
 
 
-def _dense(q_BSNH, k_BTKH, v_BTKH, mask_B11ST):
+def _softmax(q_BSNH, k_BTKH, mask_B11ST):
     B, S, N, H = q_BSNH.shape
     K = k_BTKH.shape[2]
     q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
     logits_BKGST = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
-    weights_BKGST = jax.nn.softmax(jnp.where(mask_B11ST, logits_BKGST, -1e30), axis=-1)
+    return jax.nn.softmax(jnp.where(mask_B11ST, logits_BKGST, -1e30), axis=-1)
+
+
+def _dense(q_BSNH, k_BTKH, v_BTKH, mask_B11ST):
+    B, S, N, H = q_BSNH.shape
+    weights_BKGST = _softmax(q_BSNH, k_BTKH, mask_B11ST)
     out_BSKGH = jnp.einsum("BKGST,BTKH->BSKGH", weights_BKGST.astype(v_BTKH.dtype), v_BTKH)
     return out_BSKGH.reshape(B, S, N, H)

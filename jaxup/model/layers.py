@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxup.model.attention import attention, context_size
+from jaxup.model.attention import attention, attention_weights, context_size
 from jaxup.model.config import Compute, ModelConfig, RopeScaling
 from jaxup.model.spec import spec
 
@@ -153,14 +153,8 @@ class Attention(nnx.Module):
 
         `layer` is where in the cache that is; `kind` has this layer's entry of each of the model's `columns`.
         """
-        c = self.config
-        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if c.rope_theta is not None:
-            q, k = (rotary(y, positions_BS, c.rope_theta, c.rope_scaling) for y in (q, k))
-        scale = c.head_dim**-0.5 / kind.get("attention_divisor", c.kinds[0].attention_divisor)
-        q = (q * scale).astype(x_BSD.dtype)
+        q, k = self._queries_keys(x_BSD, kind, positions_BS)
+        v = self.v_proj(x_BSD)
         if cache is not None:
             cache = tuple(jax.lax.dynamic_update_slice(c, y.astype(c.dtype)[None], (layer, 0, start, 0, 0))
                           for c, y in zip(cache, (k, v), strict=True))  # fmt: skip
@@ -172,10 +166,29 @@ class Attention(nnx.Module):
                 first=first_B, implementation=self.compute.attention, batch_axes=self.compute.rows_over,
             )  # fmt: skip
 
-        # The window decides which program runs, so a layer's own is chosen among those of the model.
-        programs = [functools.partial(attend, window) for window in c.windows]
-        out = jax.lax.switch(kind["window"], programs, q, k, v) if len(programs) > 1 else programs[0](q, k, v)
-        return self.o_proj(out), cache
+        return self.o_proj(self._by_window(attend, kind, q, k, v)), cache
+
+    def weights(
+        self, x_BSD: Float[Array, "batch seq hidden"], *, kind: Mapping[str, Any], positions_BS: Any
+    ) -> Float[Array, "batch heads seq seq"]:
+        """The weights of the values, of each query and key: what no call computes whole."""
+        q, k = self._queries_keys(x_BSD, kind, positions_BS)
+        return self._by_window(lambda window, q, k: attention_weights(q, k, window), kind, q, k)
+
+    def _queries_keys(self, x_BSD, kind, positions_BS):
+        c = self.config
+        q, k = self.q_proj(x_BSD), self.k_proj(x_BSD)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if c.rope_theta is not None:
+            q, k = (rotary(y, positions_BS, c.rope_theta, c.rope_scaling) for y in (q, k))
+        scale = c.head_dim**-0.5 / kind.get("attention_divisor", c.kinds[0].attention_divisor)
+        return (q * scale).astype(x_BSD.dtype), k
+
+    def _by_window(self, run, kind, *arrays):
+        """`run(window, *arrays)`: the window decides which program runs, so it is chosen among those of the model."""
+        programs = [functools.partial(run, window) for window in self.config.windows]
+        return jax.lax.switch(kind["window"], programs, *arrays) if len(programs) > 1 else programs[0](*arrays)
 
 
 ACTIVATIONS = {

@@ -117,6 +117,12 @@ def count_params(config: ModelConfig) -> int:
     return sum(param.size for param in spec(config).values())
 
 
+def depth_params(config: ModelConfig) -> tuple[int, int]:
+    """Number of parameters of what is no layer, and of one layer."""
+    blocks = sum(param.size for param in spec(config).values() if param.stacked)
+    return count_params(config) - blocks, blocks // config.num_layers
+
+
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Model FLOPs of one training token (forward + backward), as PaLM's appendix B counts them.
 

@@ -20,8 +20,9 @@ from jaxup.depth.compose import compose
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, within
 from jaxup.model.config import ModelConfig
+from jaxup.model.spec import depth_params
 from jaxup.recipes.line import is_line
-from jaxup.recipes.open import model_plan, open_plan
+from jaxup.recipes.open import model_plan, open_plan, open_recipe
 
 if TYPE_CHECKING:
     from jaxup.model.decoder import Decoder
@@ -64,15 +65,21 @@ def _plan(source: Any) -> DepthPlan:
     return origin.whole(config)
 
 
+def _sizes(source: Any, plan: DepthPlan) -> tuple[int, int]:
+    config = getattr(source, "config", None) or next(iter(open_recipe(plan, flag="models: ").configs.values()))
+    return depth_params(config)
+
+
 def _on_models(function: Callable[Concatenate[str, int, _P], DepthPlan]) -> _Function[_P]:
     signature, name = inspect.signature(function), function.__name__
 
     def binds(*args: Any, **kwargs: Any) -> bool:
         try:
-            signature.bind(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
         except TypeError:
             return False
-        return True
+        # drop(model, 4) is of a model: each of its arguments may be missing, but not all.
+        return function is not recipes.drop or len(bound.arguments) > 2
 
     @functools.wraps(function)
     def call(source: Any, *args: Any, **kwargs: Any) -> DepthPlan:
@@ -89,6 +96,9 @@ def _on_models(function: Callable[Concatenate[str, int, _P], DepthPlan]) -> _Fun
             return function(source, *args, **kwargs)
         with within(name):
             plan = _plan(source)
+            if not args and kwargs.keys() == {"params"}:
+                left = recipes.depth_within(len(plan), **kwargs, sizes=_sizes(source, plan), source=plan.sources[0][0])
+                kwargs = {"layers": left}
         if plan == recipes.identity(*plan.sources[0]):
             return function(*plan.sources[0], *args, **kwargs)
         return compose(function("plan", len(plan), *args, **kwargs), {"plan": plan})

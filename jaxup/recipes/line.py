@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from jaxup.depth.compose import compose
 from jaxup.depth.plan import DepthPlan
-from jaxup.depth.recipes import RECIPES, Layers, as_range, check_layers, hyphenated, identity, only_two
+from jaxup.depth.recipes import RECIPES, Layers, as_range, check_layers, depth_within, hyphenated, identity, only_two
 from jaxup.errors import UserError, suggest, within
 
 _MAX_LENGTH, _MAX_DEPTH, _MAX_ITEMS = 4096, 8, 1000
@@ -46,6 +46,7 @@ _KINDS: dict[Any, _Kind] = {
     Layers: _LAYERS._replace(types=(slice, list)),
     int | Layers: _LAYERS,
     int | Layers | None: _LAYERS,
+    float | None: _Kind("a number, such as 6e9", (int, float)),
 }
 
 
@@ -89,16 +90,24 @@ class Call:
                 found.append(f"{_place(column)}: {note}")
         return tuple(found)
 
-    def plan(self, num_layers: int | Callable[[str], int]) -> DepthPlan:
-        """The plan for models of so many layers, or by their names; UserError if it does not go with them."""
+    def plan(
+        self, num_layers: int | Callable[[str], int], sizes: Callable[[str], Sequence[int]] | None = None
+    ) -> DepthPlan:
+        """The plan for models of so many layers, or by their names; UserError if it does not go with them.
+
+        `sizes` are those of `depth_within`, of a model by its name.
+        """
         count = (lambda _: num_layers) if isinstance(num_layers, int) else num_layers
-        inner = [identity(s, count(s)) if isinstance(s, str) else s.plan(count) for s in self.sources]
+        inner = [identity(s, count(s)) if isinstance(s, str) else s.plan(count, sizes) for s in self.sources]
         first, layers = self.sources[0], inner[0].num_layers
         name = first if isinstance(first, str) else first.text
         values = {key: argument.resolved(name, layers) for key, argument in self.arguments.items()}
         with within(_place(self.column)):
             if _takes_plans(self.recipe):
                 return RECIPES[self.recipe](*inner)
+            if values.keys() == {"params"} and sizes is not None:
+                left = depth_within(layers, params=values["params"], sizes=sizes(self.models[0]), source=name)
+                values = {"layers": left}
             plan = RECIPES[self.recipe](name, layers, **values)
             return plan if name in self.sources else compose(plan, {name: inner[0]})
 

@@ -24,7 +24,7 @@ from jaxup.families import family_of_hf
 from jaxup.files.names import is_hub_name, is_place, split_revision
 from jaxup.hub.reader import read_config
 from jaxup.model.config import ModelConfig
-from jaxup.model.spec import spec
+from jaxup.model.spec import depth_params, spec
 from jaxup.recipes import line as recipe_line
 from jaxup.recipes import mergekit
 
@@ -123,7 +123,7 @@ def open_recipe(
         opened = _of_plan(recipe, found, "a plan made in Python", "a plan made in Python")
     elif not os.path.lexists(os.path.expanduser(recipe)) and recipe_line.is_line(recipe):
         call = recipe_line.parse(recipe)
-        plan = call.plan(lambda model: found[model].config.num_layers)
+        plan = call.plan(lambda model: found[model].config.num_layers, lambda model: depth_params(found[model].config))
         opened = dataclasses.replace(_of_plan(plan, found, recipe, recipe), notes=call.notes)
     else:
         opened = _open_file(recipe, _read_text(recipe), found)
