@@ -23,7 +23,7 @@ from jaxup.depth.plan import Row
 from jaxup.errors import UserError
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Decoder, abstract, init
-from jaxup.model.spec import flatten
+from jaxup.model.spec import depth_params, flatten
 
 ROOT = Path(jaxup.__file__).parent
 CONFIG = ModelConfig.llama(
@@ -139,6 +139,15 @@ def test_recipes_know_the_depth_of_a_model(directory):
     assert jaxup.inherit(place, 3, every=2) == jaxup.inherit(model, every=2)
     for made in (plan, f"upscale({place}, 1:3)"):
         assert jaxup.drop(made, 4) == jaxup.open_plan(f"drop(upscale({place}, 1:3), 4)")
+    ends, each = depth_params(CONFIG)
+    for source in (place, model, plan):  # as many layers as that allows, and the last of them
+        depth = len(jaxup.identity(source))
+        fewer = jaxup.drop(source, params=ends + 2.5 * each)
+        assert fewer == jaxup.drop(source, layers=2)
+        assert fewer == jaxup.drop(source, range(1, depth - 1))
+    assert jaxup.open_plan(f"drop(upscale({directory}, 1:3), params={ends + 2 * each})") == fewer
+    refused(f"params=2e+09 are more than the {ends + 3 * each:,} of", jaxup.drop, place, params=2e9)
+    refused(f"with a single layer '{place}' has {ends + each:,}", jaxup.drop, place, params=each)
     assert jaxup.drop(jaxup.load(plan), 4).sources == (("model", 5),)  # its layers, in no files
     assert jaxup.drop(Decoder(CONFIG, init(CONFIG, 0)), 2) == jaxup.drop("model", 3, 2)
     with pytest.warns(UserWarning, match=r"^drop: \[0, 2\] is layers 0 and 2 only; a range is 0:2$"):

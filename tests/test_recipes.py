@@ -109,6 +109,9 @@ def test_pruning():
     assert order(recipes.drop("m", 32, [27, range(21, 26)])) == span(0, 21) + span(26, 27) + span(28, 32)
     assert order(recipes.drop("m", 32, 0)) == span(1, 32)
     assert recipes.drop("m", 32, [3, 3]).num_layers == 31
+    assert order(recipes.drop("m", 32, layers=24)) == span(0, 23) + span(31, 32)  # the deepest but the last
+    assert order(recipes.drop("m", 32, layers=1)) == span(31, 32)
+    assert order(recipes.drop("m", 32, layers=32)) == span(0, 32)
 
 
 # ---- any numbers
@@ -198,6 +201,7 @@ def test_more_refusals():
          recipes.duplicate("m@main", 56, [range(10, 14), range(20, 24)])),
         ("drop(m, 50:)", "m", recipes.drop("m", 56, range(50, 56))),
         ("drop(m, layers=:4)", "m", recipes.drop("m", 56, range(4))),
+        ("drop(m, layers=24)", "m", recipes.drop("m", 56, layers=24)),
         ("expand(m, every=4)", "m", recipes.expand("m", 56, 4)),
         ("solar(m, m=8)", "m", recipes.solar("m", 56, 8)),
     ],
@@ -232,6 +236,12 @@ def test_nested_lines():
         ("upscale(m, 56:)", "recipe:1:12: 56:56 is empty"),
         ("drop(m, [1:3, 99])", "recipe:1:9: layer 99 is not there"),
         ("drop(m, 99)", "recipe:1:1: drop: layer 99"),
+        ("drop(m)", "recipe:1:1: drop: what goes is said in one way: [21:29], layers=24 or params=6e9"),
+        ("drop(m, [3], layers=24)", "recipe:1:1: drop: what goes is said in one way"),
+        ("drop(m, layers=57)", "recipe:1:1: drop: layers=57 are more than the 56 of 'm'"),
+        ("drop(m, layers=0)", "recipe:1:1: drop: layers=0 must be at least 1"),
+        ("drop(m, params=6e9)", "recipe:1:1: drop: params=6e+09 needs a model: of 'm' only the number of layers is"),
+        ("drop(m, params=many)", "recipe:1:16: params must be a number, such as 6e9, not many"),
         ("upscale(m, 19)", "recipe:1:12: upscale needs a range or a list of layers; did you mean 19:20?"),
         ("upscale(m)", "recipe:1:10: upscale needs layers: upscale(MODEL, layers, copies=1)"),
         ("upscale(m 1:3)", "recipe:1:14: upscale needs layers"),

@@ -162,7 +162,7 @@ def drop(
     which: int | Layers | None = None,
     *,
     layers: int | Layers | None = None,
-    params: float | None = None,
+    params: int | float | None = None,
 ) -> DepthPlan:
     """The source without these layers (ShortGPT, arXiv 2403.03853; The Unreasonable Ineffectiveness
     of the Deeper Layers, arXiv 2403.17887).
@@ -191,7 +191,7 @@ def drop(
 
 
 def depth_within(
-    source_layers: int, *, layers: int | None = None, params: float | None = None,
+    source_layers: int, *, layers: int | None = None, params: int | float | None = None,
     sizes: Sequence[int] | None = None, source: str = "model",
 ) -> int:  # fmt: skip
     """How many layers are left where so many, or at most so many parameters, are asked for.

@@ -76,7 +76,7 @@ class Probe:
         """The names of each array's axes."""
         return AXES
 
-    def drop(self, *, layers: int = 0, params: float = 0, by: str = "block_influence") -> DepthPlan:
+    def drop(self, *, layers: int = 0, params: int | float = 0, by: str = "block_influence") -> DepthPlan:
         """The plan of a model of so many layers, or of at most so many parameters: without those that do least.
 
         `by` is "block_influence", "angular_distance" or "loss", of a run of layers. UserError for more than there is.

@@ -46,7 +46,7 @@ _KINDS: dict[Any, _Kind] = {
     Layers: _LAYERS._replace(types=(slice, list)),
     int | Layers: _LAYERS,
     int | Layers | None: _LAYERS,
-    float | None: _Kind("a number, such as 6e9", (int, float)),
+    int | float | None: _Kind("a number, such as 6e9", (int, float)),
 }
 
 
