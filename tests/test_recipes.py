@@ -487,6 +487,6 @@ def test_the_recipes_of_docs_depth():
     docs = (Path(__file__).parent.parent / "docs" / "depth.md").read_text()
     lines = [line for line in docs.splitlines() if is_line(line) and "MODEL" in line]
     plans = [parse(re.split(r"  +", line)[0]).plan(60) for line in lines]
-    assert [plan.num_layers for plan in plans] == [104, 104, 75, 71, 104, 240, 6, 30, 52, 99, 48]
+    assert [plan.num_layers for plan in plans] == [104, 104, 75, 71, 104, 240, 6, 30, 52, 24, 99, 48]
     (written,) = re.findall(r"```yaml\n(.*?)```", docs, re.S)
     assert DepthPlan.from_yaml(written).strip() == "=" * 24 + "z" * 16 + "=" * 8
