@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_LINEAR = 0.01  # up to here scales are linear, and beyond it logarithmic
+
+
 def pictures(values: Mapping[str, np.ndarray]) -> dict[str, bytes]:
     """Name of a file -> PNG. Layer 0 is at the left."""
     figures = {
@@ -31,19 +34,20 @@ def pictures(values: Mapping[str, np.ndarray]) -> dict[str, bytes]:
 
 
 def _heatmap(table: np.ndarray, title: str) -> Figure:
-    """[layer, run], runs of 1 and more from the bottom up. The scale ends where the dearest tenth begins."""
+    """[layer, run], runs of 1 and more from the bottom up. The colours are logarithmic: the first layers, which cost a
+    hundred times what others do, do not hide them."""
+    from matplotlib.colors import SymLogNorm
+
     figure, axes = _figure(title, "first layer l")
     shown = np.ma.masked_invalid(table[:, 1:].T)
-    known = shown.compressed()
-    least, most = (np.quantile(known, q) for q in (0, 0.9)) if known.size else (0, 1)
     image = axes.imshow(
-        shown, origin="lower", aspect="auto", cmap="viridis", vmin=least, vmax=most if most > least else None,
-        extent=(-0.5, len(table) - 0.5, 0.5, shown.shape[0] + 0.5), interpolation="nearest",
+        shown, origin="lower", aspect="auto", cmap="viridis", norm=SymLogNorm(_LINEAR), interpolation="nearest",
+        extent=(-0.5, len(table) - 0.5, 0.5, shown.shape[0] + 0.5),
     )  # fmt: skip
     axes.grid(False)
     axes.set_ylabel("layers n")
     axes.locator_params(axis="y", integer=True)
-    figure.colorbar(image, ax=axes, extend="max")
+    figure.colorbar(image, ax=axes)
     return figure
 
 
@@ -54,10 +58,9 @@ def _skips(values: Mapping[str, np.ndarray]) -> Figure:
         (BLUE, ORANGE, GREEN), "osD",
     ):  # fmt: skip
         axes.plot(values[key] - values["loss"], color=color, marker=marker, markersize=4, label=label)
-    # The first and the last layers cost a hundred times what the others do.
     axes.set_ylabel("nats a token")
-    axes.set_yscale("symlog", linthresh=0.01)
-    axes.legend(frameon=False)
+    axes.set_yscale("symlog", linthresh=_LINEAR)
+    axes.legend(framealpha=0.9)
     return figure
 
 
@@ -69,7 +72,7 @@ def _attention(values: Mapping[str, np.ndarray]) -> Figure:
     axes.plot(rank.max(1), color=BLUE, label="largest rank")
     axes.plot(mass.mean(1), color=ORANGE, linestyle="--", label="mean mass")
     axes.set(ylim=(0, None))
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.9)
     return figure
 
 
@@ -89,7 +92,7 @@ def _norms(values: Mapping[str, np.ndarray]) -> Figure:
     ):  # fmt: skip
         axes.plot(values[key], color=color, linestyle=line, label=label)
     axes.set_yscale("log")
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.9)
     return figure
 
 
