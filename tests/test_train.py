@@ -358,8 +358,8 @@ def test_documented_flags_exist():
 
 
 ENTRIES = (
-    "", ".train", ".resume", ".generate", ".chat", ".export", ".plan", ".build", ".prepare", ".probe", ".verify",
-    ".__main__", ".experiments.config", ".experiments.shown",
+    "", ".train", ".resume", ".generate", ".chat", ".export", ".plan", ".build", ".prepare", ".diff", ".explain",
+    ".probe", ".verify", ".__main__", ".experiments.config", ".experiments.shown",
 )  # fmt: skip
 
 
