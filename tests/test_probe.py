@@ -202,6 +202,8 @@ def test_drop_by_what_was_found():
     assert found().drop(layers=3).order() == (0, 1, 2)
     with pytest.raises(UserError, match="by='los' is no criterion; did you mean 'loss'"):
         found().drop(layers=2, by="los")
+    with pytest.raises(UserError, match="drop: what is left is said in one way: layers=24 or params=6e9"):
+        found().drop()
 
 
 # ---- the command
@@ -267,6 +269,10 @@ def test_what_cannot_be_is_one_line(args, message, place, monkeypatch):
 def test_from_python():
     with pytest.raises(UserError, match=r"^data: it has token 261, and the model 261$"):
         probe(model(), np.full((1, 9), 261))
+    leaves = flatten(model().params)
+    lost = unflatten(leaves | {"norm.scale": leaves["norm.scale"] * jnp.nan})
+    with pytest.raises(UserError, match="the loss of the model on this text is nan; are all of its weights finite"):
+        probe(model().with_params(lost), rows(), batch_size=2)
     with pytest.raises(UserError, match="no tokenizer; give one"):
         probe(model())
     assert jaxup.probe is probe

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,12 +18,11 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import depth_within
 from jaxup.errors import UserError
 from jaxup.files.staging import staged_directory
-from jaxup.hub.directory import tokenizer_directory
 from jaxup.hub.load import load
 from jaxup.lens.probe_layers import Layers, angles, run_passes
 from jaxup.lens.probe_plans import Suggestion, choose, predicted, proposals
 from jaxup.lens.probe_report import report
-from jaxup.lens.probe_text import as_rows, read_ids
+from jaxup.lens.probe_text import as_rows, read_ids, tokenizer_of
 from jaxup.model.decoder import Decoder
 from jaxup.model.spec import depth_params
 from jaxup.progress import Progress
@@ -76,15 +75,19 @@ class Probe:
         """The names of each array's axes."""
         return AXES
 
-    def drop(self, *, layers: int = 0, params: int | float = 0, by: str = "block_influence") -> DepthPlan:
+    def drop(
+        self, *, layers: int | None = None, params: int | float | None = None, by: str = "block_influence"
+    ) -> DepthPlan:
         """The plan of a model of so many layers, or of at most so many parameters: without those that do least.
 
         `by` is "block_influence", "angular_distance" or "loss", of a run of layers. UserError for more than there is.
         """
+        if (layers is None) == (params is None):
+            raise UserError("what is left is said in one way: layers=24 or params=6e9", at="drop")
         count = self.about["layers"]
-        left = depth_within(count, layers=layers or None, params=params or None, sizes=self.about["params"])
-        return recipes.drop(self.model, count, choose(by, self.values, count - left)) if left < count else (
-            recipes.identity(self.model, count))  # fmt: skip
+        left = depth_within(count, layers=layers, params=params, sizes=self.about["params"], source=self.model)
+        kept = sorted({*range(count)} - {*choose(by, self.values, count - left)})
+        return recipes.inherit(self.model, count, kept)
 
     def save(self, out: str | os.PathLike, *, force: bool = False) -> None:
         """Makes the directory `out`: probe.json, PROBE.md, pictures, and plans/NAME.yaml for each suggestion."""
@@ -151,7 +154,7 @@ def probe(
         if number is not None and number < 1:
             raise UserError("must be at least 1", at=f"{what}={number}")
     if isinstance(data, str) and tokenizer is None:
-        tokenizer = _tokenizer(model)
+        tokenizer = tokenizer_of(model)
     if isinstance(data, str):
         assert tokenizer is not None
         length = seq_len or SEQ_LEN
@@ -179,17 +182,6 @@ def probe(
     return _probed(model, name or origin, source, data.astype(np.int32), batch_size, longest_run, counts, progress)
 
 
-def _tokenizer(model: str | os.PathLike | Decoder) -> PreTrainedTokenizerBase:
-    from jaxup.data.tokenizer import load_tokenizer
-
-    place, revision = model, None
-    if isinstance(model, Decoder):
-        if model.origin is None:
-            raise UserError("the model came with no tokenizer; give one, or token ids", at="probe")
-        place, revision = model.origin.path, model.origin.revision
-    return load_tokenizer(str(tokenizer_directory(cast("str", place), revision=revision)))
-
-
 def _probed(
     model: Decoder, name: str, source: str, rows: np.ndarray, batch_size: int, longest: int | None,
     counts: Sequence[int], progress: bool,
@@ -213,8 +205,6 @@ def _probed(
             losses = [layers.order_loss(*batch, plan.order()) for batch in batches]
             measured = float(np.mean(losses, dtype=np.float64))
             suggestions.append(Suggestion(title, why, plan, predicted(values, plan), measured))
-    if unsound := [key for key, array in values.items() if not np.isfinite(array).any()]:
-        notes.append(f"not finite: {', '.join(unsound)}")
     about = {
         "layers": count, "params": depth_params(model.config), "data": source, "rows": len(rows),
         "seq_len": rows.shape[1] - 1, "layer_passes": layers.passes,
@@ -231,7 +221,8 @@ def _batch(layers: Layers, tokens_BS: np.ndarray, targets_BS: np.ndarray, longes
     for (first, length), loss in runs.items():
         if first < count:
             skip_run[first, length] = loss
-    whole = runs[count, 0]
+    if not np.isfinite(whole := runs[count, 0]):
+        raise UserError(f"the loss of the model on this text is {float(whole)}", hint="are all of its weights finite?")
     skip_run[:, 0] = whole
     rank, mass = layers.attention(states)
     without = {

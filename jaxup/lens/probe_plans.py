@@ -67,7 +67,7 @@ def choose(by: str, values: Values, count: int) -> list[int]:
     """So many layers to drop, by one of CRITERIA."""
     if by not in CRITERIA:
         raise UserError(f"by={by!r} is no criterion{suggest(by, CRITERIA)}")
-    return CRITERIA[by](values, count)
+    return CRITERIA[by](values, count) if count else []
 
 
 def to_inherit(values: Values) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,10 @@ import numpy as np
 
 from jaxup.data.mixture import open_mixture
 from jaxup.data.sources import Corpus
-from jaxup.data.tokenizer import batched, encoder
+from jaxup.data.tokenizer import batched, encoder, load_tokenizer
 from jaxup.errors import UserError, within
+from jaxup.hub.directory import tokenizer_directory
+from jaxup.model.decoder import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,3 +61,13 @@ def as_rows(ids: np.ndarray, seq_len: int, rows: int) -> np.ndarray:
     """int32 [n, seq_len + 1], at most so many rows; they overlap by a token, so that each is predicted once."""
     count = min(rows, (len(ids) - 1) // seq_len)
     return np.lib.stride_tricks.sliding_window_view(ids, seq_len + 1)[::seq_len][:count]
+
+
+def tokenizer_of(model: str | os.PathLike | Decoder) -> PreTrainedTokenizerBase:
+    """That which a model came with; UserError if it came with none."""
+    place, revision = model, None
+    if isinstance(place, Decoder):
+        if place.origin is None:
+            raise UserError("the model came with no tokenizer; give one, or token ids", at="probe")
+        place, revision = place.origin.path, place.origin.revision
+    return load_tokenizer(str(tokenizer_directory(place, revision=revision)))
