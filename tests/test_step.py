@@ -150,6 +150,21 @@ def test_mesh_does_not_change_the_step(mesh_config, capfd):
     assert "Involuntary full rematerialization" not in capfd.readouterr().err  # XLA's warning of a whole copy on each
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_config", [(8, 1, 1, 1), (4, 1, 1, 2), (2, 4, 1, 1), (4, 1, 2, 1)])
+def test_sums_over_data_with_the_kernel_for_tpus(mesh_config):
+    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor", "context"), mesh_config))))
+    compute, config = (
+        Compute(batch_axes=BATCH_AXES, attention="splash"),
+        StepConfig(accumulation=2, loss_chunk=5, z_loss=1e-3),
+    )
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    with jax.set_mesh(mesh):
+        step = jax.jit(make_train_step(MODEL, compute, optimizer, config))
+        _, metrics = step(fresh(optimizer), place_batch(make_batch(), ROWS, mesh))
+    assert_close(run(2, steps=1)[1], metrics)
+
+
 def test_no_chunk_of_the_loss_speaks_to_other_devices():
     """The head is gathered before the loop over chunks, and its gradient summed after it; both once."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=4, tensor=1))

@@ -289,19 +289,22 @@ def _splash(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS, batch_axes):
     order = balanced(S, parts).reshape(parts, -1) if axis else np.arange(S)[None]
     mask.q_sequence = np.pad(order, ((0, 0), (0, Q - S // parts)), constant_values=T - 1).reshape(-1).astype(np.int32)
     heads = _split(batch_axes, k_BSKH.shape[2])[1]
-    kernel = pallas.make_splash_mha(
-        pallas.MultiHeadMask([mask] * (N // mesh.shape[heads] if heads else N)), block_sizes=sizes, head_shards=1,
-        q_seq_shards=parts, residual_checkpoint_name=_SPLASH if H > 64 else _NARROW, interpret=_platform() != "tpu",
-    )  # fmt: skip
+
+    def made():
+        return pallas.make_splash_mha(
+            pallas.MultiHeadMask([mask] * (N // mesh.shape[heads] if heads else N)), block_sizes=sizes, head_shards=1,
+            q_seq_shards=parts, residual_checkpoint_name=_SPLASH if H > 64 else _NARROW, interpret=_platform() != "tpu",
+        )  # fmt: skip
 
     def local(kernel, q, k, v, ids_BS, ids_BT):
         pad = lambda x, length: jnp.pad(x, ((0, 0), (0, length - x.shape[1])) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
         ids = None if ids_BS is None else pallas.SegmentIds(pad(ids_BS, Q), pad(ids_BT, T))
         heads_first = [jnp.swapaxes(pad(x, length), 1, 2) for x, length in ((q, Q), (k, T), (v, T))]
-        return jnp.swapaxes(jax.vmap(kernel)(*heads_first, ids), 1, 2)[:, : q.shape[1]]
+        return jnp.swapaxes(jax.vmap(kernel or made())(*heads_first, ids), 1, 2)[:, : q.shape[1]]
 
-    # Each device has the rows of the mask that are of its queries.
-    spec = None if mesh.empty else kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, axis)))
+    # Where sequences are split, each device has the rows of the mask that are of its queries.
+    kernel = made() if axis else None
+    spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, axis))) if axis else None
     return _on_own_part(local, kernel, spec, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, batch_axes)
 
 

@@ -130,5 +130,5 @@ def _written(directory: Path) -> tuple[int, ...] | None:
 
 def _failure(log: str) -> str:
     """The last line that says something, of a traceback its error."""
-    lines = [line for line in log.splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)] or log.splitlines()
+    lines = [line for line in log.splitlines() if re.match(r"[\w.]+(Error|Exception)(: |$)", line)] or log.splitlines()
     return first_line(Exception(lines[-1] if lines else "without a word"))

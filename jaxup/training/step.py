@@ -140,8 +140,9 @@ def _summed_once(model: ModelConfig, compute: Compute, batch: Batch, accumulatio
     last micro-batch; XLA by itself sums them in each.
 
     They are those that split rows and no parameter. There are none where what XLA has to split by itself beside them is
-    more than it can: an embedding along both of its axes, or cuDNN's kernel, which it splits by a call of its own; nor
-    where all of its sums in the compute dtype are no more bytes than the one in float32.
+    more than it can: an embedding along both of its axes, cuDNN's kernel, which it splits by a call of its own, or the
+    masks of splash's for parts of sequences; nor where all of its sums in the compute dtype are no more bytes than the
+    one in float32.
     """
     sizes = {axis: size for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1}
     axes = tuple(axis for axis in compute.rows_over if axis in sizes and axis not in sum(RULES.values(), ()))
@@ -150,7 +151,8 @@ def _summed_once(model: ModelConfig, compute: Compute, batch: Batch, accumulatio
         packed="segment_ids" in batch,
     )  # fmt: skip
     others, itemsize = len(sizes) - len(axes), jnp.dtype(compute.dtype).itemsize
-    return () if others and (accumulation * itemsize <= 4 or others > 1 or kernel == "cudnn") else axes
+    beside = kernel == "cudnn" or (kernel == "splash" and "context" in sizes)
+    return () if others and (accumulation * itemsize <= 4 or others > 1 or beside) else axes
 
 
 def _where(condition: jax.Array, then: TrainState, otherwise: TrainState) -> TrainState:
