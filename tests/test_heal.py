@@ -21,6 +21,7 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.errors import Stopped, UserError
 from jaxup.experiments import heal
 from jaxup.experiments.heal import CONTROL, HEALED
+from jaxup.lens.claims import claims, open_runs
 from jaxup.training import loop
 from jaxup.training.partition import digest
 from jaxup.training.sharding import MeshConfig, make_mesh
@@ -104,6 +105,20 @@ def test_a_dry_run_says_what_a_healing_does(whole, runs, capsys):
     assert re.search(r"⟦[^⟧]+⟧", said)
     assert "memory of a device while control trains, which takes most" in said
     assert "by 3 steps of healed:" in said
+
+
+def test_claims_are_tested_on_the_ends_of_epochs(whole):
+    """Those whose checkpoints the run keeps; what the control changed is held against the same layers of `before`."""
+    workdir, rows = whole
+    (found,), (control,) = open_runs([str(workdir)])
+    per_epoch = -(-len(np.unique(np.concatenate(rows["healed"]))) // 8)
+    ends = per_epoch, len(rows["healed"])
+    assert found.models == (f"{workdir}@before", *(f"{workdir}@healed/{step}" for step in ends))
+    assert [origin[:2] for origin in control.origins] == [origin[:2] for origin in found.origins]
+    assert (control.values["changed"][0, [0, 1, 2]] > 0.9).all()
+    said = claims([found], [control])
+    assert {result.of for result in said.results if result.claim == "epochs"} == {*found.modules}
+    assert all(result.ratio > 0 for result in said.results)
 
 
 def test_every_row_is_trained_on_once_an_epoch(whole):

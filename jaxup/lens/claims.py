@@ -292,8 +292,9 @@ def _check(found: Differences, first: Differences) -> None:
 
 
 def _notes(
-    runs: Sequence[Differences], layers: ratios.Layers, changes: Sequence[Mapping[str, ratios.Changes]]
-) -> Iterator[str]:
+    runs: Sequence[Differences], layers: ratios.Layers, changes: Sequence[Mapping[str, ratios.Changes]],
+) -> Iterator[str]:  # fmt: skip
+    yield from dict.fromkeys(note for found in runs for note in found.notes)
     alone = {row for rows in layers.slices for row in rows} - {row for _, rows in layers.pairs for row in rows}
     if alone:
         yield f"copies whose original is not in the model, which are no part of ratios to it: {ranges(sorted(alone))}"

@@ -303,7 +303,7 @@ def _splash(q_BSNH, k_BSKH, v_BSKH, window, segment_ids_BS, batch_axes):
         return jnp.swapaxes(jax.vmap(kernel or made())(*heads_first, ids), 1, 2)[:, : q.shape[1]]
 
     # Where sequences are split, each device has the rows of the mask that are of its queries.
-    kernel = made() if axis else None
+    kernel: Any = made() if axis else None
     spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, axis))) if axis else None
     return _on_own_part(local, kernel, spec, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, batch_axes)
 
