@@ -49,11 +49,11 @@ def interval(
             weights[0] = 1
             sums = sums + weights @ group
     with np.errstate(all="ignore"):
-        value, *drawn = statistic(sums)
+        found = statistic(sums)
+    value, drawn = float(found[0]), found[1:][np.isfinite(found[1:])]
     if not np.isfinite(value):
         return Interval(np.nan, np.nan, np.nan)
-    drawn = np.asarray(drawn)[np.isfinite(drawn)]
     if sum(len(group) for groups in kept for group in groups) < LEAST or len(drawn) < 0.9 * draws:
-        return Interval(float(value), np.nan, np.nan)
+        return Interval(value, np.nan, np.nan)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(value), float(low), float(high))
+    return Interval(value, float(low), float(high))

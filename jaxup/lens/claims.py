@@ -257,14 +257,14 @@ def claims(runs: Sequence[Differences], controls: Sequence[Differences] = ()) ->
     beside = [ratios.changes(found, layers) for found in controls]
     results: list[Result] = []
 
-    numbers = [(*number, changes) for number in _numbers(layers, rows)]
+    numbers = [(number, changes) for number in _numbers(layers, rows)]
     for column, module in enumerate(layers.modules if beside else ()):
-        units, asks = functools.partial(ratios.apart, inherited, column), QUESTIONS["first_layers"].asks
-        numbers.append(("first_layers", f"control: {module}", asks, units, ratios.ratio_of_means, beside))
-    for claim, of, asks, units, statistic, some in numbers:
+        asks, apart = QUESTIONS["first_layers"].asks, functools.partial(ratios.apart, inherited, column)
+        numbers.append((("first_layers", f"control: {module}", asks, apart, ratios.ratio_of_means), beside))
+    for (claim, of, asks, units, statistic), some in numbers:
         for measure in ratios.MEASURES:
-            found = interval([units(change[measure]) for change in some], statistic)
-            results.append(Result(claim, of, measure, *found, asks, asks.verdict(found.low, found.high)))
+            value, low, high = interval([units(change[measure]) for change in some], statistic)
+            results.append(Result(claim, of, measure, value, low, high, asks, asks.verdict(low, high)))
     empty = {module for module, all in zip(layers.modules, np.isnan(runs[0].values["mean_abs"]).all((0, 1))) if all}
     kept = tuple(result for result in results if result.of.rpartition(": ")[2] not in empty)
     return Claims(tuple(found.models for found in runs), kept, tuple(_notes(runs, layers, changes)))
@@ -275,7 +275,7 @@ def _check(found: Differences, first: Differences) -> None:
     shape = (len(found.pairs), len(found.origins), len(found.modules))
     needed = {(0, len(found.models) - 1), *([(0, 1), (1, 2)] if len(found.models) > 2 else [])}
     metrics = ("mean_abs", "rms", "relative")
-    missing = [metric for metric in metrics if np.shape(found.values.get(metric)) != shape]
+    missing = [metric for metric in metrics if metric not in found.values or found.values[metric].shape != shape]
     if len(found.models) < 2 or missing or not needed <= {*found.pairs}:
         raise UserError(f"not differences of two models or more{f': no {missing[0]}' if missing else ''}", at=at)
     if [origin[:2] for origin in found.origins] != [origin[:2] for origin in first.origins]:
