@@ -116,6 +116,14 @@ def finished(made_once, corpus):
     return directory / "whole", (directory / "stdout").read_text()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_differences():
+    """Runs in this process do without the picture that compares whole models: `finished` has it, and test_report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxup.experiments.pictures.LARGE", -1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_device():
     """For runs that are about other things: programs for eight devices take twice as long to compile."""

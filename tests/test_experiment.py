@@ -498,15 +498,13 @@ def test_every_setting_is_used():
     from jaxup.training.optimizer import OptimizerConfig
     from jaxup.training.run import Settings
     from jaxup.training.selection import TrainConfig
-    from jaxup.training.sharding import MeshConfig
     from jaxup.training.step import StepConfig
 
     used = {
         node.attr for path in (ROOT / "jaxup").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }  # fmt: skip
-    kinds = (DataConfig, InheritConfig, Compute, LoraConfig, Settings, OptimizerConfig, TrainConfig,
-             MeshConfig, StepConfig)  # fmt: skip
+    kinds = (DataConfig, InheritConfig, Compute, LoraConfig, Settings, OptimizerConfig, TrainConfig, StepConfig)
     assert [field.name for kind in kinds for field in dataclasses.fields(kind) if field.name not in used] == []
 
 

@@ -91,7 +91,7 @@ def theia():
     return simple(40, [*range(30), *silent, *silent, *range(32, 40)])
 
 
-ALIKE = {*PUBLISHED} - {"LLaMA Pro", "Tunguska"}  # to what others test
+ALIKE = {*PUBLISHED} - {"LLaMA Pro"}  # to what others test
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[SLOW] * (name in ALIKE)) for name in PUBLISHED])

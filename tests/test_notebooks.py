@@ -45,9 +45,8 @@ def assert_all_well(file):
     assert "assert" in source(cells(file)[-1])
 
 
-@pytest.mark.parametrize(
-    "name", [file.stem if file.stem == "library" else pytest.param(file.stem, marks=pytest.mark.slow) for file in FILES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [file.stem for file in FILES])
 def test_a_notebook_runs(name, tmp_path):
     pytest.importorskip("nbclient")
     processes.run(notebooks.__file__, name, tmp_path)

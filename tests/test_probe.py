@@ -219,6 +219,7 @@ def place(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_found(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     main(["probe", "model", "--data=text.txt", "--out=found", "--seq-len=24", "--rows=5", "--batch-size=2", "--drop=1"])
@@ -266,6 +267,7 @@ def test_what_cannot_be_is_one_line(args, message, place, monkeypatch):
     assert not (place / "x").exists()
 
 
+@pytest.mark.slow
 def test_from_python():
     with pytest.raises(UserError, match=r"^data: it has token 261, and the model 261$"):
         probe(model(), np.full((1, 9), 261))

@@ -35,7 +35,7 @@ COLORS = {
 }  # fmt: skip
 _PRETRAINED = ("base", "before")  # kinds that a run begins with: what it trains starts as good as they are
 _MARKERS = "osD^v"
-_LARGE = 500_000_000  # parameters
+LARGE = 500_000_000  # parameters
 _MOMENTS = 120  # of a run, at most, of which gradients are drawn
 
 
@@ -146,7 +146,7 @@ def difference(directory: Path, results: Sequence[Result], made: Result) -> Figu
     """
     start = next((r for r in results if r.kind == "before"), results[0])
     # What several processes have all of them have to read.
-    if jax.process_count() > 1 or made.params > _LARGE or not steps_in(directory / "checkpoints" / start.name):
+    if jax.process_count() > 1 or made.params > LARGE or not steps_in(directory / "checkpoints" / start.name):
         return None
     try:
         found = diff(*(f"{directory}@{r.name}/{r.steps}" for r in (start, made)), as_built=True)
