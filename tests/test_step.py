@@ -108,7 +108,7 @@ def test_accumulation_does_not_change_the_gradient(accumulation):
         pytest.param((1, 8, 1), marks=pytest.mark.slow),
         (1, 2, 4),
         (1, 2, 2, 2),
-        (4, 1, 1, 2),
+        pytest.param((4, 1, 1, 2), marks=pytest.mark.slow),
     ],
 )
 def test_mesh_does_not_change_the_step(mesh_config, capfd):
