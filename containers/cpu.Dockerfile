@@ -1,7 +1,7 @@
 # jaxup on processors.
 #
 #     docker build -f containers/cpu.Dockerfile -t jaxup:cpu .
-#     docker run --rm -v "$PWD/runs:/work/runs" jaxup:cpu jaxup train --config=inherit_gpt2.py
+#     docker run --rm -v "$PWD/runs:/jaxup/runs" jaxup:cpu jaxup train --config=inherit_gpt2.py
 #
 # Versions are those of containers/constraints.txt. The base image is pinned by its version; who needs the same bytes for
 # ever adds its digest: FROM python:3.11.13-slim-bookworm@sha256:...
@@ -14,8 +14,8 @@ RUN python -m venv /opt/jaxup \
 FROM python:3.11.13-slim-bookworm
 COPY --from=build /opt/jaxup /opt/jaxup
 ENV PATH=/opt/jaxup/bin:$PATH
-# Not root: what is mounted at /work/runs has to be for this user to write (or --user).
-RUN useradd --uid 1000 --create-home jaxup && install -d -o jaxup /work /work/runs
+# Not root: what is mounted at /jaxup/runs has to be for this user to write (or --user).
+RUN useradd --uid 1000 --create-home jaxup && install -d -o jaxup /jaxup /jaxup/runs
 USER 1000
-WORKDIR /work
+WORKDIR /jaxup
 CMD ["jaxup", "--help"]

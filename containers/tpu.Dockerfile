@@ -14,9 +14,9 @@ RUN python -m venv /opt/jaxup \
 FROM python:3.11.13-slim-bookworm
 COPY --from=build /opt/jaxup /opt/jaxup
 ENV PATH=/opt/jaxup/bin:$PATH
-# Not root: what is mounted at /work/runs has to be for this user to write. Where a TPU's devices are for root alone, as
+# Not root: what is mounted at /jaxup/runs has to be for this user to write. Where a TPU's devices are for root alone, as
 # /dev/vfio may be on a TPU VM, jax says so, and `docker run --user 0` opens them.
-RUN useradd --uid 1000 --create-home jaxup && install -d -o jaxup /work /work/runs
+RUN useradd --uid 1000 --create-home jaxup && install -d -o jaxup /jaxup /jaxup/runs
 USER 1000
-WORKDIR /work
+WORKDIR /jaxup
 CMD ["jaxup", "--help"]

@@ -2,9 +2,9 @@
 
 A, B, ... are models: directories, Hub ids, URLs, runs, and models of runs (RUN@before, RUN@healed/133), the base
 first. Models of one depth are compared layer by layer; of different depths each layer with the one that it was made
-from, as the plan in a model's directory or run says, or --plan. Of three or more, those that follow each other are
-compared, and each with the first. A table of medians over the layers is printed; --out makes a page to look at, and
-keeps every number. Models of any size are read in small pieces.
+from, as --plan says, the plan in a model's directory or run, or else their weights. Of three or more, those that
+follow each other are compared, and each with the first. A table of medians over the layers is printed; --out makes a
+page to look at, and keeps every number. Models of any size are read in small pieces.
 
 `--claims RUN [RUN ...]`, of runs that healed an up-scaled model with different seeds, says by intervals which claims
 on what healing does to copies and originals hold; a directory with differences.json, of the model before healing and

@@ -192,7 +192,7 @@ def diff(
     Args:
       models: directories, Hub ids, URLs, runs or models of runs (RUN@NAME/STEP); the base first.
       plan: by which layers of models of different depth belong together: a file, one line, or a DepthPlan; by default
-        that of the first model that has one.
+        that of the first model that has one, else what their weights say (`jaxup.lens.explain`).
       rank: the effective rank of each change too, which takes far longer.
       common: compares what two models both have, where else they are refused.
       as_built: what the plan scales or casts is scaled and cast before it is compared, so that a zeroed copy is
