@@ -245,6 +245,11 @@ def test_numbers_are_kept(models, tmp_path, capsys):
     found = Differences.from_json(text)
     assert found.to_json() == text
     json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    for damaged in (text.replace('"role": "z"', '"role": ["z"]'), text.replace('"models": [', '"models": [0, ', 1)):
+        with pytest.raises(
+            UserError, match=r"^differences\.json: not what jaxup\.diff writes: (origins|models) must be"
+        ):
+            Differences.from_json(damaged)
     assert found.values.keys() == {*METRICS, "rank"}
     assert f"<pre>note: layers are compared by the plan of {models}/healed" in found._repr_html_()
     assert '<img alt="mean |difference|' in found._repr_html_()

@@ -71,7 +71,7 @@ def test_the_time_of_a_run_that_was_started_more_than_once():
     assert "Wall time" not in "".join(report.made_by([])), "nothing says when a run of an earlier version began"
 
 
-def test_what_is_drawn(finished, monkeypatch):
+def test_what_is_drawn(finished, monkeypatch, capsys):
     """The curves have the same steps, a role its colour, and the words are those of the summary."""
     workdir, _ = finished
     results = [read_result(workdir / "checkpoints" / name) for name in ("reference", "target_2", "control")]
@@ -99,6 +99,8 @@ def test_what_is_drawn(finished, monkeypatch):
     gradients = pictures.gradients(results[1], records, plan).axes[0].images[0].get_array()
     norms = np.array([r["gradient_norm_layers"] for r in records]).T[None]
     np.testing.assert_array_equal(gradients, heatmap.shades(norms, "log").shade[0])
+    assert pictures.difference(workdir, results, results[1]) is None
+    assert "is not drawn here; `jaxup diff" in capsys.readouterr().err
     monkeypatch.setattr(pictures, "LARGE", 10**6)
     figure = pictures.difference(workdir, results, results[1])
     assert "reference\n→ target_2" in [text.get_text() for text in figure.texts]

@@ -145,11 +145,15 @@ def difference(directory: Path, results: Sequence[Result], made: Result) -> Figu
     A large one is not worth the memory at this place: `jaxup diff` does it.
     """
     start = next((r for r in results if r.kind == "before"), results[0])
+    if not steps_in(directory / "checkpoints" / start.name):
+        return None
+    pair = [f"{directory}@{r.name}/{r.steps}" for r in (start, made)]
     # What several processes have all of them have to read.
-    if jax.process_count() > 1 or made.params > LARGE or not steps_in(directory / "checkpoints" / start.name):
+    if jax.process_count() > 1 or made.params > LARGE:
+        say(f"the difference of {made.name} to {start.name} is not drawn here; `jaxup diff {' '.join(pair)}` draws it")
         return None
     try:
-        found = diff(*(f"{directory}@{r.name}/{r.steps}" for r in (start, made)), as_built=True)
+        found = diff(*pair, as_built=True)
     except UserError as error:
         say(f"the difference of {made.name} to {start.name} is not drawn: {error}")
         return None

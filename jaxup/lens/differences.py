@@ -26,7 +26,7 @@ from jaxup.lens.sides import HEAD, Side, open_side
 from jaxup.lens.streaming import Pair, Tensor, compared
 from jaxup.model.config import ModelConfig
 from jaxup.model.spec import STACK, spec
-from jaxup.text import escaped, parse_json
+from jaxup.text import escaped, misfit, parse_json
 
 FILE = "differences.json"
 FORMAT = 1
@@ -34,6 +34,11 @@ _DRAWN = ("mean_abs", "relative")
 _COPIES = "Xz"  # roles
 # In the table, the medians of these follow.
 _SHOWN = {"relative": "relative", "cosine": "1 - cos", "changed": "changed", RANK: "rank"}
+_KINDS = {
+    "format": int, "models": list[str], "pairs": list[list[int]], "modules": list[str],
+    "origins": list[dict[str, str | int | None]], "values": dict[str, list[Any]], "ends": dict[str, dict[str, Any]],
+    "notes": list[str],
+}  # fmt: skip
 # Fields of a configuration that keep parameters from being compared, where the tables of them differ, and fields that
 # say nothing of a layer. What else differs is said, such as a bias that the files of a family always have.
 _SHAPING = (
@@ -108,6 +113,8 @@ class Differences:
 
         about = parse_json(text.encode(), name)
         try:
+            if wrong := misfit(about, _KINDS):
+                raise ValueError(wrong)
             if about["format"] != FORMAT:
                 raise UserError(f"format {about['format']}, and {FORMAT} is what this version of jaxup knows", at=name)
             return cls(
