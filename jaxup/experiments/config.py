@@ -15,7 +15,7 @@ import inspect
 import operator
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -53,9 +53,21 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = (), *, shipped: bool 
     finally:
         _files.reset(token)
     files.append(config.to_dict())
-    change(config, overrides, files)
+    overrides = list(overrides)
     if (outer := _files.get()) is not None:
+        change(config, overrides, files)
         outer += [*files, config.to_dict()]
+        return config
+
+    def variant(word: str) -> ConfigDict:
+        """Of the same file: what an axis of a study asks for."""
+        other = _read(f"{spec}{',' if ':' in spec else ':'}{word}", shipped)
+        files.append(other.to_dict())
+        for key, text in overrides:
+            override(other, key, text)
+        return other
+
+    change(config, overrides, files, variant)
     return config
 
 
@@ -117,19 +129,34 @@ def _reads_variants(path: Path) -> bool:
     return True  # it comes from elsewhere
 
 
-def change(config: ConfigDict, overrides: Iterable[tuple[str, str]], files: Sequence[Mapping[str, Any]] | None) -> None:
+def change(
+    config: ConfigDict, overrides: Iterable[tuple[str, str]], files: Sequence[Mapping[str, Any]] | None,
+    variant: Callable[[str], ConfigDict] | None = None,
+) -> None:  # fmt: skip
     """Applies overrides to a configuration; UserError if it then says what nothing reads.
 
     Args:
       files: the configurations that it was made from. What they say where it is read is no mistake where it is not: a
         file that trains a base is for one that is given as well. None: a run's, where only `overrides` can be mistaken.
+      variant: that of the same file by its word. Then the axes of a study become cells, which are looked at as well.
     """
-    from jaxup.experiments.defaults import SAYS_NOTHING, SECTIONS, defaults
+    from jaxup.experiments.cells import check, expand
 
     named = []
     for key, text in overrides:
         override(config, key, text)
         named.append(key)
+    if variant is not None:
+        expand(config, variant)
+    read(config, named, files)
+    if variant is not None:
+        check(config, files)
+
+
+def read(config: ConfigDict, named: Sequence[str], files: Sequence[Mapping[str, Any]] | None) -> None:
+    """UserError if the configuration says what nothing reads; `named`: the keys that someone changed. See `change`."""
+    from jaxup.experiments.defaults import SAYS_NOTHING, SECTIONS, defaults
+
     if (kind := config.get("experiment")) not in SECTIONS:
         return  # no kind of experiment, as whoever makes one will say
     usual = [defaults(kind, small=small).to_dict() for small in (False, True)]
@@ -184,7 +211,7 @@ def get(config: Any, key: str) -> Any:
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values."""
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and f"{prefix}{key}" != "study.cells":  # whose keys have dots of their own
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -259,8 +286,11 @@ def meant(word: str, value: str = "", config: ConfigDict | None = None) -> str:
     return f"; did you mean --config.{min(keys, key=len)}{value}?" if keys else ""
 
 
-def override(config: ConfigDict, dotted: str, text: str) -> None:
+def override(config: ConfigDict, dotted: str, value: Any) -> None:
+    """Sets a key; what is a text is read as a value of its type."""
     from ml_collections import ConfigDict
+
+    text = value if isinstance(value, str) else repr(value)
 
     node, *path = config, *dotted.split(".")
     for depth, key in enumerate(path):
@@ -272,7 +302,17 @@ def override(config: ConfigDict, dotted: str, text: str) -> None:
             node = node[key]
     if isinstance(node[key], ConfigDict):
         raise UserError(f"{where}: is a section; set one of its keys: {', '.join(node[key])}")
-    node[key] = _parse(where, text, node[key])
+    node[key] = _parse(where, text, node[key]) if value is text else _typed(where, value, node[key])
+
+
+def _typed(where: str, value: Any, like: Any) -> Any:
+    """`value`, if it is of the type of `like`."""
+    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(like):
+        kind = type(like).__name__
+        raise UserError(f"{where}: expected {'an' if kind[0] in 'aeiou' else 'a'} {kind}, not {value!r}")
+    return value
 
 
 def _parse(where: str, text: str, like: Any) -> Any:
@@ -289,9 +329,6 @@ def _parse(where: str, text: str, like: Any) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not type(like):
-        kind = type(like).__name__
-        raise UserError(f"{where}: expected {'an' if kind[0] in 'aeiou' else 'a'} {kind}, not {text!r}")
-    return value
+    with contextlib.suppress(UserError):
+        return _typed(where, value, like)
+    return _typed(where, text, like)

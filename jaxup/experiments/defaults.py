@@ -46,6 +46,17 @@ READ_WHERE: dict[str, dict[str, bool | tuple[str, ...]]] = {
     "lora.alpha": {"lora.rank": True},
     "lora.quantize": {"lora.rank": True},
     "lora.tile_size": {"lora.quantize": True},
+    "study.seeds": {"study.cells": True},
+    "study.control": {"study.cells": True},
+    "study.max_cells": {"study.cells": True},
+    "study.stop": {"study.cells": True},
+    "study.stop_from": {"study.stop": True},
+    "study.stop_every": {"study.stop": True},
+    "study.stop_keep": {"study.stop": True},
+    "study.stop_norm": {"study.stop": ("norms",)},
+    "study.stop_loss": {"study.stop": ("norms",)},
+    "study.stop_checks": {"study.stop": ("norms",)},
+    "study.stop_factor": {"study.stop": ("halving",)},
 }
 # What says the same as the default where nothing reads it: greedily from all, no part of the files.
 SAYS_NOTHING = {"sample.top_k": 0, "data.val_fraction": 0.0}
@@ -94,6 +105,7 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c.processes = ConfigDict({"timeout": 600.0})
     # The text of each model in SUMMARY.md. Temperature 0: always the likeliest token; top_k 0: drawn from all.
     c.sample = ConfigDict({"prompt": "def" if small else "The", "tokens": 60, "temperature": 0.8, "top_k": 50})
+    c.study = study()
     if kind in SECTIONS:
         SECTIONS[kind](c)
     for key in c:
@@ -115,6 +127,27 @@ def optimizer() -> ConfigDict:
     c.eps = 1e-8
     c.weight_decay = 0.1  # of kernels only
     c.clip_norm = 1.0  # 0 = no clipping
+    return c
+
+
+def study() -> ConfigDict:
+    """What is compared; see `jaxup.experiments.cells`. Without axes, cells and seeds there is one run."""
+    c = ConfigDict(convert_dict=False)  # whose cells keep their names and dotted keys
+    c.axes = ""  # "batch_size: 8 16; optimizer.learning_rate: 1e-3 2e-3": a run for each combination; they make cells
+    c.cells = {}  # {name: {key: value}}: what a cell changes of this configuration
+    c.seeds = ()  # of which each cell has a run; () = the configuration's own
+    c.control = ""  # the cell that the others are compared with; "" = the first
+    c.max_cells = 64  # more runs, cells times seeds, are refused
+    # Poor runs are stopped early. norms: a loss and a gradient norm that are both high; halving: what has the higher
+    # validation loss.
+    c.stop = ""  # norms | halving; "" = all go to their ends
+    c.stop_from = 0.1  # the share of the steps after which it is looked first
+    c.stop_every = 0.02  # and from then on; of halving it is how much of them is first added, and doubles
+    c.stop_keep = 2  # runs of a group that go on in any case
+    c.stop_norm = 0.2  # share by which a poor run's gradient norm exceeds the median of its group
+    c.stop_loss = 0.02  # nats by which its training loss does
+    c.stop_checks = 3  # times in a row
+    c.stop_factor = 2  # of so many runs one goes on
     return c
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxup.errors import UserError
+from jaxup.experiments.cells import again
 from jaxup.experiments.config import change, get, unread
 from jaxup.files.names import nearest_path
 from jaxup.text import read_json
@@ -35,19 +36,29 @@ _STARTS = {"starts": list[_Start] | None}
 
 def load_run(directory: Path, overrides: Iterable[tuple[str, str]] = ()) -> tuple[ConfigDict, str]:
     """The configuration of the run in `directory`, with `overrides`, and its title; UserError if there is no run."""
-    from ml_collections import ConfigDict
-
-    from jaxup.experiments.defaults import defaults
-
     stored = rundir.read_config(directory, "--resume takes the directory of a run")
     if stored is None:
         hint = nearest_path(str(directory)) or "begin one with --config"
         raise UserError("no run there (no config.json)", at=f"--resume={directory}", hint=hint)
-    config = ConfigDict(_complete(_tuples(stored), defaults(stored.get("experiment", ""), small=True).to_dict()))
-    config.lock()
+    config = as_config(_tuples(stored))
+    overrides = list(overrides)
     change(config, overrides, None)
+    again(config, [key for key, _ in overrides])
     title = (read_json(directory / "inputs.json", {"title": str | None}, _INPUTS) or {}).get("title")
     return config, title or directory.resolve().name
+
+
+def as_config(values: dict[str, Any]) -> ConfigDict:
+    """Of what a run has stored, with the defaults of keys that are newer."""
+    from ml_collections import ConfigDict
+
+    from jaxup.experiments.defaults import defaults
+
+    values = _complete(values, defaults(values.get("experiment", ""), small=True).to_dict())
+    config = ConfigDict({key: value for key, value in values.items() if key != "study"})
+    config.study = ConfigDict(values["study"], convert_dict=False)
+    config.lock()
+    return config
 
 
 def check_config(directory: Path, config: ConfigDict) -> list[str]:
