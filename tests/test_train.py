@@ -351,7 +351,7 @@ def test_documented_flags_exist():
             config = config[part]
         return True
 
-    configs = [load(name) for name in ("inherit_gpt2.py", "heal.py")]
+    configs = [load(name) for name in ("inherit_gpt2.py", "heal.py", "pretrain.py")]
     keys = set(re.findall(r"--config\.([\w.]+)", DOCS))
     assert len(keys) > 15
     assert [key for key in keys if not any(has(config, key) for config in configs)] == []
@@ -401,7 +401,8 @@ def test_what_an_experiment_file_says(finished, capsys, monkeypatch):
     from jaxup.experiments.config import find, leaves, load
 
     monkeypatch.setattr(train, "run_experiment", None)
-    for spec in ("heal.py", "heal.py:quick,lora", "heal_tunguska.py", "inherit_gpt2.py", "inherit_llama.py:tiny"):
+    specs = ("heal.py", "heal.py:quick,lora", "heal_tunguska.py", "inherit_gpt2.py", "inherit_llama.py:tiny")
+    for spec in (*specs, "pretrain.py"):
         run("--help", f"--config={spec}", "--config.seed=7")
         said = capsys.readouterr().out
         assert said.startswith(find(spec.partition(":")[0]).read_text()[3:].splitlines()[0])

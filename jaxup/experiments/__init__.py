@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KINDS = {  # where the class is: naming the kinds imports none of them
     "heal": "heal.Heal",
     "inherit": "inherit.Inherit",
+    "pretrain": "pretrain.Pretrain",
 }
 
 

@@ -9,6 +9,7 @@ import gc
 import inspect
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,9 +17,10 @@ import jax
 import numpy as np
 
 from jaxup.data.config import DataConfig
-from jaxup.data.open import Data, open_data
+from jaxup.data.open import Data, no_data, open_data
 from jaxup.data.rows import BEST_FIT, CONCATENATED, ONE
 from jaxup.data.store import META, Store
+from jaxup.data.tokenizer import bpe_vocab_size
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
@@ -155,15 +157,17 @@ class Experiment(abc.ABC):
         return sample
 
     def _finish(
-        self, run: Run, title: str, results: Sequence[Result], model: ModelConfig, params: Params, plan: DepthPlan, *,
+        self, run: Run, title: str, results: Sequence[Result], model: ModelConfig, params: Params,
+        plan: DepthPlan | None, *,
         made: Result, healed: Mapping[str, Any] | None = None, export: Mapping[str, Any], notes: Sequence[str] = (),
-        plan_title: str, loss_of: str,
+        plan_title: str = "", loss_of: str,
         finding: Callable[[Sequence[Result], str], str],
     ) -> None:  # fmt: skip
         """The export of the run's final model, the pictures and SUMMARY.md; every process calls it.
 
-        `made` is that model; if only a part of it trained, `healed` says which, as `lineage` takes it. `finding` says
-        what the results are, given them and `loss_of`, what a loss is the mean over.
+        `made` is that model, with a plan if it was made of another; if only a part of it trained, `healed` says which,
+        as `lineage` takes it. `finding` says what the results are, given them and `loss_of`, what a loss is the mean
+        over.
         """
         said = told(
             lambda: lineage(run.directory, made.name, made.steps, kind=made.kind, plan=plan, healed=healed),
@@ -178,11 +182,37 @@ class Experiment(abc.ABC):
         losses = f"Losses are nats per {loss_of} over the same {run.val_rows:,} validation rows."
         notes = [f"{run.data}; seed {run.settings.seed}. {losses}", *notes]
         text = report.write_summary(
-            run.directory, title, results, str(plan), notes, finding=finding(results, loss_of), how=how,
+            run.directory, title, results, str(plan or ""), notes, finding=finding(results, loss_of), how=how,
             plan_title=plan_title,
         )  # fmt: skip
         print(text)
         resuming.finish(run.directory, self._config, [r.name for r in results])
+
+
+class OnText(Experiment):
+    """One on rows of text: its models have one vocabulary."""
+
+    _data_config: DataConfig
+    _vocab_size: int | None  # None: that of the data
+
+    @abc.abstractmethod
+    def _read_model(self, tokens: int = 1) -> ModelConfig:
+        """The largest of its models, with a vocabulary for so many tokens if it has none of its own."""
+
+    def open_data(self, root: str) -> None:
+        self.data = open_text(self._data_config, root=root, vocab_size=self._vocab_size)
+        self._model = self._read_model(self.data.vocab_size)
+        self._count_steps()
+        self.inputs = {"data": os.path.basename(self.data.store), "steps": self.steps}
+        prompt = self.data.tokenizer(self._config.sample.prompt, add_special_tokens=False)["input_ids"]
+        self.sample = self._sampler(prompt)
+
+    def without_data(self) -> None:
+        self.data, tokens = no_data(self._data_config), bpe_vocab_size(self._config.data.tokenizer)
+        if not self._vocab_size and not tokens:
+            raise UserError("model.vocab_size=0 is that of the tokenizer, and without data there is none; give it")
+        self._model = self._read_model(tokens)
+        self._assume_steps()
 
 
 def open_text(config: DataConfig, *, root: str, vocab_size: int | None = None) -> Data:

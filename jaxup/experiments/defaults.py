@@ -41,7 +41,8 @@ READ_WHERE: dict[str, dict[str, bool | tuple[str, ...]]] = {
     "pretrain.optimizer.decay_fraction": {"pretrain.optimizer.schedule": ("wsd",)},
     "data.val_fraction": {"data.val_files": False},
     "pretrain.data.val_fraction": {"pretrain.data.val_files": False},
-    "inherit: data.format": {"data.layout": True},  # of that kind alone: a healing detects its layouts
+    "inherit: data.format": {"data.layout": True},  # of these kinds alone: a healing detects its layouts
+    "pretrain: data.format": {"data.layout": True},
     "pretrain.data.format": {"pretrain.data.layout": True},
     "lora.alpha": {"lora.rank": True},
     "lora.quantize": {"lora.rank": True},
@@ -240,4 +241,8 @@ def _heal(c: ConfigDict) -> None:
     c.optimizer.end_learning_rate = 0.0  # 1e-4 is more than what most models are healed with to begin with
 
 
-SECTIONS = {"inherit": _inherit, "heal": _heal}
+def _pretrain(c: ConfigDict) -> None:
+    c.data = text_data()
+
+
+SECTIONS = {"inherit": _inherit, "heal": _heal, "pretrain": _pretrain}

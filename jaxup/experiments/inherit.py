@@ -14,30 +14,18 @@ import collections
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 
-from jaxup.data.open import Data, no_data
-from jaxup.data.tokenizer import bpe_vocab_size
+from jaxup.data.open import Data
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import inherit
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
 from jaxup.experiments import report
-from jaxup.experiments.common import (
-    Experiment,
-    build,
-    corpus,
-    measured,
-    new_model,
-    on_course,
-    open_text,
-    train_fresh,
-    unchanged,
-)
+from jaxup.experiments.common import OnText, build, corpus, measured, new_model, on_course, train_fresh, unchanged
 from jaxup.experiments.config import section
 from jaxup.hub.directory import tokenizer_directory
 from jaxup.hub.load import load
@@ -67,7 +55,7 @@ class InheritConfig:
     control: int  # trains a control for T steps and, from 2 on, another for control * T; 0 = none
 
 
-class Inherit(Experiment):
+class Inherit(OnText):
     sections = ("reference", "inherit")
     data: Data
 
@@ -90,21 +78,9 @@ class Inherit(Experiment):
         self._check_model(model)
 
     def open_data(self, root: str) -> None:
-        self.data = open_text(self._data_config, root=root, vocab_size=self._vocab_size)
-        self._model = self._read_model(self.data.vocab_size)
-        self._count_steps()
-        self.inputs = {"data": os.path.basename(self.data.store), "steps": self.steps}
+        super().open_data(root)
         if not self._config.reference.path:
             self.inputs["reference.steps"] = self._config.reference.steps or self.steps
-        prompt = self.data.tokenizer(self._config.sample.prompt, add_special_tokens=False)["input_ids"]
-        self.sample = self._sampler(prompt)
-
-    def without_data(self) -> None:
-        self.data, tokens = no_data(self._data_config), bpe_vocab_size(self._config.data.tokenizer)
-        if not self._vocab_size and not tokens:
-            raise UserError("model.vocab_size=0 is that of the tokenizer, and without data there is none; give it")
-        self._model = self._read_model(tokens)
-        self._assume_steps()
 
     def stages(self, *, most: bool = False) -> list[Stage]:
         plans = check(self._inherit, self._model)

@@ -22,6 +22,7 @@ _KINDS = {
     ("inherit", "reference"): "reference: what the target inherits from",
     ("inherit", "target"): "target: begun from layers of the reference, then trained",
     ("inherit", "control"): "control: of the target's size, trained from random values",
+    ("pretrain", "model"): "trained from random values",
 }
 
 

@@ -16,7 +16,7 @@ from jaxup.depth.picture import BLUE, GREEN, PURPLE, RED, SKY
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
 from jaxup.lens import heatmap
-from jaxup.lens.alignment import origins_of
+from jaxup.lens.alignment import Origin, origins_of
 from jaxup.lens.differences import diff
 from jaxup.progress import say
 from jaxup.text import write_atomically
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # taken from it.
 COLORS = {
     "reference": BLUE, "base": BLUE, "pretrained": BLUE, "target": RED, "healed": RED, "control": GREEN,
-    "before": SKY, "merged": PURPLE,
+    "before": SKY, "merged": PURPLE, "model": RED,
 }  # fmt: skip
 _PRETRAINED = ("base", "before")  # kinds that a run begins with: what it trains starts as good as they are
 _MARKERS = "osD^v"
@@ -41,11 +41,11 @@ _MOMENTS = 120  # of a run, at most, of which gradients are drawn
 
 def write(
     directory: Path, title: str, results: Sequence[Result], records: Sequence[dict[str, Any]], unit: str, *,
-    made: Result, plan: DepthPlan,
+    made: Result, plan: DepthPlan | None,
 ) -> None:  # fmt: skip
     """The PNG files in `directory`/plots: of the lines of metrics.jsonl; losses are nats per `unit`.
 
-    `made` is the model that the run is for, and `plan` what its layers are.
+    `made` is the model that the run is for, and `plan` what its layers are, if they are another's.
     """
     figures = {
         "validation_loss": validation(title, results, records, unit),
@@ -71,7 +71,7 @@ def validation(title: str, results: Sequence[Result], records: Sequence[dict[str
     for index, result in enumerate(results):
         # Where there are several losses of a step, the last one is that of the rows the result is of.
         points = dict(sorted(_points(records, result, "val_loss")))
-        if result is reference or not result.steps:
+        if (result is reference and len(results) > 1) or not result.steps:
             # Levels that are the same take turns.
             dashes = (index * 5.0, (5.0, 5.0)) if not result.steps else (0, (2.0, 2.0))
             label = None if result.steps else _label(result)
@@ -120,12 +120,12 @@ def training(title: str, results: Sequence[Result], records: Sequence[dict[str, 
     return figure
 
 
-def gradients(made: Result, records: Sequence[dict[str, Any]], plan: DepthPlan) -> Figure | None:
+def gradients(made: Result, records: Sequence[dict[str, Any]], plan: DepthPlan | None) -> Figure | None:
     """The gradient norm of each layer over the steps; None for less than two steps. Of many neighbours the mean."""
     norms = {
         r["step"]: found
         for r in records
-        if r["model"] == made.name and len(found := r.get("gradient_norm_layers", ())) == plan.num_layers
+        if r["model"] == made.name and len(found := r.get("gradient_norm_layers", ())) == made.layers
     }
     if len(norms) < 2:
         return None
@@ -133,19 +133,21 @@ def gradients(made: Result, records: Sequence[dict[str, Any]], plan: DepthPlan) 
     values = np.stack([np.mean([norms[step] for step in steps], axis=0) for steps in moments], axis=1)
     every = math.ceil(len(moments) / 12)
     columns = ["" if i % every else f"step {steps[0]:,}" for i, steps in enumerate(moments)]
+    origins = origins_of(plan.rows) if plan else (Origin(None, "n", ""),) * made.layers
     return heatmap.draw(
-        values[None], [made.name], columns, origins_of(plan.rows), "gradient norm of each layer", "log",
+        values[None], [made.name], columns, origins, "gradient norm of each layer", "log",
         column=4.5 / len(moments),
     )  # fmt: skip
 
 
 def difference(directory: Path, results: Sequence[Result], made: Result) -> Figure | None:
-    """How far each module of the model is from where it began; None if that is not among the run's checkpoints.
+    """How far each module of the model is from where it began; None if that is nowhere, or not among the run's
+    checkpoints.
 
     A large one is not worth the memory at this place: `jaxup diff` does it.
     """
     start = next((r for r in results if r.kind == "before"), results[0])
-    if not steps_in(directory / "checkpoints" / start.name):
+    if start is made or not steps_in(directory / "checkpoints" / start.name):
         return None
     pair = [f"{directory}@{r.name}/{r.steps}" for r in (start, made)]
     # What several processes have all of them have to read.

@@ -63,6 +63,13 @@ def healed(results: Sequence[Result], unit: str) -> str:
     return f"{text}. {_ONE_SEED}"
 
 
+def trained(results: Sequence[Result], unit: str) -> str:
+    """What training a model from random values gave, in words."""
+    model = results[-1]
+    text = f"The {_sized(model)} model reaches {model.val_loss:.4f} nats per {unit} of validation in {model.steps:,} "
+    return f"{text}steps from random values. {_ONE_SEED}"
+
+
 def _sized(result: Result) -> str:
     return f"{result.layers}-layer"
 
@@ -111,7 +118,9 @@ def write_summary(
             lines += ["", f"![{name.replace('_', ' ')}](plots/{name}.png)"]
     lines += ["", "How each model began:", ""]
     lines += [f"- **{r.name}**: {r.origin}" + (f"; {r.corrected}" if r.corrected else "") for r in results]
-    lines += ["", f"## {plan_title}", "", "```", plan.strip(), "```", "", "## Samples", ""]
+    if plan:
+        lines += ["", f"## {plan_title}", "", "```", plan.strip(), "```"]
+    lines += ["", "## Samples", ""]
     for r in results:
         fence = backticks(r.sample)
         lines += [f"**{r.name}**", "", f"{fence}text", r.sample.rstrip(), fence, ""]

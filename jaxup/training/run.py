@@ -103,7 +103,7 @@ class Run:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
     name: str
-    kind: str  # what it is in its run: reference, target, control, pretrained, base, before, healed or merged
+    kind: str  # what it is in its run: reference, target, control, pretrained, base, before, healed, merged or model
     origin: str  # how it was initialised, in words
     layers: int
     params: int

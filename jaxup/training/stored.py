@@ -24,7 +24,8 @@ from jaxup.training.rundir import FORMAT
 from jaxup.training.selection import TrainConfig, select
 from jaxup.training.sound import check_sound, newest_sound, steps_in
 
-MADE = ("target", "healed")  # kinds of models that a run is for: the deepest is exported unless another is named
+# Kinds of models that a run is for: the deepest is exported unless another is named.
+MADE = ("target", "healed", "model")
 
 
 class Stored(NamedTuple):
