@@ -1,0 +1,173 @@
+"""What became of one run of a study: all that its statistics and the stopping of poor runs are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxup.errors import UserError
+from jaxup.text import kinds_of, misfit, read_json
+
+MEASURES = "measures.json"  # of a run: {name: [a number for each layer]}
+_AGAIN = "delete the run's directory to make it again"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """One run: a cell of the study with one seed. Arrays have one value for each of the N steps that were logged."""
+
+    cell: str
+    seed: int
+    group: str  # runs whose gradient norms can be compared: of one batch size, one base and one order of the data
+    score: float  # validation loss at the end of the model that the run is for; NaN: it is not at its end
+    steps: int  # that were taken
+    planned: int  # that it was to take
+    batch_size: int
+    tokens: int  # of these steps, padding and what is seen again included
+    flops: float  # of these steps, as if everything trained
+    seconds: float
+    curve: tuple[tuple[int, float], ...]  # (step, validation loss)
+    samples_N: np.ndarray  # rows that were seen after the step
+    loss_N: np.ndarray
+    norm_N: np.ndarray  # of the gradient, before clipping
+    # Mean of the squared norms of the gradients of parts of the batch, of `micro_rows` rows each; NaN: not logged.
+    micro_N: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    micro_rows: int = 0
+    other_tokens: int = 0  # of other models that the run trained: controls, smaller targets, a base
+    other_flops: float = 0.0
+    stopped: str = ""  # why; "" = it was not
+    measures: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # per layer [L], by name
+
+    @property
+    def finished(self) -> bool:
+        return not self.stopped and math.isfinite(self.score)
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell}-{self.seed}"
+
+
+def read_outcome(
+    directory: Path, name: str, *, cell: str, seed: int | None = None, group: str | None = None, stopped: str = "",
+) -> Outcome:  # fmt: skip
+    """Of the run in `directory` as far as it is, of which the model called `name` is scored.
+
+    Args:
+      seed: None = that of its configuration.
+      group: None = its batch size and its seed, which decides the order of the data and what is drawn at the start.
+      stopped: why it was stopped.
+
+    Raises:
+      UserError: there is no run, or one of its files is damaged; the message names it.
+    """
+    from jaxup.training.metrics import MetricsLog
+
+    config = read_json(directory / "config.json", _CONFIG, _AGAIN)
+    if config is None:
+        raise UserError("no run there (no config.json)", at=str(directory))
+    inputs = read_json(directory / "inputs.json", {"steps": int | None}, _AGAIN) or {}
+    log = directory / "metrics.jsonl"
+    records = _checked(log, MetricsLog(log).read())
+    models = sorted({r["model"] for r in records} - {name})
+    costs = [_cost(directory, model, config, [r for r in records if r["model"] == model]) for model in models]
+    mine = [r for r in records if r["model"] == name]
+    steps, tokens, flops, seconds = _cost(directory, name, config, mine)
+    result = _result(directory, name)
+    logged = [r for r in mine if "loss" in r]
+    seed = config["seed"] if seed is None else seed
+    column = lambda key: np.array([r.get(key, math.nan) for r in logged], float)  # noqa: E731
+    # Where there are several losses of a step, the last one is that of the rows that the result is of.
+    curve = {r["step"]: r["val_loss"] for r in mine if math.isfinite(r.get("val_loss", math.nan))}
+    return Outcome(
+        cell=cell, seed=seed, group=f"batch size {config['batch_size']}, seed {seed}" if group is None else group,
+        score=math.nan if result is None else result["val_loss"], steps=steps,
+        planned=max(steps, inputs.get("steps") or config["steps"]) if result is None else result["steps"],
+        batch_size=config["batch_size"], tokens=tokens, flops=flops, seconds=seconds,
+        curve=tuple(sorted(curve.items())), samples_N=column("step") * config["batch_size"], loss_N=column("loss"),
+        norm_N=column("gradient_norm"), micro_N=column("gradient_square_micro"),
+        micro_rows=max((r.get("micro_rows", 0) for r in logged), default=0),
+        other_tokens=sum(cost[1] for cost in costs), other_flops=sum(cost[2] for cost in costs), stopped=stopped,
+        measures=_measures(directory / MEASURES),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Length:
+    seq_len: int
+
+
+@dataclasses.dataclass
+class _Pretrain:
+    batch_size: int
+    data: _Length
+
+
+_CONFIG = {"seed": int, "steps": int, "batch_size": int, "data": _Length, "pretrain": _Pretrain | None}
+_NUMBERS = dict.fromkeys(("loss", "val_loss", "gradient_norm", "gradient_square_micro"), float | None)
+_KINDS = {**_NUMBERS, "micro_rows": int | None, "gradient_norm_layers": list[float] | None}
+
+
+def _checked(path: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for number, record in enumerate(records, 1):
+        if wrong := misfit(record, _KINDS):
+            raise UserError(f"damaged: {wrong}", at=f"{path}:{number}", hint="delete the line: its point is left out")
+    return [{key: value for key, value in record.items() if value is not None} for record in records]
+
+
+def _result(directory: Path, name: str) -> dict[str, Any] | None:
+    from jaxup.training.run import Result
+
+    return read_json(directory / "checkpoints" / name / "result.json", kinds_of(Result), "delete it to finish again")
+
+
+def _cost(
+    directory: Path, name: str, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> tuple[int, int, float, float]:
+    """Steps of a model's training, their tokens, FLOPs and seconds."""
+    from jaxup.model.config import ModelConfig
+
+    path = directory / "checkpoints" / name / "model.json"
+    about = read_json(path, {"model": dict[str, Any], "kind": str | None}, _AGAIN)
+    layers = {r["step"]: len(r.get("gradient_norm_layers", ())) for r in records if "loss" in r}
+    if about is None or not layers:
+        return 0, 0, 0.0, 0.0
+    try:
+        model = ModelConfig.from_dict(about["model"])
+    except UserError as error:
+        raise UserError(error.what, at=str(path), hint=_AGAIN) from None
+    # What a healing begins with may be made in the same run, by settings of its own.
+    settings = config["pretrain"] if about.get("kind") == "base" and config.get("pretrain") else config
+    seq_len, per_step = settings["data"]["seq_len"], settings["batch_size"] * settings["data"]["seq_len"]
+    result = _result(directory, name)
+    last = max(layers) if result is None else result["steps"]
+    flops = per_step * sum(steps * _flops(model, depth, seq_len) for depth, steps in _depths(layers.items(), last))
+    return last, last * per_step, flops, 0.0 if result is None else result["seconds"]
+
+
+def _depths(layers: Iterable[tuple[int, int]], last: int) -> Iterable[tuple[int, int]]:
+    """(layers, steps of so many layers): a model that grows while it trains has fewer at first."""
+    *before, (_, final) = sorted(layers)
+    steps = [0, *(step for step, _ in before), last]
+    return zip([depth for _, depth in before] + [final], (b - a for a, b in itertools.pairwise(steps)))
+
+
+def _flops(model: Any, layers: int, seq_len: int) -> float:
+    from jaxup.model.spec import flops_per_token
+
+    if 0 < layers < model.num_layers:
+        model = model.with_layers(range(layers))
+    return flops_per_token(model, seq_len)
+
+
+def _measures(path: Path) -> dict[str, np.ndarray]:
+    found = read_json(path, {}, "delete it: the run's next start measures again") or {}
+    kinds = {key: list[float] for key in found if key != "format"}
+    if wrong := misfit(found, kinds):
+        raise UserError(f"damaged: {wrong}", at=str(path), hint="delete it: the run's next start measures again")
+    return {key: np.array(found[key], float) for key in kinds}

@@ -1,0 +1,90 @@
+"""What is read of a run for the statistics of a study."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from runs import metrics, result
+
+from jaxup.errors import UserError
+from jaxup.experiments.outcomes import read_outcome
+from jaxup.model.config import ModelConfig
+from jaxup.model.spec import flops_per_token
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """The small files of a finished run."""
+    whole, _ = finished
+    for path in [*whole.glob("*.json*"), *whole.glob("checkpoints/*/*.json")]:
+        (at := tmp_path / "run" / path.relative_to(whole)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, at)
+    return tmp_path / "run"
+
+
+def model_of(run, name):
+    return ModelConfig.from_dict(json.loads((run / "checkpoints" / name / "model.json").read_text())["model"])
+
+
+def test_an_outcome_is_what_the_run_wrote_down(run):
+    found, stored = read_outcome(run, "target_2", cell="two"), result(run, "target_2")
+    (run / "measures.json").write_text(json.dumps({"format": 2, "angular_distance": [0.5, 0.25]}))
+    assert (found.name, found.group, found.finished) == ("two-0", "batch size 8, seed 0", True)
+    assert (found.score, found.seconds) == (stored["val_loss"], stored["seconds"])
+    assert (found.steps, found.planned, found.tokens) == (8, 8, 8 * 8 * 32)
+    assert found.flops == found.tokens * flops_per_token(model_of(run, "target_2"), 32)
+    others = {record["model"] for record in metrics(run)} - {"target_2"}
+    assert len(others) > 1
+    assert found.other_tokens == sum(result(run, name)["steps"] for name in others) * 8 * 32
+    mine = [record for record in metrics(run) if record["model"] == "target_2"]
+    assert found.curve == tuple((r["step"], r["val_loss"]) for r in mine if "val_loss" in r)
+    assert found.samples_N.tolist() == [8 * r["step"] for r in mine if "loss" in r]
+    assert found.norm_N.tolist() == [r["gradient_norm"] for r in mine if "loss" in r]
+    assert np.isnan(found.micro_N).all()
+    assert read_outcome(run, "target_2", cell="two").measures["angular_distance"].tolist() == [0.5, 0.25]
+
+
+def test_a_run_that_goes_on(run):
+    """As far as it is; a model that grows has cost less before it had all its layers."""
+    (run / "checkpoints/target_2/result.json").unlink()
+    lines = [json.dumps(r) for r in metrics(run) if r["model"] != "target_2" or r["step"] <= 5]
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        if record["model"] == "target_2" and "loss" in record:
+            record |= {"gradient_square_micro": 4.0, "micro_rows": 2}
+            record["gradient_norm_layers"] = record["gradient_norm_layers"][: 1 if record["step"] <= 3 else 2]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"torn')
+    found = read_outcome(run, "target_2", cell="two", seed=3, group="all", stopped="a sentence")
+    assert (found.name, found.group, found.stopped, found.finished) == ("two-3", "all", "a sentence", False)
+    assert math.isnan(found.score)
+    assert (found.steps, found.planned, found.micro_rows) == (5, 8, 2)
+    assert found.micro_N.tolist() == [4.0] * 5
+    model = model_of(run, "target_2")
+    small = flops_per_token(model.with_layers([0]), 32)
+    assert found.flops == 8 * 32 * (3 * small + 2 * flops_per_token(model, 32))
+    nothing = read_outcome(run, "target_9", cell="nine")
+    assert (nothing.steps, nothing.planned, nothing.curve, nothing.loss_N.size) == (0, 8, (), 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "at", "what"),
+    [
+        ("config.json", '{"format": 2}', "config.json", "seed is missing"),
+        ("config.json", None, "run", "no run there"),
+        ("metrics.jsonl", '{"model": "a", "step": 1, "loss": "low"}\n', "metrics.jsonl:1", "loss must be"),
+        ("metrics.jsonl", '{"model": "a"\n', "metrics.jsonl:1", "not valid JSON"),
+        ("checkpoints/target_2/result.json", "{}", "checkpoints/target_2/result.json", "name is missing"),
+        ("checkpoints/target_2/model.json", '{"model": {}}', "checkpoints/target_2/model.json", "is missing"),
+        ("measures.json", '{"deletion_loss": "low"}', "measures.json", "deletion_loss must be"),
+    ],
+)
+def test_a_damaged_file_is_named(run, file, text, at, what):
+    (run / file).unlink(missing_ok=True) if text is None else (run / file).write_text(text)
+    with pytest.raises(UserError) as refused:
+        read_outcome(run, "target_2", cell="two")
+    line = str(refused.value)
+    assert line.startswith(f"{run / at}: " if at != "run" else f"{run}: ")
+    assert what in line
+    assert "\n" not in line
