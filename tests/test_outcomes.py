@@ -63,7 +63,11 @@ def test_a_run_that_goes_on(run):
     assert found.micro_N.tolist() == [4.0] * 5
     model = model_of(run, "target_2")
     small = flops_per_token(model.with_layers([0]), 32)
-    assert found.flops == 8 * 32 * (3 * small + 2 * flops_per_token(model, 32))
+    large = flops_per_token(model, 32)
+    assert found.flops == 8 * 32 * (3 * small + 2 * large)
+    assert found.flops_N.tolist() == [
+        8 * 32 * f for f in (small, 2 * small, 3 * small, 3 * small + large, found.flops / 256)
+    ]
     nothing = read_outcome(run, "target_9", cell="nine")
     assert (nothing.steps, nothing.planned, nothing.curve, nothing.loss_N.size) == (0, 8, (), 0)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Outcome:
     seconds: float
     curve: tuple[tuple[int, float], ...]  # (step, validation loss)
     samples_N: np.ndarray  # rows that were seen after the step
+    flops_N: np.ndarray  # that the steps until then took
     loss_N: np.ndarray
     norm_N: np.ndarray  # of the gradient, before clipping
     # Mean of the squared norms of the gradients of parts of the batch, of `micro_rows` rows each; NaN: not logged.
@@ -75,9 +76,9 @@ def read_outcome(
     log = directory / "metrics.jsonl"
     records = _checked(log, MetricsLog(log).read())
     models = sorted({r["model"] for r in records} - {name})
-    costs = [_cost(directory, model, config, [r for r in records if r["model"] == model]) for model in models]
+    others = [_cost(directory, model, config, [r for r in records if r["model"] == model]) for model in models]
     mine = [r for r in records if r["model"] == name]
-    steps, tokens, flops, seconds = _cost(directory, name, config, mine)
+    steps, tokens, flops_N, seconds = _cost(directory, name, config, mine)
     result = _result(directory, name)
     logged = [r for r in mine if "loss" in r]
     seed = config["seed"] if seed is None else seed
@@ -88,11 +89,13 @@ def read_outcome(
         cell=cell, seed=seed, group=f"batch size {config['batch_size']}, seed {seed}" if group is None else group,
         score=math.nan if result is None else result["val_loss"], steps=steps,
         planned=max(steps, inputs.get("steps") or config["steps"]) if result is None else result["steps"],
-        batch_size=config["batch_size"], tokens=tokens, flops=flops, seconds=seconds,
-        curve=tuple(sorted(curve.items())), samples_N=column("step") * config["batch_size"], loss_N=column("loss"),
-        norm_N=column("gradient_norm"), micro_N=column("gradient_square_micro"),
+        batch_size=config["batch_size"], tokens=tokens, flops=float(flops_N[-1]), seconds=seconds,
+        curve=tuple(sorted(curve.items())), samples_N=column("step") * config["batch_size"],
+        flops_N=flops_N[: len(logged)], loss_N=column("loss"), norm_N=column("gradient_norm"),
+        micro_N=column("gradient_square_micro"),
         micro_rows=max((r.get("micro_rows", 0) for r in logged), default=0),
-        other_tokens=sum(cost[1] for cost in costs), other_flops=sum(cost[2] for cost in costs), stopped=stopped,
+        other_tokens=sum(tokens for _, tokens, _, _ in others),
+        other_flops=float(sum(flops_N[-1] for _, _, flops_N, _ in others)), stopped=stopped,
         measures=_measures(directory / MEASURES),
     )  # fmt: skip
 
@@ -128,15 +131,16 @@ def _result(directory: Path, name: str) -> dict[str, Any] | None:
 
 def _cost(
     directory: Path, name: str, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
-) -> tuple[int, int, float, float]:
-    """Steps of a model's training, their tokens, FLOPs and seconds."""
+) -> tuple[int, int, np.ndarray, float]:
+    """Steps of a model's training, their tokens, FLOPs until each step that was logged and in all, seconds."""
     from jaxup.model.config import ModelConfig
+    from jaxup.model.spec import flops_per_token
 
     path = directory / "checkpoints" / name / "model.json"
     about = read_json(path, {"model": dict[str, Any], "kind": str | None}, _AGAIN)
-    layers = {r["step"]: len(r.get("gradient_norm_layers", ())) for r in records if "loss" in r}
-    if about is None or not layers:
-        return 0, 0, 0.0, 0.0
+    logged = [r for r in records if "loss" in r]
+    if about is None or not logged:
+        return 0, 0, np.zeros(1), 0.0
     try:
         model = ModelConfig.from_dict(about["model"])
     except UserError as error:
@@ -145,24 +149,17 @@ def _cost(
     settings = config["pretrain"] if about.get("kind") == "base" and config.get("pretrain") else config
     seq_len, per_step = settings["data"]["seq_len"], settings["batch_size"] * settings["data"]["seq_len"]
     result = _result(directory, name)
-    last = max(layers) if result is None else result["steps"]
-    flops = per_step * sum(steps * _flops(model, depth, seq_len) for depth, steps in _depths(layers.items(), last))
-    return last, last * per_step, flops, 0.0 if result is None else result["seconds"]
+    last = logged[-1]["step"] if result is None else result["steps"]
 
+    @functools.cache
+    def of_step(layers: int) -> float:
+        """A model that grows while it trains has fewer layers at first."""
+        grows = 0 < layers < model.num_layers
+        return per_step * flops_per_token(model.with_layers(range(layers)) if grows else model, seq_len)
 
-def _depths(layers: Iterable[tuple[int, int]], last: int) -> Iterable[tuple[int, int]]:
-    """(layers, steps of so many layers): a model that grows while it trains has fewer at first."""
-    *before, (_, final) = sorted(layers)
-    steps = [0, *(step for step, _ in before), last]
-    return zip([depth for _, depth in before] + [final], (b - a for a, b in itertools.pairwise(steps)))
-
-
-def _flops(model: Any, layers: int, seq_len: int) -> float:
-    from jaxup.model.spec import flops_per_token
-
-    if 0 < layers < model.num_layers:
-        model = model.with_layers(range(layers))
-    return flops_per_token(model, seq_len)
+    flops = np.array([of_step(len(r.get("gradient_norm_layers", ()))) for r in [*logged, logged[-1]]])
+    steps = np.diff([0, *(r["step"] for r in logged), last])
+    return last, last * per_step, np.cumsum(flops * steps), 0.0 if result is None else result["seconds"]
 
 
 def _measures(path: Path) -> dict[str, np.ndarray]:
