@@ -23,7 +23,7 @@ from jaxup.model.attention import attention, choose
 from jaxup.model.config import Compute, LayerKind, ModelConfig, RopeScaling, depth_scaled
 from jaxup.model.decoder import KVCache, abstract, init
 from jaxup.model.spec import count_params, flatten, spec
-from jaxup.training.loss import cross_entropy
+from jaxup.training.loss import cross_entropy, distillation
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -330,6 +330,39 @@ def test_cross_entropy_equals_float64(chunk, z_loss):
     assert abs(got_plain - plain) < 1e-5 * plain
     for got, want in zip(grads, expected, strict=True):
         assert relative(got / 3, want) < 1e-5
+
+
+@pytest.mark.parametrize(("alpha", "temperature", "chunk"), [(0.6, 1.0, 4), (0.3, 2.5, 17), (1.0, 0.5, 5)])
+def test_distillation_is_torchs(alpha, temperature, chunk, torch):
+    """Loss and gradients in float64 by `kl_div` and `cross_entropy`; the teacher is of another width."""
+    rng = np.random.default_rng(0)
+    x, kernel, y, known = (rng.standard_normal(shape) for shape in ((2, SEQ, 8), (8, 33), (2, SEQ, 12), (12, 33)))
+    targets = rng.integers(0, 33, (2, SEQ), dtype=np.int32)
+    weights = (rng.random((2, SEQ)) * (rng.random((2, SEQ)) > 0.3)).astype(np.float32)
+    own = [torch.tensor(a, requires_grad=True) for a in (x, kernel)]
+    logits, functional = own[0] @ own[1], torch.nn.functional
+    soft = [a / temperature for a in (logits, torch.tensor(y @ known))]
+    kl = functional.kl_div(soft[0].log_softmax(-1), soft[1].log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    hard = functional.cross_entropy(logits.flatten(0, 1), torch.tensor(targets.flatten()).long(), reduction="none")
+    hard, weighed = hard.reshape(2, SEQ), torch.tensor(weights)
+    z = (weighed * logits.logsumexp(-1) ** 2).sum()
+    want = (weighed * (alpha * temperature**2 * kl + (1 - alpha) * hard)).sum() + 1e-2 * z
+    want.backward()
+
+    def scaled(*heads):  # by 3, so that the cotangent is not one
+        loss, plain = distillation(
+            *heads, jnp.asarray(targets), jnp.asarray(weights), alpha=alpha, temperature=temperature, chunk=chunk,
+            z_loss=1e-2,
+        )  # fmt: skip
+        return 3 * loss, (loss, plain)
+
+    graded = jax.jit(jax.grad(scaled, (0, 1, 2, 3), has_aux=True))
+    grads, (loss, plain) = graded(*map(jnp.float32, (x, kernel, y, known)))
+    assert abs(loss - want.item()) < 1e-5 * want.item()
+    assert abs(plain - (weighed * hard).sum().item()) < 1e-5 * plain
+    for got, tensor in zip(grads[:2], own, strict=True):
+        assert relative(got / 3, tensor.grad.numpy()) < 1e-5
+    assert not any(np.any(g) for g in grads[2:]), "nothing flows into the teacher"
 
 
 @configs

@@ -26,7 +26,7 @@ from jaxup.targets import hlo
 from jaxup.training import compiling
 from jaxup.training import step as training_step
 from jaxup.training.compiling import accepted, compiler_options, fewest_that_fit, fitting_step, memory
-from jaxup.training.loss import cross_entropy
+from jaxup.training.loss import cross_entropy, distillation
 from jaxup.training.optimizer import OptimizerConfig, make_optimizer
 from jaxup.training.run import Run
 from jaxup.training.sharding import (
@@ -45,9 +45,10 @@ from jaxup.training.sharding import (
     place_batch,
     state_shardings,
 )
-from jaxup.training.step import StepConfig, TrainState, gradient_norms, make_train_step, skip_step
+from jaxup.training.step import StepConfig, Teacher, TrainState, gradient_norms, make_train_step, skip_step
 
 MODEL = ModelConfig.gpt2(vocab_size=64, hidden_size=16, num_layers=3, num_heads=4, max_positions=16, bias=True)
+WIDE = ModelConfig.gpt2(vocab_size=64, hidden_size=24, num_layers=1, num_heads=4, max_positions=16, bias=True)
 ROWS, SEQ = 16, 12
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2, end_learning_rate=1e-3, schedule="constant", warmup_steps=0, decay_fraction=0.0,
@@ -97,6 +98,21 @@ def test_accumulation_does_not_change_the_gradient(accumulation):
     # Adam's first moment after one step is (1 - b1) times the clipped gradient itself.
     assert_close(one[0].opt_state[1].mu, many[0].opt_state[1].mu, rtol=1e-5, atol=1e-7)
     assert_close(one[1], many[1])
+
+
+def test_a_teacher_is_an_argument_of_the_step_and_changes_what_is_optimised_alone():
+    """The same in micro-batches; its logits come from what is passed, and the plain loss is the student's own."""
+    optimizer, teacher = make_optimizer(OPTIMIZER, 10), Teacher(model=WIDE, alpha=0.6, temperature=2.0)
+    configs = [StepConfig(accumulation=count, loss_chunk=5, z_loss=1e-3) for count in (1, 4)]
+    whole, cut = (jax.jit(make_train_step(MODEL, Compute(), optimizer, config, teacher=teacher)) for config in configs)
+    known = initial(WIDE, 1)
+    (first, one), (second, two) = (step(fresh(optimizer), make_batch(), known) for step in (whole, cut))
+    _, surer = whole(fresh(optimizer), make_batch(), jax.tree.map(lambda a: 5 * a, known))
+    assert_close(first.opt_state[1].mu, second.opt_state[1].mu, rtol=1e-5, atol=1e-7)
+    assert_close(one, two)
+    plain = run(1, steps=1)[1]
+    np.testing.assert_allclose([one["loss"], surer["loss"]], plain["loss"], rtol=1e-6)
+    assert len({float(m["loss_with_z"]) for m in (one, surer, plain)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -165,28 +181,31 @@ def test_sums_over_data_with_the_kernel_for_tpus(mesh_config):
     assert_close(run(2, steps=1)[1], metrics)
 
 
-def test_no_chunk_of_the_loss_speaks_to_other_devices():
-    """The head is gathered before the loop over chunks, and its gradient summed after it; both once."""
+@pytest.mark.parametrize("taught", [False, True])
+def test_no_chunk_of_the_loss_speaks_to_other_devices(taught):
+    """Heads are gathered before the loop over chunks, and the gradient summed after it; each once."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=4, tensor=1))
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((ROWS, SEQ, 16), np.float32), rng.standard_normal((16, 64), np.float32)
     batch, how = make_batch(), {"chunk": 3, "z_loss": 1e-3}
+    teacher = (x[..., :8] + 1, kernel[:8]) if taught else ()
 
-    def loss(batch_axes, x, kernel, targets, weights):
-        return cross_entropy(x, kernel, targets, weights, **how, batch_axes=batch_axes)
+    def loss(batch_axes, *heads_and_targets):
+        function = functools.partial(distillation, alpha=0.6, temperature=2.0) if taught else cross_entropy
+        return function(*heads_and_targets, **how, batch_axes=batch_axes)
 
     graded = jax.value_and_grad(loss, (1, 2), has_aux=True)
-    inputs = (x, kernel, batch["targets"], batch["loss_weights"])
+    inputs = (x, kernel, *teacher, batch["targets"], batch["loss_weights"])
     want = jax.jit(graded, static_argnums=0)((), *inputs)
     rows = batch_sharding(mesh)
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
     with jax.set_mesh(mesh):
-        placed = jax.device_put(inputs, (rows, split, rows, rows))
+        placed = jax.device_put(inputs, (rows, split, *[rows, split] * taught, rows, rows))
         program = jax.jit(graded, static_argnums=0).lower(BATCH_AXES, *placed).compile()
         got = program(*placed)
     assert_close(got, want)
     text = program.as_text()
-    assert text.count(" all-gather(") == 1
+    assert text.count(" all-gather(") == 1 + taught
     loops = re.findall(r"\bbody=%?([\w.-]+)", text)
     assert loops
     for name in loops:

@@ -165,7 +165,7 @@ def _time(
 
     def whole(stages: Sequence[Stage]) -> str:
         """A step, and the programs that evaluate, sample and initialise, which take about as long to compile."""
-        programs = {(s.model, s.settings, s.steps, s.selection) for s in stages if s.steps and left[s.name]}
+        programs = {(s.model, s.settings, s.steps, s.selection, s.teacher) for s in stages if s.steps and left[s.name]}
         compiling = 2 * tried.compiling * len(programs)
         return f"{clock(sum(map(training, stages)) + compiling)}, of which {clock(compiling)} to compile"
 

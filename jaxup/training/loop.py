@@ -28,7 +28,7 @@ from jaxup.model.attention import described
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract, init
 from jaxup.model.sharding import param_shardings
-from jaxup.model.spec import count_params, flops_per_token
+from jaxup.model.spec import count_params
 from jaxup.progress import Progress
 from jaxup.together import told
 from jaxup.training.checkpoint import Checkpoints
@@ -37,10 +37,19 @@ from jaxup.training.corrections import Corrections, record
 from jaxup.training.meter import Meter
 from jaxup.training.optimizer import learning_rate, make_optimizer
 from jaxup.training.partition import Partition, digest
-from jaxup.training.run import Result, Run, Settings, check_digest, describe_model, read_result, write_result
+from jaxup.training.run import (
+    Result,
+    Run,
+    Settings,
+    check_digest,
+    describe_model,
+    read_result,
+    training_flops,
+    write_result,
+)
 from jaxup.training.selection import EVERYTHING, Selection
 from jaxup.training.sharding import local_rows, place_batch, state_shardings
-from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step, skip_step
+from jaxup.training.step import StepConfig, Teacher, TrainState, make_eval_step, make_train_step, skip_step
 
 
 class Program(NamedTuple):
@@ -96,9 +105,9 @@ def laid_out(tree: Any, shardings: Any) -> Any:
 @functools.lru_cache(maxsize=4)  # a target and its control are one program, compiled once
 def make_program(
     model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, selection: Selection,
-    peaks: tuple[tuple[int, float], ...],
+    peaks: tuple[tuple[int, float], ...], teacher: Teacher | None = None,
 ) -> Program:  # fmt: skip
-    """`peaks`: see `learning_rate`."""
+    """`peaks`: see `learning_rate`. The params of a `teacher` are the last argument of the steps."""
     partition = selection.partition
     optimizer = make_optimizer(settings.optimizer, steps, selection.rates, peaks=peaks)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -120,7 +129,7 @@ def make_program(
     def cut_into(count: int) -> Any:
         step = dataclasses.replace(settings.step, accumulation=count)
         return jax.jit(
-            make_train_step(model, settings.compute, optimizer, step, partition),
+            make_train_step(model, settings.compute, optimizer, step, partition, teacher),
             donate_argnums=0,
             out_shardings=(shardings, replicated),
             compiler_options=compiler_options(mesh),
@@ -194,12 +203,14 @@ def train_model(
     run: Run, name: str, model: ModelConfig, *, steps: int, origin: str, initialise: Callable[[], Params],
     kind: str | None = None, plan: DepthPlan | None = None, selection: Selection = EVERYTHING,
     milestones: frozenset[int] = frozenset(), about: dict[str, Any] | None = None,
+    teacher: tuple[Teacher, Callable[[], Params]] | None = None,
 ) -> Result:  # fmt: skip
     """Trains to `steps` updates and returns the result; raises Stopped after saving on a signal.
 
     What was begun goes on, bit for bit as if it had never stopped. Checkpoints hold what trains; the rest
     is what `initialise` gives, each time the same. After the steps in `milestones` the model is evaluated
-    and a checkpoint stays. `about` goes into model.json. The default of `kind` is the name.
+    and a checkpoint stays. `about` goes into model.json. The default of `kind` is the name. A `teacher` comes with what
+    gives its params, each time the same.
     """
     directory, kind = run.directory / "checkpoints" / name, kind or name
     if jax.process_index() == 0:
@@ -229,7 +240,8 @@ def train_model(
         kept = told(lambda: dataclasses.asdict(record(directory, asked, done=start, steps=steps)), "read corrections")
         corrections = Corrections(tuple(kept["skip"]), tuple((step, rate) for step, rate in kept["rates"]))
         hits = make_program.cache_info().hits
-        program = make_program(model, run.settings, steps, run.mesh, selection, corrections.rates)
+        taught, knows = teacher or (None, None)
+        program = make_program(model, run.settings, steps, run.mesh, selection, corrections.rates, taught)
         compiles = make_program.cache_info().hits == hits
         place, later = run.place(name, steps)
         label = f"{name} (model {place})" if place else name
@@ -256,8 +268,9 @@ def train_model(
             if compiles and start < steps:
                 progress.doing("compiling")
             state, val_loss = _train(
-                run, name, model, steps, program, state, frozen, start, checkpoints, milestones, corrections, progress
-            )
+                run, name, model, steps, program, state, frozen, start, checkpoints, milestones, corrections, progress,
+                taught, (knows(),) if knows else (),
+            )  # fmt: skip
         if frozen and digest(frozen) != before:
             raise RuntimeError(f"{name}: parameters that do not train have changed: a fault of memory or device")
         sample = run.sample(model, program.join(state.params, *frozen))
@@ -283,7 +296,7 @@ def _skipped(state: TrainState) -> str:
 def _train(
     run: Run, name: str, model: ModelConfig, steps: int, program: Program, state: TrainState,
     frozen: tuple[Params, ...], start: int, checkpoints: Checkpoints, milestones: frozenset[int],
-    corrections: Corrections, progress: Progress,
+    corrections: Corrections, progress: Progress, teacher: Teacher | None, known: tuple[Params, ...],
 ) -> tuple[TrainState, float]:  # fmt: skip
     s = run.settings
     batches = run.data.batches(batch_size=s.batch_size, seed=s.seed)
@@ -301,7 +314,7 @@ def _train(
         run.log, name, steps=steps, interval=s.log_interval, batch_tokens=run.data.tokens_of(s.batch_size),
         val_rows=run.val_rows, schedule=learning_rate(s.optimizer, steps, corrections.rates),
         # Where only a part trains, no formula says how much of the backward pass is left.
-        flops_per_token=None if frozen else flops_per_token(model, run.data.seq_len),
+        flops_per_token=None if frozen else training_flops(model, teacher, run.data.seq_len),
     )  # fmt: skip
     step, pending, mine, compiled = start, None, local_rows(s.batch_size, run.mesh), False
 
@@ -311,7 +324,7 @@ def _train(
     with run.processes.steps(), ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read_batch, step) if step < steps else None
         if ahead and not s.step.accumulation:
-            fitting = fitting_step(run, name, program.cut_into, (state, ahead.result(), *frozen))
+            fitting = fitting_step(run, name, program.cut_into, (state, ahead.result(), *frozen, *known))
             program = program._replace(train_step=fitting)
 
         def save(step: int) -> None:
@@ -339,7 +352,7 @@ def _train(
                     state, metrics = program.skip_step(state), None
                 else:
                     with jax.transfer_guard("disallow"), memory(s.step):
-                        state, metrics = program.train_step(state, batch, *frozen)
+                        state, metrics = program.train_step(state, batch, *frozen, *known)
                     if not compiled:  # the call has waited for that, which says nothing of the speed
                         meter.restart()
                         compiled = True

@@ -28,7 +28,7 @@ from jaxup.training.partition import digest
 from jaxup.training.processes import Processes
 from jaxup.training.rundir import write_json
 from jaxup.training.selection import EVERYTHING, Selection
-from jaxup.training.step import StepConfig
+from jaxup.training.step import StepConfig, Teacher
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,18 @@ class Stage:
     settings: Settings
     selection: Selection = EVERYTHING
     dtype: str = "float32"  # of what does not train
+    teacher: Teacher | None = None
 
     @property
     def flops(self) -> float:
         """Of a step, as if everything trained: what a part of it spares is not known."""
-        return self.settings.batch_size * self.data.seq_len * flops_per_token(self.model, self.data.seq_len)
+        tokens = self.settings.batch_size * self.data.seq_len
+        return tokens * training_flops(self.model, self.teacher, self.data.seq_len)
+
+
+def training_flops(model: ModelConfig, teacher: Teacher | None, seq_len: int) -> float:
+    """Of one token: of a teacher the forward pass, which is a third of what `flops_per_token` counts."""
+    return flops_per_token(model, seq_len) + (flops_per_token(teacher.model, seq_len) / 3 if teacher else 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
 from jaxup.model.sharding import RULES
 from jaxup.model.spec import STACK, flatten
-from jaxup.training.loss import cross_entropy
+from jaxup.training.loss import cross_entropy, distillation
 from jaxup.training.partition import Partition
 
 # tokens, targets, loss_weights; if packed, segment_ids and positions.
@@ -65,13 +65,32 @@ class StepConfig:
         return Spikes(jnp.full(self.spike_window, -1.0, jnp.float32), jnp.int32(0)) if self.spike_factor else None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A model whose predictions another one learns beside the tokens; see `jaxup.training.loss.distillation`."""
+
+    model: ModelConfig
+    alpha: float  # its share of the loss
+    temperature: float
+
+    def __post_init__(self):
+        if not 0 < self.alpha <= 1:
+            raise UserError("must be a share from 0, which is no teacher, to 1", at=f"alpha={self.alpha}")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError("must be a positive number", at=f"temperature={self.temperature}")
+
+    def __str__(self) -> str:
+        return f"alpha {self.alpha:g}, temperature {self.temperature:g}"
+
+
 def make_train_step(
     model: ModelConfig, compute: Compute, optimizer: optax.GradientTransformation, config: StepConfig,
-    partition: Partition | None = None,
+    partition: Partition | None = None, teacher: Teacher | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """(state, batch) -> (state, metrics): the function to jit with the state donated.
 
-    With a `partition` the params of the state are only what trains, and the other half is a third argument.
+    With a `partition` the params of the state are only what trains, and the other half is a third argument. With a
+    `teacher` its params are the last one.
 
     The gradient is that of the mean loss over the loss tokens of the *whole* batch: sums over micro-batches
     are divided once, so accumulation, padding and mesh do not change what is optimised.
@@ -80,7 +99,7 @@ def make_train_step(
     micro-batches in float32, as then over the devices of `_summed_once`; the head's is float32 throughout, and so are
     the master weights and moments.
     """
-    loss_sums = _make_loss(model, compute, config, partition)
+    loss_sums = _make_loss(model, compute, config, partition, teacher)
     gradient = jax.value_and_grad(loss_sums, has_aux=True)
 
     def accumulated(params: Params, batch: Batch, *frozen: Params) -> Any:
@@ -195,9 +214,11 @@ def gradient_norms(grads: Params, partition: Partition | None = None) -> tuple[j
 
 
 def _make_loss(
-    model: ModelConfig, compute: Compute, config: StepConfig, partition: Partition | None = None
-) -> Callable[..., Any]:
-    """(params, batch) -> (sum of losses, of them the cross-entropy); with a partition (trained, batch, frozen)."""
+    model: ModelConfig, compute: Compute, config: StepConfig, partition: Partition | None = None,
+    teacher: Teacher | None = None,
+) -> Callable[..., Any]:  # fmt: skip
+    """(params, batch) -> (sum of losses, of them the cross-entropy); with a partition (trained, batch, frozen), and
+    with a teacher its params after these."""
     graphdef, _ = abstract(model, compute)
 
     def loss_sums(params: Params, batch: Batch, *frozen: Params) -> tuple[jax.Array, jax.Array]:
@@ -207,10 +228,13 @@ def _make_loss(
             x_BSD = decoder.hidden(batch["tokens"], **inputs)
         else:
             decoder, x_BSD = partition.hidden(params, frozen[0], batch["tokens"], **inputs)
-        return cross_entropy(
-            x_BSD, decoder.head_kernel(), batch["targets"], batch["loss_weights"],
-            chunk=config.loss_chunk, z_loss=config.z_loss, batch_axes=compute.rows_over,
-        )  # fmt: skip
+        head, targets = (x_BSD, decoder.head_kernel()), (batch["targets"], batch["loss_weights"])
+        how: Any = {"chunk": config.loss_chunk, "z_loss": config.z_loss, "batch_axes": compute.rows_over}
+        if teacher is None:
+            return cross_entropy(*head, *targets, **how)
+        known = nnx.merge(abstract(teacher.model, compute)[0], frozen[-1])
+        taught = (known.hidden(batch["tokens"], **inputs), known.head_kernel())
+        return distillation(*head, *taught, *targets, alpha=teacher.alpha, temperature=teacher.temperature, **how)
 
     return loss_sums
 

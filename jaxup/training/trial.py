@@ -49,8 +49,8 @@ class Trial:
     def __init__(self, stage: Stage, mesh: Mesh, speed: float, room: int):
         """`speed` and `room`: of a device, as `measure_device` gives them."""
         size, seed = stage.settings.batch_size, stage.settings.seed
-        program = make_program(stage.model, stage.settings, stage.steps, mesh, stage.selection, ())
-        state, frozen = arguments(stage, mesh)
+        program = make_program(stage.model, stage.settings, stage.steps, mesh, stage.selection, (), stage.teacher)
+        state, *beside = arguments(stage, mesh)
         batch = place_batch(stage.data.batches(batch_size=size, seed=seed)(0, local_rows(size, mesh)), size, mesh)
         self.stage, self.failed, self.compiling = stage, "", 0.0
         self.micro_batches = stage.settings.step.accumulation
@@ -62,29 +62,29 @@ class Trial:
             with jax.set_mesh(mesh):
                 began = time.monotonic()
                 if self.micro_batches:
-                    step = program.train_step.lower(state, batch, *frozen).compile()
+                    step = program.train_step.lower(state, batch, *beside).compile()
                 else:
                     counts = micro_batches(size, mesh)
-                    self.micro_batches, step = fewest_that_fit(program.cut_into, counts, (state, batch, *frozen), mesh)
+                    self.micro_batches, step = fewest_that_fit(program.cut_into, counts, (state, batch, *beside), mesh)
                 self.compiling, stats = time.monotonic() - began, step.memory_analysis()
                 whole = stats.argument_size_in_bytes + stats.temp_size_in_bytes
                 whole += stats.output_size_in_bytes - stats.alias_size_in_bytes
                 self.memory["gradients, activations, batch"] = whole - sum(self.memory.values())
                 if whole < room and (1 + STEPS) * stage.flops / speed / jax.device_count() < _PATIENCE:
-                    self.seconds = _made(step, state, batch, frozen)
+                    self.seconds = _made(step, state, batch, beside)
         except (jax.errors.JaxRuntimeError, UserError) as error:  # mostly for want of memory
             self.failed = first_line(error)
 
 
-def _made(step: Any, state: TrainState, batch: Batch, frozen: tuple[Any, ...]) -> float:
+def _made(step: Any, state: TrainState, batch: Batch, beside: list[Any]) -> float:
     """Seconds that a step takes."""
     state = _filled(state)._replace(params=_filled(state.params, 0.02))
-    frozen = _filled(frozen, 0.02)
-    state, metrics = step(state, batch, *frozen)
+    beside = _filled(beside, 0.02)
+    state, metrics = step(state, batch, *beside)
     jax.block_until_ready(metrics)
     began = time.monotonic()
     for _ in range(STEPS):
-        state, metrics = step(state, batch, *frozen)
+        state, metrics = step(state, batch, *beside)
     jax.block_until_ready((state, metrics))
     return (time.monotonic() - began) / STEPS
 
@@ -109,19 +109,23 @@ def needed(stage: Stage, mesh: Mesh) -> int:
 
 def held(stage: Stage, mesh: Mesh) -> dict[str, int]:
     """What they are of."""
-    state, frozen = arguments(stage, mesh)
+    state, *beside = arguments(stage, mesh)
     parts = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
-    return parts | ({"what does not train": _bytes(frozen)} if frozen else {})
+    if stage.teacher is not None:
+        parts["teacher"] = _bytes(beside.pop())
+    return parts | ({"what does not train": _bytes(beside)} if beside else {})
 
 
-def arguments(stage: Stage, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
-    """What a step takes besides its batch, without arrays: the state, and what does not train, if anything does not."""
-    program = make_program(stage.model, stage.settings, stage.steps, mesh, stage.selection, ())
+def arguments(stage: Stage, mesh: Mesh) -> tuple[Any, ...]:
+    """What a step takes besides its batch, without arrays: the state, what does not train, if anything does not, and
+    the params of its teacher, if it has one."""
+    program = make_program(stage.model, stage.settings, stage.steps, mesh, stage.selection, (), stage.teacher)
     whole = jax.tree.map(lambda leaf: leaf.update(dtype=stage.dtype), abstract_params(stage.model, mesh))
     frozen = jax.eval_shape(program.frozen, whole)
     if stage.selection.partition is not None:
         frozen = laid_out(frozen, stage.selection.partition.shardings(mesh)[1:])
-    return program.abstract_state, frozen
+    known = () if stage.teacher is None else (abstract_params(stage.teacher.model, mesh),)
+    return program.abstract_state, *frozen, *known
 
 
 def _bytes(tree: Any) -> int:
