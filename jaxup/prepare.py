@@ -33,6 +33,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--on-bad", choices=["error", "skip"], default="error", help="what to do with bad rows (error)")
     add("--packing", choices=["best_fit", "one", "concatenated"], default="best_fit",
         help="several chats a row, one a row, or a stream of text cut into rows (best_fit)")  # fmt: skip
+    add("--phases", choices=["files", "difficulty"], default="", help="rows to be seen in phases: each entry of FILES"
+        " is one, or first the half of the chats of which less is trained on (all mixed)")  # fmt: skip
     add("--seed", metavar="N", type=int, default=2357, help="of what is drawn at random (2357)")
     add("--out", metavar="STORE", default="", help="directory of the store, local or gs:// (in runs/data)")
     add("--show", metavar="N|all", default="3", help="how many training examples to show, all of a row (3)")

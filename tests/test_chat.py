@@ -4,6 +4,7 @@ import ast
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import random
@@ -224,6 +225,45 @@ def test_rows_hold_every_conversation_once(config, opened, monkeypatch, packing)
     assert sum(counts[split]["untrained"] for split in ("train", "validation")) == 3
     with pytest.raises(IndexError):
         data.train.batch(np.array([len(data.train)]))
+
+
+@pytest.mark.parametrize("packing", [BEST_FIT, ONE])
+@pytest.mark.parametrize("phases", ["files", "difficulty"])
+def test_rows_of_phases_are_those_of_all_mixed(config, opened, monkeypatch, phases, packing):
+    monkeypatch.setattr(store, "SHARD_ROWS", 5)
+    rows, of = rows_of(COUNT), [slice(30), slice(30, None)]
+    files = [write(Path(config.files).with_name(name), rows[part]) for name, part in zip(("b.jsonl", "a.jsonl"), of)]
+    config = dataclasses.replace(config, files=",".join(files), packing=packing)
+    mixed, data = opened(config), opened(config, phases=phases, replay=0.25, passes=3)
+    assert mixed.phases is None
+    assert collections.Counter(everything(data.train)) == collections.Counter(everything(mixed.train))
+    assert everything(data.validation) == everything(mixed.validation)
+    border, count = data.phases.rows[0], len(data.train)
+    first, second = (walk(data.train.batch(np.arange(*ends))) for ends in ((0, border), (border, count)))
+    assert data.phases.examples == (len(first), len(second))
+    if phases == "files":
+        assert data.phases.names == tuple(files)
+        for walked, part in zip((first, second), of):
+            assert not collections.Counter(walked) - collections.Counter(as_walked(encoded(rows[part])))
+    else:
+        least, most = (sorted(sum(weights) for _, weights in walked) for walked in (first, second))
+        assert least[-1] <= most[0]
+        assert 0 <= len(least) - len(most) <= 1
+        assert data.phases.names[0] == f"{least[0]:g} to {least[-1]:g} tokens trained on"
+    assert data.epoch_rows == count + round(border / 4)
+    assert list(itertools.islice(data.ends(), 2)) == [3 * border, 3 * data.epoch_rows]
+    # Found again, and neither taken for the other.
+    assert opened(config, phases=phases).phases.rows == data.phases.rows
+    with pytest.raises(UserError, match=f"was made with phases={phases}, not None"):
+        opened(config, store=data.store)
+    with pytest.raises(UserError, match=f"was made with phases=None, not {phases}"):
+        opened(config, store=mixed.store, phases=phases)
+    # One from before there were phases says nothing of them.
+    held = store.Store(mixed.store)
+    meta = held.read_json(store.META)
+    del meta["phases"]
+    held.write_json(store.META, meta)
+    assert opened(config).store == mixed.store
 
 
 def test_long_rows_are_not_kept_together(config, opened):
@@ -520,6 +560,12 @@ def test_what_formats_warn_of_is_plain_lines(tmp_path, config, opened, capsys):
         ({"val_files": "{bad}"}, "data.val_files: {bad}:31: row 31 is not messages: "),
         ({"files": "{all_bad}", "on_bad": "skip", "layout": "messages"}, "no conversation found; the first of 2 bad"),
         ({"files": "{untrained}"}, "data.files: no token to train on in any of "),
+        ({"phases": "file"}, "data.phases='file': not known; did you mean 'files'?"),
+        ({"phases": "files"}, "data.phases='files': each entry of data.files is a phase, and {good} is one; name"),
+        ({"phases": "files", "files": "{good},{untrained}"}, "none is left for the phase {untrained}; give more"),
+        ({"phases": "difficulty", "fraction": 0.5}, "data.phases='difficulty': goes with all of the data"),
+        ({"phases": "files", "packing": "concatenated"}, "data.phases='files': for chats"),
+        ({"replay": 1.5}, "data.replay=1.5: must lie between 0 and 1"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, config, opened, change, message):

@@ -1,6 +1,7 @@
 """Token rows -> batches: the store's bytes, resuming, what is refused, and the batch's purity."""
 
 import dataclasses
+import itertools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from jaxup.data.batches import Batches, validation_batches
 from jaxup.data.config import DataConfig
 from jaxup.data.mixture import Mixture, documents
 from jaxup.data.open import open_data
+from jaxup.data.phases import Phases
 from jaxup.data.prepare import _nothing_read
 from jaxup.data.rows import CONCATENATED, Rows, unmarked
 from jaxup.data.tokenizer import load_tokenizer, train_bpe
@@ -466,6 +468,50 @@ def test_every_epoch_visits_each_row_once(count, batch_size, seed, part):
 def test_the_order_is_what_it_has_always_been():
     """A change here would silently alter every resumed run."""
     assert Batches(FakeRows(10), batch_size=12, seed=1).rows_of(0).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4, 0, 6]
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=4), st.floats(0, 1), st.integers(1, 3), st.integers(1, 50),
+    st.integers(0, 2**63),
+)  # fmt: skip
+def test_phases_follow_each_other_and_lose_nothing(counts, replay, passes, batch_size, seed):
+    count = sum(counts)
+    names = tuple(map(str, counts))
+    phases = Phases(names=names, examples=tuple(counts), rows=tuple(counts), replay=replay, passes=passes)
+    batches = Batches(FakeRows(count, 21), batch_size=batch_size, seed=seed, phases=phases)
+    length, phase = sum(phases.lengths()), np.repeat(np.arange(len(counts)), counts)
+    steps, whole = -(-2 * length // batch_size), []
+    rows = np.concatenate([batches.rows_of(step) for step in range(steps)])
+    ends = list(itertools.islice(phases.ends(), 2 * len(counts)))
+    for begin, end, at in zip([0, *ends], ends, [*range(len(counts))] * 2):
+        seen = rows[begin:end]
+        own, before = seen[phase[seen] == at], seen[phase[seen] < at]
+        # All rows of the phase in each pass, no others but of those before; of these so many, none twice in a pass.
+        np.testing.assert_array_equal(np.sort(own), np.repeat(np.flatnonzero(phase == at), passes))
+        assert len(before) == passes * round(replay * sum(counts[:at])) == len(seen) - len(own)
+        assert all(len(set(part)) == len(part) for part in np.split(seen, passes))
+        whole.append(own)
+    # The union is that of all mixed, in as many epochs.
+    np.testing.assert_array_equal(np.sort(np.concatenate(whole)), np.repeat(np.arange(count), 2 * passes))
+    # Pure: another object, asked in another order and for parts, gives the same.
+    again = Batches(FakeRows(count, 21), batch_size=batch_size, seed=seed, phases=phases)
+    for step in reversed(range(min(steps, 20))):
+        np.testing.assert_array_equal(again.rows_of(step), rows[step * batch_size : (step + 1) * batch_size])
+        parts = [again(step, part)["tokens"] for part in (slice(batch_size // 2), slice(batch_size // 2, None))]
+        np.testing.assert_array_equal(batches(step)["tokens"], np.concatenate(parts))
+
+
+def test_the_order_of_phases_is_what_it_has_always_been():
+    phases = Phases(names=("a", "b"), examples=(9, 8), rows=(4, 3), replay=0.5, passes=2)
+    batches = Batches(FakeRows(7), batch_size=19, seed=1, phases=phases)
+    order = [3, 2, 0, 1, 0, 3, 2, 1, *(0, 6, 4, 5, 2), *(2, 6, 3, 5, 4), 3]  # the last is of the next round
+    assert batches.rows_of(0).tolist() == order
+    assert phases.schedule(batch_size=3, steps=5) == [
+        "  phase 1 of 2, a: 9 conversations in 4 rows, 2 times; steps 1 to 3",
+        "  phase 2 of 2, b: 8 conversations in 3 rows and 2 rows of those before again, 2 times; steps 3 to 5",
+    ]
+    assert phases.schedule(batch_size=3, steps=2)[1].endswith(", 2 times; not in 2 steps")
 
 
 def test_epochs_and_seeds_differ():

@@ -442,7 +442,8 @@ def asked(config, place):
 
     result = Result(name="", kind="", origin="", layers=1, params=1, steps=1, tokens=1, val_loss=1.0, seconds=0.0,
                     sample="")  # fmt: skip
-    rows = {"vocab_size": 512, "seq_len": 32, "train_rows": 64, "validation_tokens": 64, "chat_template": None}
+    rows = {"vocab_size": 512, "seq_len": 32, "train_rows": 64, "validation_tokens": 64, "chat_template": None,
+            "epoch_rows": 64, "ends": lambda: iter([64]), "phases": None}  # fmt: skip
     tokenizer = mock.Mock(side_effect=note("tokenizer", {"input_ids": [1, 2]}), chat_template=None, eos_token_id=0)
     text = mock.Mock(Data, tokenizer=tokenizer, store="text", **rows)
     text.whole = lambda: mock.Mock(Data, store="all", **rows)

@@ -1,8 +1,9 @@
 """Batches of token rows, each a pure function of (seed, step).
 
 Position i = step * batch_size + j of the run is row permutation(seed, i // N)[i % N]: each epoch visits
-each of the N rows once, and one follows the other even within a batch. So a run resumes knowing its
-step alone, and any number of processes reads the same global batch, each only its share.
+each of the N rows once, and one follows the other even within a batch. Of rows in phases each pass over one phase is
+what an epoch is of all. So a run resumes knowing its step alone, and any number of processes reads the same global
+batch, each only its share.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxup.data.phases import Phases
+
 SUBSET_EPOCH = 2**64 - 1  # the permutation that chooses a subset's rows; no run gets there
+REPLAY = 2**63  # and this plus its number the one that chooses what is seen again in a pass
 
 
 @runtime_checkable
@@ -33,29 +37,46 @@ class Fields(Protocol):
 class Batches:
     """Training batches: `Batches(...)(step)`.
 
-    `num_rows` keeps a random subset of the rows that depends on `seed` alone, and lies in any larger one.
+    `num_rows` keeps a random subset of the rows that depends on `seed` alone, and lies in any larger one. Rows in
+    `phases` are all seen, in the order of these.
     """
 
-    def __init__(self, rows: Fields, *, batch_size: int, seed: int, num_rows: int | None = None):
-        self.batch_size = batch_size
-        self._rows = rows
+    def __init__(
+        self, rows: Fields, *, batch_size: int, seed: int, num_rows: int | None = None, phases: Phases | None = None
+    ):
+        self.batch_size, self._seed = batch_size, seed
+        self._rows, self._phases = rows, phases
         self._subset = None
         self.num_rows = len(rows) if num_rows is None else num_rows
         if self.num_rows < len(rows):
             self._subset = np.sort(permutation(seed, SUBSET_EPOCH, len(rows))[:num_rows])
-        # Two are kept: a batch may straddle two epochs.
-        self._permutation = functools.lru_cache(2)(lambda epoch: permutation(seed, epoch, self.num_rows))
+        # Where each pass of a round begins, and where the next round does.
+        self._starts = np.cumsum([0, *(phases.lengths() if phases else [self.num_rows])])
+        # Two are kept: a batch may straddle two passes.
+        self._pass = functools.lru_cache(2)(self._rows_of_pass)
 
     def rows_of(self, step: int) -> np.ndarray:
         """The rows of the global batch of `step` (0-based): int64 [batch_size]."""
-        epoch, offset = divmod(step * self.batch_size, self.num_rows)
+        rounds, offset = divmod(step * self.batch_size, int(self._starts[-1]))
+        place = int(np.searchsorted(self._starts, offset, side="right")) - 1
+        number, offset = rounds * (len(self._starts) - 1) + place, offset - self._starts[place]
         parts, missing = [], self.batch_size
         while missing:
-            part = self._permutation(epoch)[offset : offset + missing]
+            part = self._pass(number)[offset : offset + missing]
             parts.append(part)
             missing -= len(part)
-            epoch, offset = epoch + 1, 0
-        order = np.concatenate(parts)
+            number, offset = number + 1, 0
+        return np.concatenate(parts)
+
+    def _rows_of_pass(self, number: int) -> np.ndarray:
+        """Of the pass with this number, over all rows or over a phase, in their order."""
+        place = number % (len(self._starts) - 1)
+        order = permutation(self._seed, number, int(self._starts[place + 1] - self._starts[place]))
+        if self._phases is not None:
+            phase = place // self._phases.passes
+            begin, count = self._phases.before[phase], self._phases.rows[phase]
+            again = permutation(self._seed, REPLAY + number, begin)[: self._phases.replayed[phase]]
+            return np.concatenate([np.arange(begin, begin + count), again])[order]
         return order if self._subset is None else self._subset[order]
 
     def __call__(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:

@@ -23,6 +23,9 @@ class DataConfig:
     isolate_documents: bool = True  # attention and loss do not cross from one example into the next
     store: str = ""  # directory of the rows, local or gs://; "" = one under `root` named after its contents
     seed: int = 0  # of weights' choice of rows, of a split drawn at random and of the order of packed rows
+    phases: str = ""  # one of phases.PHASES: rows that are seen one kind after the other; "" = all mixed
+    replay: float = 0.01  # of phases: the share of the rows of those before that is seen again in each pass over one
+    passes: int = 1  # over a phase before the next
     tokenizer_files: str = ""  # where the files of `tokenizer` lie, if its name does not say
 
     @property

@@ -25,6 +25,7 @@ _THREADS = 4  # enough for the disk, and for requests over a network; each holds
 
 _SPLIT = dict.fromkeys(("examples", "too_long", "untrained", "tokens", "loss_tokens", "most", "rows"), int)
 _COUNTS: dict[str, Any] = dict.fromkeys(("rows", "bad", "refused", "shared"), int)
+_PHASES = {"names": str, "examples": int, "rows": int}
 _KINDS = {
     "source": {"spec": str, "fingerprint": str}, "tokenizer": {"spec": str, "hash": str, "vocab_size": int},
     "dtype": str, "seq_len": int, "packing": str, "marked": bool, "files": Mapping, "layouts": Mapping,
@@ -57,7 +58,18 @@ def check_meta(meta: dict[str, Any]) -> str:
     for entry in () if key else meta["files"].values():
         if not (isinstance(entry, list) and [type(part) for part in entry] == [int, str, str] and entry[0] >= 0):
             key = "files"
+    if key is None and meta.get("phases") and not _are_phases(meta["statistics"]["train"]):
+        key = "statistics.train.phases"
     return f"its {key} is missing or not what it should be" if key else ""
+
+
+def _are_phases(train: dict[str, Any]) -> bool:
+    """Whether what is said of the phases of all training rows can be."""
+    phases = train.get("phases")
+    if not isinstance(phases, dict) or any(not isinstance(phases.get(key), list) for key in _PHASES):
+        return False
+    kinds = all(type(one) is kind for key, kind in _PHASES.items() for one in phases[key])
+    return kinds and len({len(phases[key]) for key in _PHASES}) == 1 and train["rows"] == sum(phases["rows"])
 
 
 def _misfit(value: Any, wanted: Any, key: str = "") -> str | None:

@@ -37,6 +37,7 @@ class Example(NamedTuple):
     said: Conversation | Segments | np.ndarray  # or token ids
     place: str  # the file and the line, or the number of the row
     side: Split | None  # the split it is of, if that is settled
+    entry: int  # of those that are mixed, which it is of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class Mixture:
             first_bad.setdefault(file.path, str(error))
 
         found = False
-        entries = (self._examples(files, weight, skip) for files, weight in self.mixed)
+        entries = (self._examples(at, files, weight, skip) for at, (files, weight) in enumerate(self.mixed))
         with os_errors():
             for _, example in heapq.merge(*entries, key=lambda item: item[0]):
                 found = True
@@ -119,7 +120,7 @@ class Mixture:
         return rows, bad, first_bad
 
     def _examples(
-        self, files: tuple[File, ...], weight: float, skip: Callable[[File, BadRow], None]
+        self, entry: int, files: tuple[File, ...], weight: float, skip: Callable[[File, BadRow], None]
     ) -> Iterator[tuple[float, Example]]:
         """Each with how much of the entry lies before it."""
         passes, size = math.ceil(weight), sum(file.size for file in files)
@@ -138,7 +139,7 @@ class Mixture:
                         continue
                     if len(said):
                         place = row.place if row.place != file.path else f"{row.place}, row {row.number}"
-                        example = Example(said, place, file.side(row))
+                        example = Example(said, place, file.side(row), entry)
                         yield (this + (before + row.done * file.size) / size) / passes, example
                 before += file.size
 
@@ -224,6 +225,7 @@ def _detect(file: File) -> str:
 
 def documents(mixture: Mixture, side: Split) -> Iterator[str]:
     """The text of a corpus, as far as it is of one split."""
-    for said, _, of in mixture:
-        if of == side and isinstance(said, tuple) and isinstance(said[0], Segment):
+    for example in mixture:
+        said = example.said
+        if example.side == side and isinstance(said, tuple) and isinstance(said[0], Segment):
             yield said[0].text

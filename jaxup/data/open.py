@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from jaxup.data.config import DataConfig
 from jaxup.data.docstrings import is_docstrings, write_docstrings
 from jaxup.data.layouts import LAYOUTS
 from jaxup.data.mixture import Mixture, open_mixture, split_spec
+from jaxup.data.phases import FILES, PHASES, Phases
 from jaxup.data.prepare import Encoding, Ids, Plain, look, prepare, trained_tokenizer
 from jaxup.data.rows import CONCATENATED, PACKINGS, Rows, open_rows
 from jaxup.data.sources import SPLITS, Corpus, safe_name
@@ -59,6 +61,7 @@ class Data:
     layouts: dict[str, str]  # for each file how it was read
     chat_template: str | None  # for the tokenizer of an exported model; None: it has none, and needed none
     format: Format | None  # None: a corpus, in which all text is trained on
+    phases: Phases | None = None  # None: all rows mixed
 
     def __str__(self) -> str:
         train, validation = (self.statistics[split] for split in SPLITS)
@@ -74,6 +77,15 @@ class Data:
             f"{self.store}: {self.train.num_tokens:,} training{used} and {self.validation.num_tokens:,} validation "
             f"tokens, {vocabulary}, rows of {self.seq_len}"
         )
+
+    @property
+    def epoch_rows(self) -> int:
+        """How many training rows an epoch has: those that are used, and what is seen again in a phase."""
+        return self.train_rows + sum(self.phases.replayed if self.phases else ())
+
+    def ends(self) -> Iterator[int]:
+        """How many training rows were seen when each epoch, or each phase, is at its end, on and on."""
+        return self.phases.ends() if self.phases else itertools.count(self.train_rows, self.train_rows)
 
     def tokens_of(self, rows: int) -> int:
         """Of so many training rows, on average: without padding."""
@@ -100,7 +112,7 @@ class Data:
         return dataclasses.replace(self, train_rows=len(self.train))
 
     def batches(self, *, batch_size: int, seed: int) -> Batches:
-        return Batches(self.train, batch_size=batch_size, seed=seed, num_rows=self.train_rows)
+        return Batches(self.train, batch_size=batch_size, seed=seed, num_rows=self.train_rows, phases=self.phases)
 
     def validation_batches(self, **how: Any) -> Iterator[dict[str, np.ndarray]]:
         """See the function of that name."""
@@ -215,6 +227,8 @@ class _Opening:
         else:
             wanted = self._wanted(streams)
             decides = {**wanted, "source": wanted["source"]["fingerprint"], "tokenizer": self._identity()}
+            if not config.phases:  # stores keep the names that they had when there were none
+                del decides["phases"]
             names = self._names(streams)
             store = Store(config.store or default_path(self._root, *names, decides=[decides]))
             if kinds != {"ids"} or config.isolate_documents:
@@ -234,11 +248,15 @@ class _Opening:
             self._check_token(meta["statistics"][split]["most"], f"the {split} rows of {store.path}")
         eos = self._tokenizer.eos_token_id
         train, validation = open_rows(store, meta, isolate=config.isolate_documents, eos=eos)
+        phases = None
+        if config.phases:
+            of = {key: tuple(values) for key, values in meta["statistics"]["train"]["phases"].items()}
+            phases = Phases(**of, replay=config.replay, passes=config.passes)
         data = Data(
             tokenizer=self._tokenizer, vocab_size=meta["tokenizer"]["vocab_size"], eos_id=eos, train=train,
             validation=validation, store=store.path, seq_len=meta["seq_len"], train_rows=len(train),
             statistics=meta["statistics"], layouts=meta["layouts"], chat_template=meta["chat_template"],
-            format=None if self._corpus else self._format,
+            format=None if self._corpus else self._format, phases=phases,
         )  # fmt: skip
         if data.format is not None:
             data.format.check(strict=config.strict)
@@ -310,6 +328,7 @@ class _Opening:
             "packing": config.packing,
             "seq_len": config.seq_len,
             "on_bad": config.on_bad,
+            "phases": config.phases or None,
         }
 
     def _unchecked(self, meta: dict[str, Any]) -> dict[str, Any]:
@@ -388,10 +407,20 @@ def _check(config: DataConfig) -> None:
     if not config.files and config.packing != CONCATENATED:
         raise UserError("name the data: files, directories or datasets", at="files")
     known = {"layout": ("", *LAYOUTS), "on_bad": ON_BAD, "format": ("", *SPELLINGS, *ALIASES), "packing": PACKINGS,
-             "history": HISTORIES}  # fmt: skip
+             "history": HISTORIES, "phases": PHASES}  # fmt: skip
     for key, values in known.items():
         if (value := getattr(config, key)) not in values:
             raise UserError(f"not known{suggest(value, filter(None, values))}", at=f"{key}={value!r}")
+    if config.phases and config.packing == CONCATENATED:
+        raise UserError("for chats; the documents of a corpus run on from row to row", at=f"phases={config.phases!r}")
+    if config.phases and (config.fraction < 1 or config.tokens):
+        raise UserError("goes with all of the data, not with a fraction or tokens", at=f"phases={config.phases!r}")
+    if config.phases == FILES and len(split_spec(config.files)) < 2:
+        what = f"each entry of data.files is a phase, and {config.files} is one"
+        hint = "name several, a.jsonl,b.jsonl, or take phases=difficulty"
+        raise UserError(what, at=f"phases={config.phases!r}", hint=hint)
+    if not 0 <= config.replay <= 1:
+        raise UserError("must lie between 0 and 1", at=f"replay={config.replay}")
     if not 0 < config.fraction <= 1:
         raise UserError("must be above 0 and at most 1", at=f"fraction={config.fraction}")
     if config.tokens < 0:

@@ -32,6 +32,29 @@ class Packing:
         return float(self.lengths.sum() / (self.num_rows * self.capacity))
 
 
+def pack_apart(lengths: np.ndarray, groups: np.ndarray, capacity: int) -> tuple[Packing, list[int]]:
+    """As `pack`, where no row has examples of two groups, int [N] from 0; and how many rows each group has.
+
+    The rows of one group follow those of the group before it. ValueError also for a group of nothing.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    row, offset = np.empty_like(lengths), np.empty_like(lengths)
+    orders, bounds = [], [np.zeros(1, np.int64)]
+    counts: list[int] = []
+    for group in range(groups.max(initial=0) + 1):
+        members = np.flatnonzero(groups == group)
+        packed = pack(lengths[members], capacity)
+        row[members], offset[members] = packed.row + sum(counts), packed.offset
+        orders.append(members[packed.order])
+        bounds.append(bounds[-1][-1] + packed.bounds[1:])
+        counts.append(packed.num_rows)
+    whole = Packing(
+        lengths=lengths, capacity=capacity, row=row, offset=offset, order=np.concatenate(orders),
+        bounds=np.concatenate(bounds),
+    )  # fmt: skip
+    return whole, counts
+
+
 def pack(lengths: np.ndarray, capacity: int) -> Packing:
     """int [N] lengths of at least one example, each in 1..capacity; ties go by index, so the result is determined.
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from jaxup.data.chat_formats import Encoded, Rendered
 from jaxup.data.config import DataConfig
-from jaxup.data.mixture import Example, Mixture, documents
+from jaxup.data.mixture import Example, Mixture, documents, split_spec
+from jaxup.data.phases import FILES, STACKED, phase_of
 from jaxup.data.rendering import renderer
 from jaxup.data.rows import CONCATENATED, Concatenated, Scratch, write_packed
 from jaxup.data.sources import SPLITS, draw
@@ -41,9 +42,8 @@ T = TypeVar("T")
 S = TypeVar("S")
 Streams = Mapping[str, Mixture]  # the key of the configuration that names it -> examples
 Check = Callable[[int, str], None]
-Batch = tuple[
-    list[Encoded], list[bool], list[int]
-]  # of each example its tokens, whether of validation, its text's hash
+# Of each example its tokens, whether of validation, its text's hash, and what says of which phase it is.
+Batch = tuple[list[Encoded], list[bool], list[int], list[int]]
 
 Tokenise = Callable[[dict[str, Any]], Iterator[Batch]]
 
@@ -187,7 +187,7 @@ def _concatenate(
     if not progress["sink"] or not Concatenated.is_there(store, progress["sink"]):
         progress |= _nothing_read() | {"sink": Concatenated.nothing()}
     rows = Concatenated(store, made, progress["sink"])
-    for encoded, validation, _ in tokenise(progress):
+    for encoded, validation, *_ in tokenise(progress):
         if rows.add(encoded, validation):
             before = rows.keep(progress["read"])
             store.write_json(PROGRESS, progress)
@@ -211,9 +211,9 @@ def _pack(
     if not scratch.cut(progress["sink"].get("written", (0, 0))):
         progress |= _nothing_read()
     counts = progress["counts"]
-    for encoded, validation, hashes in tokenise(progress):
+    for encoded, validation, hashes, keys in tokenise(progress):
         if encoded:
-            scratch.append(encoded, validation, hashes)
+            scratch.append(encoded, validation, hashes, keys)
         progress["sink"] = {"written": [sum(counts[split][of] for split in SPLITS) for of in ("examples", "tokens")]}
         store.write_json(PROGRESS, progress)
     progress["done"] = True
@@ -223,9 +223,17 @@ def _pack(
     found: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
         chosen = table["validation"] == (split == "validation")
+        how = config.phases if split == "train" else STACKED
+        phase, names = phase_of(how, table["key"][chosen], [name for name, _ in split_spec(config.files)])
+        examples = np.bincount(phase, minlength=len(names)).tolist()
+        if not min(examples):
+            what = f"of {sum(examples):,} examples none is left for the phase {names[examples.index(0)]}"
+            raise UserError(what, at=f"phases={how!r}", hint="give more data")
         with Progress(f"packing, {split}", total=None, unit="rows") as bar:
-            packed = write_packed(store, split, (table, tokens), chosen, made=made, progress=bar.update)
+            packed, rows = write_packed(store, split, (table, tokens), chosen, phase, made=made, progress=bar.update)
         found[split] = {"rows": packed.num_rows, "efficiency": packed.efficiency}
+        if how:
+            found[split]["phases"] = {"names": list(names), "examples": examples, "rows": rows}
     train, validation = (table["text_hash"][table["validation"] == side] for side in (False, True))
     counts["shared"] = int(np.isin(validation, train).sum())
     return found
@@ -260,7 +268,7 @@ def _tokenised(
             for refused in filter(None, (one.refused for one in batch)):
                 counts["refused"] += 1
                 counts["first_refused"] = counts["first_refused"] or refused
-            kept: Batch = ([], [], [])
+            kept: Batch = ([], [], [], [])
             for of, one in encoded:
                 length, drawn = len(one.ids), 0
                 if not whole or of.side is None:
@@ -281,6 +289,7 @@ def _tokenised(
                     kept[0].append(one)
                     kept[1].append(is_validation)
                     kept[2].append(drawn)
+                    kept[3].append(of.entry if config.phases == FILES else losses)
             bar.update(progress["read"], f"{sum(counts[split]['tokens'] for split in SPLITS):,} tokens")
             yield kept
     if counts["refused"]:
@@ -290,17 +299,18 @@ def _tokenised(
 class _Rendered(NamedTuple):
     place: str
     side: str | None
+    entry: int
     texts: list[Any]  # none of what the format refuses
     refused: str = ""
 
 
 def _rendered(config: DataConfig, example: Example, texts: list[Any] | UserError) -> _Rendered:
     if not isinstance(texts, UserError):
-        return _Rendered(example.place, example.side, texts)
+        return _Rendered(example.place, example.side, example.entry, texts)
     error = texts.within("format", example.place)
     if config.on_bad == "error":
         raise error
-    return _Rendered(example.place, example.side, [], str(error.within("data.")))
+    return _Rendered(example.place, example.side, example.entry, [], str(error.within("data.")))
 
 
 def _size(said: Any) -> int:

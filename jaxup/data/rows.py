@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxup.data.batches import permutation, positions
 from jaxup.data.chat_formats import Encoded
-from jaxup.data.packing import Packing, pack
+from jaxup.data.packing import Packing, pack_apart
 from jaxup.data.sources import SPLITS, Split
 from jaxup.data.store import Store, gather, in_vocabulary, shard_rows
 
@@ -231,11 +231,12 @@ class Scratch:
     two, examples lie one after the other in files: memory holds a few bytes for each of them.
     """
 
-    EXAMPLE = np.dtype([("length", "<i4"), ("validation", "?"), ("text_hash", "<u8")])
+    # `key` says of which phase it is; see `phases.phase_of`.
+    EXAMPLE = np.dtype([("length", "<i4"), ("validation", "?"), ("text_hash", "<u8"), ("key", "<i4")])
 
     def __init__(self, directory: Path):
         directory.mkdir(exist_ok=True)
-        self._paths = {self.EXAMPLE: directory / "examples.bin", TOKEN: directory / "tokens.bin"}
+        self._paths = {self.EXAMPLE: directory / "table.bin", TOKEN: directory / "tokens.bin"}
         for path in self._paths.values():
             path.touch()
 
@@ -248,10 +249,12 @@ class Scratch:
                 file.truncate(size if enough else 0)
         return enough
 
-    def append(self, encoded: Sequence[Encoded], validation: Sequence[bool], hashes: Sequence[int]) -> None:
+    def append(
+        self, encoded: Sequence[Encoded], validation: Sequence[bool], hashes: Sequence[int], keys: Sequence[int]
+    ) -> None:
         """What is appended is in the files when this returns."""
         lengths = [len(one.ids) for one in encoded]
-        rows = np.array(list(zip(lengths, validation, hashes)), self.EXAMPLE)
+        rows = np.array(list(zip(lengths, validation, hashes, keys)), self.EXAMPLE)
         for path, array in zip(self._paths.values(), (rows, np.concatenate(list(map(flagged, encoded))))):
             with path.open("ab") as file:
                 file.write(array.tobytes())
@@ -264,28 +267,31 @@ class Scratch:
 
 
 def write_packed(
-    store: Store, split: str, examples: tuple[np.ndarray, np.ndarray], chosen: np.ndarray, *, made: Mapping[str, Any],
-    progress: Callable[[int], None],
-) -> Packing:  # fmt: skip
+    store: Store, split: str, examples: tuple[np.ndarray, np.ndarray], chosen: np.ndarray, phase: np.ndarray, *,
+    made: Mapping[str, Any], progress: Callable[[int], None],
+) -> tuple[Packing, list[int]]:  # fmt: skip
     """Writes the rows of the `chosen` examples, bool [n], of `Scratch.read`, shard by shard.
 
-    Which rows `pack` makes depends on the lengths alone, long ones first, so they are put into a random order, which
-    depends on the seed.
+    `phase`, int [chosen]: the rows of one follow those of the phase before; also returned is how many each has. Which
+    rows `pack` makes depends on the lengths alone, long ones first, so those of a phase are put into a random order,
+    which depends on the seed.
     """
     table, tokens = examples
     seq_len = made["seq_len"]
     lengths = table["length"].astype(np.int64)
     starts, lengths = (np.cumsum(lengths) - lengths)[chosen], lengths[chosen]
     # One example as long as a row is alone in it.
-    packed = pack(lengths if made["packing"] == BEST_FIT else np.full_like(lengths, seq_len), seq_len)
+    places = lengths if made["packing"] == BEST_FIT else np.full_like(lengths, seq_len)
+    packed, counts = pack_apart(places, phase, seq_len)
     packed = dataclasses.replace(packed, lengths=lengths)
-    order = permutation(made["seed"], ROW_ORDER, packed.num_rows)
+    begins = itertools.accumulate(counts, initial=0)
+    order = np.concatenate([begin + permutation(made["seed"], ROW_ORDER, n) for begin, n in zip(begins, counts)])
     writer = Writer(store, split, width=seq_len, dtype=made["dtype"], marked=True)
     for begin in range(0, packed.num_rows, writer.at_once):
         rows = order[begin : begin + writer.at_once]
         writer.write(begin, *assemble(packed, tokens, starts, rows))
         progress(begin + len(rows))
-    return packed
+    return packed, counts
 
 
 def assemble(packed: Packing, tokens: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, ...]:

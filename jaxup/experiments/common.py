@@ -133,7 +133,7 @@ class Experiment(abc.ABC):
 
     def _steps_of(self, epochs: int) -> int:
         """Updates until each training row was seen so often."""
-        return -(-epochs * self.data.train_rows // self._settings.batch_size)
+        return -(-epochs * self.data.epoch_rows // self._settings.batch_size)
 
     def _sampler(self, prompt: list[int], ends: tuple[int, ...] = ()) -> Callable[[ModelConfig, Params], str]:
         """The text of a model after the prompt, up to one of `ends`; pure, given the seed."""
@@ -311,9 +311,10 @@ def corpus(values: ConfigDict, **more: str) -> DataConfig:
     return section(DataConfig, keys, files=values.source, packing=CONCATENATED, **more)
 
 
-def chats(values: ConfigDict) -> DataConfig:
-    """Of a section with the keys of a healing's data."""
-    return section(DataConfig, {**values, "packing": BEST_FIT if values.packing else ONE})
+def chats(values: ConfigDict, *, epochs: int) -> DataConfig:
+    """Of a section with the keys of a healing's data. Each phase is gone through so often; once where steps count."""
+    packing = BEST_FIT if values.packing else ONE
+    return section(DataConfig, {**values, "packing": packing, "passes": epochs or 1})
 
 
 def new_model(section: ConfigDict, tokens: int = 1) -> ModelConfig:

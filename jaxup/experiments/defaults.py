@@ -40,6 +40,7 @@ READ_WHERE: dict[str, dict[str, bool | tuple[str, ...]]] = {
     "pretrain.optimizer.end_learning_rate": {"pretrain.optimizer.schedule": _DECAYS},
     "pretrain.optimizer.decay_fraction": {"pretrain.optimizer.schedule": ("wsd",)},
     "data.val_fraction": {"data.val_files": False},
+    "data.replay": {"data.phases": True},
     "pretrain.data.val_fraction": {"pretrain.data.val_files": False},
     "inherit: data.format": {"data.layout": True},  # of these kinds alone: a healing detects its layouts
     "pretrain: data.format": {"data.layout": True},
@@ -221,6 +222,10 @@ def _heal(c: ConfigDict) -> None:
     c.data.val_fraction = 0.01
     c.data.on_bad = "error"  # or "skip"
     c.data.packing = True
+    # "" = all rows mixed; "files" = each entry of `files` is a phase, in order; "difficulty" = first the half of the
+    # conversations of which fewer tokens are trained on. A phase is seen for all epochs before the next.
+    c.data.phases = ""
+    c.data.replay = 0.01  # of phases: the share of the rows of those before that is seen again in an epoch of one
     c.data.store = ""
     c.data.seed = 2357
 

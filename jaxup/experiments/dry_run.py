@@ -108,7 +108,7 @@ def _row(stage: Stage, left: int) -> tuple[str, ...]:
     seen, done = stage.steps * batch, f"{stage.steps - left:,} steps are done" if left < stage.steps else ""
     return (
         *sizes, f"{trained:,}" if trained != params else "all", f"{stage.steps:,}", f"{data.tokens_of(batch):,}",
-        f"{data.tokens_of(min(seen, data.train_rows)):,}", f"{seen / data.train_rows:.3g}",
+        f"{data.tokens_of(min(seen, data.train_rows)):,}", f"{seen / data.epoch_rows:.3g}",
         done if left else "is finished",
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 1. Take the base, or pretrain one. Build the model by its plan; keep it in the run as `before`.
 2. Measure both: an up-scaled model whose copies are zeroed computes what its base does.
-3. Train what is selected. A checkpoint stays from the end of each epoch.
+3. Train what is selected. A checkpoint stays from the end of each epoch, or of each phase.
 4. Train the base itself for the same steps on the same batches: what healing gives beyond training.
 """
 
@@ -84,7 +84,7 @@ class Heal(Experiment):
         self._check_steps()
         self._train = section(TrainConfig, {**config.train, "rates": config.train.rates.to_dict()})
         self._lora = section(LoraConfig, {**config.lora, "alpha": config.lora.alpha or 2.0 * config.lora.rank})
-        self._chat = chats(config.data)
+        self._chat = chats(config.data, epochs=config.epochs)
         check_config(self._chat)
         for key, dtype, known in (("base", config.base.dtype, LOADED), ("export", config.export.dtype, SAVED)):
             if dtype and dtype not in known:
@@ -194,6 +194,8 @@ class Heal(Experiment):
         self._vocabulary = self._vocabulary_files()
         stores = [os.path.basename(data.store) for data in (self.data, text) if data is not None]
         self.inputs = {"plan": self._plan.to_yaml(), "data": " and ".join(stores), "steps": self.steps}
+        if self.data.phases is not None:  # more epochs would put other rows into the steps that are done
+            self.inputs["order of phases"] = str(self.data.phases)
 
     def without_data(self) -> None:
         c = self._config
@@ -209,7 +211,9 @@ class Heal(Experiment):
     def report(self) -> str:
         length, positions = self.data.seq_len, self._model.max_positions
         longer = [f"data: rows of {length} tokens, and the base was made for {positions}"] * (length > positions)
-        return "\n".join([str(self._plan), *longer, "", self.data.report(), self.data.example(sys.stdout.isatty()), ""])
+        phases = self.data.phases.schedule(self._settings.batch_size, self.steps) if self.data.phases else []
+        said = [self.data.report(), *phases, self.data.example(sys.stdout.isatty())]
+        return "\n".join([str(self._plan), *longer, "", *said, ""])
 
     # ---- the run
 
@@ -244,8 +248,8 @@ class Heal(Experiment):
         run, of = on_course(run, stages), {stage.name: stage for stage in stages}
         source = self._base(run)
         origin = f"{self._config.plan or 'identity'} of {self._origin}"
-        epochs = (self._steps_of(epoch) for epoch in itertools.count(1))
-        ends = frozenset(itertools.takewhile(lambda n: n <= self.steps, epochs))
+        ended = (-(-rows // self._settings.batch_size) for rows in self.data.ends())
+        ends = frozenset(itertools.takewhile(lambda n: n <= self.steps, ended))
         results, control, base = [], None, None
         if source is not None:
             base_model = next(iter(self._models.values()))

@@ -279,7 +279,7 @@ def train_model(
     seen = steps * run.settings.batch_size
     result = Result(
         name=name, kind=kind, origin=origin, layers=model.num_layers, params=count_params(model), steps=steps,
-        tokens=run.data.tokens_of(min(seen, run.data.train_rows)), epochs=seen / run.data.train_rows, val_loss=val_loss,
+        tokens=run.data.tokens_of(min(seen, run.data.train_rows)), epochs=seen / run.data.epoch_rows, val_loss=val_loss,
         seconds=round(time.monotonic() - began, 1), sample=sample, trained=trained, val_rows=run.val_rows,
         corrected=", ".join(filter(None, [str(corrections), _skipped(state)])),
     )  # fmt: skip
