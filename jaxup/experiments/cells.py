@@ -175,7 +175,9 @@ def _bundle(config: ConfigDict, name: Any, cell: Any) -> Cell:
         return {key: get(trial, key) for key, _ in leaves(cell)}
 
 
-def _seeds(given: Sequence[Any]) -> tuple[int, ...]:
+def _seeds(given: Any) -> tuple[int, ...]:
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise UserError("is a tuple of whole numbers, such as (0, 1, 2)", at=f"study.seeds={given!r}")
     try:
         found = tuple(int(str(seed)) for seed in given)
     except ValueError:
