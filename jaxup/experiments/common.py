@@ -36,6 +36,7 @@ from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import count_params
 from jaxup.progress import printable, say
 from jaxup.together import told
+from jaxup.training.in_common import in_common
 from jaxup.training.loop import evaluate, random_params, train_model
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Result, Run, Settings, Stage, check_digest, describe_model, read_result, write_result
@@ -60,6 +61,7 @@ class Experiment(abc.ABC):
     # What must be the same when the run resumes, and is not in the configuration; of "steps" there may be more.
     inputs: dict[str, str | int]
     sample: Callable[[ModelConfig, Params], str]  # a short text by a model
+    scored: str = ""  # the model whose loss is the run's result, at the latest once it is trained
     exported: Sequence[str] = ()  # the models of the run when its export was made, if nothing of them trains any more
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
@@ -186,7 +188,7 @@ class Experiment(abc.ABC):
             plan_title=plan_title,
         )  # fmt: skip
         print(text)
-        resuming.finish(run.directory, self._config, [r.name for r in results])
+        resuming.finish(run.directory, self._config, [r.name for r in results], self.scored)
 
 
 class OnText(Experiment):
@@ -273,11 +275,14 @@ def on_course(run: Run, stages: Sequence[Stage]) -> Run:
 
 
 def train_fresh(run: Run, name: str, model: ModelConfig, *, steps: int, kind: str | None = None) -> Result:
-    """Trains a model from random initialisation."""
+    """Trains a model from random initialisation, unless another run of the same study has trained it."""
     origin = f"random, seed {run.settings.seed}"
-    return train_model(
-        run, name, model, kind=kind, steps=steps, origin=origin, initialise=lambda: random_params(run, model)
-    )
+
+    def train(run: Run) -> Result:
+        fresh = lambda: random_params(run, model)  # noqa: E731
+        return train_model(run, name, model, kind=kind, steps=steps, origin=origin, initialise=fresh)
+
+    return in_common(run, name, model, steps, train)
 
 
 # The loss of a token varies by some 3 nats, and so the mean of n by 3 / sqrt(n).

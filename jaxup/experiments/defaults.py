@@ -9,7 +9,7 @@ _ORDER = "sums are made in another order, so that last digits may differ"
 MAY_CHANGE = {
     "mesh": _ORDER, "step.accumulation": _ORDER, "compute.remat": _ORDER, "compute.unroll": _ORDER,
     "log": "", "checkpoint": "", "sample": "for models that are not finished yet",
-    "processes": "", "eval": "", "eval.rows": "finished models are measured again",
+    "processes": "", "study": "", "eval": "", "eval.rows": "finished models are measured again",
 }  # fmt: skip
 # What decides how many steps there are. Under a constant schedule there may be more of them than there were.
 COUNTS = ("steps", "epochs", "reference.steps")

@@ -42,7 +42,7 @@ def show(
     there = told((workdir / "config.json").exists, "look at the run directory")
     place = "holds this run, and the same command goes on with it" if there else "would be made"
     _print([f"run directory {workdir}: {place}", *(f"  changed under the run: {line}" for line in changed)])
-    _print(_configuration(config, spec))
+    _print(configuration(config, spec))
     _print(_models(stages, most, left))
     _print(_data(experiment, stages))
     if train := [stage for stage in most if stage.steps and left[stage.name]]:
@@ -69,7 +69,7 @@ def _left(workdir: Path, stage: Stage) -> int:
     return max(0, stage.steps - done) if stage.steps else 1
 
 
-def _configuration(config: ConfigDict, spec: str) -> list[str]:
+def configuration(config: ConfigDict, spec: str) -> list[str]:
     """All of it, as the run prints it; what the command line changes comes first."""
     was = config
     with contextlib.suppress(UserError):  # what a file says may need what the command line does

@@ -77,6 +77,7 @@ BASE, PRETRAINED, BEFORE, HEALED, MERGED, CONTROL = "base", "pretrained", "befor
 
 class Heal(Experiment):
     sections = ("base", "pretrain", "heal", "train", "lora", "export")
+    scored = HEALED
     data: Data
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
@@ -223,7 +224,9 @@ class Heal(Experiment):
         found, whole = [], identity(plan.rows[0].source, base.num_layers)
         if self._recipe is None:
             steps = self._config.pretrain.steps
-            found.append(Stage(name=PRETRAINED, model=base, steps=steps, data=self._text, settings=self._pretrain))
+            found.append(
+                Stage(name=PRETRAINED, model=base, steps=steps, data=self._text, settings=self._pretrain, fresh=True)
+            )
         if len(self._models) == 1 and plan.rows != whole.rows:
             found.append(stage(name=BASE, model=base))
         selection = self._select(self._model, plan)

@@ -93,10 +93,11 @@ class Inherit(OnText):
         c, stage = self._config.reference, functools.partial(Stage, settings=self._settings)
         data = self.data.whole() if c.all_data and not c.path else self.data
         steps = 0 if c.path else c.steps or self.steps
-        found = [stage(name=REFERENCE, model=self._model, steps=steps, data=data)]
+        found = [stage(name=REFERENCE, model=self._model, steps=steps, data=data, fresh=steps > 0)]
         targets = [(f"target_{p.num_layers}", result_config(p, {REFERENCE: self._model}), self.steps) for p in plans]
         for name, model, steps in [*targets, *self._controls(plans)]:
-            found.append(stage(name=name, model=model, steps=steps, data=self.data))
+            fresh = name.startswith("control")
+            found.append(stage(name=name, model=model, steps=steps, data=self.data, fresh=fresh))
         return found
 
     def carry_out(self, run: Run, title: str) -> None:
@@ -116,6 +117,7 @@ class Inherit(OnText):
                 origin=_describe(plan, c), initialise=functools.partial(build, run, plan, target_model, source),
             )  # fmt: skip
             results.append(target)
+            self.scored = target.name
             enough = target.val_loss - benchmark.val_loss <= c.tolerance
             more = report.worse_by(target, benchmark)
             reached = "reached" if enough else "not reached"

@@ -51,7 +51,7 @@ def stage_of(config: ConfigDict, mesh: Mesh) -> Stage:
 def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, Any]]:
     """One of PROGRAMS as the run jits it, on arguments without arrays; and what is known of it without its plan."""
     s, model = stage.settings, stage.model
-    program = make_program(model, s, stage.steps, mesh, stage.selection, (), stage.teacher)
+    program = make_program(model, s.update, stage.steps, mesh, stage.selection, (), stage.teacher)
     state, *beside = arguments(stage, mesh)
     count = s.step.accumulation or 1
     rows = s.batch_size if name == "train_step" else s.eval_batch_size

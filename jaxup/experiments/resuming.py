@@ -72,16 +72,16 @@ def check_config(directory: Path, config: ConfigDict) -> list[str]:
     if stored is None:
         return []
     now = json.loads(json.dumps(config.to_dict()))
-    said, refused = [], []
+    said, refused = _cells_changed(stored, now, directory)
     for key, old, new in differences(stored, now):
         line = f"{key} was {old!r}, now {new!r}"
         free = next((name for name in (key, key.rpartition(".")[0]) if name in MAY_CHANGE), None)
         if unread(stored, key) and unread(now, key):
             continue  # files of another version may leave out what nothing read
+        if old == _ABSENT and any(new == default for default in _defaults(config, key)):
+            continue  # the key is newer than the run
         if free:
             said.append(f"{line}{f': {MAY_CHANGE[free]}' if MAY_CHANGE[free] else ''}")
-        elif old == _ABSENT and any(new == default for default in _defaults(config, key)):
-            continue  # the key is newer than the run
         elif key not in COUNTS:
             refused.append(line)
         elif config.optimizer.schedule != "constant":
@@ -95,6 +95,18 @@ def check_config(directory: Path, config: ConfigDict) -> list[str]:
             f"choose another --workdir, or give the same configuration to resume (--resume={directory} has it)"
         )
     return said
+
+
+def _cells_changed(stored: dict[str, Any], now: dict[str, Any], directory: Path) -> tuple[list[str], list[str]]:
+    """Takes the cells out of both: there may be others than there were, and each is what it was."""
+    then, cells = (values.setdefault("study", {}).pop("cells", {}) for values in (stored, now))
+    if bool(then) != bool(cells):
+        what, other = ("a study", "one run") if then else ("one run", "a study")
+        raise UserError(f"holds {what}, and not {other}", at=str(directory), hint="choose another --workdir")
+    said = [f"cell {name!r} is new" for name in cells if name not in then]
+    said += [f"cell {name!r} is left out" for name in then if name not in cells]
+    both = [name for name in cells if name in then and cells[name] != then[name]]
+    return said, [f"cell {name!r} was {then[name]}, now {cells[name]}" for name in both]
 
 
 def begin(directory: Path, config: ConfigDict, inputs: dict[str, str | int], title: str, command: str) -> None:
@@ -137,9 +149,9 @@ def starts(directory: Path) -> list[dict[str, Any]]:
     return (read_json(directory / "inputs.json", _STARTS, _INPUTS) or {}).get("starts") or []
 
 
-def finish(directory: Path, config: ConfigDict, models: list[str]) -> None:
-    """Marks the run as finished, with these models: what is written last."""
-    rundir.write_json(directory / "finished.json", {"asked": _asks(config), "models": models})
+def finish(directory: Path, config: ConfigDict, models: list[str], scored: str) -> None:
+    """Marks the run as finished, with these models, one of which is its result: what is written last."""
+    rundir.write_json(directory / "finished.json", {"asked": _asks(config), "models": models, "scored": scored})
 
 
 def finished(directory: Path, config: ConfigDict) -> list[str]:

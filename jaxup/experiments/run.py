@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
@@ -20,13 +21,18 @@ from jaxup.files.bucket import place
 from jaxup.progress import say, tell
 from jaxup.text import remote
 from jaxup.together import gather, service, told
+from jaxup.training import places
 from jaxup.training.processes import Processes
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from ml_collections import ConfigDict
 
+    from jaxup.experiments.common import Experiment
     from jaxup.training.corrections import Corrections
+    from jaxup.training.run import Settings
 
+CELLS, STUDY = "cells", "config.json"  # of a study: where its runs are, and what says that it is one
 _GATHERING = 1800.0  # seconds in which all processes come to a preflight; after a preemption 300 were too few
 
 
@@ -47,89 +53,141 @@ def run_experiment(
         raise UserError(what, at=f"--workdir={workdir}", hint="mount other buckets; data.store may lie there")
     if not config.processes.timeout > 0:  # nor NaN
         raise UserError(f"processes.timeout must be positive, not {config.processes.timeout:g}")
-    timeout = config.processes.timeout
+    timeout, cells = config.processes.timeout, bool("study" in config and config.study.cells)
+    if cells and (corrections or preflight):
+        at, hint = str(corrections or "--preflight"), f"give it with --resume={workdir}/cells/RUN"
+        raise UserError("goes with one run, and this is a study of several", at=at, hint=hint)
     with Processes(max(timeout, _GATHERING) if preflight else timeout) as processes:
-        processes.join()
+        if cells and places.apart():
+            _take_share()
+        else:
+            processes.join()
         if service() is not None:
             given = {"--workdir": str(workdir), "corrections": str(corrections or ""), "--dry-run": dry is not None}
             given["--preflight"] = preflight
             _check_same({**_code(), **given, **config.to_dict()})
         ready()
-        import jax
+        if cells:
+            from jaxup.experiments.study import carry_out
 
-        from jaxup.experiments import kind_of
-        from jaxup.experiments.common import read_settings
-        from jaxup.training import rundir
-        from jaxup.training.metrics import MetricsLog
-        from jaxup.training.run import Run
-        from jaxup.training.sharding import MeshConfig, check_batch, make_mesh
-        from jaxup.training.trackers import check_trackers
+            carry_out(config, workdir, title, processes, command, dry=dry)
+        else:
+            run_one(config, workdir, title, processes, corrections, command, dry=dry, preflight=preflight)
 
-        kind = kind_of(config)
-        settings = read_settings(config)
-        changed = told(lambda: resuming.check_config(workdir, config), "look at the run directory")
-        if done := told(lambda: resuming.finished(workdir, config), "look at the run directory"):
-            if corrections:
-                raise UserError(f"{corrections}: the run is finished", at=str(workdir))
-            if jax.process_index() == 0:
-                print("\n".join([*done, f"finished before: {workdir / 'SUMMARY.md'}"]), flush=True)
-            return
-        stores = _stores(config, workdir)
-        mesh = make_mesh(section(MeshConfig, config.mesh))
-        check_batch("batch_size", settings.batch_size, mesh, settings.step.accumulation)
-        check_batch("eval.batch_size", settings.eval_batch_size, mesh)
-        check_trackers(tuple(config.log.trackers), workdir)
-        experiment = kind(config, settings, mesh)
-        if preflight:
-            from jaxup.experiments.preflight import show as show_machines
 
-            show_machines(mesh, {"--workdir": workdir, **stores})
-            return
-        experiment.exported = told(lambda: resuming.exported(workdir, config), "look at the run directory")
-        writes = jax.process_index() == 0
-        # One process makes the tokens if they are not there; the others find them made.
-        told(lambda: experiment.open_data(str(workdir.parent / "data")), "make the data")
-        if not writes:
-            experiment.open_data(str(workdir.parent / "data"))
-        _check_same(experiment.inputs)
+def run_one(
+    config: ConfigDict, workdir: Path, title: str, processes: Processes, corrections: Corrections | None = None,
+    command: str = "", *, dry: str | None = None, preflight: bool = False, common: Path | None = None,
+) -> None:  # fmt: skip
+    """One configuration in one directory, by processes that have joined; see `run_experiment`.
 
-        if dry is not None:
-            from jaxup.experiments.dry_run import show
+    `common`: of a run of a study, which holds the directory's lock, where what its runs have in common is.
+    """
+    import jax
 
-            told(lambda: resuming.check_inputs(workdir, config, experiment.inputs), "look at the run directory")
-            show(experiment, workdir, mesh, config, dry, [*changed, *([str(corrections)] if corrections else [])])
-            return
+    from jaxup.experiments.common import read_settings
+    from jaxup.training import rundir
+    from jaxup.training.metrics import MetricsLog
+    from jaxup.training.run import Run
+
+    settings = read_settings(config)
+    changed = told(lambda: resuming.check_config(workdir, config), "look at the run directory")
+    if done := told(lambda: resuming.finished(workdir, config), "look at the run directory"):
+        if corrections:
+            raise UserError(f"{corrections}: the run is finished", at=str(workdir))
+        if jax.process_index() == 0:
+            print("\n".join([*done, f"finished before: {workdir / 'SUMMARY.md'}"]), flush=True)
+        return
+    experiment, mesh = prepared(config, settings, workdir)
+    if preflight:
+        from jaxup.experiments.preflight import show as show_machines
+
+        show_machines(mesh, {"--workdir": workdir, **_stores(config, workdir)})
+        return
+    experiment.exported = told(lambda: resuming.exported(workdir, config), "look at the run directory")
+    writes = jax.process_index() == 0
+    open_data(experiment, _data(workdir))
+
+    if dry is not None:
+        from jaxup.experiments.dry_run import show
+
+        told(lambda: resuming.check_inputs(workdir, config, experiment.inputs), "look at the run directory")
+        show(experiment, workdir, mesh, config, dry, [*changed, *([str(corrections)] if corrections else [])])
+        return
+    if writes:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from None
+    with rundir.writer_lock(workdir) if writes and common is None else contextlib.nullcontext():
         if writes:
-            try:
-                workdir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from None
-        with rundir.writer_lock(workdir) if writes else contextlib.nullcontext():
-            if writes:
-                resuming.begin(workdir, config, experiment.inputs, title, command)
-                for line in changed:
-                    print(f"changed under the run: {line}", flush=True)
+            resuming.begin(workdir, config, experiment.inputs, title, command)
+            for line in changed:
+                print(f"changed under the run: {line}", flush=True)
+            if common is None:  # else the study has said it
                 print(as_yaml(config), flush=True)
                 print(experiment.report(), end="", flush=True)
-                devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}"
-                steps = f"{experiment.steps:,} steps"
-                tell(f"devices: {devices}; {experiment.data}; {steps}; run directory: {workdir}")
-            trackers = tuple(config.log.trackers) if writes else ()
-            asked = [corrections] if corrections else []
-            with contextlib.closing(MetricsLog(workdir / "metrics.jsonl", trackers, config.to_dict())) as log:
-                run = Run(workdir, settings, mesh, experiment.data, log, processes, experiment.sample, asked)
-                experiment.carry_out(run, title)
-            if asked:
-                say(f"{corrections}: no model was left to train")
-        if writes:
-            tell(f"finished: {workdir / 'SUMMARY.md'}")
+            devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}"
+            steps = f"{experiment.steps:,} steps"
+            tell(f"devices: {devices}; {experiment.data}; {steps}; run directory: {workdir}")
+        trackers = tuple(config.log.trackers) if writes else ()
+        asked = [corrections] if corrections else []
+        with contextlib.closing(MetricsLog(workdir / "metrics.jsonl", trackers, config.to_dict())) as log:
+            run = Run(workdir, settings, mesh, experiment.data, log, processes, experiment.sample, asked)
+            if any(stage.fresh for stage in experiment.stages()):
+                run = dataclasses.replace(run, common=common)
+            experiment.carry_out(run, title)
+        if asked:
+            say(f"{corrections}: no model was left to train")
+    if writes:
+        tell(f"finished: {workdir / 'SUMMARY.md'}")
+
+
+def prepared(config: ConfigDict, settings: Settings, workdir: Path) -> tuple[Experiment, Mesh]:
+    """What a run is to do, its data not opened yet, and on what; UserError for what cannot work."""
+    from jaxup.experiments import kind_of
+    from jaxup.training.sharding import MeshConfig, check_batch, make_mesh
+    from jaxup.training.trackers import check_trackers
+
+    kind = kind_of(config)
+    _stores(config, workdir)
+    mesh = make_mesh(section(MeshConfig, config.mesh))
+    check_batch("batch_size", settings.batch_size, mesh, settings.step.accumulation)
+    check_batch("eval.batch_size", settings.eval_batch_size, mesh)
+    check_trackers(tuple(config.log.trackers), workdir)
+    return kind(config, settings, mesh), mesh
+
+
+def open_data(experiment: Experiment, root: Path) -> None:
+    """Of all processes one makes the tokens if they are not there; the others find them made."""
+    import jax
+
+    told(lambda: experiment.open_data(str(root)), "make the data")
+    if jax.process_index() != 0:
+        experiment.open_data(str(root))
+    _check_same(experiment.inputs)
+
+
+def _data(workdir: Path) -> Path:
+    """Beside the run; of a run of a study beside that."""
+    above = workdir.parent
+    return (above.parent if above.name == CELLS and (above.parent / STUDY).is_file() else workdir).parent / "data"
+
+
+def _take_share() -> None:
+    """Of the devices of this machine, where several processes are each to have runs of their own."""
+    if (gpus := places.share()) is not None:
+        import jax
+
+        for platform in ("cuda", "rocm"):
+            jax.config.update(f"jax_{platform}_visible_devices", ",".join(map(str, gpus)))
 
 
 def _stores(config: ConfigDict, workdir: Path) -> dict[str, Path]:
     """Where tokens lie; UserError if that is in the run's directory, in which no run could begin then."""
     directory, stores = Path(str(workdir)).absolute(), dict[str, Path]()
     for key in ("data.store", "pretrain.data.store"):
-        store = str(get(config, key) or workdir.parent / "data")
+        store = str(get(config, key) or _data(workdir))
         if directory in ((path := Path(store).expanduser().absolute()), *path.parents):
             raise UserError("lies in the run's directory", at=f"{key}={path}", hint="choose another --workdir")
         if get(config, key) is not None and place(store) not in stores.values():

@@ -40,7 +40,7 @@ from jaxup.training.partition import Partition, digest
 from jaxup.training.run import (
     Result,
     Run,
-    Settings,
+    Update,
     check_digest,
     describe_model,
     read_result,
@@ -102,14 +102,14 @@ def laid_out(tree: Any, shardings: Any) -> Any:
     )
 
 
-@functools.lru_cache(maxsize=4)  # a target and its control are one program, compiled once
+@functools.lru_cache(maxsize=32)  # a target and its control are one program, compiled once; so are runs of a study
 def make_program(
-    model: ModelConfig, settings: Settings, steps: int, mesh: Mesh, selection: Selection,
+    model: ModelConfig, update: Update, steps: int, mesh: Mesh, selection: Selection,
     peaks: tuple[tuple[int, float], ...], teacher: Teacher | None = None,
 ) -> Program:  # fmt: skip
     """`peaks`: see `learning_rate`. The params of a `teacher` are the last argument of the steps."""
     partition = selection.partition
-    optimizer = make_optimizer(settings.optimizer, steps, selection.rates, peaks=peaks)
+    optimizer = make_optimizer(update.optimizer, steps, selection.rates, peaks=peaks)
     replicated = NamedSharding(mesh, PartitionSpec())
     whole = param_shardings(model, mesh)
 
@@ -119,7 +119,7 @@ def make_program(
     def init_state(params: Params) -> TrainState:
         trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), split(params)[0])
         state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jnp.bool_(False))
-        return state._replace(spikes=settings.step.spikes())
+        return state._replace(spikes=update.step.spikes())
 
     params, *frozen = (whole,) if partition is None else partition.shardings(mesh)
     abstract_state = jax.eval_shape(init_state, abstract(model)[1])
@@ -127,19 +127,19 @@ def make_program(
     shardings = jax.tree.map(lambda _: replicated, abstract_state)._replace(params=params, opt_state=moments)
 
     def cut_into(count: int) -> Any:
-        step = dataclasses.replace(settings.step, accumulation=count)
+        step = dataclasses.replace(update.step, accumulation=count)
         return jax.jit(
-            make_train_step(model, settings.compute, optimizer, step, partition, teacher),
+            make_train_step(model, update.compute, optimizer, step, partition, teacher),
             donate_argnums=0,
             out_shardings=(shardings, replicated),
             compiler_options=compiler_options(mesh),
         )
 
     return Program(
-        train_step=cut_into(settings.step.accumulation),
+        train_step=cut_into(update.step.accumulation),
         cut_into=cut_into,
         skip_step=jax.jit(skip_step, donate_argnums=0, out_shardings=shardings),
-        eval_step=_eval_step(model, settings.compute, settings.step, mesh, partition),
+        eval_step=_eval_step(model, update.compute, update.step, mesh, partition),
         init_state=jax.jit(init_state, out_shardings=shardings),
         frozen=jax.jit(lambda params: split(params)[1:], out_shardings=tuple(frozen)),
         join=jax.jit(
@@ -241,7 +241,7 @@ def train_model(
         corrections = Corrections(tuple(kept["skip"]), tuple((step, rate) for step, rate in kept["rates"]))
         hits = make_program.cache_info().hits
         taught, knows = teacher or (None, None)
-        program = make_program(model, run.settings, steps, run.mesh, selection, corrections.rates, taught)
+        program = make_program(model, run.settings.update, steps, run.mesh, selection, corrections.rates, taught)
         compiles = make_program.cache_info().hits == hits
         place, later = run.place(name, steps)
         label = f"{name} (model {place})" if place else name

@@ -75,6 +75,19 @@ def place(env: Mapping[str, str] = os.environ) -> Place | None:
     return None if total == 1 else Place(address, total, rank, _share(env, found), (where, *whose))
 
 
+def apart(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether the processes of a launcher can compute each by itself: the machines of a slice of TPUs cannot."""
+    return _tpu(env) is None
+
+
+def share(env: Mapping[str, str] = os.environ) -> tuple[int, ...] | None:
+    """The GPUs that this process takes, where each computes by itself, of those that it sees; None for all."""
+    if given := env.get("JAX_LOCAL_DEVICE_IDS"):
+        return tuple(_ints(*given.split(",")))
+    found = next((found for read in (_open_mpi, _slurm) if (found := read(env))), None)
+    return None if found is None else _share(env, found)
+
+
 def _open_mpi(env: Mapping[str, str]) -> _Found | None:
     """mpirun's. Its address is that of mpirun, beside which process 0 is; from version 5 on there is none."""
     if "OMPI_COMM_WORLD_SIZE" not in env:

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -31,6 +31,14 @@ from jaxup.training.selection import EVERYTHING, Selection
 from jaxup.training.step import StepConfig, Teacher
 
 
+class Update(NamedTuple):
+    """What decides the program of an update, besides the model."""
+
+    optimizer: OptimizerConfig
+    step: StepConfig
+    compute: Compute
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What all models of a run have in common."""
@@ -47,6 +55,10 @@ class Settings:
     checkpoint_interval: int
     keep_checkpoints: int
 
+    @property
+    def update(self) -> Update:
+        return Update(self.optimizer, self.step, self.compute)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -60,6 +72,7 @@ class Stage:
     selection: Selection = EVERYTHING
     dtype: str = "float32"  # of what does not train
     teacher: Teacher | None = None
+    fresh: bool = False  # it begins with random values: runs of a study that would train the same one have it in common
 
     @property
     def flops(self) -> float:
@@ -90,6 +103,7 @@ class Run:
     course: Mapping[str, float] = dataclasses.field(default_factory=dict)
     # Steps after which a model is evaluated besides those of the interval: curves side by side have the same points.
     evaluated: frozenset[int] = frozenset()
+    common: Path | None = None  # where the runs of a study have what they all train: see `training/common.py`
 
     def place(self, name: str, steps: int) -> tuple[str, float]:
         """Which of its models this is, in words, and for how many of its steps those after it will take as long."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,27 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, json.dumps({"format": FORMAT, **values}, indent=1) + "\n")
 
 
-@contextlib.contextmanager
-def writer_lock(directory: Path) -> Iterator[None]:
-    """Holds `directory/.lock`, until this process dies, however it dies; UserError naming another holder."""
+class InUse(UserError):
+    """Another process writes into the directory: `holder`, in words."""
 
-    def busy(holder: str) -> None:
-        raise UserError(f"{directory}: in use by {holder}; wait for it or choose another --workdir")
+    holder = ""
+
+
+@contextlib.contextmanager
+def writer_lock(directory: Path, busy: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Holds `directory/.lock`, until this process dies, however it dies; InUse naming another holder.
+
+    `busy`: called with who that is, again and again, instead.
+    """
+
+    def refuse(holder: str) -> None:
+        error = InUse(f"{directory}: in use by {holder}; wait for it or choose another --workdir")
+        error.holder = holder
+        raise error
 
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(hold(directory / ".lock", busy))
+            stack.enter_context(hold(directory / ".lock", busy or refuse))
         except OSError as error:
             raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,15 +61,30 @@ EVERYTHING = Selection()
 def select(
     model: ModelConfig, plan: DepthPlan, train: TrainConfig, lora: LoraConfig, *, compute: Compute, seed: int
 ) -> Selection:
-    """What `train` and `lora` choose of the model that `plan` makes; UserError if that is nothing, or cannot be."""
-    for role, rate in train.rates.items():
+    """What `train` and `lora` choose of the model that `plan` makes; UserError if that is nothing, or cannot be.
+
+    The same choice is the same Selection, so that runs one after the other have their programs in common.
+    """
+    rates = tuple(train.rates.items())
+    return _select(
+        model, plan, train.layers, train.parameters, train.freeze, rates, lora, compute, seed * bool(lora.rank)
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _select(
+    model: ModelConfig, plan: DepthPlan, layers: str, parameters: str, freeze: str, said: tuple[tuple[str, float], ...],
+    lora: LoraConfig, compute: Compute, seed: int,
+) -> Selection:  # fmt: skip
+    rates = dict(said)
+    for role, rate in rates.items():
         if role not in RATES:
             raise UserError(f"unknown {role!r}{suggest(role, RATES)}", at="train.rates")
         if not 0 <= rate < float("inf"):
             raise UserError(f"train.rates.{role}={rate}: must be a number and not negative; to freeze: train.freeze")
     shapes = abstract(model)[1]
     try:
-        masks = trainable(plan, shapes, layers=train.layers, parameters=train.parameters, freeze=train.freeze)
+        masks = trainable(plan, shapes, layers=layers, parameters=parameters, freeze=freeze)
     except UserError as error:
         raise UserError(error.what, at="train", hint=error.hint) from None
     partition: Partition | None = None
@@ -76,10 +92,10 @@ def select(
         partition = Adapters(model, compute, masks, lora, seed)
     elif not all(mask.all() for mask in jax.tree.leaves(masks)):
         partition = Partition(model, compute, masks)
-    selection = Selection(partition=partition)
-    if all(rate == 1 for rate in train.rates.values()):
+    selection = EVERYTHING if partition is None else Selection(partition=partition)
+    if all(rate == 1 for rate in rates.values()):
         return selection
-    return dataclasses.replace(selection, rates=_rates(plan, selection.trained(shapes), partition, train.rates))
+    return dataclasses.replace(selection, rates=_rates(plan, selection.trained(shapes), partition, rates))
 
 
 def _rates(plan: DepthPlan, trained: Params, partition: Partition | None, rates: Mapping[str, float]) -> Params:

@@ -49,7 +49,9 @@ class Trial:
     def __init__(self, stage: Stage, mesh: Mesh, speed: float, room: int):
         """`speed` and `room`: of a device, as `measure_device` gives them."""
         size, seed = stage.settings.batch_size, stage.settings.seed
-        program = make_program(stage.model, stage.settings, stage.steps, mesh, stage.selection, (), stage.teacher)
+        program = make_program(
+            stage.model, stage.settings.update, stage.steps, mesh, stage.selection, (), stage.teacher
+        )
         state, *beside = arguments(stage, mesh)
         batch = place_batch(stage.data.batches(batch_size=size, seed=seed)(0, local_rows(size, mesh)), size, mesh)
         self.stage, self.failed, self.compiling = stage, "", 0.0
@@ -119,7 +121,7 @@ def held(stage: Stage, mesh: Mesh) -> dict[str, int]:
 def arguments(stage: Stage, mesh: Mesh) -> tuple[Any, ...]:
     """What a step takes besides its batch, without arrays: the state, what does not train, if anything does not, and
     the params of its teacher, if it has one."""
-    program = make_program(stage.model, stage.settings, stage.steps, mesh, stage.selection, (), stage.teacher)
+    program = make_program(stage.model, stage.settings.update, stage.steps, mesh, stage.selection, (), stage.teacher)
     whole = jax.tree.map(lambda leaf: leaf.update(dtype=stage.dtype), abstract_params(stage.model, mesh))
     frozen = jax.eval_shape(program.frozen, whole)
     if stage.selection.partition is not None:
