@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
+from outcomes import outcome
 
 from jaxup.experiments.comparison import (
     BETTER,
@@ -21,20 +22,6 @@ from jaxup.experiments.comparison import (
     summarise,
     t_quantile,
 )
-from jaxup.experiments.outcomes import Outcome
-
-
-def outcome(cell, seed, score, *, steps=100, batch_size=8, flops=1e9, curve=None, loss=None, norm=None, **more):
-    at = np.arange(1, steps + 1)
-    curve = ((0, score + 1), (steps, score)) if curve is None else curve
-    loss, norm = (np.full(steps, 1.0) if values is None else np.asarray(values, float) for values in (loss, norm))
-    given = {"group": f"{batch_size} {seed}", "planned": steps, "tokens": steps * batch_size * 32, "seconds": 1.0}
-    return Outcome(**(
-        given | {
-            "cell": cell, "seed": seed, "score": score, "steps": steps, "batch_size": batch_size, "flops": flops,
-            "curve": curve, "samples_N": at * batch_size, "flops_N": at / steps * flops, "loss_N": loss, "norm_N": norm,
-        } | more
-    ))  # fmt: skip
 
 
 def study(**scores):

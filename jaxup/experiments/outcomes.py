@@ -53,6 +53,21 @@ class Outcome:
     def name(self) -> str:
         return f"{self.cell}-{self.seed}"
 
+    @classmethod
+    def to_come(cls, cell: str, seed: int, batch_size: int) -> Outcome:
+        """Of a run that has not begun."""
+        nothing = np.zeros(0)
+        return cls(
+            cell=cell, seed=seed, group=group_of(batch_size, seed), score=math.nan, steps=0, planned=0,
+            batch_size=batch_size, tokens=0, flops=0.0, seconds=0.0, curve=(), samples_N=nothing, flops_N=nothing,
+            loss_N=nothing, norm_N=nothing,
+        )  # fmt: skip
+
+
+def group_of(batch_size: int, seed: int) -> str:
+    """The seed decides the order of the data, and what is drawn at the start."""
+    return f"batch size {batch_size}, seed {seed}"
+
 
 def read_outcome(
     directory: Path, name: str, *, cell: str, seed: int | None = None, group: str | None = None, stopped: str = "",
@@ -61,7 +76,7 @@ def read_outcome(
 
     Args:
       seed: None = that of its configuration.
-      group: None = its batch size and its seed, which decides the order of the data and what is drawn at the start.
+      group: None = that of its batch size and its seed.
       stopped: why it was stopped.
 
     Raises:
@@ -86,7 +101,7 @@ def read_outcome(
     # Where there are several losses of a step, the last one is that of the rows that the result is of.
     curve = {r["step"]: r["val_loss"] for r in mine if math.isfinite(r.get("val_loss", math.nan))}
     return Outcome(
-        cell=cell, seed=seed, group=f"batch size {config['batch_size']}, seed {seed}" if group is None else group,
+        cell=cell, seed=seed, group=group_of(config["batch_size"], seed) if group is None else group,
         score=math.nan if result is None else result["val_loss"], steps=steps,
         planned=max(steps, inputs.get("steps") or config["steps"]) if result is None else result["steps"],
         batch_size=config["batch_size"], tokens=tokens, flops=float(flops_N[-1]), seconds=seconds,
