@@ -16,4 +16,5 @@ def outcome(cell, seed=0, score=3.0, *, steps=100, batch_size=8, flops=1e9, curv
         "seconds": 1.0, "curve": curve, "samples_N": at * batch_size, "flops_N": at / steps * flops, "loss_N": loss,
         "norm_N": norm,
     }  # fmt: skip
-    return Outcome(**(values | more))
+    values |= more
+    return Outcome(**({"costs": {f"{cell}-{seed}/model": (values["tokens"], values["flops"])}} | values))

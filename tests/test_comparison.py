@@ -1,5 +1,6 @@
 """Cells of a study compared, against SciPy."""
 
+import dataclasses
 import itertools
 import math
 
@@ -16,6 +17,7 @@ from jaxup.experiments.comparison import (
     SAME,
     WORSE,
     bootstrap_interval,
+    cost,
     difference,
     loss_at,
     student_interval,
@@ -93,13 +95,17 @@ def test_the_seed_is_the_pair():
 
 def test_a_cell_is_summed_up():
     outcomes = study(a=[3.0, 3.2], b=[2.0])
-    outcomes.append(outcome("b", 1, math.nan, steps=20, flops=2e8, other_flops=5e8, other_tokens=7, stopped="poor"))
+    base = {"base-1f": (7, 5e8)}  # which both runs of a have, and one of b
+    outcomes = [dataclasses.replace(o, costs=o.costs | base) for o in outcomes]
+    outcomes.append(outcome("b", 1, math.nan, steps=20, flops=2e8, stopped="poor"))
     a, b = summarise(outcomes)
     assert (a.name, a.seeds, a.mean) == ("a", (0, 1), 3.1)
     assert a.spread == pytest.approx(np.std([3.0, 3.2], ddof=1))
     assert math.isnan(b.spread)
     assert (b.seeds, [o.seed for o in b.stopped]) == ((0,), [1])
     assert (b.tokens, b.flops) == (120 * 8 * 32 + 7, 1.7e9)
+    assert (a.tokens, a.flops) == (200 * 8 * 32 + 7, 2.5e9)
+    assert cost(outcomes) == (320 * 8 * 32 + 7, 3.7e9)
 
 
 def test_losses_at_equal_flops():

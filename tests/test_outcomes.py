@@ -35,9 +35,14 @@ def test_an_outcome_is_what_the_run_wrote_down(run):
     assert (found.score, found.seconds) == (stored["val_loss"], stored["seconds"])
     assert (found.steps, found.planned, found.tokens) == (8, 8, 8 * 8 * 32)
     assert found.flops == found.tokens * flops_per_token(model_of(run, "target_2"), 32)
-    others = {record["model"] for record in metrics(run)} - {"target_2"}
-    assert len(others) > 1
-    assert found.other_tokens == sum(result(run, name)["steps"] for name in others) * 8 * 32
+    steps = {record["model"]: result(run, record["model"])["steps"] for record in metrics(run)}
+    assert len(steps) > 2
+    assert {name: tokens for name, (tokens, _) in found.costs.items()} == {
+        f"run/{name}": count * 8 * 32 for name, count in steps.items()
+    }
+    assert found.costs["run/target_2"] == (found.tokens, found.flops)
+    (run / "checkpoints/reference/common.json").write_text('{"of": "reference-1f"}')
+    assert "reference-1f" in read_outcome(run, "target_2", cell="two").costs
     mine = [record for record in metrics(run) if record["model"] == "target_2"]
     assert found.curve == tuple((r["step"], r["val_loss"]) for r in mine if "val_loss" in r)
     assert found.samples_N.tolist() == [8 * r["step"] for r in mine if "loss" in r]

@@ -102,7 +102,7 @@ def any_runs(seed, count):
     ]  # fmt: skip
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.integers(0, 10**6), st.integers(3, 8), st.sampled_from([RULE, HALVES]))
 def test_neither_order_nor_the_moment_of_looking_changes_a_decision(seed, count, rule):
     runs, random = any_runs(seed, count), Random(seed)

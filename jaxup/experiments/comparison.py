@@ -27,7 +27,7 @@ class Cell(NamedTuple):
     spread: float  # standard deviation over seeds
     steps: tuple[int, ...]  # that finished runs took, each number once
     stopped: tuple[Outcome, ...]
-    tokens: int  # of all runs, with those that were stopped and the other models that they trained
+    tokens: int  # of all models of all its runs, with those that were stopped
     flops: float
     equal: float  # mean loss at the FLOPs of the cheapest run; NaN: a run has no curve there
 
@@ -67,13 +67,19 @@ def summarise(outcomes: Sequence[Outcome]) -> list[Cell]:
 def _cell(name: str, runs: Sequence[Outcome], budget: float) -> Cell:
     done = sorted((o for o in runs if o.finished), key=lambda o: o.seed)
     scores = np.array([o.score for o in done])
+    tokens, flops = cost(runs)
     return Cell(
         name, tuple(o.seed for o in done), tuple(map(float, scores)), float(scores.mean()) if done else math.nan,
         float(scores.std(ddof=1)) if len(done) > 1 else math.nan, tuple(sorted({o.steps for o in done})),
-        tuple(o for o in runs if o.stopped), sum(o.tokens + o.other_tokens for o in runs),
-        sum(o.flops + o.other_flops for o in runs),
+        tuple(o for o in runs if o.stopped), tokens, flops,
         float(np.mean([loss_at(o, budget) for o in done])) if done else math.nan,
     )  # fmt: skip
+
+
+def cost(outcomes: Sequence[Outcome]) -> tuple[int, float]:
+    """Tokens and FLOPs of all models; what several runs have in common counts once."""
+    found = {name: both for o in outcomes for name, both in o.costs.items()}
+    return sum(tokens for tokens, _ in found.values()), sum(flops for _, flops in found.values())
 
 
 def loss_at(outcome: Outcome, flops: float) -> float:

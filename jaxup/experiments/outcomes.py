@@ -15,6 +15,7 @@ from jaxup.errors import UserError
 from jaxup.text import kinds_of, misfit, read_json
 
 MEASURES = "measures.json"  # of a run: {name: [a number for each layer]}
+COMMON = "common.json"  # of a model: what it is a copy of, which other runs of the study have as well
 _AGAIN = "delete the run's directory to make it again"
 
 
@@ -40,8 +41,8 @@ class Outcome:
     # Mean of the squared norms of the gradients of parts of the batch, of `micro_rows` rows each; NaN: not logged.
     micro_N: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
     micro_rows: int = 0
-    other_tokens: int = 0  # of other models that the run trained: controls, smaller targets, a base
-    other_flops: float = 0.0
+    # Tokens and FLOPs of all models of the run. What several runs have in common has one name in all of them.
+    costs: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
     stopped: str = ""  # why; "" = it was not
     measures: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # per layer [L], by name
 
@@ -90,9 +91,11 @@ def read_outcome(
     inputs = read_json(directory / "inputs.json", {"steps": int | None}, _AGAIN) or {}
     log = directory / "metrics.jsonl"
     records = _checked(log, MetricsLog(log).read())
-    models = sorted({r["model"] for r in records} - {name})
-    others = [_cost(directory, model, config, [r for r in records if r["model"] == model]) for model in models]
-    mine = [r for r in records if r["model"] == name]
+    mine, costs = [r for r in records if r["model"] == name], dict[str, tuple[int, float]]()
+    for model in sorted({r["model"] for r in records}):
+        _, tokens, flops_N, _ = _cost(directory, model, config, [r for r in records if r["model"] == model])
+        common = read_json(directory / "checkpoints" / model / COMMON, {"of": str}, "delete it")
+        costs[common["of"] if common else f"{directory.name}/{model}"] = tokens, float(flops_N[-1])
     steps, tokens, flops_N, seconds = _cost(directory, name, config, mine)
     result = _result(directory, name)
     logged = [r for r in mine if "loss" in r]
@@ -109,8 +112,7 @@ def read_outcome(
         flops_N=flops_N[: len(logged)], loss_N=column("loss"), norm_N=column("gradient_norm"),
         micro_N=column("gradient_square_micro"),
         micro_rows=max((r.get("micro_rows", 0) for r in logged), default=0),
-        other_tokens=sum(tokens for _, tokens, _, _ in others),
-        other_flops=float(sum(flops_N[-1] for _, _, flops_N, _ in others)), stopped=stopped,
+        costs=costs, stopped=stopped,
         measures=_measures(directory / MEASURES),
     )  # fmt: skip
 
