@@ -519,7 +519,8 @@ PROGRAMS = [  # (a key of the step, its value, what else has to be so for it to 
     ("optimizer.decay_fraction", 0.5, {"optimizer.schedule": "wsd"}), ("optimizer.b1", 0.8, {}),
     ("optimizer.b2", 0.9, {}), ("optimizer.eps", 1e-6, {}), ("optimizer.weight_decay", 0.2, {}),
     ("optimizer.clip_norm", 2.0, {}), ("step.accumulation", 2, {}), ("step.loss_chunk", 4, {}),
-    ("step.z_loss", 0.1, {}), ("step.spike_factor", 2.0, {}), ("step.spike_window", 5, {"step.spike_factor": 2.0}),
+    ("step.noise_scale", True, {"step.accumulation": 2}), ("step.z_loss", 0.1, {}),
+    ("step.spike_factor", 2.0, {}), ("step.spike_window", 5, {"step.spike_factor": 2.0}),
     ("compute.dtype", "bfloat16", {}), ("compute.attention", "xla", {}), ("compute.remat", "full", {}),
     ("compute.unroll", 1, {}),
 ]  # fmt: skip

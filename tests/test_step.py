@@ -1,5 +1,6 @@
 """The training step: what it optimises does not depend on how the batch is cut or where it lies."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -113,6 +114,33 @@ def test_a_teacher_is_an_argument_of_the_step_and_changes_what_is_optimised_alon
     plain = run(1, steps=1)[1]
     np.testing.assert_allclose([one["loss"], surer["loss"]], plain["loss"], rtol=1e-6)
     assert len({float(m["loss_with_z"]) for m in (one, surer, plain)}) == 3
+
+
+@pytest.mark.parametrize("mesh_config", [pytest.param(None, marks=pytest.mark.slow), (2, 4)])
+def test_norms_of_micro_batches_by_hand(mesh_config):
+    """Each of 4 has 4 rows: strided ones, and where a device sums over its own those of its half."""
+    accumulation, placed = (4 if mesh_config is None else 2), make_batch()
+    optimizer = make_optimizer(dataclasses.replace(OPTIMIZER, clip_norm=1e-3), 10)
+    config = StepConfig(accumulation=accumulation, loss_chunk=5, z_loss=1e-3, noise_scale=True)
+    step, compute = functools.partial(make_train_step, MODEL, optimizer=optimizer), Compute(batch_axes=BATCH_AXES)
+    with contextlib.ExitStack() as stack:
+        if mesh_config:
+            mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp"), mesh_config)), tensor=1))
+            stack.enter_context(jax.set_mesh(mesh))
+            placed = place_batch(placed, ROWS, mesh)
+        _, metrics = jax.jit(step(compute=compute, config=config))(fresh(optimizer), placed)
+    alone = jax.jit(step(compute=Compute(), config=dataclasses.replace(config, accumulation=1, noise_scale=False)))
+    rows = np.arange(ROWS).reshape(*((4, 4) if mesh_config is None else (2, 4, 2))).swapaxes(-1, -2).reshape(4, 4)
+    state, each = fresh(optimizer), []
+    for micro in rows:
+        after, of = alone(state, {key: value[micro] for key, value in make_batch().items()})
+        each.append(float(of["gradient_norm"]))
+        # It is the norm before clipping; the moment is of the clipped gradient.
+        np.testing.assert_allclose(optax.tree.norm(after.opt_state[1].mu), 1e-3 * (1 - OPTIMIZER.b1), rtol=1e-5)
+    assert min(each) > 0.1
+    np.testing.assert_allclose(metrics["gradient_square_micro"], np.mean(np.square(each)), rtol=1e-5)
+    assert metrics["micro_rows"] == 4
+    assert metrics["gradient_square_micro"] > metrics["gradient_norm"] ** 2  # by the noise
 
 
 @pytest.mark.parametrize(

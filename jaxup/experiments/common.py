@@ -301,6 +301,9 @@ def read_settings(config: ConfigDict) -> Settings:
         value = functools.reduce(operator.getitem, key.split("."), config)
         if not least <= value < math.inf:  # nor NaN
             raise UserError(f"{key} must be at least {least}, not {value}", hint="0 = all" * (key == "eval.rows"))
+    if config.step.noise_scale and config.step.accumulation < 2:
+        what = f"step.accumulation={config.step.accumulation}: step.noise_scale measures micro-batches"
+        raise UserError(what, hint="give at least 2")
     return Settings(
         seed=config.seed, batch_size=config.batch_size, optimizer=section(OptimizerConfig, config.optimizer),
         step=section(StepConfig, config.step), compute=section(Compute, config.compute, batch_axes=BATCH_AXES),

@@ -83,6 +83,9 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     c.step = ConfigDict({"accumulation": 1 if small else 0, "loss_chunk": 128, "z_loss": 0.0})
     # Steps are skipped whose gradient norm exceeds `spike_factor` times its median over so many steps; 0 = none.
     c.step.update(spike_factor=0.0, spike_window=100)
+    # metrics.jsonl also has the squared gradient norm of micro-batches, of which it takes at least 2: from it and that
+    # of the batch follow the true gradient's and the noise.
+    c.step.noise_scale = False
 
     c.compute = ConfigDict()
     c.compute.dtype = "float32" if small else "bfloat16"  # of activations

@@ -84,6 +84,7 @@ class Meter:
             learning_rate=float(self._schedule(step - 1)),
             tokens_per_second=round(rate, 1),
             loss_tokens=int(metrics["loss_tokens"]),
+            **{key: metrics[key].item() for key in ("gradient_square_micro", "micro_rows") if key in metrics},
             tflops_per_device=None if flops is None else float(f"{flops / 1e12:.4g}"),
             mfu=None if flops is None or self._peak is None else float(f"{flops / self._peak:.4g}"),
             **more,

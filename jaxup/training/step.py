@@ -6,6 +6,7 @@ Shape suffixes: A accumulation steps, B batch, S sequence, L layers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,6 +56,9 @@ class StepConfig:
     # the skipped ones among them: what lasts becomes the usual. 0 = none; nor is one before the window is full.
     spike_factor: float = 0.0
     spike_window: int = 1
+    # The step also says how large the gradients of its micro-batches are, from which follows how much of the gradient
+    # is noise (McCandlish et al. 2018, arXiv 1812.06162).
+    noise_scale: bool = False
 
     def __post_init__(self):
         if 0 < self.spike_factor <= 1:
@@ -92,6 +96,10 @@ def make_train_step(
     With a `partition` the params of the state are only what trains, and the other half is a third argument. With a
     `teacher` its params are the last one.
 
+    Norms in the metrics are those before clipping. With `noise_scale`, `gradient_square_micro` is the mean over the
+    micro-batches, of `micro_rows` rows each, of |g|^2, where g is the gradient of the mean loss over its own loss
+    tokens. Where each device sums over its own rows these are micro-batches of a device.
+
     The gradient is that of the mean loss over the loss tokens of the *whole* batch: sums over micro-batches
     are divided once, so accumulation, padding and mesh do not change what is optimised.
 
@@ -103,23 +111,32 @@ def make_train_step(
     gradient = jax.value_and_grad(loss_sums, has_aux=True)
 
     def accumulated(params: Params, batch: Batch, *frozen: Params) -> Any:
-        zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params)
+        """Sums over the micro-batches; the third, if asked for, is of the squared norms of their mean gradients."""
+        zeros: Any = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params)
+        if config.noise_scale:
+            zeros = *zeros, jnp.float32(0)
 
         def body(total, micro_batch):
-            return jax.tree.map(jnp.add, total, gradient(params, micro_batch, *frozen)), None
+            micro: tuple[Any, ...] = gradient(params, micro_batch, *frozen)
+            if config.noise_scale:
+                tokens = jnp.maximum(jnp.sum(micro_batch["loss_weights"]), 1)
+                micro = *micro, jnp.square(gradient_norms(micro[1], partition)[0] / tokens)
+            return jax.tree.map(jnp.add, total, micro), None
 
         return jax.lax.scan(body, zeros, _micro_batches(batch, config.accumulation))[0]
 
     def train_step(state: TrainState, batch: Batch, *frozen: Params) -> tuple[TrainState, dict[str, jax.Array]]:
         sums = gradient if config.accumulation <= 1 else accumulated  # 0, where nothing says what fits
+        micro_batches, sizes = config.accumulation, jax.sharding.get_abstract_mesh().shape
         if config.accumulation > 1 and (axes := _summed_once(model, compute, batch, config.accumulation)):
-            whole, sizes = PartitionSpec(), jax.sharding.get_abstract_mesh().shape
+            whole = PartitionSpec()
+            micro_batches *= math.prod(sizes[axis] for axis in axes)  # each device has its own
             sums = jax.shard_map(
                 lambda *given: jax.lax.psum(accumulated(*given), axes), check_vma=False,
                 in_specs=(whole, PartitionSpec(axes), *[whole] * len(frozen)), out_specs=whole,
                 axis_names={*axes} if any(sizes[axis] > 1 for axis in sizes if axis not in axes) else {*sizes},
             )  # fmt: skip
-        (loss, plain), grads = sums(state.params, batch, *frozen)
+        (loss, plain), grads, *squares = sums(state.params, batch, *frozen)
         tokens = jnp.sum(batch["loss_weights"])
         scale = 1 / jnp.maximum(tokens, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -147,6 +164,9 @@ def make_train_step(
             "loss_tokens": tokens,
             "halted": halted,
         }
+        for square in squares:
+            metrics["gradient_square_micro"] = square / micro_batches
+            metrics["micro_rows"] = jnp.int32(len(batch["tokens"]) // micro_batches)
         if state.spikes is not None:
             metrics["skipped"] = spike & ~halted
         return new, metrics
