@@ -654,7 +654,8 @@ def f(a, *, b=1):
     """Returns what
     is asked for.
 
-    In detail.
+    In detail
+    and at length.
     """
 def short(): """Too short."""
 def _private(): """Of no concern to anybody."""
@@ -679,6 +680,13 @@ def test_docstrings_are_questions_and_answers(tmp_path):
         ("What does `p.m.f(a, *, b=1)` do?", "Returns what is asked for."),
         ("What does `p.m.C.m(self, x: int)` do?", "Waits until it is there."),
         ("What is the class `p.m.C` for?", "Holds whatever it is given."),
+    ]
+    assert list(docstrings.question_answers(files, "knowledge")) == [
+        ("What else is there to know of `p.m.f`?", "In detail and at length.")
+    ]
+    assert list(docstrings.question_answers(files, "code")) == [
+        ("Write `f` of p.m. Returns what is asked for.", "def f(a, *, b=1):\n    pass"),
+        ("Write `m` of p.m.C. Waits until it is there.", "async def m(self, x: int) -> int:\n    pass"),
     ]
     (package, *_) = docstrings.question_answers([("p/__init__.py", tmp_path / "m.py")])
     assert package[0] == "What does `p.f(a, *, b=1)` do?"
