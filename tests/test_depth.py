@@ -297,6 +297,8 @@ def test_inherit_layers():
     assert layers([4, 2, 11]) == [4, 2, 11]
     assert layers(4, every=3) == layers(every=3) == [0, 3, 6, 9]
     assert layers(2, every=3, which="last") == [8, 11]
+    assert [layers(n, which="middle") for n in (2, 3, 12)] == [[5, 6], [4, 5, 6], [*range(12)]]
+    assert layers(2, every=3, which="middle") == [3, 6]
     assert layers(range(2, 9), every=3) == [2, 5, 8]
     assert layers([7, range(2, 5)]) == [7, 2, 3, 4]
     assert layers(range(0, 12, 5)) == [0, 5, 10]
@@ -319,8 +321,9 @@ def test_inherit_refusals():
     refused("layer -1", inherit, "m", 12, [0, -1])
     refused("layer 12", inherit, "m", 12, [12])
     refused("empty", inherit, "m", 12, [])
-    refused("which", inherit, "m", 12, 2, which="middle")
+    refused("which", inherit, "m", 12, 2, which="centre")
     refused("which", inherit, "m", 12, [2], which="last")
+    refused("which", inherit, "m", 12, [2], which="middle")
 
 
 def test_apply_refusals():

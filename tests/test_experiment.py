@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -120,7 +121,7 @@ def test_variants():
          "it where reference.path=DIR; it goes with reference.path=$"),
         ("inherit_llama.py", [("model.num_layers", "9")], "model.num_layers=9: nothing reads it where reference.path="),
         ("inherit_gpt2.py", [("inherit.which", "0,2"), ("inherit.layers", "2")], "inherit.layers=2: goes with "
-         "inherit.which=first or last; nothing reads it where inherit.which=0,2"),
+         "inherit.which=first or middle or last; nothing reads it where inherit.which=0,2"),
         ("inherit_gpt2.py", [("optimizer.decay_fraction", "0.5")], "goes with optimizer.schedule=wsd; nothing reads"),
         ("heal.py", [("optimizer.end_learning_rate", "1e-6")], "optimizer.end_learning_rate=1e-06: goes with "
          "optimizer.schedule=linear or cosine or wsd; nothing reads it where optimizer.schedule=constant"),
@@ -492,6 +493,61 @@ def test_a_target_that_grows_is_one_more_to_train(tmp_path):
     trained = [(name, run[1:]) for run, name, *_ in (a[1:] for a in seen if a[0] in ("train_fresh", "train_model"))]
     first, grown = ("reference", "target_2", "control"), ("reference", "target_2", "target_4", "control")
     assert trained == [("'reference'", first), ("'target_2'", first), ("'target_4'", grown), ("'control'", grown)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ([("inherit.start", "random")], ["target_2"]),
+        ([("inherit.start", "stacked")], ["half", "target_2", "control"]),
+        ([("inherit.start", "random"), ("inherit.distill.alpha", "0.6")], ["reference", "target_2"]),
+        ([("inherit.which", "0,1,0,1")], ["reference", "target_4", "control"]),
+        ([("inherit.start", "half_width"), ("inherit.which", "middle")], ["reference", "target_2", "control"]),
+    ],
+)
+def test_only_what_is_needed_is_trained(changes, trained, tmp_path):
+    seen = asked(load("inherit_gpt2.py:smoke", changes), tmp_path / "run")
+    names = [name.strip("'") for _, _, name, *_ in (a for a in seen if a[0] in ("train_fresh", "train_model"))]
+    assert names == trained
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inherit.start": "staked"}, "inherit.start: unknown 'staked'; did you mean 'stacked'?"),
+        (
+            {"inherit.start": "stacked", "inherit.layers": "3"},
+            "inherit.start=stacked: 3 layers are no model of half of them twice; 2 or 4 would be",
+        ),
+        ({"inherit.start": "random", "inherit.layers": "5"}, "inherit: 5 layers asked of 'reference', which has 4"),
+        (
+            {"inherit.start": "half_width", "model.num_heads": "1"},
+            "inherit.start=half_width: num_heads=1 cannot be halved",
+        ),
+        (
+            {"inherit.start": "random", "inherit.control": "2"},
+            "inherit.control=2: goes with inherit.start=inherited or ",
+        ),
+        (
+            {"inherit.start": "stacked", "reference.steps": "5"},
+            "reference.steps=5: goes with inherit.start=inherited or half_width; nothing reads it where "
+            "inherit.start=stacked",
+        ),
+        (
+            {"inherit.start": "stacked", "inherit.which": "last"},
+            "inherit.which=last: goes with inherit.start=inherited",
+        ),
+        ({"inherit.distill.alpha": "1.5"}, "inherit.distill: alpha=1.5: must be a share from 0, which is no teacher"),
+        (
+            {"inherit.distill.alpha": "0.5", "inherit.distill.temperature": "0"},
+            "inherit.distill: temperature=0.0: must be a positive number",
+        ),
+        ({"inherit.distill.temperature": "2"}, "inherit.distill.temperature=2.0: goes with inherit.distill.alpha"),
+    ],
+)
+def test_contestants_that_make_no_sense(changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        effect(load("inherit_gpt2.py:smoke", list(changes.items())))
 
 
 def test_every_setting_is_used():

@@ -13,7 +13,9 @@ from runs import beside, losses, metrics, result, write_corpus
 from jaxup import train
 from jaxup.data.batches import Batches
 from jaxup.errors import NonFinite, Stopped, UserError
+from jaxup.model.spec import flatten
 from jaxup.training import loop
+from jaxup.training.stored import read_stored, restore
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -95,8 +97,50 @@ def test_targets_see_little_data_and_the_reference_all(swept):
     assert set(np.unique(np.stack([r for _, r in rows[:4]]))) - set(np.unique(models[0]))
 
 
+STACKED = ["--config.inherit.start=stacked", "--config.inherit.distill.alpha=0.6"]
+
+
+@pytest.fixture(scope="module")
+def stacked(runs, swept):
+    """A stacked target that learns from a reference, and with what each model begins: its params and its teacher's."""
+    begun, original = {}, loop._train
+
+    def watched(run, name, model, steps, program, state, *args):
+        begun[name] = jax.device_get((state.params, args[-1]))
+        return original(run, name, model, steps, program, state, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_train", watched)
+        return run(runs, "stacked", *STACKED), begun
+
+
+def test_a_stacked_target_begins_with_a_trained_half_twice_and_learns_from_the_reference(swept, stacked):
+    workdir, begun = stacked
+    summary = (workdir / "SUMMARY.md").read_text()
+    table = re.findall(r"^\| (\w+) \| (\d+) \| [\d,]+ \| (\d+) \|", summary, re.M)
+    assert table == [("reference", "4", "4"), ("half", "1", "8"), ("target_2", "2", "8"), ("control", "2", "8")]
+    assert "the layers of half, twice; learns from the reference's predictions (alpha 0.6, temperature 1)" in summary
+    assert "It has the half's 8 steps of training behind it, too." in summary
+    # The others train on the tokens alone, as in any run.
+    for name, same in (("reference", "reference"), ("half", "control_1"), ("control", "control_2")):
+        assert result(workdir, name)["val_loss"] == result(swept[0], same)["val_loss"]
+    assert result(workdir, "target_2")["val_loss"] != result(workdir, "control")["val_loss"]
+
+    def trained(name, step):
+        return flatten(restore(workdir, name, step, read_stored(workdir, name)))
+
+    half, (target, (known,)) = trained("half", 8), begun["target_2"]
+    for path, leaf in flatten(target).items():
+        twice = np.concatenate([half[path]] * 2) if path.startswith("blocks.") else half[path]
+        np.testing.assert_array_equal(leaf, twice)
+    jax.tree.map(np.testing.assert_array_equal, flatten(known), trained("reference", 4))
+    assert not any(teacher for name, (_, teacher) in begun.items() if name != "target_2")
+
+
 @pytest.mark.slow
-def test_interrupted_and_resumed_ends_with_the_same_numbers(runs, swept, monkeypatch):
+@pytest.mark.parametrize("kind", ["swept", "stacked"])
+def test_interrupted_and_resumed_ends_with_the_same_numbers(runs, kind, request, monkeypatch):
+    (whole, _), more = request.getfixturevalue(kind), STACKED if kind == "stacked" else [SWEEP]
     write = loop.Meter._write
 
     def write_and_stop(self, step, **values):
@@ -107,10 +151,11 @@ def test_interrupted_and_resumed_ends_with_the_same_numbers(runs, swept, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(loop.Meter, "_write", write_and_stop)
         with pytest.raises(Stopped, match=r"target_2: saved at step [56] of 8"):
-            run(runs, "resumed", SWEEP)
-    run(runs, "resumed", SWEEP)
-    assert losses(runs / "resumed") == losses(swept[0])
-    exports = [(folder / "export" / "model.safetensors").read_bytes() for folder in (runs / "resumed", swept[0])]
+            run(runs, f"{kind} resumed", *more)
+    run(runs, f"{kind} resumed", *more)
+    assert losses(runs / f"{kind} resumed") == losses(whole)
+    both = (runs / f"{kind} resumed", whole)
+    exports = [(folder / "export" / "model.safetensors").read_bytes() for folder in both]
     assert exports[0] == exports[1]
 
 
@@ -196,7 +241,7 @@ def test_a_signal_at_a_step_that_is_not_finite(runs, swept, monkeypatch):
     [
         ([SWEEP, "--config.inherit.grow_by=2"], "inherit.sweep: goes with inherit.grow_by=0, not 2"),
         ([SWEEP, "--config.inherit.layers=2"], "inherit.sweep: goes with inherit.layers=0, not 2"),
-        ([SWEEP, "--config.inherit.which=0,2"], "inherit.sweep: goes with inherit.which=first or last"),
+        ([SWEEP, "--config.inherit.which=0,2"], "inherit.sweep: goes with inherit.which=first, middle or last"),
         (["--config.inherit.sweep=1,2,1"], "inherit.sweep='1,2,1': 1 is named more than once"),
         (["--config.inherit.sweep=2,5"], "inherit: 5 layers asked of 'reference', which has 4"),
         (["--config.inherit.sweep=0,1"], "at least one layer"),

@@ -46,6 +46,10 @@ def test_the_words_of_a_finding():
         "level with the 6-layer reference (3.0000), 0.4000 below a control of its size that began from random values "
         "(3.4000), 0.1000 above a control of its size that began from random values and trained for 18 steps (2.9000)."
     )
+    behind = report.inherited(results(("reference", 6, 9, 3.0), last, *controls), "token", sweep=False)
+    assert "trained for 18 steps, as many as the reference and the target together (2.9000). It has the ref" in behind
+    alone = report.inherited(results(last), "token", sweep=False)
+    assert alone.startswith("The 4-layer target reaches 3.0000 nats per token of validation in 9 steps. One seed")
     assert "behind it" not in grown, "a reference from elsewhere was trained for nobody knows how long"
     best = report.inherited(results(reference, last, first), "token", sweep=True)
     assert best.startswith("Of targets of 4, 2 layers the best is that of 4: it reaches 3.0000 nats")

@@ -14,7 +14,7 @@ import numpy as np
 import processes
 import pytest
 from damage import damage
-from runs import arguments, losses, metrics
+from runs import arguments, devices, losses, metrics
 
 import jaxup
 from jaxup import __main__, resume, train
@@ -206,7 +206,7 @@ def test_a_changed_config_is_refused(finished, corpus, more, message):
         (["--config.inherit.layers=5"], "inherit: 5 layers asked of 'reference', which has 4"),
         (["--config.inherit.parts=attention,mpl"], "did you mean 'mlp'"),
         (["--config.inherit.parts=attention,lm_head"], "the head of this model is its embed_tokens"),
-        (["--config.inherit.which=fist"], "neither 'first', 'last'"),
+        (["--config.inherit.which=fist"], "neither 'first', 'middle', 'last'"),
         (["--config.batch_size=12"], "batch_size=12 does not divide over data x fsdp = 8 devices; 16 would"),
         (["--config.mesh.tensor=3"], "is not the 8 devices"),
         (["--config.mesh.tensor=4"], "2 attention heads do not divide over mesh.tensor=4; 2 would"),
@@ -290,6 +290,27 @@ def test_inheriting_from_a_hugging_face_directory(finished, corpus, tmp_path, ca
     assert {path.name for path in (tmp_path / "run" / "tensorboard").iterdir()} == {"target_1", "control", "control_2x"}
     stored = json.loads((tmp_path / "run" / "checkpoints" / "control_2x" / "result.json").read_text())
     assert stored["steps"] == 8
+
+
+def test_half_the_width_of_a_reference(finished, corpus, tmp_path, capsys):
+    """transformers has no such GPT-2, so there is no export, and the run is as finished as any."""
+    more = [
+        f"--config.reference.path={finished[0] / 'export'}", "--config.data.tokenizer=", "--config.sample.tokens=0",
+        "--config.inherit.start=half_width", "--config.inherit.layers=2", "--config.inherit.control=0",
+        "--config.steps=4", "--config.checkpoint.interval=100",
+    ]  # fmt: skip
+    workdir = tmp_path / "run"
+    with devices(1):
+        run(*arguments(corpus, workdir, *more))
+        summary = (workdir / "SUMMARY.md").read_text()
+        assert "the first half of heads and MLP of layers 0-1 of the reference (attention, mlp, norms, " in summary
+        assert "There is no export: no transformers family computes this: gpt2 needs num_kv_heads=num_heads" in summary
+        assert not (workdir / "export").exists()
+        capsys.readouterr()
+        run(*arguments(corpus, workdir, *more))
+        assert "target_2: finished before" in capsys.readouterr().out
+    made = jaxup.load(f"{workdir}@target_2")
+    assert (made.config.num_heads, made.config.head_dim, made.config.intermediate_size) == (1, 8, 32)
 
 
 ROOT = Path(__file__).parent.parent

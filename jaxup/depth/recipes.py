@@ -24,6 +24,7 @@ from jaxup.model.config import MAX_LAYERS
 
 Layers = range | slice | str | Sequence[int | range | slice | str]  # several layers
 
+WHICH = ("first", "middle", "last")  # parts of a source that `inherit` takes a number of layers from
 RECIPES: dict[str, Callable[..., DepthPlan]] = {}  # by name
 
 _Recipe = TypeVar("_Recipe", bound=Callable[..., DepthPlan])
@@ -59,7 +60,7 @@ def inherit(
 
     Args:
       layers: how many layers, or which ones; None is all. Of a layer named again, the later ones are copies.
-      which: for a number of layers, the end of the source that they are taken from.
+      which: for a number of layers, the part of the source that they are taken from: first, middle or last.
       every: takes only every so many-th layer, from the first of them or, with which="last", back from the last.
       parts: what is inherited, of ALL_PARTS; the rest is newly initialised. The paper inherits all
         but the final norm and the positions; its ablations leave out mlp, attention or norms.
@@ -67,23 +68,24 @@ def inherit(
     for part in parts:
         if part not in ALL_PARTS:
             raise UserError(f"unknown part {part!r}{suggest(part, ALL_PARTS)}")
-    if which not in ("first", "last"):
-        raise UserError(f"unknown which={which!r}{suggest(which, ('first', 'last'))}")
+    if which not in WHICH:
+        raise UserError(f"unknown which={which!r}{suggest(which, WHICH)}")
     _at_least(1, every=every)
     if layers is None or isinstance(layers, int):
         pool = list(range(source_layers))
-    elif which == "last":
-        raise UserError("which='last' goes with a number of layers, not with a list of them")
+    elif which != "first":
+        raise UserError(f"which={which!r} goes with a number of layers, not with a list of them")
     else:
         pool = _layers(source, source_layers, layers)
-    pool = pool[::every] if which == "first" else pool[::-1][::every][::-1]
+    pool = pool[::-1][::every][::-1] if which == "last" else pool[::every]
     if isinstance(layers, int):
         if layers < 1:
             raise UserError(f"at least one layer must be inherited, not {layers}")
         if layers > len(pool):
             of = f", {len(pool)} of them with every={every}" if every > 1 else ""
             raise UserError(f"{layers} layers asked of {source!r}, which has {source_layers}{of}")
-        pool = pool[:layers] if which == "first" else pool[-layers:]
+        begin = {"first": 0, "middle": (len(pool) - layers) // 2, "last": len(pool) - layers}[which]
+        pool = pool[begin : begin + layers]
     return _plan(source, source_layers, pool, parts=parts)
 
 

@@ -23,11 +23,13 @@ from jaxup.data.store import META, Store
 from jaxup.data.tokenizer import bpe_vocab_size
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan
+from jaxup.depth.width import narrow
 from jaxup.errors import UserError, suggest
 from jaxup.experiments import pictures, report, resuming
 from jaxup.experiments.config import section
 from jaxup.experiments.defaults import text_data
 from jaxup.experiments.lineage import lineage
+from jaxup.families import with_family_biases
 from jaxup.hub.save import write_model
 from jaxup.model import sampling
 from jaxup.model.config import Compute, ModelConfig
@@ -175,7 +177,9 @@ class Experiment(abc.ABC):
             lambda: lineage(run.directory, made.name, made.steps, kind=made.kind, plan=plan, healed=healed),
             "read how the model came to be",
         )
-        if [r.name for r in results] != self.exported:  # else it is of these, and perhaps somebody's by now
+        why = _unsayable(model)
+        # What was exported of these models is perhaps somebody's by now.
+        if not why and [r.name for r in results] != self.exported:
             write_model(run.directory / "export", model, params, title=title, plan=plan, force=True, **said, **export)
         if jax.process_index() != 0:
             return
@@ -183,12 +187,23 @@ class Experiment(abc.ABC):
         how = report.made_by(resuming.starts(run.directory))
         losses = f"Losses are nats per {loss_of} over the same {run.val_rows:,} validation rows."
         notes = [f"{run.data}; seed {run.settings.seed}. {losses}", *notes]
+        if why:
+            notes.append(f"There is no export: {why}. jaxup reads it from its checkpoint, as `RUN@{made.name}`.")
         text = report.write_summary(
             run.directory, title, results, str(plan or ""), notes, finding=finding(results, loss_of), how=how,
             plan_title=plan_title,
         )  # fmt: skip
         print(text)
-        resuming.finish(run.directory, self._config, [r.name for r in results], self.scored)
+        resuming.finish(run.directory, self._config, [r.name for r in results], self.scored, exported=not why)
+
+
+def _unsayable(model: ModelConfig) -> str:
+    """Why no family of transformers computes the model; "" if one does."""
+    try:
+        with_family_biases(model)
+    except UserError as error:
+        return error.what.removeprefix("model: ")
+    return ""
 
 
 class OnText(Experiment):
@@ -239,17 +254,22 @@ def unchanged(run: Run, name: str, model: ModelConfig, load: Callable[[], Params
     return params
 
 
-def build(run: Run, plan: DepthPlan, model: ModelConfig, source: Callable[[], Params]) -> Params:
-    """The plan applied to its one source's sharded parameters, under jit; what is not inherited is fresh."""
-    make = jax.jit(_made, static_argnums=(0, 1, 2), out_shardings=param_shardings(model, run.mesh))
-    built = make(plan, model, run.settings.seed, source())
+def build(
+    run: Run, plan: DepthPlan, model: ModelConfig, source: Callable[[], Params], wide: ModelConfig | None = None
+) -> Params:
+    """The plan applied to its one source's sharded parameters, under jit; what is not inherited is fresh.
+
+    `wide` is what the plan makes where `model` is the first part of it along some axes.
+    """
+    make = jax.jit(_made, static_argnums=(0, 1, 2, 3), out_shardings=param_shardings(model, run.mesh))
+    built = make(plan, wide or model, model, run.settings.seed, source())
     gc.collect()  # flax's modules, which have cycles, would keep the source's arrays
     return built
 
 
-def _made(plan: DepthPlan, model: ModelConfig, seed: int, params: Params) -> Params:
+def _made(plan: DepthPlan, wide: ModelConfig, model: ModelConfig, seed: int, params: Params) -> Params:
     ((name, _),) = plan.sources
-    return apply(plan, {name: params}, init(model, seed))
+    return narrow(apply(plan, {name: params}, init(wide, seed)), model)
 
 
 def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Callable[[], Params]) -> Result:

@@ -183,12 +183,10 @@ def read(config: ConfigDict, named: Sequence[str], files: Sequence[Mapping[str, 
 
 def unread(config: Any, key: str) -> tuple[str, bool | tuple[str, ...]] | None:
     """Why nothing reads the key: another one, and what READ_WHERE wants of it. None: it is read."""
-    from jaxup.experiments.defaults import READ_WHERE
+    from jaxup.experiments.defaults import READ_WHERE, Condition
 
-    parts = key.split(".")
-    names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-    for name in [*names, f"{get(config, 'experiment')}: {key}"]:
-        for other, wanted in READ_WHERE.get(name, {}).items():
+    def unmet(condition: Condition) -> tuple[str, bool | tuple[str, ...]] | None:
+        for other, wanted in condition.items():
             if other == key or (value := get(config, other)) is None:
                 continue
             on = value in wanted if isinstance(wanted, tuple) else bool(value)
@@ -197,6 +195,15 @@ def unread(config: Any, key: str) -> tuple[str, bool | tuple[str, ...]] | None:
                 return other, wanted
             if wanted is not False and (why or not on):
                 return why or (other, wanted)
+        return None
+
+    parts = key.split(".")
+    names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    for name in [*names, f"{get(config, 'experiment')}: {key}"]:
+        conditions = READ_WHERE.get(name, {})
+        reasons = [unmet(one) for one in (conditions if isinstance(conditions, tuple) else (conditions,))]
+        if all(reasons):
+            return reasons[0]
     return None
 
 
@@ -263,8 +270,8 @@ def known_variants(name: str) -> list[str]:
 
 
 def section(kind: type[T], values: Any, **more: Any) -> T:
-    """`kind(**values, **more)` for a dataclass; UserError naming keys that do not fit it."""
-    given = {**dict(values), **more}
+    """`kind(**values, **more)` for a dataclass, sections inside as dicts; UserError naming keys that do not fit it."""
+    given = {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in {**dict(values), **more}.items()}
     names = inspect.signature(kind).parameters
     for key in given:
         if key not in names:

@@ -15,10 +15,16 @@ MAY_CHANGE = {
 COUNTS = ("steps", "epochs", "reference.steps")
 
 # What is read only where another key says so, keys and whole sections: with True where that one is on (neither 0 nor
-# empty, and read itself), with False where it is off, else where it has one of these values. All others are always
-# read. Who changes a key where nothing reads it is told so: `jaxup.experiments.config.change`.
+# empty, and read itself), with False where it is off, else where it has one of these values. Of several conditions one
+# is enough. All others are always read. Who changes a key where nothing reads it is told so:
+# `jaxup.experiments.config.change`.
 _DECAYS = ("linear", "cosine", "wsd")
-READ_WHERE: dict[str, dict[str, bool | tuple[str, ...]]] = {
+Condition = dict[str, bool | tuple[str, ...]]
+_PARTS = ("first", "middle", "last")
+_BEGINS = ("inherited", "half_width")  # with something of the reference
+_ASKED: tuple[Condition, ...] = ({"inherit.start": _BEGINS}, {"inherit.distill.alpha": True})
+_TRAINED = tuple({"reference.path": False, **asked} for asked in _ASKED)
+READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "optimizer.end_learning_rate": {"optimizer.schedule": _DECAYS},
     "optimizer.decay_fraction": {"optimizer.schedule": ("wsd",)},
     "step.spike_window": {"step.spike_factor": True},
@@ -27,10 +33,16 @@ READ_WHERE: dict[str, dict[str, bool | tuple[str, ...]]] = {
     "model": {"reference.path": False, "pretrain.steps": True},
     "reference.revision": {"reference.path": True},
     "reference.allow_pickle": {"reference.path": True},
-    "reference.steps": {"reference.path": False},
-    "reference.all_data": {"reference.path": False},
-    "inherit.layers": {"inherit.which": ("first", "last")},
-    "inherit.grow_by": {"inherit.which": ("first", "last")},
+    "reference.steps": _TRAINED,
+    "reference.all_data": _TRAINED,
+    "inherit.layers": ({"inherit.which": _PARTS}, {"inherit.start": ("random", "stacked")}),
+    "inherit.which": {"inherit.start": _BEGINS},
+    "inherit.parts": {"inherit.start": _BEGINS},
+    "inherit.grow_by": {"inherit.which": _PARTS},
+    "inherit.sweep": {"inherit.start": _BEGINS},
+    "inherit.tolerance": _ASKED,
+    "inherit.control": {"inherit.start": ("inherited", "stacked", "half_width")},  # random: it would be the same
+    "inherit.distill.temperature": {"inherit.distill.alpha": True},
     "base.revision": {"pretrain.steps": False},
     "base.models": {"pretrain.steps": False},
     "base.dtype": {"pretrain.steps": False},
@@ -189,12 +201,18 @@ def _inherit(c: ConfigDict) -> None:
     c.reference.all_data = False  # train it on all rows, whatever part of them data.fraction or tokens leaves
     c.inherit = ConfigDict()
     c.inherit.layers = 0  # of the first target; 0 = half of the reference's
-    c.inherit.which = "first"  # or "last", or the layers themselves: "0,2,4"
+    # What a target begins with: inherited (layers of the reference) | random | stacked (those of a model of half its
+    # depth, trained as long from random values, twice) | half_width (of inherited layers half of heads and MLP).
+    c.inherit.start = "inherited"
+    c.inherit.which = "first"  # or "middle", "last", or the layers themselves: "0,2,4"; "0,1,0,1" is hybrid stacking
     c.inherit.parts = ()  # attention, mlp, norms, embed_tokens, embed_positions, norm, lm_head
     c.inherit.grow_by = 0  # layers, until a target is as good as the reference; 0 = no growing
     c.inherit.sweep = ""  # instead of growing, targets of so many layers each: "4,6,8"
     c.inherit.tolerance = 0.01  # nats by which a target may be worse than the reference
     c.inherit.control = 1  # also a model from random; from 2 on another one, for so many times the steps
+    # The share of the reference's predictions in the loss of a target (0 = it learns from the tokens alone), compared
+    # at this temperature. Evaluation is the plain loss.
+    c.inherit.distill = ConfigDict({"alpha": 0.0, "temperature": 1.0})
     c.data = text_data()
 
 

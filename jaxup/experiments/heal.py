@@ -83,7 +83,7 @@ class Heal(Experiment):
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
         super().__init__(config, settings, mesh)
         self._check_steps()
-        self._train = section(TrainConfig, {**config.train, "rates": config.train.rates.to_dict()})
+        self._train = section(TrainConfig, config.train)
         self._lora = section(LoraConfig, {**config.lora, "alpha": config.lora.alpha or 2.0 * config.lora.rank})
         self._chat = chats(config.data, epochs=config.epochs)
         check_config(self._chat)

@@ -21,9 +21,15 @@ _KINDS = {
     ("heal", "control"): "control: the base itself, fine-tuned as the healed model was",
     ("inherit", "reference"): "reference: what the target inherits from",
     ("inherit", "target"): "target: begun from layers of the reference, then trained",
+    ("inherit", "half"): "half: of half the target's layers, which the target begins with twice",
     ("inherit", "control"): "control: of the target's size, trained from random values",
     ("pretrain", "model"): "trained from random values",
 }
+# What a target began with, where that is not layers of the reference, by `inherit.start`.
+_BEGUN = {
+    "random": "random values", "stacked": "the layers of a model of half its depth, twice",
+    "half_width": "the first half of heads and MLP in layers of the reference",
+}  # fmt: skip
 
 
 def lineage(
@@ -49,7 +55,11 @@ def lineage(
     experiment, models = of("experiment"), of("base", "models") or []
     places = [of("base", "path"), of("reference", "path"), *(str(pair).partition("=")[2] for pair in models)]
     places += [source for source, _ in plan.sources] if plan else []
-    said = {"kind": _KINDS.get((experiment, kind), ""), "recipe": of("plan") if experiment == "heal" else ""}
+    if kind == "target" and (begun := _BEGUN.get(of("inherit", "start"))):
+        what = f"target: begun from {begun}, then trained"
+    else:
+        what = _KINDS.get((experiment, kind), "")
+    said = {"kind": what, "recipe": of("plan") if experiment == "heal" else ""}
     if step and kind != "pretrained":  # which has data and settings of its own
         data = str(of("data", "files") or of("data", "source")).split(",")
         said |= {
@@ -58,6 +68,9 @@ def lineage(
             "steps": f"{step:,} of {of('batch_size')} rows of {of('data', 'seq_len')} tokens",
             "learning rate": f"{of('optimizer', 'learning_rate')}, {of('optimizer', 'schedule')}",
         }
+    if kind == "target" and (alpha := of("inherit", "distill", "alpha")):
+        temperature = of("inherit", "distill", "temperature")
+        said["distilled"] = f"from the reference: {alpha} of the loss, at temperature {temperature}"
     mine = results.get(name)
     if mine is not None and mine.steps == step:
         if step:

@@ -22,8 +22,9 @@ _PLOTS = ("validation_loss", "loss_by_layers", "training", "gradients", "differe
 
 
 def inherited(results: Sequence[Result], unit: str, *, sweep: bool) -> str:
-    """What inheriting gave, in words: the target against the reference, which is the first, and the controls."""
-    reference, targets = results[0], [r for r in results if r.kind == "target"]
+    """What inheriting gave, in words: the target against the reference and the controls, of those that there are."""
+    by_kind, targets = {r.kind: r for r in results}, [r for r in results if r.kind == "target"]
+    reference, behind = by_kind.get("reference"), by_kind.get("half", by_kind.get("reference"))
     target = min(targets, key=lambda r: r.val_loss) if sweep else targets[-1]
     which = f"the {_sized(target)} target"
     if sweep and len(targets) > 1:
@@ -31,15 +32,19 @@ def inherited(results: Sequence[Result], unit: str, *, sweep: bool) -> str:
         which = f"of targets of {sizes} layers the best is that of {target.layers}: it"
     elif len(targets) > 1:
         which += f", grown from {targets[0].layers},"
-    against = [f"{_than(target, reference)} the {_sized(reference)} reference ({reference.val_loss:.4f})"]
+    against = []
+    if reference:
+        against.append(f"{_than(target, reference)} the {_sized(reference)} reference ({reference.val_loss:.4f})")
     for control in (r for r in results if r.kind == "control" and r.layers == target.layers):
         steps = "" if control.steps == target.steps else f" and trained for {control.steps:,} steps"
+        if steps and behind and control.steps == target.steps + behind.steps:
+            steps += f", as many as the {behind.kind} and the target together"
         began = f"a control of its size that began from random values{steps}"
         against.append(f"{_than(target, control)} {began} ({control.val_loss:.4f})")
     text = f"{which[0].upper()}{which[1:]} reaches {target.val_loss:.4f} nats per {unit} of validation "
-    text += f"in {target.steps:,} steps: {', '.join(against)}."
-    if reference.steps:
-        text += f" It has the reference's {reference.steps:,} steps of training behind it, too."
+    text += f"in {target.steps:,} steps{': ' * bool(against)}{', '.join(against)}."
+    if behind and behind.steps:
+        text += f" It has the {behind.kind}'s {behind.steps:,} steps of training behind it, too."
     return f"{text} {_ONE_SEED}"
 
 

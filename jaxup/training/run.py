@@ -124,7 +124,8 @@ class Run:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
     name: str
-    kind: str  # what it is in its run: reference, target, control, pretrained, base, before, healed, merged or model
+    # What it is in its run: reference, half, target, control, pretrained, base, before, healed, merged or model.
+    kind: str
     origin: str  # how it was initialised, in words
     layers: int
     params: int
