@@ -11,6 +11,9 @@ from runs import arguments, result
 from jaxup import train
 from jaxup.errors import UserError
 from jaxup.experiments import dry_run
+from jaxup.model.config import ModelConfig
+from jaxup.model.spec import flops_per_token
+from jaxup.text import read_json
 from jaxup.training import trial
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -39,13 +42,15 @@ def test_a_run_does_what_was_said(finished, corpus, tmp_path, capsys, monkeypatc
     assert re.search(r"^  model: \{.*hidden_size: 16", said, re.M)
     table = rows(said)
     assert [*table] == ["reference", "target_2", "control", "target_4"]
-    for name, (layers, params, trained, steps, batch, tokens, epochs) in table.items():
+    for name, (layers, params, trained, steps, batch, tokens, epochs, flop) in table.items():
         if name in ("control", "target_4"):  # with the second row of that name: of the size of a target that has grown
             assert layers == "4"
             continue
         done = result(finished[0], name)
         assert [layers, params, steps, tokens] == [f"{done[k]:,}" for k in ("layers", "params", "steps", "tokens")]
         assert (trained, batch, epochs) == ("all", "256", f"{done['epochs']:.3g}")
+        config = ModelConfig.from_dict(read_json(finished[0] / "checkpoints" / name / "model.json", {}, "")["model"])
+        assert flop == f"{8 * 256 * flops_per_token(config, 32) / 1e15:.3g}"
     assert "  the first row of training begins:\n  | " in said
     numbers = [float(n) for n in re.findall(r"^ +([\d.]+) GiB", said, re.M)]
     assert numbers[-1] == pytest.approx(sum(numbers[:-1]), abs=0.005)

@@ -1,13 +1,29 @@
 """Pretraining on small LLaMAs: what it leaves, and that it goes on."""
 
+import dataclasses
 import re
 
+import jax
+import numpy as np
 import pytest
-from runs import metrics, result
+from runs import losses, metrics, result
 
 import jaxup
 from jaxup import train
+from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
+from jaxup.experiments.common import new_model, read_settings
+from jaxup.experiments.config import load
+from jaxup.experiments.pretrain import GrowthConfig, Pretrain
+from jaxup.experiments.pretrain import deeper as deeper_plan
+from jaxup.model.decoder import init
+from jaxup.model.spec import STACK, flatten
+from jaxup.training import growth, loop
+from jaxup.training.checkpoint import Checkpoints
+from jaxup.training.loop import make_program
+from jaxup.training.run import Part, Paused, Result, Run
+from jaxup.training.selection import EVERYTHING
+from jaxup.training.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -53,6 +69,30 @@ def test_a_model_from_random_values(fixed):
     assert "trained from random values" in (fixed / "export" / "README.md").read_text()
 
 
+@pytest.fixture
+def pausing(run, monkeypatch):
+    """pausing(name, step, *more): until that step; the steps that were saved."""
+    carry_out, save, saved = Pretrain.carry_out, Checkpoints._save, []
+
+    def paused(name, step, *more):
+        saved.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Pretrain, "carry_out",
+                lambda self, run, title: carry_out(self, dataclasses.replace(run, pauses={"model": step}), title),
+            )  # fmt: skip
+            patch.setattr(Checkpoints, "_save", lambda self, at, tree: saved.append(at) or save(self, at, tree))
+            with pytest.raises(Paused, match="model: paused at step"):
+                run(name, *more)
+        return list(saved)
+
+    return paused
+
+
+def left(workdir):
+    return losses(workdir), (workdir / "export" / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -65,3 +105,201 @@ def test_what_cannot_work_is_refused(run, fixed, more, said):
     with pytest.raises(UserError, match=f"^{re.escape(said)}"):
         run("refused", *more)
     assert not (fixed.parent / "refused").exists()
+
+
+# ---- growth
+
+GROW = "--config.train.grow=1@0, 2@0.4, 3@0.8"  # of 12 steps: from step 5, and from step 10
+
+
+@pytest.fixture(scope="module")
+def deeper(run):
+    return run("deeper", GROW)
+
+
+def plan_of(workdir):
+    return DepthPlan.from_yaml((workdir / "export" / "jaxup_plan.yaml").read_text())
+
+
+def validation(workdir):
+    return {(r["step"], r["layers"]): r["val_loss"] for r in metrics(workdir) if "val_loss" in r}
+
+
+def test_a_model_grows_while_it_trains(deeper, fixed, run, capsys):
+    """What adds nothing changes no loss, to the bit; data, schedule and steps go on, and there is one curve."""
+    loss = validation(deeper)
+    assert list(loss) == [(0, 1), (4, 1), (5, 1), (5, 2), (8, 2), (10, 2), (10, 3), (12, 3)]
+    assert loss[5, 1] == loss[5, 2] > loss[10, 2] == loss[10, 3] > loss[12, 3] == result(deeper, "model")["val_loss"]
+    steps = [[r for r in metrics(workdir) if "loss" in r] for workdir in (deeper, fixed)]
+    for grown, whole in zip(*steps, strict=True):
+        assert [grown[key] for key in ("step", "learning_rate", "loss_tokens")] == [
+            whole[key] for key in ("step", "learning_rate", "loss_tokens")
+        ]
+        assert len(grown["gradient_norm_layers"]) == 1 + (grown["step"] > 5) + (grown["step"] > 10)
+    assert [result(deeper, name)["steps"] for name in ("model_1", "model_2", "model")] == [5, 10, 12]
+    assert plan_of(deeper).strip() == "=zz"
+    summary = (deeper / "SUMMARY.md").read_text()
+    assert " in 12 steps from random values, of them 5 with 1 layer and 5 with 2 layers. " in summary
+    run("said", GROW, "--dry-run")
+    table = re.findall(
+        r"^  (model\w*) +(\d) +[\d,]+ +all +(\d+) +256 +([\d,]+) +\S+ +(\S+)", capsys.readouterr().out, re.M
+    )
+    assert [row[:4] for row in table] == [
+        ("model_1", "1", "5", "1,280"), ("model_2", "2", "5", "1,280"), ("model", "3", "2", "512"),
+    ]  # fmt: skip
+    flops = [float(row[4]) / int(row[2]) for row in table]
+    assert flops[1] - flops[0] == pytest.approx(flops[2] - flops[1], rel=0.02)
+
+
+def test_a_training_pauses_and_goes_on(run, deeper, pausing):
+    """To the bit, also where it grows, before the deeper model has a checkpoint; at a pause or beyond it nothing is
+    done."""
+    assert pausing("paused", 3, GROW) == [3]
+    assert pausing("paused", 5, GROW) == [4, 5]
+    assert pausing("paused", 7, GROW) == [7]
+    assert pausing("paused", 7, GROW) == pausing("paused", 6, GROW) == []
+    assert pausing("paused", 10, GROW) == [8, 10]
+    assert [path.name for path in (deeper.parent / "paused/checkpoints/model").iterdir()] == ["model.json"]
+    assert left(run("paused", GROW)) == left(deeper)
+
+
+@pytest.mark.slow
+def test_a_growth_goes_on_from_what_a_kill_leaves(run, deeper, monkeypatch):
+    """At each step of it, from the last checkpoint, or from the growth if there is none since."""
+    write = loop.Meter._write
+    for step in range(1, 13):
+
+        def write_and_die(self, now, step=step, **values):
+            write(self, now, **values)
+            if now == step and "loss" in values:
+                raise InterruptedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Meter, "_write", write_and_die)
+            with pytest.raises(InterruptedError):
+                run("killed", GROW)
+    assert left(run("killed", GROW)) == left(deeper)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["copied", "random"])
+def test_new_layers_that_add_something(run, deeper, by):
+    workdir = run(by, GROW, f"--config.train.grown_by={by}", "--config.train.grow_recipe=stack")
+    loss, zeroed = validation(workdir), validation(deeper)
+    assert loss[5, 1] == zeroed[5, 1]
+    assert loss[5, 2] != loss[5, 1]
+    assert plan_of(workdir).strip() == {"copied": "=XX", "random": "=nn"}[by]
+
+
+@pytest.mark.slow
+def test_a_restart_at_each_growth(run):
+    """Inheritune's: a fresh optimizer, and warmup and decay over the steps of each depth."""
+    workdir = run("restart", GROW, "--config.train.restart=true")
+    rates = [r["learning_rate"] for r in metrics(workdir) if "loss" in r]
+    assert rates[:5] == rates[5:10]
+    assert rates[10:] == [rates[0], rates[1]]
+    assert rates[0] < rates[1] > rates[4]
+    loss = validation(workdir)
+    assert loss[5, 1] == loss[5, 2]
+
+
+@pytest.mark.parametrize(
+    ("by", "where", "layers", "strip", "order"),
+    [
+        ("zeroed", "interleave", 8, "=z=z=z=z", [0, 0, 1, 1, 2, 2, 3, 3]),
+        ("copied", "interleave", 6, "==X==X", [0, 1, 1, 2, 3, 3]),
+        ("copied", "stack", 6, "====XX", [0, 1, 2, 3, 2, 3]),
+        ("random", "interleave", 5, "====n", [0, 1, 2, 3, 3]),
+        ("zeroed", "stack", 10, "====zzzzzz", [0, 1, 2, 3, 0, 1, 2, 3, 2, 3]),
+    ],
+)
+def test_where_new_layers_go(by, where, layers, strip, order):
+    plan = deeper_plan("small", 4, layers, GrowthConfig(grow="", grown_by=by, grow_recipe=where, restart=False))
+    assert plan.strip() == strip
+    assert [row.layer for row in plan.rows] == order
+
+
+def test_moments_grow_as_parameters_do(monkeypatch):
+    """On a mesh: gathered, zero where a copy is zeroed and where a layer is new; all else of the state goes on."""
+    config = load("pretrain.py:smoke", [("train.grow", "2@0,4@0.5"), ("model.hidden_size", "32")])
+    settings, small = read_settings(config), new_model(config.model, 300).with_layers(range(2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4, context=1, tensor=1), jax.local_devices())
+    model = small.with_layers([0, 0, 1, 1])
+    part = Part(curve="model", first=7, seconds=0.0, schedule=(0, 20))
+    program = make_program(small, settings, 20, mesh, EVERYTHING, ())
+    rng = np.random.default_rng(0)
+    fill = lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(np.float32), leaf.sharding)  # noqa: E731
+    state = jax.tree.map(
+        lambda leaf: fill(leaf) if leaf.ndim else jax.device_put(leaf.dtype.type(7), leaf.sharding),
+        program.abstract_state._replace(halted=None),
+    )._replace(halted=jax.device_put(False))
+    monkeypatch.setattr(growth, "restore_trained", lambda *_: state)
+    run, smaller = object.__new__(Run), object.__new__(Result)  # of which nothing else is read
+    vars(run).update(settings=settings, mesh=mesh)
+
+    for by, new_rows in (("zeroed", {"o_proj", "down_proj"}), ("random", {""})):
+        plan = deeper_plan("small", 2, 4, GrowthConfig(grow="", grown_by=by, grow_recipe="interleave", restart=False))
+        with jax.set_mesh(mesh):
+            grown = growth.grown(run, smaller, small, plan, model, part, restart=False)
+        wanted = make_program(model, settings, 20, mesh, EVERYTHING, ()).abstract_state
+        assert jax.tree.map(lambda a: (a.shape, a.sharding), grown) == jax.tree.map(
+            lambda a: (a.shape, a.sharding), wanted
+        )
+        assert grown.step == 7
+        for before, after in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(grown.opt_state), strict=True):
+            if not before.ndim:
+                assert before == after == 7
+        (_, adam, *_), (_, grown_adam, *_) = state.opt_state, grown.opt_state
+        trees = [(state.params, grown.params, True), (adam.mu, grown_adam.mu, False), (adam.nu, grown_adam.nu, False)]
+        for before, after, parameters in trees:
+            before, after = flatten(before), flatten(after)
+            for path in before:
+                old, new = np.asarray(before[path]), np.asarray(after[path])
+                if not path.startswith(STACK):
+                    np.testing.assert_array_equal(new, old)
+                    continue
+                np.testing.assert_array_equal(new[[0, 2]], old)
+                if not any(name in path for name in new_rows):
+                    np.testing.assert_array_equal(new[[1, 3]], old)
+                elif by == "zeroed" or not parameters:
+                    assert not new[[1, 3]].any()
+                elif "kernel" in path:
+                    fresh = np.asarray(flatten(init(model, settings.seed))[path])
+                    assert not np.isin(new[[1, 3]], fresh).any(), "the values that the model began with"
+
+
+@pytest.mark.parametrize(
+    ("grow", "said"),
+    [
+        ("1@0,3", "not layers and shares of the steps such as '2@0, 4@0.4'"),
+        ("3@0", "one depth is no growth; leave it empty, and set model.num_layers"),
+        ("1@0.1,3@0.5", "it begins with at least one layer, at 0"),
+        ("0@0,3@0.5", "it begins with at least one layer, at 0"),
+        ("2@0,2@0.3,3@0.5", "2 layers after 2: a model only grows"),
+        ("2@0,1@0.3,3@0.5", "1 layers after 2: a model only grows"),
+        ("1@0,2@0.5,3@0.5", "0.5 after 0.5: shares of the steps go up and stay below 1"),
+        ("1@0,3@1.5", "1.5 after 0: shares of the steps go up and stay below 1"),
+        ("1@0,2@0.5", "it ends with 2 layers, and model.num_layers=3"),
+        ("1@0,2@0.5,3@0.51", "of 12 steps, 2 layers have those from 6 to 6, which are none"),
+        ("1@0,3@0.99", "of 12 steps, 3 layers have those from 12 to 12, which are none"),
+    ],
+)
+def test_growth_that_is_none_is_refused(run, fixed, grow, said):
+    with pytest.raises(UserError, match=f"^{re.escape(f'train.grow={grow}: {said}')}$"):
+        run("refused", f"--config.train.grow={grow}")
+    assert not (fixed.parent / "refused").exists()
+
+
+def test_other_growth_that_cannot_work_is_refused(run, deeper):
+    for more, said in [
+        (["--config.train.grown_by=zeored"], "train.grown_by: unknown 'zeored'; did you mean 'zeroed'"),
+        (["--config.train.grow_recipe=top"], "train.grow_recipe: unknown 'top'"),
+        (["--config.train.restart=true", "--config.optimizer.warmup_steps=4"], "optimizer.warmup_steps=4: does not"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+            run("refused", GROW, *more)
+    with pytest.raises(UserError, match=r"^train.grown_by=random: goes with train.grow; nothing reads"):
+        run("refused", "--config.train.grown_by=random")
+    constant = [GROW, "--config.optimizer.schedule=constant"]
+    with pytest.raises(UserError, match="holds a run of another configuration"):
+        run("deeper", *constant)

@@ -183,7 +183,10 @@ class Experiment(abc.ABC):
             write_model(run.directory / "export", model, params, title=title, plan=plan, force=True, **said, **export)
         if jax.process_index() != 0:
             return
-        pictures.write(run.directory, title, results, run.log.read(), loss_of, made=made, plan=plan)
+        records = run.log.read()
+        named = {record["model"] for record in records}  # not the smaller ones of a growth, which are on its curve
+        drawn = [r for r in results if r.name in named or not r.steps]
+        pictures.write(run.directory, title, drawn, records, loss_of, made=made, plan=plan)
         how = report.made_by(resuming.starts(run.directory))
         losses = f"Losses are nats per {loss_of} over the same {run.val_rows:,} validation rows."
         notes = [f"{run.data}; seed {run.settings.seed}. {losses}", *notes]
@@ -291,7 +294,7 @@ def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Ca
 
 def on_course(run: Run, stages: Sequence[Stage]) -> Run:
     """The run with what trains in it."""
-    return dataclasses.replace(run, course={s.name: s.steps * s.flops for s in stages if s.steps})
+    return dataclasses.replace(run, course={s.name: s.own_steps * s.flops for s in stages if s.steps})
 
 
 def train_fresh(run: Run, name: str, model: ModelConfig, *, steps: int, kind: str | None = None) -> Result:

@@ -57,6 +57,9 @@ READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "inherit: data.format": {"data.layout": True},  # of these kinds alone: a healing detects its layouts
     "pretrain: data.format": {"data.layout": True},
     "pretrain.data.format": {"pretrain.data.layout": True},
+    "train.grown_by": {"train.grow": True},
+    "train.grow_recipe": {"train.grow": True},
+    "train.restart": {"train.grow": True},
     "lora.alpha": {"lora.rank": True},
     "lora.quantize": {"lora.rank": True},
     "lora.tile_size": {"lora.quantize": True},
@@ -269,6 +272,15 @@ def _heal(c: ConfigDict) -> None:
 
 def _pretrain(c: ConfigDict) -> None:
     c.data = text_data()
+    c.train = ConfigDict()
+    # Layers, and the share of the steps after which there are so many: "2@0, 4@0.4, 6@0.8"; "" = all from the start.
+    # All but the new layers goes on: moments of the optimizer, schedule and data.
+    c.train.grow = ""
+    # New layers: zeroed copies, which change nothing at first; copied as they are; or random, whose residual
+    # projections are initialised as in a model of the depth that it grows to.
+    c.train.grown_by = "zeroed"
+    c.train.grow_recipe = "interleave"  # where: each after the layer that it is a copy of; or stack, after all of them
+    c.train.restart = False  # at each growth a fresh optimizer, and a schedule of its own with warmup and decay
 
 
 SECTIONS = {"inherit": _inherit, "heal": _heal, "pretrain": _pretrain}

@@ -65,7 +65,7 @@ def _left(workdir: Path, stage: Stage) -> int:
     directory = workdir / "checkpoints" / stage.name
     if (result := read_result(directory)) is not None and result.steps >= stage.steps:
         return 0
-    done = told(lambda: max(steps_in(directory), default=0), "look for checkpoints")
+    done = told(lambda: max(steps_in(directory), default=stage.first), "look for checkpoints")
     return max(0, stage.steps - done) if stage.steps else 1
 
 
@@ -85,9 +85,9 @@ def _models(stages: Sequence[Stage], most: Sequence[Stage], left: Mapping[str, i
     """A table; in the end those that are made only if others are not good enough."""
     known = {stage.name: stage.model for stage in stages}
     more = [stage for stage in most if known.get(stage.name) != stage.model]
-    columns = ("", "layers", "parameters", "trained", "steps", "tokens a step", "tokens", "epochs", "")
+    columns = ("", "layers", "parameters", "trained", "steps", "tokens a step", "tokens", "epochs", "PFLOP", "")
     rows = [columns, *(_row(stage, left[stage.name]) for stage in stages)]
-    rows += [_row(stage, stage.steps if stage.name in known else left[stage.name]) for stage in more]
+    rows += [_row(stage, stage.own_steps if stage.name in known else left[stage.name]) for stage in more]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = []
     for name, *cells in rows:
@@ -102,13 +102,15 @@ def _row(stage: Stage, left: int) -> tuple[str, ...]:
     params = count_params(stage.model)
     sizes = (stage.name, str(stage.model.num_layers), f"{params:,}")
     if not stage.steps:
-        return *sizes, "", "", "", "", "", "is measured" if left else "is measured already"
+        return *sizes, "", "", "", "", "", "", "is measured" if left else "is measured already"
     trained = sum(leaf.size for leaf in jax.tree.leaves(stage.selection.trained(abstract(stage.model)[1])))
     data, batch = stage.data, stage.settings.batch_size
-    seen, done = stage.steps * batch, f"{stage.steps - left:,} steps are done" if left < stage.steps else ""
+    steps = stage.own_steps
+    seen, done = steps * batch, f"{steps - left:,} steps are done" if left < steps else ""
     return (
-        *sizes, f"{trained:,}" if trained != params else "all", f"{stage.steps:,}", f"{data.tokens_of(batch):,}",
+        *sizes, f"{trained:,}" if trained != params else "all", f"{steps:,}", f"{data.tokens_of(batch):,}",
         f"{data.tokens_of(min(seen, data.train_rows)):,}", f"{seen / data.epoch_rows:.3g}",
+        f"{steps * stage.flops / 1e15:.3g}",
         done if left else "is finished",
     )  # fmt: skip
 

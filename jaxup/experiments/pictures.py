@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -69,17 +70,30 @@ def validation(title: str, results: Sequence[Result], records: Sequence[dict[str
     shown = [r.val_loss for r in results]
     looks = _looks(results)
     for index, result in enumerate(results):
-        # Where there are several losses of a step, the last one is that of the rows the result is of.
-        points = dict(sorted(_points(records, result, "val_loss")))
+        # Where there are several losses of a step, the last one is that of the rows the result is of. One that grows
+        # then has one of each depth.
+        losses = {
+            (r["step"], r.get("layers", 0)): r["val_loss"]
+            for r in records
+            if r["model"] == result.name and math.isfinite(r.get("val_loss") or math.nan)
+        }
+        points = [(step, loss) for (step, _), loss in sorted(losses.items())]
+        for (_, layers), (step, more) in itertools.pairwise(sorted(losses)):
+            if layers != more:
+                axes.axvline(step, color="#999999", linestyle=":", linewidth=1)
+                axes.annotate(
+                    f"{more} layers", (step, 0), xytext=(3, 4), xycoords=("data", "axes fraction"),
+                    textcoords="offset points", fontsize=8,
+                )  # fmt: skip
         if (result is reference and len(results) > 1) or not result.steps:
             # Levels that are the same take turns.
             dashes = (index * 5.0, (5.0, 5.0)) if not result.steps else (0, (2.0, 2.0))
             label = None if result.steps else _label(result)
             axes.axhline(result.val_loss, color=COLORS[result.kind], linestyle=dashes, linewidth=1.2, label=label)
         if result.steps and points:
-            axes.plot(list(points), list(points.values()), label=_label(result), markersize=4, **looks[index])
+            axes.plot(*zip(*points), label=_label(result), markersize=4, **looks[index])
         # The loss of an untrained model, ln(vocabulary), would flatten everything else.
-        shown += [loss for step, loss in points.items() if reference.kind in _PRETRAINED or step >= 0.1 * result.steps]
+        shown += [loss for step, loss in points if reference.kind in _PRETRAINED or step >= 0.1 * result.steps]
     margin = 0.06 * (max(shown) - min(shown)) or 0.1
     axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set(xlabel="steps", ylabel=f"validation loss (nats per {unit})")

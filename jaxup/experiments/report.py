@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
 import time
 from collections.abc import Sequence
@@ -70,9 +71,12 @@ def healed(results: Sequence[Result], unit: str) -> str:
 
 def trained(results: Sequence[Result], unit: str) -> str:
     """What training a model from random values gave, in words."""
-    model = results[-1]
+    *smaller, model = results
     text = f"The {_sized(model)} model reaches {model.val_loss:.4f} nats per {unit} of validation in {model.steps:,} "
-    return f"{text}steps from random values. {_ONE_SEED}"
+    steps = (b - a for a, b in itertools.pairwise([0, *(r.steps for r in smaller)]))
+    fewer = [f"{n:,} with {r.layers} layer{'s' * (r.layers > 1)}" for r, n in zip(smaller, steps)]
+    grown = f", of them {' and '.join(fewer)}" if fewer else ""
+    return f"{text}steps from random values{grown}. {_ONE_SEED}"
 
 
 def _sized(result: Result) -> str:

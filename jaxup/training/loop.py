@@ -8,11 +8,12 @@ How a model's state is decided, first match wins:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ from jaxup.training.meter import Meter
 from jaxup.training.optimizer import learning_rate, make_optimizer
 from jaxup.training.partition import Partition, digest
 from jaxup.training.run import (
+    Part,
+    Paused,
     Result,
     Run,
     Update,
@@ -60,7 +63,7 @@ class Program(NamedTuple):
     skip_step: Callable[[TrainState], TrainState]
     eval_step: Any
     init_state: Callable[[Params], TrainState]
-    frozen: Callable[[Params], tuple[Params, ...]]  # all params -> those that do not train, if there are any
+    frozen: Callable[..., tuple[Params, ...]]  # all params -> those that do not train, if there are any
     join: Callable[..., Params]  # (what trains, what is frozen) -> all params
     abstract_state: TrainState
 
@@ -73,13 +76,25 @@ def random_params(run: Run, model: ModelConfig) -> Params:
 
 def load_trained(run: Run, result: Result, model: ModelConfig, selection: Selection = EVERYTHING) -> Params:
     """The parameters of a finished model of this run that trained."""
-    directory = run.directory / "checkpoints" / result.name
     shardings = selection.shardings(param_shardings(model, run.mesh), run.mesh)
+    with _last_of(run, result) as checkpoints:
+        return checkpoints.restore_params(result.steps, laid_out(selection.trained(abstract(model)[1]), shardings))
+
+
+def restore_trained(run: Run, result: Result, model: ModelConfig, steps: int) -> TrainState:
+    """The last state of such a model, of which everything trained by a schedule of so many steps."""
+    program = make_program(model, run.settings, steps, run.mesh, EVERYTHING, ())
+    with _last_of(run, result) as checkpoints:
+        return checkpoints.restore(result.steps, program.abstract_state)
+
+
+@contextlib.contextmanager
+def _last_of(run: Run, result: Result) -> Iterator[Checkpoints]:
+    directory = run.directory / "checkpoints" / result.name
     with Checkpoints(directory, keep=run.settings.keep_checkpoints) as checkpoints:
-        steps, latest = result.steps, checkpoints.latest
-        if latest != steps:
-            raise _gone(directory, steps, latest)
-        return checkpoints.restore_params(steps, laid_out(selection.trained(abstract(model)[1]), shardings))
+        if checkpoints.latest != result.steps:
+            raise _gone(directory, result.steps, checkpoints.latest)
+        yield checkpoints
 
 
 def _gone(directory: Path, steps: int, latest: int | None) -> UserError:
@@ -200,18 +215,20 @@ class _StopNow(Exception):
 
 
 def train_model(
-    run: Run, name: str, model: ModelConfig, *, steps: int, origin: str, initialise: Callable[[], Params],
+    run: Run, name: str, model: ModelConfig, *, steps: int, origin: str, initialise: Callable[[], Params | TrainState],
     kind: str | None = None, plan: DepthPlan | None = None, selection: Selection = EVERYTHING,
     milestones: frozenset[int] = frozenset(), about: dict[str, Any] | None = None,
-    teacher: tuple[Teacher, Callable[[], Params]] | None = None,
+    teacher: tuple[Teacher, Callable[[], Params]] | None = None, part: Part | None = None,
 ) -> Result:  # fmt: skip
-    """Trains to `steps` updates and returns the result; raises Stopped after saving on a signal.
+    """Trains to `steps` updates and returns the result; raises Stopped after saving on a signal, and Paused.
 
     What was begun goes on, bit for bit as if it had never stopped. Checkpoints hold what trains; the rest
     is what `initialise` gives, each time the same. After the steps in `milestones` the model is evaluated
     and a checkpoint stays. `about` goes into model.json. The default of `kind` is the name. A `teacher` comes with what
-    gives its params, each time the same.
+    gives its params, each time the same. With a `part` it goes on from the state at its first step, which `initialise`
+    gives, and `steps` are those of the whole until its end.
     """
+    whole = part or Part(curve=name, first=0, seconds=0.0, schedule=(0, steps))
     directory, kind = run.directory / "checkpoints" / name, kind or name
     if jax.process_index() == 0:
         describe_model(directory, run, kind, model, plan, **(about or {}))
@@ -220,7 +237,7 @@ def train_model(
         print(f"{name}: finished before, validation loss {stored.val_loss:.4f}", flush=True)
         return stored
 
-    began = time.monotonic()
+    began = time.monotonic() - whole.seconds
     keep = run.settings.keep_checkpoints
     # Once there is something to save a signal waits until it is on disk.
     with (
@@ -229,22 +246,26 @@ def train_model(
         Checkpoints(directory, keep=keep, always=milestones) as checkpoints,
     ):
         latest = checkpoints.latest
-        start = latest or 0
+        start = whole.first if latest is None else latest
         if stored is not None and start < stored.steps:
             raise _gone(directory, stored.steps, latest)
         if start > steps:
             raise UserError(
                 f"{directory}: step {start} is done, and {steps} are asked for", hint="give at least as many"
             )
+        if run.pauses.get(whole.curve, steps) <= start < steps:
+            raise Paused(whole.curve, start)
         asked = run.asked.pop() if run.asked else Corrections()
-        kept = told(lambda: dataclasses.asdict(record(directory, asked, done=start, steps=steps)), "read corrections")
+        place = directory.with_name(whole.curve)
+        kept = told(lambda: dataclasses.asdict(record(place, asked, done=start, steps=steps)), "read corrections")
         corrections = Corrections(tuple(kept["skip"]), tuple((step, rate) for step, rate in kept["rates"]))
+        peaks = tuple((step - whole.schedule[0], rate) for step, rate in corrections.rates)
         hits = make_program.cache_info().hits
         taught, knows = teacher or (None, None)
-        program = make_program(model, run.settings.update, steps, run.mesh, selection, corrections.rates, taught)
+        program = make_program(model, run.settings.update, whole.schedule[1], run.mesh, selection, peaks, taught)
         compiles = make_program.cache_info().hits == hits
-        place, later = run.place(name, steps)
-        label = f"{name} (model {place})" if place else name
+        which, later = run.place(name, steps)
+        label = f"{name} (model {which})" if which else name
         attention = described(
             run.settings.compute.attention, dtype=run.settings.compute.dtype, seq_len=run.data.seq_len,
             head_dim=model.head_dim, packed=run.data.train.isolate,
@@ -252,7 +273,7 @@ def train_model(
         trained = None
         if selection.partition is not None:
             trained = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
-        if start:
+        if latest is not None:
             print(f"{name}: resumes at step {start} of {steps} ({origin}); attention: {attention}", flush=True)
             frozen = () if trained is None else program.frozen(initialise())
             state = checkpoints.restore(start, program.abstract_state)
@@ -260,16 +281,19 @@ def train_model(
             some = "" if trained is None else f", of which {trained:,} train"
             size = f"{model.num_layers} layers, {count_params(model):,} parameters{some}"
             print(f"{label}: {origin}; {size}; attention: {attention}", flush=True)
-            params = initialise()
-            state, frozen = program.init_state(params), program.frozen(params)
-            del params
+            given = initialise()
+            if isinstance(given, TrainState):
+                state, frozen = given, ()
+            else:
+                state, frozen = program.init_state(given), program.frozen(given)
+            del given
         before = check_digest(directory, frozen) if frozen else None
         with Progress(label, total=steps, unit="steps", start=start, later=later) as progress:
             if compiles and start < steps:
                 progress.doing("compiling")
             state, val_loss = _train(
                 run, name, model, steps, program, state, frozen, start, checkpoints, milestones, corrections, progress,
-                taught, (knows(),) if knows else (),
+                taught, (knows(),) if knows else (), part,
             )  # fmt: skip
         if frozen and digest(frozen) != before:
             raise RuntimeError(f"{name}: parameters that do not train have changed: a fault of memory or device")
@@ -297,26 +321,32 @@ def _train(
     run: Run, name: str, model: ModelConfig, steps: int, program: Program, state: TrainState,
     frozen: tuple[Params, ...], start: int, checkpoints: Checkpoints, milestones: frozenset[int],
     corrections: Corrections, progress: Progress, teacher: Teacher | None, known: tuple[Params, ...],
+    part: Part | None,
 ) -> tuple[TrainState, float]:  # fmt: skip
-    s = run.settings
+    s, curve, first, begin, length = run.settings, name, 0, 0, steps
+    said: dict[str, int] = {}
+    if part is not None:
+        curve, first, (begin, length), said = part.curve, part.first, part.schedule, {"layers": model.num_layers}
+    rate = learning_rate(s.optimizer, length, [(step - begin, peak) for step, peak in corrections.rates])
     batches = run.data.batches(batch_size=s.batch_size, seed=s.seed)
 
     def logged() -> list[tuple[int, float]]:
-        run.log.rewind(name, start)
+        run.log.rewind(curve, start, **said)
         return [
             (r["step"], r["val_loss"]) for r in run.log.read()
-            if r["model"] == name and math.isfinite(r.get("val_loss", math.nan))
+            if r == {**r, "model": curve, **said} and math.isfinite(r.get("val_loss", math.nan))
             and r.get("val_rows", run.val_rows) == run.val_rows
         ]  # fmt: skip
 
     losses = dict(told(logged, "read what was logged"))  # what is evaluated again is a program that all run
     meter = Meter(
-        run.log, name, steps=steps, interval=s.log_interval, batch_tokens=run.data.tokens_of(s.batch_size),
-        val_rows=run.val_rows, schedule=learning_rate(s.optimizer, steps, corrections.rates),
+        run.log, curve, steps=steps, interval=s.log_interval, batch_tokens=run.data.tokens_of(s.batch_size),
+        val_rows=run.val_rows, schedule=lambda step: rate(step - begin),
         # Where only a part trains, no formula says how much of the backward pass is left.
-        flops_per_token=None if frozen else training_flops(model, teacher, run.data.seq_len),
+        flops_per_token=None if frozen else training_flops(model, teacher, run.data.seq_len), **said,
     )  # fmt: skip
     step, pending, mine, compiled = start, None, local_rows(s.batch_size, run.mesh), False
+    pause = run.pauses.get(curve)
 
     def read_batch(step: int) -> dict[str, jax.Array]:
         return place_batch(batches(step, mine), s.batch_size, run.mesh)
@@ -334,12 +364,13 @@ def _train(
         try:
             while True:
                 here = step == steps or step in milestones
-                if (step % s.eval_interval == 0 or here or step in run.evaluated) and step not in losses:
+                looked_at = here or step in run.evaluated or step == first
+                if (step % s.eval_interval == 0 or looked_at) and step not in losses:
                     meter.check(pending, batches)
                     losses[step] = _evaluate(run, name, program.eval_step, (state.params, *frozen), step)
                     meter.log_validation(step, losses[step])
                     meter.restart()
-                if step and step != start and (step % s.checkpoint_interval == 0 or here):
+                if step and step != start and (step % s.checkpoint_interval == 0 or here or step == pause):
                     meter.check(pending, batches)
                     with run.processes.long_work():
                         save(step)
@@ -347,6 +378,8 @@ def _train(
                 if step == steps:
                     progress.update(step, f"validation loss {losses[step]:.4f}")
                     return state, losses[step]
+                if step == pause:
+                    raise Paused(curve, step)
                 batch = (ahead or reader.submit(read_batch, step)).result()
                 if step + 1 in corrections.skip:
                     state, metrics = program.skip_step(state), None

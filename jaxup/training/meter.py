@@ -23,12 +23,14 @@ class Meter:
       batch_tokens: of a step, in all processes; without padding, of which no speed is made.
       schedule: the learning rate of the update with this index, from 0.
       flops_per_token: of the whole step; None where nobody can say.
+      said: what each line says besides.
     """
 
     def __init__(
         self, log: MetricsLog, name: str, *, steps: int, interval: int, batch_tokens: int, val_rows: int,
-        schedule: Callable[[int], Any], flops_per_token: float | None,
+        schedule: Callable[[int], Any], flops_per_token: float | None, **said: Any,
     ):  # fmt: skip
+        self._said = said
         self._log_file, self._name, self._steps, self._interval = log, name, steps, interval
         self._batch_tokens, self._val_rows, self._schedule = batch_tokens, val_rows, schedule
         self._flops_per_token, self._peak = flops_per_token, peak_flops()
@@ -96,4 +98,4 @@ class Meter:
 
     def _write(self, step: int, **values: Any) -> None:
         if jax.process_index() == 0:
-            self._log_file.write(self._name, step, **values)
+            self._log_file.write(self._name, step, **self._said, **values)

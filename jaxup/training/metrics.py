@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -61,12 +62,13 @@ class MetricsLog:
             records.append(record)
         return records
 
-    def rewind(self, model: str, step: int) -> None:
-        """Begins to log `model` after `step`: forgets what was logged of it after that."""
+    def rewind(self, model: str, step: int, **what: Any) -> None:
+        """Begins to log `model` after `step`: forgets what was logged of it after that, of lines that say `what`."""
         records = self.read()
-        kept = [r for r in records if r["model"] != model or r["step"] <= step]
+        again = [r["step"] > step and r == {**r, "model": model, **what} for r in records]
+        kept = [r for r, taken_again in zip(records, again) if not taken_again]
         of_model = [r for r in kept if r["model"] == model]
-        self._trackers.begin(model, of_model, [r for r in records if r["model"] == model and r["step"] > step])
+        self._trackers.begin(model, of_model, list(itertools.compress(records, again)))
         if self._path.exists():
             write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept))
 

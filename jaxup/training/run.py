@@ -67,12 +67,17 @@ class Stage:
     name: str
     model: ModelConfig
     steps: int = 0  # of its training; 0: it is measured only
+    first: int = 0  # of them those that a smaller model took, from which it goes on
     data: Data
     settings: Settings
     selection: Selection = EVERYTHING
     dtype: str = "float32"  # of what does not train
     teacher: Teacher | None = None
     fresh: bool = False  # it begins with random values: runs of a study that would train the same one have it in common
+
+    @property
+    def own_steps(self) -> int:
+        return self.steps - self.first
 
     @property
     def flops(self) -> float:
@@ -84,6 +89,16 @@ class Stage:
 def training_flops(model: ModelConfig, teacher: Teacher | None, seq_len: int) -> float:
     """Of one token: of a teacher the forward pass, which is a third of what `flops_per_token` counts."""
     return flops_per_token(model, seq_len) + (flops_per_token(teacher.model, seq_len) / 3 if teacher else 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """The steps of one model in a training that several take, each deeper than the one before it."""
+
+    curve: str  # the name by which all of it is logged, corrected and paused
+    first: int  # steps that were taken before
+    seconds: float  # that they took
+    schedule: tuple[int, int]  # the step before which the schedule of its learning rate begins, and how long it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +118,9 @@ class Run:
     course: Mapping[str, float] = dataclasses.field(default_factory=dict)
     # Steps after which a model is evaluated besides those of the interval: curves side by side have the same points.
     evaluated: frozenset[int] = frozenset()
-    common: Path | None = None  # where the runs of a study have what they all train: see `training/common.py`
+    common: Path | None = None  # where the runs of a study have what they all train: see `training/in_common.py`
+    # Names of models, and the step after which the training of each saves and raises `Paused`.
+    pauses: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def place(self, name: str, steps: int) -> tuple[str, float]:
         """Which of its models this is, in words, and for how many of its steps those after it will take as long."""
@@ -119,6 +136,14 @@ class Run:
         """How many rows it is evaluated on."""
         count = len(self.data.validation)
         return min(self.settings.eval_rows or count, count)
+
+
+class Paused(Exception):
+    """A training is where `Run.pauses` says, or beyond, and its state is saved; it goes on without the pause."""
+
+    def __init__(self, name: str, step: int):
+        super().__init__(f"{name}: paused at step {step}")
+        self.name, self.step = name, step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
