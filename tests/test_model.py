@@ -51,7 +51,8 @@ LLAMA = ModelConfig(
 )  # fmt: skip
 WINDOWED = dataclasses.replace(LLAMA, kinds=(LayerKind(window=4),))
 MIXED = dataclasses.replace(
-    LLAMA, kinds=(LayerKind(), LayerKind(window=4), LayerKind()), qk_norm=True, qkv_bias=True,
+    LLAMA, qk_norm=True, qkv_bias=True,
+    kinds=(LayerKind(placement="post"), LayerKind(window=4, norm_factor=0.7), LayerKind()),
     rope_scaling=RopeScaling(kind="llama3", factor=4.0, original_max_positions=8, low_freq_factor=1.0,
                              high_freq_factor=4.0),
 )  # fmt: skip

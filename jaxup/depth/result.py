@@ -8,10 +8,10 @@ from typing import Any
 
 from jaxup.depth.plan import ENDS, DepthPlan
 from jaxup.errors import UserError, suggest
-from jaxup.model.config import ModelConfig
+from jaxup.model.config import INITIAL, ModelConfig
 
 # Two models may differ in these and still have layers of one function.
-_FREE = ("num_layers", "kinds", "tie_embeddings", "init_std")
+_FREE = ("num_layers", "kinds", "tie_embeddings", *INITIAL)
 
 
 def result_config(
@@ -32,11 +32,15 @@ def result_config(
     for field, (a, name_a), (b, name_b) in disagreements(plan, configs):
         if field != "vocab_size" or vocab_size is None:
             raise UserError(f"plan: {field} is {a!r} in {name_a!r} and {b!r} in {name_b!r}")
+    for i, row in enumerate(plan.rows):
+        if row.zeroed and (why := configs[row.source].speaks(row.layer)):
+            what = f"plan: layer {i} has nothing to add, and changes what comes in all the same: layer {row.layer} of "
+            raise UserError(f"{what}{row.source!r} {why}", hint="a plain copy claims nothing: duplicate, stack")
     first = configs[plan.rows[0].source]
     free = first if base is None else configs[base]
     return dataclasses.replace(
         first,
-        init_std=free.init_std,
+        **{field: getattr(free, field) for field in INITIAL},
         max_positions=free.max_positions if first.positions == "rope" else first.max_positions,
         num_layers=plan.num_layers,
         kinds=tuple(configs[row.source].kinds_of_layers[row.layer] for row in plan.rows),

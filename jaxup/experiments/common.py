@@ -29,7 +29,6 @@ from jaxup.experiments import pictures, report, resuming
 from jaxup.experiments.config import section
 from jaxup.experiments.defaults import text_data
 from jaxup.experiments.lineage import lineage
-from jaxup.families import with_family_biases
 from jaxup.hub.save import write_model
 from jaxup.model import sampling
 from jaxup.model.config import Compute, ModelConfig
@@ -177,10 +176,11 @@ class Experiment(abc.ABC):
             lambda: lineage(run.directory, made.name, made.steps, kind=made.kind, plan=plan, healed=healed),
             "read how the model came to be",
         )
-        why = _unsayable(model)
-        # What was exported of these models is perhaps somebody's by now.
-        if not why and [r.name for r in results] != self.exported:
-            write_model(run.directory / "export", model, params, title=title, plan=plan, force=True, **said, **export)
+        if [r.name for r in results] != self.exported:  # else it is of these, and perhaps somebody's by now
+            write_model(
+                run.directory / "export", model, params, title=title, plan=plan, force=True, native=None, **said,
+                **export,
+            )  # fmt: skip
         if jax.process_index() != 0:
             return
         records = run.log.read()
@@ -190,23 +190,12 @@ class Experiment(abc.ABC):
         how = report.made_by(resuming.starts(run.directory))
         losses = f"Losses are nats per {loss_of} over the same {run.val_rows:,} validation rows."
         notes = [f"{run.data}; seed {run.settings.seed}. {losses}", *notes]
-        if why:
-            notes.append(f"There is no export: {why}. jaxup reads it from its checkpoint, as `RUN@{made.name}`.")
         text = report.write_summary(
             run.directory, title, results, str(plan or ""), notes, finding=finding(results, loss_of), how=how,
             plan_title=plan_title,
         )  # fmt: skip
         print(text)
-        resuming.finish(run.directory, self._config, [r.name for r in results], self.scored, exported=not why)
-
-
-def _unsayable(model: ModelConfig) -> str:
-    """Why no family of transformers computes the model; "" if one does."""
-    try:
-        with_family_biases(model)
-    except UserError as error:
-        return error.what.removeprefix("model: ")
-    return ""
+        resuming.finish(run.directory, self._config, [r.name for r in results], self.scored)
 
 
 class OnText(Experiment):

@@ -31,6 +31,8 @@ READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "sample.temperature": {"sample.tokens": True},
     "sample.top_k": {"sample.temperature": True},
     "model": {"reference.path": False, "pretrain.steps": True},
+    "model.alpha": {"model.placement": ("mix",)},
+    "model.scaled_init": {"model.placement": ("pre", "post", "peri", "mix")},  # LayerNorm scaling damps enough
     "reference.revision": {"reference.path": True},
     "reference.allow_pickle": {"reference.path": True},
     "reference.steps": _TRAINED,
@@ -192,7 +194,13 @@ def text_data() -> ConfigDict:
 
 def llama(**sizes: int) -> ConfigDict:
     """A `model` section; a `vocab_size` of 0 is the tokenizer's, rounded up to a multiple of 64."""
-    return ConfigDict({"family": "llama", "norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_embeddings": False, **sizes})
+    c = ConfigDict({"family": "llama", "norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_embeddings": False})
+    c.placement = "pre"  # of norms: pre | post | peri | lns (pre, scaled by depth) | mix; see ModelConfig.llama
+    c.alpha = 0.0  # mix: the share of the layers, from the first, that are post
+    # Of first values: their standard deviation; divided by sqrt(2 * layers) where a block adds to what comes in; and
+    # that of the token embedding, 0 = as all else.
+    c.update(init_std=0.02, scaled_init=True, embed_std=0.0, **sizes)
+    return c
 
 
 def _inherit(c: ConfigDict) -> None:

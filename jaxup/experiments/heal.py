@@ -44,7 +44,7 @@ from jaxup.experiments.common import (
 )
 from jaxup.experiments.config import section
 from jaxup.experiments.lineage import chosen
-from jaxup.families import with_family_biases
+from jaxup.families import native_only, with_family_biases
 from jaxup.files.shards import DTYPES as SAVED
 from jaxup.hub.directory import TOKEN_IDS, carried_files, tokenizer_directory
 from jaxup.hub.load import DTYPES as LOADED
@@ -108,7 +108,8 @@ class Heal(Experiment):
             self._plan = self._recipe.plan
             self._models = self._recipe.configs
         model = result_config(self._plan, self._models)
-        with_family_biases(model)  # what no family can say could not be exported in the end
+        if not native_only(model):  # what no family can say could not be exported in the end
+            with_family_biases(model)
         self._check_model(model)
         self._select(model, self._plan)
         if config.heal.control and len(self._models) > 1:

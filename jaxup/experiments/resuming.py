@@ -149,10 +149,9 @@ def starts(directory: Path) -> list[dict[str, Any]]:
     return (read_json(directory / "inputs.json", _STARTS, _INPUTS) or {}).get("starts") or []
 
 
-def finish(directory: Path, config: ConfigDict, models: list[str], scored: str, *, exported: bool) -> None:
-    """Marks the run as finished, with these models, one of which is its result, and maybe an export: what is last."""
-    about = {"asked": _asks(config), "models": models, "scored": scored, "exported": exported}
-    rundir.write_json(directory / "finished.json", about)
+def finish(directory: Path, config: ConfigDict, models: list[str], scored: str) -> None:
+    """Marks the run as finished, with these models, one of which is its result: what is written last."""
+    rundir.write_json(directory / "finished.json", {"asked": _asks(config), "models": models, "scored": scored})
 
 
 def finished(directory: Path, config: ConfigDict) -> list[str]:
@@ -175,11 +174,11 @@ def _done(directory: Path, asked: dict[str, Any]) -> dict[str, float]:
     """The validation loss of each model of a run that finished with what is `asked`; none if anything is gone since."""
     from jaxup.training.run import read_result
 
-    kinds = {"asked": dict[str, Any], "models": list[str], "exported": bool | None}
+    kinds = {"asked": dict[str, Any], "models": list[str]}
     mark = read_json(directory / "finished.json", kinds, "delete it")
     if mark is None or {**mark["asked"], **asked} != mark["asked"]:
         return {}
-    wanted, losses = [directory / "export"] * (mark.get("exported") is not False), {}
+    wanted, losses = [directory / "export"], {}
     for name in mark["models"]:
         model = directory / "checkpoints" / name
         if (result := read_result(model)) is None or not math.isfinite(result.val_loss):

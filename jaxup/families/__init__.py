@@ -10,20 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxup.errors import UserError, suggest
-from jaxup.families.family import Family
+from jaxup.families.family import Family, placed
 from jaxup.families.gemma import GEMMA
 from jaxup.families.gpt2 import GPT2
 from jaxup.families.keys import parsed, short
 from jaxup.families.llama import LLAMA
 from jaxup.families.mistral import MISTRAL
+from jaxup.families.native import NATIVE
 from jaxup.families.qwen import QWEN2, QWEN3
 from jaxup.families.unread import READ, misspelt, unread
 from jaxup.families.windows import layer_types
 from jaxup.model.config import ModelConfig
 from jaxup.model.spec import count_params
 
-# In the order in which an export prefers them.
+# Those of transformers, in the order in which an export prefers them.
 FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)}
+_READ = {**FAMILIES, NATIVE.model_type: NATIVE}
 
 # Keys of any config.json that do not change the logits of a causal model in evaluation.
 _IGNORED = frozenset(
@@ -54,9 +56,9 @@ _MAX_PARAMS = 2**44
 def family_of_hf(hf: Mapping[str, Any]) -> Family:
     """The family that a config.json names; UserError if none is known by that name."""
     model_type = hf.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"model_type={short(model_type)} is not supported{suggest(str(model_type), FAMILIES)}")
-    return FAMILIES[model_type]
+    if not isinstance(model_type, str) or model_type not in _READ:
+        raise UserError(f"model_type={short(model_type)} is not supported{suggest(str(model_type), _READ)}")
+    return _READ[model_type]
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -68,7 +70,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     family = family_of_hf(hf)
     for name in kept_keys(hf):
         meant = misspelt(name, family.decisive)
-        if meant or name in READ or any(name in other.decisive for other in FAMILIES.values()):
+        if meant or name in READ or any(name in other.decisive for other in _READ.values()):
             hint = f"did you mean {meant!r}?" if meant else ""
             raise UserError(f"unknown key {short(name)} of a {family.model_type} model", hint=hint)
     for name, value in hf.items():
@@ -114,8 +116,15 @@ def with_family_biases(config: ModelConfig, model_type: str | None = None) -> tu
 
     The family is `model_type` if it can express the model, else the first that can, preferring one
     that adds nothing. A bias that the family always has, or has together with another, appears
-    although the model has none, and the export writes zeros. UserError if no family can express it.
+    although the model has none, and the export writes zeros. Factors of norms are folded into their weights.
+    UserError if no family can express it, unless `model_type` is that of NATIVE, which can.
     """
+    if model_type == NATIVE.model_type:
+        return NATIVE, config
+    if need := native_only(config):
+        hint = "jaxup.save(model, out, native=True) writes what jaxup.load reads"
+        raise UserError(f"model: no transformers family computes this: all need {need}", hint=hint)
+    config = folded(config)
     able, obstacles = [], []
     for family in FAMILIES.values():
         if needs := ", ".join(family.obstacles(config)):
@@ -125,7 +134,21 @@ def with_family_biases(config: ModelConfig, model_type: str | None = None) -> tu
     if not able:
         raise UserError(f"model: no transformers family computes this: {'; '.join(obstacles)}")
     # The sort is stable: among equals the order of FAMILIES holds.
-    return sorted(able, key=lambda pair: (pair[0].model_type != model_type, pair[1] != config))[0]
+    plain = dataclasses.replace(
+        config, scaled_init=True, embed_std=0.0
+    )  # what no config.json has and none computes with
+    return sorted(able, key=lambda pair: (pair[0].model_type != model_type, pair[1] != plain))[0]
+
+
+def native_only(config: ModelConfig) -> str | None:
+    """What all families of transformers need of where layers normalise and `config` has otherwise; None: nothing."""
+    return next(placed(folded(config)), None)
+
+
+def folded(config: ModelConfig) -> ModelConfig:
+    """Of the same model with the factors of its norms in their weights."""
+    kinds = tuple(dataclasses.replace(kind, norm_factor=1.0) for kind in config.kinds)
+    return dataclasses.replace(config, kinds=kinds)
 
 
 def edited_hf(base: Mapping[str, Any], config: ModelConfig, *, dtype: str) -> tuple[dict[str, Any], ModelConfig]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxup.families.keys import ACTIVATIONS, Key, Rule, activation, boolean
 from jaxup.families.layouts import Layout, TensorRow
-from jaxup.model.config import ModelConfig
+from jaxup.model.config import INITIAL, ModelConfig
 from jaxup.model.spec import PART_OF, Param, is_kernel
 
 # Keys of any config.json that would change the function, with the values that do not.
@@ -40,6 +40,7 @@ class Family:
     modules: Mapping[str, str]  # module of ours -> its name in a file, {layer} for its number; see `tensor_name`
     kernels: Layout = "linear"  # of the blocks
     ignored_tensors: tuple[str, ...]  # constant buffers that old versions saved
+    native: bool = False  # ours, which has all that a ModelConfig says and that transformers cannot load
 
     @functools.cached_property
     def decisive(self) -> frozenset[str]:
@@ -73,10 +74,15 @@ class Family:
 
     def obstacles(self, config: ModelConfig) -> Iterator[str]:
         """What a model of this family needs and `config` lacks."""
+        yield from () if self.native else placed(config)
+        config = without_placement(config)
         decided = set(self.has_bias).union(*(key.fields for key in self.keys), *(rule.fields for rule in self.rules))
         for field in dataclasses.fields(config):
             needed = self.fields.get(field.name, field.default)
-            if field.name not in decided and needed not in (dataclasses.MISSING, getattr(config, field.name)):
+            if field.name not in decided.union(INITIAL) and needed not in (
+                dataclasses.MISSING,
+                getattr(config, field.name),
+            ):
                 yield f"{field.name}={needed!r}"
         for obstacle in (self.obstacle, *(rule.obstacle for rule in self.rules)):
             if (need := obstacle(config)) is not None:
@@ -94,6 +100,22 @@ class Family:
         for rule in self.rules:
             hf |= rule.write(config)
         return hf
+
+
+def placed(config: ModelConfig) -> Iterator[str]:
+    """What every family of transformers needs of where layers normalise, and `config` has otherwise."""
+    kinds = config.kinds_of_layers
+    for name, formula in {"post": "N(x + F(x))", "peri": "x + N(F(N(x)))"}.items():
+        if layers := [layer for layer, kind in enumerate(kinds) if kind.placement == name]:
+            which = "all" if len(layers) == len(kinds) else f"{len(layers)} of {len(kinds)}"
+            yield f"x + F(N(x)) in every layer, and {which} of its layers are {formula} ({name})"
+    if any(kind.norm_factor != 1 for kind in kinds):
+        yield "norms without a factor (norm_factor)"
+
+
+def without_placement(config: ModelConfig) -> ModelConfig:
+    kinds = (dataclasses.replace(kind, placement="pre", norm_factor=1.0) for kind in config.kinds)
+    return dataclasses.replace(config, kinds=tuple(kinds))
 
 
 def our_names(prefix: str) -> dict[str, str]:

@@ -29,16 +29,22 @@ _PATH = re.compile(r"(?<![\w.:/~<-])(~[\w.-]*)?/[^\s,:;()'\"\[\]=@*]+")  # an ab
 def model_card(
     config: ModelConfig, *, title: str, dtype: str, source: str, plan: DepthPlan | None = None,
     base_models: Iterable[str] = (), picture: str | None = None, training: Mapping[str, str] = MappingProxyType({}),
+    native: bool = False,
 ) -> str:  # fmt: skip
     """README.md: what the model is, its sizes, how it was trained, and where every layer came from.
 
     `source` is the model or run that it was made from, in words; without a `plan` its layers are the
     source's. `base_models` are the places of those that it was made from: `base_model` are the Hub ids that they
     are or name. `picture` is a file beside the card. `training` is a table of what was done since, if anything was;
-    then it is a fine-tune of its base models. Of directories of this machine only their names are shown.
+    then it is a fine-tune of its base models. What is `native` transformers cannot load. Of directories of this machine
+    only their names are shown.
     """
     places = list(dict.fromkeys(base_models))
-    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["jaxup"]}
+    front: dict[str, object] = {
+        "library_name": "jaxup" if native else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["jaxup"],
+    }
     if bases := list(dict.fromkeys(hub_id for place in places for hub_id in _hub_ids(place))):
         front["base_model"] = bases
         if training:
@@ -55,6 +61,8 @@ def model_card(
         ("vocabulary", f"{config.vocab_size:,}"),
         ("positions", f"{config.max_positions:,} ({config.positions})"),
     ]
+    if (norms := config.placement_words()) != "pre":
+        rows.append(("norms", norms))
     lines = [
         "---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "",
         f"# {_code(title)}", "",

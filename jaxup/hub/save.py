@@ -8,7 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from jaxup.depth.plan import DepthPlan
+from jaxup.families import NATIVE, native_only
 from jaxup.files.bucket import place
 from jaxup.files.names import split_revision
 from jaxup.hub import writer
@@ -16,6 +19,7 @@ from jaxup.hub.card import model_card
 from jaxup.hub.directory import CARD, PLAN, carried_files
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Decoder, Params
+from jaxup.progress import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,9 +33,10 @@ def save(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     force: bool = False,
+    native: bool = False,
     progress: bool = False,
 ) -> None:
-    """Writes the directory `out`, which transformers and `jaxup.load` read.
+    """Writes the directory `out`, which transformers and `jaxup.load` read; if it is `native` the latter alone.
 
     A model that `jaxup.load` gave takes its tokenizer, chat template, generation config and special
     token ids along, and stays of its family. If its arrays span processes, every process calls this.
@@ -43,6 +48,9 @@ def save(
       dtype: of the tensors: "float32", "bfloat16" or "float16". None keeps what each has.
       max_shard_size: of a file: bytes, or such as "5GB" (10^9) or "2GiB" (2^30).
       force: replaces `out` if it is empty or holds a model.
+      native: in the format of this project's own, which has all that a `ModelConfig` says. Where layers are
+        normalised otherwise than x + F(N(x)), nothing else has; the factors of LayerNorm scaling are folded into
+        the norms' weights for LLaMA, and kept here.
       progress: show it on stderr.
 
     Raises:
@@ -64,7 +72,7 @@ def save(
             "hf_extra": {name: list(i) if isinstance(i, tuple) else i for name, i in origin.token_ids},
         }  # fmt: skip
     write_model(
-        out, model.config, model.params, title=Path(out).name, dtype=dtype,
+        out, model.config, model.params, title=Path(out).name, dtype=dtype, native=native,
         tokenizer=tokenizer, force=force, max_shard_size=max_shard_size, progress=progress, **inherited,
     )  # fmt: skip
 
@@ -72,12 +80,21 @@ def save(
 def write_model(
     out: str | os.PathLike, config: ModelConfig, params: Params, *, title: str, source: str,
     plan: DepthPlan | None = None, base_models: Iterable[str] = (), training: Mapping[str, str] = MappingProxyType({}),
-    dtype: str | None = None, **how: Any,
+    dtype: str | None = None, native: bool | None = False, model_type: str | None = None, **how: Any,
 ) -> None:  # fmt: skip
-    """`writer.save` with a card, of which see `model_card` for the arguments, and with the plan."""
+    """`writer.save` with a card, of which see `model_card` for the arguments, and with the plan.
+
+    `native` as for `jaxup.save`; None: if it must be, which is said.
+    """
+    if native is None and (need := native_only(config)):
+        native = True
+        if jax.process_index() == 0:
+            say(f"{out}: in jaxup's own format: families of transformers need {need}")
+    if native:
+        model_type = NATIVE.model_type
     card = model_card(
         config, title=title, dtype=dtype or writer.main_dtype(params), plan=plan, source=source,
-        base_models=base_models, training=training,
+        base_models=base_models, training=training, native=model_type == NATIVE.model_type,
     )  # fmt: skip
     extra = {CARD: card} if plan is None else {CARD: card, PLAN: plan.to_yaml()}
-    writer.save(place(os.fspath(out)), config, params, dtype=dtype, extra_files=extra, **how)
+    writer.save(place(os.fspath(out)), config, params, dtype=dtype, model_type=model_type, extra_files=extra, **how)

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxup.data.tokenizer import save_tokenizer
 from jaxup.depth.materials import common
 from jaxup.errors import UserError, suggest
-from jaxup.families import config_to_hf, with_family_biases
+from jaxup.families import config_to_hf, folded, with_family_biases
 from jaxup.families.layouts import Tensor, expected_tensors, to_file
 from jaxup.files import manifest
 from jaxup.files.shards import DTYPES, INDEX, SINGLE, Stored, index, json_bytes, parse_size, split, write_shard
@@ -33,7 +33,7 @@ from jaxup.hub.reader import is_finite
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.spec import flatten, spec
-from jaxup.progress import Progress
+from jaxup.progress import Progress, say
 from jaxup.together import told
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def save(
 
     Args:
       params: the tree of `abstract(config)`, of numpy or jax arrays. Biases that the transformers
-        family has and the model lacks are written as zeros. If jax arrays span processes, all
+        family has and the model lacks are written as zeros, and factors of norms are folded into their weights, which
+        is said. If jax arrays span processes, all
         processes must call this, and all return or raise together; else whoever calls it writes.
       tokenizer: one of transformers'; its eos and bos go into the configs.
       model_type: the family to prefer where several can express the model.
@@ -114,7 +115,9 @@ def save(
                 (directory / INDEX).write_bytes(index(shards))
             manifest.write_manifest(directory, _write_shards(directory, shards, fetch, progress))
 
-    fetch = functools.partial(_fetch, leaves)
+    fetch = functools.partial(_fetch, leaves, None if family.native or folded(config) == config else config)
+    if fetch.args[1] is not None and jax.process_index() == 0:
+        say(f"{out}: a {family.model_type} model knows no factors of norms: they are folded into the norms' weights")
     if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in leaves.values()):
         _together(write, fetch, [stored.tensor for shard in shards.values() for stored in shard])
     else:
@@ -150,12 +153,18 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, name: str, config: ModelConfig
     return token
 
 
-def _fetch(leaves: Mapping[str, Any], tensor: Tensor) -> list[np.ndarray]:
-    """The params of one tensor, without their layer axis, on the host."""
-    return [
+def _fetch(leaves: Mapping[str, Any], config: ModelConfig | None, tensor: Tensor) -> list[np.ndarray]:
+    """The params of one tensor, without their layer axis, on the host; of a `config` with its factors in its norms."""
+    found = [
         _on_host(leaves[path], tensor.layer) if path in leaves else np.zeros(shape, np.float32)
         for path, shape in zip(tensor.paths, tensor.part_shapes, strict=True)
     ]
+    if config is None or tensor.layer is None or spec(config)[tensor.paths[0]].part != "norms":
+        return found
+    # As `jaxup.model.layers.Norm` multiplies them: in float32, so that the folded model computes the same.
+    factor = np.float32(config.kinds_of_layers[tensor.layer].norm_factor)
+    offset = np.float32(config.norm_offset if tensor.paths[0].endswith("scale") else 0)
+    return [(part.astype(np.float32) + offset) * factor - offset for part in found]
 
 
 def _on_host(leaf: Any, layer: int | None) -> np.ndarray:

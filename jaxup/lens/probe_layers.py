@@ -146,17 +146,15 @@ def _pick(model: Decoder, layer: Any) -> tuple[Any, Any]:
 @jax.jit
 def _look(model: Decoder, x_BSD: jax.Array, layer: Any) -> Seen:
     block, kind = _pick(model, layer)
-    attended, _ = block.self_attn(
-        block.input_layernorm(x_BSD), layer=layer, kind=kind, positions_BS=_positions(x_BSD), segment_ids_BS=None
+    without_mlp, attended, _ = block.attend(
+        x_BSD, layer=layer, kind=kind, positions_BS=_positions(x_BSD), segment_ids_BS=None
     )
-    mlp = lambda x: block.mlp(block.post_attention_layernorm(x))  # noqa: E731
-    without_mlp = x_BSD + attended
-    added = mlp(without_mlp)
-    after = without_mlp + added
+    after, added = block.feed_forward(without_mlp, kind)
     # 1 - cos is half the square of a chord: what is nearly 1 keeps its digits.
     chord = _unit(after) - _unit(x_BSD)
     influence = jnp.mean(jnp.sum(jnp.square(chord), -1)) / 2
-    return Seen(after, x_BSD + mlp(x_BSD), without_mlp, influence, *map(_mean_norm, (x_BSD, attended, added)))
+    without_attention, _ = block.feed_forward(x_BSD, kind)
+    return Seen(after, without_attention, without_mlp, influence, *map(_mean_norm, (x_BSD, attended, added)))
 
 
 def _mean_norm(x_BSD: jax.Array) -> jax.Array:
@@ -204,4 +202,4 @@ def _layer_gradient(model: Decoder, x_BSD: jax.Array, layer: Any, dy_BSD: jax.Ar
 @jax.jit
 def _attention(model: Decoder, x_BSD: jax.Array, layer: Any) -> jax.Array:
     block, kind = _pick(model, layer)
-    return block.self_attn.weights(block.input_layernorm(x_BSD), kind=kind, positions_BS=_positions(x_BSD))
+    return block.self_attn.weights(block.seen(x_BSD, kind), kind=kind, positions_BS=_positions(x_BSD))

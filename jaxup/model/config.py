@@ -54,6 +54,9 @@ _ROPE_FIELDS = {
 }
 
 
+PLACEMENTS = ("pre", "post", "peri")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
     """The constants that a layer computes with. They go with its weights, wherever a plan puts the layer.
@@ -63,12 +66,22 @@ class LayerKind:
 
     window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all of them
     attention_divisor: float = 1.0  # attention logits are divided by it, besides sqrt(head_dim)
+    # Where attention and the MLP, each F, have their norm N. pre: x + F(N(x)); post: N(x + F(x)) (Vaswani et al. 2017);
+    # peri: x + N(F(N(x))), which has two norms more (arXiv 2502.02732; Gemma 2). All layers are peri, or none.
+    placement: str = "pre"
+    norm_factor: float = 1.0  # of pre: what the norm gives is multiplied by it; 1 / sqrt(l + 1) in arXiv 2502.05795
 
     def __post_init__(self):
         if self.window is not None and (type(self.window) is not int or self.window < 1):
             raise UserError(f"model: a layer's window must be a positive integer, not {self.window!r}")
         if not 0 < self.attention_divisor < math.inf:
             raise UserError(f"model: attention_divisor must be a positive number, not {self.attention_divisor!r}")
+        if self.placement not in PLACEMENTS:
+            raise UserError(f"model: placement={self.placement!r} is not one of {PLACEMENTS}")
+        if not 0 < self.norm_factor < math.inf:
+            raise UserError(f"model: norm_factor must be a positive number, not {self.norm_factor!r}")
+        if self.norm_factor != 1 and self.placement != "pre":
+            raise UserError(f"model: norm_factor={self.norm_factor} goes with placement='pre', not {self.placement!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +118,10 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     kinds: tuple[LayerKind, ...] = (LayerKind(),)  # one for each layer, or one for all
 
-    init_std: float = 0.02  # GPT-2's; residual projections get init_std / sqrt(2 * num_layers)
+    # Of first values only; see INITIAL.
+    init_std: float = 0.02  # GPT-2's
+    scaled_init: bool = True  # residual projections get init_std / sqrt(2 * num_layers)
+    embed_std: float = 0.0  # of the token embedding; 0: init_std
 
     def __post_init__(self):
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
@@ -127,6 +143,8 @@ class ModelConfig:
             raise UserError(f"model: rope_scaling yarn needs a rope_theta above 1, not {self.rope_theta}")
         if len(self.kinds) not in (1, self.num_layers):
             raise UserError(f"model: {len(self.kinds)} layer kinds for {self.num_layers} layers")
+        if 0 < sum(kind.placement == "peri" for kind in self.kinds) < len(self.kinds):
+            raise UserError("model: layers of placement 'peri' have norms that others lack: all are, or none")
         # One spelling of each function, so that equal models compare equal.
         if len(set(self.kinds)) == 1:
             object.__setattr__(self, "kinds", self.kinds[:1])
@@ -144,11 +162,33 @@ class ModelConfig:
         """The different windows of the layers, in order of their first use."""
         return tuple(dict.fromkeys(kind.window for kind in self.kinds))
 
+    @property
+    def placements(self) -> frozenset[str]:
+        """Those of the layers."""
+        return frozenset(kind.placement for kind in self.kinds)
+
+    def placement_words(self) -> str:
+        """Where blocks normalise: "pre", or "3 of 12 layers post, the others pre"."""
+        kinds = self.kinds_of_layers
+        post, factors = sum(kind.placement == "post" for kind in kinds), any(kind.norm_factor != 1 for kind in kinds)
+        mixed = 0 < post < len(kinds)
+        words = f"{post} of {len(kinds)} layers post, the others pre" if mixed else kinds[0].placement
+        return words + ", with factors" * factors
+
     def columns(self) -> dict[str, tuple[Any, ...]]:
-        """The fields of `LayerKind` in which the layers differ: numbers [L], of a window its index in `windows`."""
+        """The fields of `LayerKind` in which the layers differ: numbers [L], of a window its index in `windows`, of a
+        placement in PLACEMENTS."""
         columns = {f.name: tuple(getattr(kind, f.name) for kind in self.kinds) for f in dataclasses.fields(LayerKind)}
         columns["window"] = tuple(map(self.windows.index, columns["window"]))
+        columns["placement"] = tuple(map(PLACEMENTS.index, columns["placement"]))
         return {name: column for name, column in columns.items() if len(set(column)) > 1}
+
+    def speaks(self, layer: int) -> str:
+        """Why this layer is not the identity when its o_proj and down_proj are zero, in words; "" if it is."""
+        placement = self.kinds_of_layers[layer].placement
+        if placement == "post":
+            return "normalises after the sum (post), and N(x) is not x"
+        return "adds the bias of its output norms (peri)" if placement == "peri" and self.norm_bias else ""
 
     def with_layers(self, layers: Sequence[int]) -> ModelConfig:
         """The configuration of a model made of these layers of this one, in this order."""
@@ -171,23 +211,47 @@ class ModelConfig:
         if fields["rope_scaling"] is not None:
             given = {name: value for name, value in fields["rope_scaling"].items() if value is not None}
             fields["rope_scaling"] = RopeScaling(**given)
+        for each in [*fields["kinds"], *filter(None, [fields["rope_scaling"]])]:
+            if strange := sorted(
+                each.keys() - {f.name for c in (LayerKind, RopeScaling) for f in dataclasses.fields(c)}
+            ):
+                raise UserError(f"model: unknown {strange[0][:100]!r}")
         return cls(**{**fields, "kinds": tuple(LayerKind(**kind) for kind in fields["kinds"])})
 
     @classmethod
     def llama(
         cls, *, vocab_size: int, hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int,
         num_kv_heads: int, max_positions: int, norm_eps: float = 1e-6, rope_theta: float = 10_000.0,
-        tie_embeddings: bool = False,
+        tie_embeddings: bool = False, placement: str = "pre", alpha: float = 0.0, init_std: float = 0.02,
+        scaled_init: bool = True, embed_std: float = 0.0,
     ) -> ModelConfig:  # fmt: skip
-        """LLaMA (Touvron et al. 2023): RMSNorm, rotary positions, gated SiLU, no biases."""
+        """LLaMA (Touvron et al. 2023): RMSNorm, rotary positions, gated SiLU, no biases.
+
+        Args:
+          placement: where blocks normalise: one of PLACEMENTS; "lns", LayerNorm scaling, which is pre with what the
+            norms of layer l give divided by sqrt(l + 1) (arXiv 2502.05795); or "mix", Mix-LN (arXiv 2412.13795),
+            whose first round(alpha * num_layers) layers are post, and the others pre.
+          scaled_init: see `ModelConfig`; never of "lns", where both together would damp the deep layers twice.
+          embed_std: the code of Mix-LN draws embeddings with sqrt(2 / 5) = .632, that of LayerNorm scaling with .02 as
+            all else, so that perplexities of the two papers do not compare.
+        """
         if hidden_size % num_heads:
             raise UserError(f"model: hidden_size={hidden_size} is not a multiple of num_heads={num_heads}")
+        if not 0 <= alpha <= 1:
+            raise UserError(f"model: alpha={alpha} is not a share of the layers, from 0 to 1")
+        kinds = {
+            **{name: (LayerKind(placement=name),) for name in PLACEMENTS}, "mix": mixed(num_layers, alpha),
+            "lns": tuple(LayerKind(norm_factor=(layer + 1) ** -0.5) for layer in range(min(num_layers, MAX_LAYERS))),
+        }  # fmt: skip
+        if placement not in kinds:
+            raise UserError(f"model: placement={placement!r} is not one of {tuple(kinds)}{nearest(placement, kinds)}")
         return cls(
             vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
             num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_kv_heads,
             head_dim=hidden_size // num_heads, max_positions=max_positions,
             norm="rmsnorm", norm_eps=norm_eps, positions="rope", rope_theta=rope_theta,
-            activation="silu", gated_mlp=True, tie_embeddings=tie_embeddings,
+            activation="silu", gated_mlp=True, tie_embeddings=tie_embeddings, kinds=kinds[placement],
+            init_std=init_std, scaled_init=scaled_init and placement != "lns", embed_std=embed_std,
         )  # fmt: skip
 
     @classmethod
@@ -216,6 +280,15 @@ def depth_scaled(num_layers: int) -> tuple[LayerKind, ...]:
     """Attention logits of layer l divided by l + 1 (transformers' scale_attn_by_inverse_layer_idx)."""
     return tuple(LayerKind(attention_divisor=layer + 1.0) for layer in range(num_layers))
 
+
+def mixed(num_layers: int, alpha: float) -> tuple[LayerKind, ...]:
+    """Mix-LN: the first round(alpha * num_layers) layers normalise after the sum, the others before the branch."""
+    post, layers = round(alpha * num_layers), min(num_layers, MAX_LAYERS)
+    return tuple(LayerKind(placement="post" if layer < post else "pre") for layer in range(layers))
+
+
+# The fields that decide first values and not the function.
+INITIAL = ("init_std", "scaled_init", "embed_std")
 
 _CHOICES = {
     "norm": ("layernorm", "rmsnorm"),

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxup.model.attention import attention, attention_weights, context_size
-from jaxup.model.config import Compute, ModelConfig, RopeScaling
+from jaxup.model.config import PLACEMENTS, Compute, ModelConfig, RopeScaling
 from jaxup.model.spec import spec
 
 Leaves = Mapping[str, Any]  # path -> array or ShapeDtypeStruct, with all layers if it is stacked
@@ -74,18 +74,25 @@ class Norm(nnx.Module):
         self.kind, self.eps, self.offset = kind or config.norm, config.norm_eps, config.norm_offset
         self.scale, self.bias = nnx.Param(leaves[f"{path}.scale"]), param(leaves, f"{path}.bias")
 
-    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+    def __call__(
+        self, x: Float[Array, "*batch size"], factor: float | Float[Array, ""] = 1.0
+    ) -> Float[Array, "*batch size"]:
+        """`factor` multiplies scale and bias, as if it had been folded into them."""
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         batch = range(x.ndim - 1)
+        scaled = not (isinstance(factor, float) and factor == 1)
         scale = self.scale[...]
         if self.offset:
             scale = scale.astype(jnp.float32) + self.offset
+        if scaled:
+            scale = scale.astype(jnp.float32) * factor
         y = y * jnp.expand_dims(scale, batch)
         if self.bias is not None:
-            y = y + jnp.expand_dims(self.bias[...], batch)
+            bias = self.bias[...].astype(jnp.float32) * factor if scaled else self.bias[...]
+            y = y + jnp.expand_dims(bias, batch)
         return y.astype(x.dtype)
 
 
@@ -211,15 +218,55 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Attention and MLP, each added to the residual stream; where they are normalised is `LayerKind.placement`.
+
+    Where layers before the sum and after it are in one model, each computes both norms and takes what is its own. A
+    norm is cheap beside what it stands around, and `select` goes through XLA's fusions where a branch would end them.
+    Nor can what is not taken harm the gradient: a norm's is finite wherever its input is, for its epsilon is not 0.
+    """
 
     def __init__(self, config: ModelConfig, compute: Compute, leaves: Leaves):
+        self.config = config
         self.input_layernorm = Norm(config, leaves, "blocks.input_layernorm")
         self.self_attn = Attention(config, compute, leaves)
         self.post_attention_layernorm = Norm(config, leaves, "blocks.post_attention_layernorm")
         self.mlp = MLP(config, leaves)
+        self.attention_output_layernorm, self.feedforward_output_layernorm = (
+            Norm(config, leaves, f"blocks.{name}_output_layernorm") if "peri" in config.placements else None
+            for name in ("attention", "feedforward")
+        )
 
-    def __call__(self, x_BSD, **attention_inputs):
-        attended, cache = self.self_attn(self.input_layernorm(x_BSD), **attention_inputs)
-        x_BSD = x_BSD + attended
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD)), cache
+    def __call__(self, x_BSD, *, kind, **attention_inputs):
+        x_BSD, _, cache = self.attend(x_BSD, kind=kind, **attention_inputs)
+        return self.feed_forward(x_BSD, kind)[0], cache
+
+    def attend(self, x_BSD, *, kind, **attention_inputs):
+        """(the stream after attention, what attention adds to it, the cache); inputs are those of `Attention`."""
+        added_BSD, cache = self.self_attn(self.seen(x_BSD, kind), kind=kind, **attention_inputs)
+        if self.attention_output_layernorm is not None:
+            added_BSD = self.attention_output_layernorm(added_BSD)
+        return self._after(self.input_layernorm, x_BSD + added_BSD, kind), added_BSD, cache
+
+    def feed_forward(self, x_BSD, kind):
+        """(the stream after the MLP, what the MLP adds to it)."""
+        added_BSD = self.mlp(self._before(self.post_attention_layernorm, x_BSD, kind))
+        if self.feedforward_output_layernorm is not None:
+            added_BSD = self.feedforward_output_layernorm(added_BSD)
+        return self._after(self.post_attention_layernorm, x_BSD + added_BSD, kind), added_BSD
+
+    def seen(self, x_BSD, kind):
+        """What attention sees of the stream."""
+        return self._before(self.input_layernorm, x_BSD, kind)
+
+    def _before(self, norm, x_BSD, kind):
+        if self.config.placements == {"post"}:
+            return x_BSD
+        return self._if_post(kind, x_BSD, norm(x_BSD, kind.get("norm_factor", self.config.kinds[0].norm_factor)))
+
+    def _after(self, norm, x_BSD, kind):
+        return x_BSD if "post" not in self.config.placements else self._if_post(kind, norm(x_BSD), x_BSD)
+
+    def _if_post(self, kind, post_BSD, other_BSD):
+        if "placement" not in kind:  # all layers are alike
+            return post_BSD if "post" in self.config.placements else other_BSD
+        return jnp.where(kind["placement"] == PLACEMENTS.index("post"), post_BSD, other_BSD)

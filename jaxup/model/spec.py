@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxup.model.config import ModelConfig
+from jaxup.model.config import LayerKind, ModelConfig
 
 STACK = "blocks."  # what the paths of stacked parameters begin with
 
@@ -60,7 +60,9 @@ def _table(c: ModelConfig) -> Iterator[tuple[str, Param]]:
         "head_dim": c.head_dim, "mlp": c.intermediate_size, "vocab": c.vocab_size, "positions": c.max_positions,
         "norm": c.hidden_size,
     }  # fmt: skip
-    residual_std = c.init_std / (2 * c.num_layers) ** 0.5  # of what is added to the residual stream, as GPT-2 has it
+    # Of what is added to the residual stream, as GPT-2 has it.
+    residual_std = c.init_std / (2 * c.num_layers) ** 0.5 if c.scaled_init else c.init_std
+    peri = "peri" in c.placements
 
     def param(
         path: str, axes: str, part: str, *, fill: float = 0.0, std: float = 0.0, inputs: int = 0
@@ -80,7 +82,7 @@ def _table(c: ModelConfig) -> Iterator[tuple[str, Param]]:
         if bias:
             yield param(f"{path}.bias", outputs, part)
 
-    yield param("embed_tokens", "vocab embed", "embed_tokens", std=c.init_std)
+    yield param("embed_tokens", "vocab embed", "embed_tokens", std=c.embed_std or c.init_std)
     if c.positions == "learned":
         yield param("embed_positions", "positions embed", "embed_positions", std=c.init_std)
     yield from norm("blocks.input_layernorm", "norms")
@@ -92,12 +94,16 @@ def _table(c: ModelConfig) -> Iterator[tuple[str, Param]]:
     if c.qk_norm:
         for name in "qk":
             yield from norm(f"blocks.self_attn.{name}_norm", "attention", "head_dim", bias=False)
+    if peri:
+        yield from norm("blocks.attention_output_layernorm", "norms")
     yield from norm("blocks.post_attention_layernorm", "norms")
     mlp = functools.partial(linear, part="mlp", bias=c.mlp_bias)
     if c.gated_mlp:
         yield from mlp("blocks.mlp.gate_proj", "embed", "mlp")
     yield from mlp("blocks.mlp.up_proj", "embed", "mlp")
     yield from mlp("blocks.mlp.down_proj", "mlp", "embed", std=residual_std)
+    if peri:
+        yield from norm("blocks.feedforward_output_layernorm", "norms")
     yield from norm("norm", "norm")
     if not c.tie_embeddings:
         yield from linear("lm_head", "embed", "vocab", "lm_head", bias=False)
@@ -108,6 +114,7 @@ _LARGEST = ModelConfig(
     vocab_size=1, hidden_size=1, intermediate_size=1, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=1,
     max_positions=1, norm="layernorm", norm_eps=1e-6, positions="learned", rope_theta=None, activation="silu",
     gated_mlp=True, tie_embeddings=False, norm_bias=True, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True,
+    kinds=(LayerKind(placement="peri"),),
 )  # fmt: skip
 PART_OF: Mapping[str, str] = MappingProxyType({path: param.part for path, param in spec(_LARGEST).items()})
 

@@ -16,7 +16,9 @@ from jaxup.model.spec import PART_OF
 
 # The names of tensors in the files of the Llama, Mistral and Qwen families, by path of the parameter.
 LLAMA_NAMES = {
-    path: LLAMA.tensor_name(path) for path in PART_OF if path != "embed_positions" and not path.endswith("norm.bias")
+    path: LLAMA.tensor_name(path)
+    for path in PART_OF
+    if path != "embed_positions" and not path.endswith("norm.bias") and "_output_layernorm." not in path
 }
 
 
