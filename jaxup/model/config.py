@@ -208,14 +208,14 @@ class ModelConfig:
         known = kinds_of(cls, fields)
         if wrong := misfit(fields, known) or ", ".join(f"unknown {name!r}" for name in sorted(fields.keys() - known)):
             raise UserError(f"model: {wrong}")
-        if fields["rope_scaling"] is not None:
-            given = {name: value for name, value in fields["rope_scaling"].items() if value is not None}
-            fields["rope_scaling"] = RopeScaling(**given)
         for each in [*fields["kinds"], *filter(None, [fields["rope_scaling"]])]:
             if strange := sorted(
                 each.keys() - {f.name for c in (LayerKind, RopeScaling) for f in dataclasses.fields(c)}
             ):
                 raise UserError(f"model: unknown {strange[0][:100]!r}")
+        if fields["rope_scaling"] is not None:
+            given = {name: value for name, value in fields["rope_scaling"].items() if value is not None}
+            fields["rope_scaling"] = RopeScaling(**given)
         return cls(**{**fields, "kinds": tuple(LayerKind(**kind) for kind in fields["kinds"])})
 
     @classmethod
