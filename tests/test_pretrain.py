@@ -226,7 +226,7 @@ def test_moments_grow_as_parameters_do(monkeypatch):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4, context=1, tensor=1), jax.local_devices())
     model = small.with_layers([0, 0, 1, 1])
     part = Part(curve="model", first=7, seconds=0.0, schedule=(0, 20))
-    program = make_program(small, settings, 20, mesh, EVERYTHING, ())
+    program = make_program(small, settings.update, 20, mesh, EVERYTHING, ())
     rng = np.random.default_rng(0)
     fill = lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(np.float32), leaf.sharding)  # noqa: E731
     state = jax.tree.map(
@@ -241,7 +241,7 @@ def test_moments_grow_as_parameters_do(monkeypatch):
         plan = deeper_plan("small", 2, 4, GrowthConfig(grow="", grown_by=by, grow_recipe="interleave", restart=False))
         with jax.set_mesh(mesh):
             grown = growth.grown(run, smaller, small, plan, model, part, restart=False)
-        wanted = make_program(model, settings, 20, mesh, EVERYTHING, ()).abstract_state
+        wanted = make_program(model, settings.update, 20, mesh, EVERYTHING, ()).abstract_state
         assert jax.tree.map(lambda a: (a.shape, a.sharding), grown) == jax.tree.map(
             lambda a: (a.shape, a.sharding), wanted
         )

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxup.depth.plan import DepthPlan
-from jaxup.families import NATIVE, native_only
+from jaxup.errors import UserError
+from jaxup.families import NATIVE, with_family_biases
 from jaxup.files.bucket import place
 from jaxup.files.names import split_revision
 from jaxup.hub import writer
@@ -86,10 +87,13 @@ def write_model(
 
     `native` as for `jaxup.save`; None: if it must be, which is said.
     """
-    if native is None and (need := native_only(config)):
-        native = True
-        if jax.process_index() == 0:
-            say(f"{out}: in jaxup's own format: families of transformers need {need}")
+    if native is None:
+        try:
+            with_family_biases(config)
+        except UserError as error:
+            native = True
+            if jax.process_index() == 0:
+                say(f"{out}: in jaxup's own format: {error.what.removeprefix('model: ')}")
     if native:
         model_type = NATIVE.model_type
     card = model_card(

@@ -26,7 +26,7 @@ def grown(
     all fresh, as in Inheritune. New values are those of a model of this depth, and others at each growth.
     """
     seed = jax.random.fold_in(jax.random.key(run.settings.seed), part.first)
-    program = make_program(model, run.settings, part.schedule[1], run.mesh, EVERYTHING, ())
+    program = make_program(model, run.settings.update, part.schedule[1], run.mesh, EVERYTHING, ())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
     if restart:
         make = jax.jit(_made, static_argnums=(0, 1), out_shardings=shardings.params)

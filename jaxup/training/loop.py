@@ -83,7 +83,7 @@ def load_trained(run: Run, result: Result, model: ModelConfig, selection: Select
 
 def restore_trained(run: Run, result: Result, model: ModelConfig, steps: int) -> TrainState:
     """The last state of such a model, of which everything trained by a schedule of so many steps."""
-    program = make_program(model, run.settings, steps, run.mesh, EVERYTHING, ())
+    program = make_program(model, run.settings.update, steps, run.mesh, EVERYTHING, ())
     with _last_of(run, result) as checkpoints:
         return checkpoints.restore(result.steps, program.abstract_state)
 
