@@ -38,7 +38,7 @@ from jaxup.model.spec import count_params
 from jaxup.progress import printable, say
 from jaxup.together import told
 from jaxup.training.in_common import in_common
-from jaxup.training.loop import evaluate, random_params, train_model
+from jaxup.training.loop import as_argument, evaluate, random_params, train_model
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Result, Run, Settings, Stage, check_digest, describe_model, read_result, write_result
 from jaxup.training.sharding import BATCH_AXES, check_heads, check_host_memory, check_length
@@ -253,15 +253,18 @@ def build(
 
     `wide` is what the plan makes where `model` is the first part of it along some axes.
     """
-    make = jax.jit(_made, static_argnums=(0, 1, 2, 3), out_shardings=param_shardings(model, run.mesh))
-    built = make(plan, wide or model, model, run.settings.seed, source())
+    built = _builder(plan, wide or model, model, run.mesh)(as_argument(run.settings.seed), source())
     gc.collect()  # flax's modules, which have cycles, would keep the source's arrays
     return built
 
 
-def _made(plan: DepthPlan, wide: ModelConfig, model: ModelConfig, seed: int, params: Params) -> Params:
-    ((name, _),) = plan.sources
-    return narrow(apply(plan, {name: params}, init(wide, seed)), model)
+@functools.lru_cache(maxsize=8)
+def _builder(plan: DepthPlan, wide: ModelConfig, model: ModelConfig, mesh: Mesh) -> Callable[..., Params]:
+    def made(seed: Any, params: Params) -> Params:
+        ((name, _),) = plan.sources
+        return narrow(apply(plan, {name: params}, init(wide, seed)), model)
+
+    return jax.jit(made, out_shardings=param_shardings(model, mesh))
 
 
 def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Callable[[], Params]) -> Result:

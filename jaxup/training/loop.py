@@ -70,8 +70,17 @@ class Program(NamedTuple):
 
 def random_params(run: Run, model: ModelConfig) -> Params:
     """Fresh float32 parameters, a pure function of the run's seed and the model, laid out on the mesh."""
-    fresh = jax.jit(init, static_argnums=(0, 1), out_shardings=param_shardings(model, run.mesh))
-    return fresh(model, run.settings.seed)
+    return _initialiser(model, run.mesh)(as_argument(run.settings.seed))
+
+
+def as_argument(seed: int) -> np.int32:
+    """Of a program that is the same for all seeds: what `jax.random.key` takes of the number."""
+    return np.int64(seed).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=8)
+def _initialiser(model: ModelConfig, mesh: Mesh) -> Callable[[np.int32], Params]:
+    return jax.jit(functools.partial(init, model), out_shardings=param_shardings(model, mesh))
 
 
 def load_trained(run: Run, result: Result, model: ModelConfig, selection: Selection = EVERYTHING) -> Params:
