@@ -550,6 +550,27 @@ def test_contestants_that_make_no_sense(changes, message):
         effect(load("inherit_gpt2.py:smoke", list(changes.items())))
 
 
+@pytest.mark.parametrize("size", ["", "smoke,", "medium,", "large,", "xl,"])
+def test_every_contestant_builds(size):
+    from jaxup.experiments.cells import configured
+    from jaxup.experiments.inherit import InheritConfig, check
+
+    config = load(f"inherit_gpt2.py:{size}baselines")
+    assert config.study.seeds == (0, 1, 2)
+    assert config.study.control in config.study.cells
+    begins = {}
+    for name in config.study.cells:
+        cell = configured(config, name)
+        _, model, _ = effect(cell)
+        (plan,) = check(section(InheritConfig, cell.inherit), model)
+        begins[name] = cell.inherit.start, [row.layer for row in plan.rows]
+    layers = {"": 4, "smoke,": 2, "medium,": 16, "large,": 18, "xl,": 24}[size]
+    half = [*range(layers // 2)] * 2
+    assert begins["first"] == ("inherited", [*range(layers)])
+    assert (begins["hybrid"], begins["stacked"]) == (("inherited", half), ("stacked", half))
+    assert "half_width" not in begins or len(begins["half_width"][1]) == config.model.num_layers
+
+
 def test_every_setting_is_used():
     """Of what sections become: each field is read somewhere."""
     from jaxup.data.config import DataConfig
