@@ -70,7 +70,7 @@ READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "study.max_cells": {"study.cells": True},
     "study.stop": {"study.cells": True},
     "study.stop_from": {"study.stop": True},
-    "study.stop_every": {"study.stop": True},
+    "study.stop_every": {"study.stop": ("norms",)},
     "study.stop_keep": {"study.stop": True},
     "study.stop_norm": {"study.stop": ("norms",)},
     "study.stop_loss": {"study.stop": ("norms",)},
@@ -160,14 +160,14 @@ def study() -> ConfigDict:
     c.seeds = ()  # of which each cell has a run; () = the configuration's own
     c.control = ""  # the cell that the others are compared with; "" = the first
     c.max_cells = 64  # more runs, cells times seeds, are refused
-    # Poor runs are stopped early. norms: a loss and a gradient norm that are both high; halving: what has the higher
-    # validation loss.
+    # Poor runs are stopped early, of those of one batch size and seed. norms: what has a gradient norm that is high and
+    # a training loss that is low; halving: what has the higher validation loss.
     c.stop = ""  # norms | halving; "" = all go to their ends
     c.stop_from = 0.1  # the share of the steps after which it is looked first
-    c.stop_every = 0.02  # and from then on; of halving it is how much of them is first added, and doubles
+    c.stop_every = 0.02  # and from then on; of halving it is after stop_factor times as many
     c.stop_keep = 2  # runs of a group that go on in any case
-    c.stop_norm = 0.2  # share by which a poor run's gradient norm exceeds the median of its group
-    c.stop_loss = 0.02  # nats by which its training loss does
+    c.stop_norm = 0.2  # share by which a poor run's gradient norm is above the median of its group
+    c.stop_loss = 0.02  # nats by which its training loss is below that
     c.stop_checks = 3  # times in a row
     c.stop_factor = 2  # of so many runs one goes on
     return c
