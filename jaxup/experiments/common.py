@@ -216,6 +216,10 @@ class OnText(Experiment):
         prompt = self.data.tokenizer(self._config.sample.prompt, add_special_tokens=False)["input_ids"]
         self.sample = self._sampler(prompt)
 
+    def report(self) -> str:
+        norms = self._model.placement_words()
+        return "" if norms == "pre" else f"norms: {norms}\n"
+
     def without_data(self) -> None:
         self.data, tokens = no_data(self._data_config), bpe_vocab_size(self._config.data.tokenizer)
         if not self._vocab_size and not tokens:

@@ -192,14 +192,15 @@ def text_data() -> ConfigDict:
     return c
 
 
-def llama(**sizes: int) -> ConfigDict:
+def llama(**sizes: int | float | str) -> ConfigDict:
     """A `model` section; a `vocab_size` of 0 is the tokenizer's, rounded up to a multiple of 64."""
     c = ConfigDict({"family": "llama", "norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_embeddings": False})
     c.placement = "pre"  # of norms: pre | post | peri | lns (pre, scaled by depth) | mix; see ModelConfig.llama
     c.alpha = 0.0  # mix: the share of the layers, from the first, that are post
     # Of first values: their standard deviation; divided by sqrt(2 * layers) where a block adds to what comes in; and
     # that of the token embedding, 0 = as all else.
-    c.update(init_std=0.02, scaled_init=True, embed_std=0.0, **sizes)
+    c.update(init_std=0.02, scaled_init=True, embed_std=0.0)
+    c.update(sizes)
     return c
 
 
@@ -289,6 +290,8 @@ def _pretrain(c: ConfigDict) -> None:
     c.train.grown_by = "zeroed"
     c.train.grow_recipe = "interleave"  # where: each after the layer that it is a copy of; or stack, after all of them
     c.train.restart = False  # at each growth a fresh optimizer, and a schedule of its own with warmup and decay
+    # Rows of validation on which each layer of the trained model is measured, in measures.json; 0 = none.
+    c.measure = ConfigDict({"rows": 0})
 
 
 SECTIONS = {"inherit": _inherit, "heal": _heal, "pretrain": _pretrain}

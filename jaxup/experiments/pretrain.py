@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from jaxup.depth.compose import compose
 from jaxup.depth.plan import ZEROED, DepthPlan
 from jaxup.depth.recipes import inherit
-from jaxup.errors import UserError, suggest
+from jaxup.depth.result import result_config
+from jaxup.errors import UserError, suggest, within
 from jaxup.experiments import report
 from jaxup.experiments.common import OnText, corpus, new_model, on_course
 from jaxup.experiments.config import section
+from jaxup.experiments.measures import check, measured
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.training.growth import grown
@@ -54,7 +56,7 @@ class GrowthConfig:
 
 
 class Pretrain(OnText):
-    sections = ("model", "data", "train")
+    sections = ("model", "data", "train", "measure")
     scored = MODEL
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
@@ -65,7 +67,11 @@ class Pretrain(OnText):
         self._vocab_size = config.model.vocab_size or None
         model = self._read_model()
         self._check_model(model)
+        check(config.measure.rows)
         depths = depths_of(self._growth.grow, model)
+        with within("train.grow"):  # a zeroed copy of a layer that is normalised after the sum is not silent
+            for (fewer, _), (more, _) in itertools.pairwise(depths):
+                result_config(deeper(MODEL, fewer, more, self._growth), {MODEL: model.with_layers(range(fewer))})
         if config.steps:  # else the data says how many
             self._parts(depths, config.steps)
 
@@ -122,9 +128,13 @@ class Pretrain(OnText):
             )  # fmt: skip
             results.append(trained)
         made = results[-1]
+        params, rows, notes = load_trained(run, made, self._model), self._config.measure.rows, list[str]()
+        if rows:
+            start = None if len(stages) > 1 else functools.partial(random_params, run, self._model)
+            notes = measured(run, rows, self._model, params, start)
         source = f"{MODEL} at step {made.steps} of the run {run.directory.resolve().name}"
         self._finish(
-            run, title, results, self._model, load_trained(run, made, self._model), plan, made=made,
+            run, title, results, self._model, params, plan, made=made, notes=notes,
             plan_title="The layers of the first depth in the last one", loss_of="token",
             finding=report.trained,
             export={"tokenizer": self.data.tokenizer, "dtype": "float32", "source": source},
