@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import warnings
@@ -18,11 +19,17 @@ from jaxup.depth import recipes
 from jaxup.depth.apply import apply
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError
+from jaxup.experiments.cells import configured
+from jaxup.experiments.common import new_model
+from jaxup.experiments.config import load
+from jaxup.export import main as export
 from jaxup.families import config_from_hf, config_to_hf, edited_hf
 from jaxup.hub.writer import save
+from jaxup.lens.measures import late_share, measures, said
 from jaxup.model.config import INITIAL, Compute, LayerKind, ModelConfig
 from jaxup.model.decoder import Decoder
 from jaxup.model.spec import PART_OF, count_params, flatten, spec, unflatten
+from jaxup.train import main as train
 
 SIZES = {
     "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
@@ -50,7 +57,7 @@ def noisy(config):
 
 
 def plain(config, leaves, tokens_BS):
-    """(logits, the stream's mean square after each layer): the formulas as they stand on paper."""
+    """(logits, the stream before each layer and after the last): the formulas as they stand on paper."""
     p = {path: np.asarray(leaf, np.float64) for path, leaf in leaves.items()}
     seq, half = tokens_BS.shape[1], config.head_dim // 2
     angle_SH = np.arange(seq)[:, None] * config.rope_theta ** (-np.arange(half) / half)
@@ -79,7 +86,8 @@ def plain(config, leaves, tokens_BS):
         gate, up, down = (p[f"blocks.mlp.{name}_proj.kernel"][layer] for name in ("gate", "up", "down"))
         return ((x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down
 
-    x, squares = p["embed_tokens"][tokens_BS], []
+    x = p["embed_tokens"][tokens_BS]
+    states = [x]
     for layer, kind in enumerate(config.kinds_of_layers):
         for f, before, after in (
             (attention, "input_layernorm", "attention_output_layernorm"),
@@ -91,8 +99,8 @@ def plain(config, leaves, tokens_BS):
                 x = x + norm(after, f(norm(before, x, layer), layer), layer)
             else:
                 x = x + f(norm(before, x, layer) * kind.norm_factor, layer)
-        squares.append(np.mean(x**2))
-    return norm("norm", x) @ p["lm_head.kernel"], np.array(squares)
+        states.append(x)
+    return norm("norm", x) @ p["lm_head.kernel"], states
 
 
 def plain_loss(config, leaves, tokens):
@@ -182,7 +190,7 @@ def test_the_stream_grows_with_depth_as_it_is_normalised():
             np.random.default_rng(0),
         )
         leaves = {path: p.fill + p.std * rng.standard_normal(p.shape) for path, p in spec(config).items()}
-        squares[name] = plain(config, leaves, tokens_for(config))[1]
+        squares[name] = np.mean(np.square(plain(config, leaves, tokens_for(config))[1][1:]), axis=(1, 2, 3))
     pre, lns, post = squares.values()
     np.testing.assert_allclose(np.diff(pre)[8:].mean(), np.diff(pre)[:8].mean(), rtol=0.5)
     assert pre[23] > 1.7 * pre[11]
@@ -227,6 +235,98 @@ def test_what_no_model_is(kinds, message):
     fields = dataclasses.asdict(llama())
     with pytest.raises(UserError, match=message):
         ModelConfig.from_dict({**fields, "kinds": kinds})
+
+
+# ---- what each layer is good for
+
+
+def without(config, leaves, layers):
+    """The model without these layers, and its params."""
+    kept = [layer for layer in range(config.num_layers) if layer not in layers]
+    return config.with_layers(kept), {p: leaf[kept] if p.startswith("blocks.") else leaf for p, leaf in leaves.items()}
+
+
+def test_measures_are_what_float64_says():
+    """Of layers normalised in each way; gradients are those of the whole model, whose program is another test's."""
+    config = BLOCKS["each"]
+    leaves, tokens = noisy(config), tokens_for(config)
+    start = {path: leaf * 0.9 for path, leaf in leaves.items()}
+    model = Decoder(config, unflatten(leaves))
+    found = measures(model, tokens[:, :-1], tokens[:, 1:], unflatten(start))
+    assert {name: values.shape for name, values in found.items()} == dict.fromkeys(
+        ("angular_distance", "deletion_loss", "tail_deletion_loss", "gradient_norm", "gradient_norm_start"), (3,)
+    )
+    whole = plain_loss(config, leaves, tokens)
+    for layer in range(3):
+        lost = plain_loss(*without(config, leaves, [layer]), tokens) - whole
+        np.testing.assert_allclose(found["deletion_loss"][layer], lost, atol=2e-5)
+        if layer:
+            lost = plain_loss(*without(config, leaves, range(layer, 3)), tokens) - whole
+            np.testing.assert_allclose(found["tail_deletion_loss"][layer], lost, atol=2e-5)
+    last = [
+        x[:, -1] / np.linalg.norm(x[:, -1], axis=-1, keepdims=True) for x in plain(config, leaves, tokens[:, :-1])[1]
+    ]
+    angles = [np.mean(np.arccos(np.sum(a * b, -1))) / np.pi for a, b in itertools.pairwise(last)]
+    np.testing.assert_allclose(found["angular_distance"], angles, atol=1e-5)
+    for name, params in (("gradient_norm", leaves), ("gradient_norm_start", start)):
+        grads = flatten(loss_and_grad(config, Compute(), unflatten(params), tokens)[1])
+        squares = sum(np.square(g).reshape(3, -1).sum(1) for path, g in grads.items() if path.startswith("blocks."))
+        np.testing.assert_allclose(found[name], np.sqrt(squares), rtol=1e-4)
+
+
+def test_the_share_of_the_second_half():
+    assert late_share(np.array([3.0, 1.0, 1.0, -9.0])) == 0.2
+    assert late_share(np.array([2.0, 7.0, 2.0])) == 2 / 11  # the middle one is of the first
+    assert np.isnan(late_share(np.array([-1.0, 0.0])))
+    found = {"deletion_loss": np.array([3.0, 1.0, 1.0, -1.0]), "tail_deletion_loss": np.arange(4.0)}
+    assert said(found, 8) == (
+        "Layers, on 8 validation rows: without one of them the loss is +1.0000 nats higher on average, 20% of it for "
+        "those of the second half; without the last 1 +3.0000. `measures.json` has each layer's."
+    )
+    assert "half" not in said({**found, "deletion_loss": -np.ones(4)}, 8)
+
+
+# ---- configurations
+
+
+def test_the_shipped_configuration():
+    c = load("mix_ln.py:study")
+    assert list(c.study.cells) == ["pre", "post", "mix", "lns", "peri"]
+    made = configured(c, "mix", 1)
+    assert new_model(made.model, 500).placement_words() == "3 of 12 layers post, the others pre"
+    assert made.to_dict() == load("mix_ln.py:mix,seed=1").to_dict()
+    for size, count in {"71M": 70_578_688, "130M": 134_105_856, "250M": 247_370_496, "1B": 1_339_082_752}.items():
+        assert count_params(new_model(load(f"mix_ln.py:{size}").model)) == count
+
+
+@pytest.mark.parametrize(
+    ("spec", "given", "said"),
+    [
+        ("mix_ln.py", {"alpha": "0.5"}, "model.alpha=0.5: goes with model.placement=mix"),
+        ("mix_ln.py:lns", {"scaled_init": "true"}, "model.scaled_init=True: goes with model.placement=pre or post or "),
+        ("inherit_llama.py", {"placement": "post"}, "model.placement=post: nothing reads it where reference.path="),
+    ],
+)
+def test_what_nothing_reads(spec, given, said):
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        load(spec, [(f"model.{key}", value) for key, value in given.items()])
+
+
+@pytest.mark.slow
+def test_a_run_keeps_measures_and_a_native_export(corpus, tmp_path, capsys):
+    how = ["--config.data.tokenizer=bpe:300", "--config.data.val_fraction=0.3", f"--config.data.source={corpus}"]
+    train(["train", "--config=mix_ln.py:smoke,mix,alpha=0.5", *how, f"--workdir={tmp_path / 'run'}"])
+    out = capsys.readouterr()
+    assert "norms: 2 of 4 layers post, the others pre\n" in out.out
+    assert "in jaxup's own format: families of transformers need x + F(N(x)) in every layer" in out.err
+    found = json.loads((tmp_path / "run" / "measures.json").read_text())
+    assert all(len(values) == 4 and np.isfinite(values).all() for values in found.values())
+    assert "Layers, on 32 validation rows: " in (tmp_path / "run" / "SUMMARY.md").read_text()
+    model = jaxup.load(tmp_path / "run")
+    assert [kind.placement for kind in model.config.kinds] == ["post", "post", "pre", "pre"]
+    assert len(jaxup.generate(model, ["the cat"], max_tokens=5)) == 1
+    export(["export", f"{tmp_path / 'run'}@model/10", str(tmp_path / "half")])
+    assert jaxup.load(tmp_path / "half").config == model.config
 
 
 # ---- files

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import sys
@@ -148,7 +149,13 @@ def auto_tokenizer(spec: str, **options: Any) -> PreTrainedTokenizerBase:
     with _torch_later(), _without_panics():
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False, **options)
+        # It looks for a model beside the tokenizer, and remarks on one of this project's own format.
+        heard, ours = logging.getLogger("transformers.configuration_utils"), "a model of type `jaxup`"
+        heard.addFilter(unremarked := lambda record: ours not in record.getMessage())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False, **options)
+        finally:
+            heard.removeFilter(unremarked)
     if not len(tokenizer):
         raise UserError("the tokenizer has no tokens", at=spec)
     for token, content in tokenizer.special_tokens_map.items():
