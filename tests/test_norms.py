@@ -24,6 +24,7 @@ from jaxup.experiments.common import new_model
 from jaxup.experiments.config import load
 from jaxup.export import main as export
 from jaxup.families import config_from_hf, config_to_hf, edited_hf
+from jaxup.hub.save import write_model
 from jaxup.hub.writer import save
 from jaxup.lens.measures import late_share, measures, said
 from jaxup.model.config import INITIAL, Compute, LayerKind, ModelConfig
@@ -364,6 +365,9 @@ def test_layernorm_scaling_is_a_llama_with_other_weights(directories, tmp_path, 
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
     found = jaxup.load(tmp_path / "out")
     assert found.config == dataclasses.replace(CONFIGS["pre"], scaled_init=True)
+    jaxup.save(jaxup.load(directories / "lns"), tmp_path / "again", native=False)
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
     factors = np.array([kind.norm_factor for kind in config.kinds], np.float32)[:, None]
     for path, leaf in flatten(found.params).items():
         scaled = path.startswith("blocks.") and path.endswith("layernorm.scale")
@@ -381,7 +385,7 @@ def test_layernorm_scaling_is_a_llama_with_other_weights(directories, tmp_path, 
         ("peri", "all of its layers are x + N(F(N(x))) (peri)"),
     ],
 )
-def test_what_transformers_cannot_say_is_refused_by_its_name(name, said, tmp_path):
+def test_what_transformers_cannot_say_is_refused_by_its_name(name, said, tmp_path, capsys):
     model = Decoder(CONFIGS[name], unflatten(noisy(CONFIGS[name])))
     with pytest.raises(UserError) as error:
         jaxup.save(model, tmp_path / "out")
@@ -390,6 +394,9 @@ def test_what_transformers_cannot_say_is_refused_by_its_name(name, said, tmp_pat
         "jaxup.save(model, out, native=True) writes what jaxup.load reads"
     )
     assert not (tmp_path / "out").exists()
+    write_model(tmp_path / "of a run", model.config, model.params, title="", source="", falls_back=True)
+    said = f"of a run: in jaxup's own format: families of transformers need x + F(N(x)) in every layer, and {said}\n"
+    assert said in capsys.readouterr().err
     with pytest.raises(
         UserError, match=re.escape("a llama model cannot be what the plan makes: it needs x + F(N(x)) ")
     ):

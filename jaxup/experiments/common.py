@@ -178,7 +178,7 @@ class Experiment(abc.ABC):
         )
         if [r.name for r in results] != self.exported:  # else it is of these, and perhaps somebody's by now
             write_model(
-                run.directory / "export", model, params, title=title, plan=plan, force=True, native=None, **said,
+                run.directory / "export", model, params, title=title, plan=plan, force=True, falls_back=True, **said,
                 **export,
             )  # fmt: skip
         if jax.process_index() != 0:

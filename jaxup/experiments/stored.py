@@ -41,8 +41,9 @@ def export(
     """
     name, step, stored = choose(run, name, step)
     write_model(
-        out, stored.model, restore(run, name, step, stored), title=out.name, plan=stored.plan, dtype=dtype, native=None,
-        source=f"{name} at step {step} of the run {run.resolve().name}", **vocabulary(run, stored.store), **how,
+        out, stored.model, restore(run, name, step, stored), title=out.name, plan=stored.plan, dtype=dtype,
+        falls_back=True, source=f"{name} at step {step} of the run {run.resolve().name}",
+        **vocabulary(run, stored.store), **how,
         **lineage(run, name, step, kind=stored.kind, plan=stored.plan, healed=stored.healed and _part(stored.healed)),
     )  # fmt: skip
 

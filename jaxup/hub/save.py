@@ -34,7 +34,7 @@ def save(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     force: bool = False,
-    native: bool = False,
+    native: bool | None = None,
     progress: bool = False,
 ) -> None:
     """Writes the directory `out`, which transformers and `jaxup.load` read; if it is `native` the latter alone.
@@ -49,9 +49,9 @@ def save(
       dtype: of the tensors: "float32", "bfloat16" or "float16". None keeps what each has.
       max_shard_size: of a file: bytes, or such as "5GB" (10^9) or "2GiB" (2^30).
       force: replaces `out` if it is empty or holds a model.
-      native: in the format of this project's own, which has all that a `ModelConfig` says. Where layers are
-        normalised otherwise than x + F(N(x)), nothing else has; the factors of LayerNorm scaling are folded into
-        the norms' weights for LLaMA, and kept here.
+      native: True: in the format of this project's own, which has all that a `ModelConfig` says. Where layers are
+        normalised otherwise than x + F(N(x)), nothing else has. False: in one of transformers; the factors of
+        LayerNorm scaling are then folded into the norms' weights. None: as the model came, else as with False.
       progress: show it on stderr.
 
     Raises:
@@ -72,8 +72,11 @@ def save(
             "carried": carried_files(origin.path, origin.revision) if tokenizer is None else None,
             "hf_extra": {name: list(i) if isinstance(i, tuple) else i for name, i in origin.token_ids},
         }  # fmt: skip
+    came = inherited.pop("model_type", None)
+    if native is not None and native != (came == NATIVE.model_type):
+        came = NATIVE.model_type if native else None
     write_model(
-        out, model.config, model.params, title=Path(out).name, dtype=dtype, native=native,
+        out, model.config, model.params, title=Path(out).name, dtype=dtype, model_type=came,
         tokenizer=tokenizer, force=force, max_shard_size=max_shard_size, progress=progress, **inherited,
     )  # fmt: skip
 
@@ -81,21 +84,19 @@ def save(
 def write_model(
     out: str | os.PathLike, config: ModelConfig, params: Params, *, title: str, source: str,
     plan: DepthPlan | None = None, base_models: Iterable[str] = (), training: Mapping[str, str] = MappingProxyType({}),
-    dtype: str | None = None, native: bool | None = False, model_type: str | None = None, **how: Any,
+    dtype: str | None = None, falls_back: bool = False, model_type: str | None = None, **how: Any,
 ) -> None:  # fmt: skip
     """`writer.save` with a card, of which see `model_card` for the arguments, and with the plan.
 
-    `native` as for `jaxup.save`; None: if it must be, which is said.
+    `falls_back`: what no family of transformers computes is written in the format of this project's own, which is said.
     """
-    if native is None:
+    if falls_back and model_type != NATIVE.model_type:
         try:
             with_family_biases(config)
         except UserError as error:
-            native = True
+            model_type = NATIVE.model_type
             if jax.process_index() == 0:
                 say(f"{out}: in jaxup's own format: {error.what.removeprefix('model: ')}")
-    if native:
-        model_type = NATIVE.model_type
     card = model_card(
         config, title=title, dtype=dtype or writer.main_dtype(params), plan=plan, source=source,
         base_models=base_models, training=training, native=model_type == NATIVE.model_type,
