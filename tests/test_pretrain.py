@@ -295,6 +295,8 @@ def test_other_growth_that_cannot_work_is_refused(run, deeper):
         (["--config.train.grown_by=zeored"], "train.grown_by: unknown 'zeored'; did you mean 'zeroed'"),
         (["--config.train.grow_recipe=top"], "train.grow_recipe: unknown 'top'"),
         (["--config.train.restart=true", "--config.optimizer.warmup_steps=4"], "optimizer.warmup_steps=4: does not"),
+        (["--config.model.placement=post"], "train.grow: plan: layer 1 has nothing to add, and changes what comes in"),
+        (["--config.measure.rows=-1"], "measure.rows must be at least 0, not -1"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=f"^{re.escape(said)}"):
             run("refused", GROW, *more)
