@@ -115,6 +115,7 @@ def test_variants():
         ("inherit_gpt2.py", [("steps.x", "1")], "unknown key 'x'"),
         ("inherit_gpt2.py", [("model.bias", "maybe")], "expected true or false"),
         ("heal.py:steps=3,epochs=1", [], "variants steps and epochs: choose one"),
+        ("heal.py", [("data.replay", "0.1")], "data.replay=0.1: goes with data.phases; nothing reads it where"),
         ("inherit_gpt2.py", [("reference.revision", "main")],
          "reference.revision=main: goes with reference.path; nothing reads it where reference.path=$"),
         ("inherit_gpt2.py", [("reference.path", "DIR"), ("reference.steps", "9")], "reference.steps=9: nothing reads "
@@ -377,6 +378,25 @@ def test_every_shipped_healing_builds_its_settings(spec, tmp_path):
     )
     with jax.set_mesh(mesh):
         trace(model, settings, job._select(model, job._plan), config.steps or 10_000, config.data.seq_len)
+
+
+@pytest.mark.parametrize(("study", "count"), [("grid", 12), ("schedule", 6), ("phases", 3), ("methods", 3)])
+def test_all_cells_of_the_recipe_can_begin(study, count):
+    from jaxup.experiments.cells import configured
+    from jaxup.experiments.common import read_settings
+    from jaxup.experiments.heal import Heal
+
+    assert len(load(f"recipe.py:{study}").study.cells) == {"grid": 24}.get(study, count)
+    config, mesh = load(f"recipe.py:quick,{study}"), a_mesh()
+    assert config.study.seeds == (0, 1, 2)
+    assert len(config.study.cells) == count
+    for cell in config.study.cells:
+        made = configured(config, cell, 1)
+        Heal(made, read_settings(made), mesh)
+        # The same base, data and number of samples, whatever the batch.
+        assert (made.seed, made.epochs, made.steps, made.pretrain, made.data.files) == (
+            1, 1, 0, config.pretrain, config.data.files
+        )  # fmt: skip
 
 
 # ---- options that nothing reads
