@@ -59,8 +59,8 @@ Variants, after a colon and separated by commas:
     ablation=mlp           MLP and norms, not attention
     ablation=no_norm       attention and MLP, not the norms
     layers=N               layers of the first target (default: half of the reference's)
-    control=1, control=2   a control trained for the steps of a target, and with 2 another for twice as many (2 by
-                           default, where a run takes minutes)
+    control=0, 1, 2        no control, one trained for the steps of a target, and with 2 another for twice as many;
+                           2 is the default where there is no other size, else 1
     depth_scaled           attention logits divided by layer + 1, as in the paper's released code
     seed=N                 of initialisation and batches
 
@@ -94,7 +94,7 @@ def get_config(arg: str = "") -> ConfigDict:
         size=("default", "smoke", "grow", *PAPER),
         ablation=tuple(ABLATIONS),
         layers=0,  # of the first target; 0 = half of the reference's
-        control=(0, 1, 2),  # 2: a second control trained for twice the steps, as in the paper; 0 = by the size
+        control=(-1, 0, 1, 2),  # 2: a second control trained for twice the steps, as in the paper; -1 = by the size
         baselines=False,
         depth_scaled=False,  # attention logits divided by layer + 1, as in the released code
         seed=0,
@@ -122,7 +122,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.inherit.layers = v["layers"] or int(grow)
     c.inherit.parts = ABLATIONS[v["ablation"]]
     c.inherit.grow_by = 2
-    c.inherit.control = v["control"] or (2 if v["size"] == "default" else 1)
+    c.inherit.control = v["control"] if v["control"] >= 0 else 2 if v["size"] == "default" else 1
     if grow:
         c.reference.steps = 5 * c.steps
 

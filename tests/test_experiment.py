@@ -570,6 +570,12 @@ def test_contestants_that_make_no_sense(changes, message):
         effect(load("inherit_gpt2.py:smoke", list(changes.items())))
 
 
+def test_the_default_answers_to_a_control_of_twice_the_steps():
+    given = {variant: load(f"inherit_gpt2.py:{variant}").inherit.control for variant in (
+        "", "seed=1", "control=1", "control=0", "smoke", "grow", "medium", "medium,control=2")}  # fmt: skip
+    assert list(given.values()) == [2, 2, 1, 0, 1, 1, 1, 2]
+
+
 @pytest.mark.parametrize("size", ["", "smoke,", "medium,", "large,", "xl,"])
 def test_every_contestant_builds(size):
     from jaxup.experiments.cells import configured
