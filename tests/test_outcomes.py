@@ -73,6 +73,8 @@ def test_a_run_that_goes_on(run):
     assert found.flops_N.tolist() == [
         8 * 32 * f for f in (small, 2 * small, 3 * small, 3 * small + large, found.flops / 256)
     ]
+    last = [r for r in records if r["model"] == records[-1]["model"]]
+    assert read_outcome(run, "", cell="two").loss_N.tolist() == [r["loss"] for r in last if "loss" in r]
     nothing = read_outcome(run, "target_9", cell="nine")
     assert (nothing.steps, nothing.planned, nothing.curve, nothing.loss_N.size) == (0, 8, (), 0)
 

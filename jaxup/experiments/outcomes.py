@@ -73,9 +73,10 @@ def group_of(batch_size: int, seed: int) -> str:
 def read_outcome(
     directory: Path, name: str, *, cell: str, seed: int | None = None, group: str | None = None, stopped: str = "",
 ) -> Outcome:  # fmt: skip
-    """Of the run in `directory` as far as it is, of which the model called `name` is scored.
+    """Of the run in `directory` as far as it is.
 
     Args:
+      name: of the model that is scored; "" = the one that was logged last.
       seed: None = that of its configuration.
       group: None = that of its batch size and its seed.
       stopped: why it was stopped.
@@ -91,6 +92,7 @@ def read_outcome(
     inputs = read_json(directory / "inputs.json", {"steps": int | None}, _AGAIN) or {}
     log = directory / "metrics.jsonl"
     records = _checked(log, MetricsLog(log).read())
+    name = name or (records[-1]["model"] if records else "")
     mine, costs = [r for r in records if r["model"] == name], dict[str, tuple[int, float]]()
     for model in sorted({r["model"] for r in records}):
         _, tokens, flops_N, _ = _cost(directory, model, config, [r for r in records if r["model"] == model])
