@@ -124,6 +124,9 @@ def main(argv: list[str]) -> None:
     if args.target:
         from jaxup.experiments.target import show
 
+        if config.study.cells:
+            hint = "give the keys of one cell instead"
+            raise UserError("is of one run, and this is a study of several", at=f"--target={args.target}", hint=hint)
         show(config, args.target, args.config, args.target_json or "", overrides, whole=args.target_compile)
         return
     devices.choose(args.platform)

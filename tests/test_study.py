@@ -1,10 +1,19 @@
 """Studies: what their configurations become, what is refused, and that what cells share is done once."""
 
-import pytest
+import contextlib
+import json
+import random
+import subprocess
 
-from jaxup.errors import UserError
-from jaxup.experiments import cells
+import processes
+import pytest
+import runs
+
+from jaxup import train
+from jaxup.errors import NonFinite, UserError
+from jaxup.experiments import cells, resuming
 from jaxup.experiments.config import load
+from jaxup.training.loop import make_program
 
 
 def study(axes="", *more, spec="inherit_gpt2.py:smoke"):
@@ -80,3 +89,119 @@ def test_mistakes_are_one_line(axes, more, said):
         study(axes, *more)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def train_study(corpus, workdir, *more):
+    """Two cells of one shape: a target of one layer, the first or the last of a reference of two."""
+    axes = "--config.study.axes=inherit.which: first last"
+    small = ["--config.model.num_layers=2", "--config.inherit.control=0", "--config.steps=4"]
+    train.main(["train", *runs.arguments(corpus, workdir, *small, axes, *more)])
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("jaxup.experiments.pictures.write", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("one_device", "no_pictures")
+def test_a_study_shares_programs_and_references_and_takes_more_seeds(corpus, tmp_path, capsys):
+    make_program.cache_clear()
+    study = tmp_path / "study"
+    train_study(corpus, study)
+    train_study(corpus, study, "--config.study.seeds=0,1")
+    said = capsys.readouterr().out
+    assert "changed in the study: study.seeds was [], now [0, 1]" in said
+    assert "run 3 of 4: cell which=first, seed 1" in said
+    # Both cells and both seeds have the programs of a reference and of a target.
+    assert make_program.cache_info().misses == 2
+    names = [f"which={which}-{seed}" for seed in (0, 1) for which in ("first", "last")]
+    assert sorted(path.name for path in (study / "cells").iterdir()) == sorted(names)
+    assert len(list((study / "shared").iterdir())) == 2  # a reference for each seed
+    assert (tmp_path / "data").is_dir()
+
+    # A run of the study is what a run by itself is, to the bit, and goes on by itself.
+    cell, alone = study / "cells" / "which=last-1", tmp_path / "alone"
+    small = ["--config.model.num_layers=2", "--config.inherit.control=0", "--config.steps=4"]
+    more = ["--config.inherit.which=last", "--config.seed=1"]
+    train.main(["train", *runs.arguments(corpus, alone, *small, *more)])
+    assert runs.losses(cell) == runs.losses(alone)
+    for name in ("reference", "target_1"):
+        assert runs.result(cell, name)["val_loss"] == runs.result(alone, name)["val_loss"]
+    train.main(["train", f"--resume={cell}"])
+    assert "finished before" in capsys.readouterr().out
+
+    # What is finished is not done again, whatever else is asked for.
+    train.main(["train", f"--resume={study}", "--dry-run"])
+    assert "4 runs, 2 cells with seeds 0, 1; 0 are left" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"study\.axes: goes with --config"):
+        train.main(["train", f"--resume={study}", "--config.study.axes=steps: 1 2"])
+    with pytest.raises(UserError, match=r"cell 'which=first' was .* now"):
+        train_study(
+            corpus, study, "--config.study.axes=", "--config.study.cells={'which=first': {'inherit.layers': 2}}"
+        )
+    with pytest.raises(UserError, match="holds a study, and not one run"):
+        train_study(corpus, study, "--config.study.axes=")
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_that_diverges_ends_alone_and_what_cannot_work_is_said_before_the_first(corpus, tmp_path, monkeypatch):
+    begun = []
+
+    def diverges(config, directory, title, *_, command, **__):
+        begun.append(directory.name)
+        resuming.begin(directory, config, {}, title, command)
+        raise NonFinite("target_1: step 3: loss nan is not finite")
+
+    monkeypatch.setattr("jaxup.experiments.study.run_one", diverges)
+    with pytest.raises(UserError, match="cell 'layers=9'"):
+        train_study(corpus, tmp_path / "bad", "--config.study.axes=inherit.layers: 1 9")
+    assert not (tmp_path / "bad").exists()
+    train_study(corpus, tmp_path / "study")
+    assert begun == ["which=first-0", "which=last-0"]
+    train_study(corpus, tmp_path / "study")  # which ended is not begun again
+    assert len(begun) == 2
+    why = json.loads((tmp_path / "study" / "cells" / begun[0] / "ended.json").read_text())["why"]
+    assert why == "diverged: target_1: step 3: loss nan is not finite"
+
+
+@pytest.mark.parametrize(("flag", "said"), [
+    ("--target=v5p:2x2x1", "--target"), ("--preflight", "--preflight"), ("--skip-step=3", "step 3 left out"),
+])  # fmt: skip
+def test_what_is_of_one_run_goes_without_a_study(tmp_path, flag, said):
+    where = [] if flag.startswith("--target") else [f"--workdir={tmp_path}/study"]
+    with pytest.raises(UserError, match=said) as error:
+        train.main(["train", "--config=inherit_gpt2.py:smoke", "--config.study.axes=steps: 2 3", flag, *where])
+    assert "study" in str(error.value)
+
+
+def outcome(study):
+    """All that does not depend on time, of each run."""
+    found = {}
+    for cell in sorted((study / "cells").iterdir()):
+        losses = {
+            path.parent.name: json.loads(path.read_text())["val_loss"]
+            for path in cell.glob("checkpoints/*/result.json")
+        }
+        found[cell.name] = (losses, runs.losses(cell))
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_and_kills_end_in_the_same_study(corpus, tmp_path):
+    small = ["--config.model.num_layers=2", "--config.inherit.control=0", "--config.steps=12"]
+    more = ["--config.study.axes=inherit.which: first last", "--config.study.seeds=0,1"]
+    command = lambda name: ("-m", "jaxup.train", *runs.arguments(corpus, tmp_path / name, *small, *more))  # noqa: E731
+    processes.run(*command("whole"))
+    with processes.started(*command("two")) as first, processes.started(*command("two")) as second:
+        said = [process.communicate(timeout=processes.LIMIT)[0] for process in (first, second)]
+        assert [first.returncode, second.returncode] == [0, 0]
+    assert all("run directory" in text for text in said)  # each had some of them
+    assert outcome(tmp_path / "two") == outcome(tmp_path / "whole")
+    draw = random.Random(0)
+    for _ in range(20):
+        with processes.started(*command("killed")) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=draw.uniform(2, 15))
+            process.kill()
+    processes.run(*command("killed"))
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")

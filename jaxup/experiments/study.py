@@ -23,7 +23,7 @@ from jaxup.experiments.cells import configured, seeds
 from jaxup.experiments.run import CELLS, open_data, prepared, run_one
 from jaxup.experiments.shown import as_text, as_yaml
 from jaxup.progress import Waiting, clock, say, tell
-from jaxup.text import read_json
+from jaxup.text import read_json, remote
 from jaxup.together import told
 from jaxup.training import rundir
 from jaxup.training.in_common import key
@@ -188,7 +188,7 @@ def _work(
                 waiting = Waiting()
         if taken:
             waiting.on(taken)
-            time.sleep(1.0)
+            time.sleep(10.0 if remote(workdir) else 1.0)
 
 
 def _carry_out(run: Planned, workdir: Path, title: str, processes: Processes, command: str) -> None:
