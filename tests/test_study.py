@@ -5,14 +5,16 @@ import json
 import random
 import subprocess
 
+import outcomes
 import processes
 import pytest
 import runs
 
 from jaxup import train
 from jaxup.errors import NonFinite, UserError
-from jaxup.experiments import cells, resuming
+from jaxup.experiments import cells, resuming, rounds
 from jaxup.experiments.config import load
+from jaxup.experiments.stopping import Rule
 from jaxup.training.loop import make_program
 
 
@@ -174,7 +176,7 @@ def test_what_is_of_one_run_goes_without_a_study(tmp_path, flag, said):
     assert "study" in str(error.value)
 
 
-def outcome(study):
+def came_of(study):
     """All that does not depend on time, of each run."""
     found = {}
     for cell in sorted((study / "cells").iterdir()):
@@ -196,7 +198,7 @@ def test_two_processes_and_kills_end_in_the_same_study(corpus, tmp_path):
         said = [process.communicate(timeout=processes.LIMIT)[0] for process in (first, second)]
         assert [first.returncode, second.returncode] == [0, 0]
     assert all("run directory" in text for text in said)  # each had some of them
-    assert outcome(tmp_path / "two") == outcome(tmp_path / "whole")
+    assert came_of(tmp_path / "two") == came_of(tmp_path / "whole")
     draw = random.Random(0)
     for _ in range(20):
         with processes.started(*command("killed")) as process:
@@ -204,4 +206,44 @@ def test_two_processes_and_kills_end_in_the_same_study(corpus, tmp_path):
                 process.wait(timeout=draw.uniform(2, 15))
             process.kill()
     processes.run(*command("killed"))
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert came_of(tmp_path / "killed") == came_of(tmp_path / "whole")
+
+
+RULE = dict(stop_from=0.1, stop_every=0.02, stop_keep=2, stop_norm=0.2, stop_loss=0.02, stop_checks=3, stop_factor=2)
+
+
+def test_runs_of_a_group_go_in_rounds():
+    norms, halving = (Rule(stop=stop, **RULE) for stop in ("norms", "halving"))
+    assert pytest.approx([0.14, 0.28, 0.56]) == rounds.pauses(norms)
+    assert pytest.approx([0.1, 0.2, 0.4, 0.8]) == rounds.pauses(halving)
+    runs = [outcomes.outcome(cell, batch_size=size) for cell, size in (("a", 8), ("b", 8), ("c", 8), ("d", 16))]
+    planned, nobody = {run.name: 100 for run in runs}, dict.fromkeys((run.name for run in runs), 0)
+    limits = lambda reached, done=(): rounds.limits(runs, planned, nobody | reached, done, norms)  # noqa: E731
+    assert limits({}) == {"a-0": 14, "b-0": 14, "c-0": 14, "d-0": 14}
+    # Those that were there wait for those that were not; another group has its own rounds.
+    assert limits({"a-0": 14, "b-0": 14}) == {"a-0": 0, "b-0": 0, "c-0": 14, "d-0": 14}
+    # Who is done, at its end or stopped, is waited for no more.
+    assert limits({"a-0": 14, "b-0": 14}, ("c-0",)) == {"a-0": 28, "b-0": 28, "d-0": 14}
+    assert limits({"d-0": 56})["d-0"] == 100
+
+
+@pytest.mark.slow
+def test_poor_runs_stop_and_go_on_if_asked(corpus, tmp_path, capsys):
+    axes = "--config.study.axes=optimizer.learning_rate: 1e-5 1e-3 3e-3 1e-2"
+    small = ["--config.model.num_layers=2", "--config.inherit.control=0", "--config.steps=20", axes]
+    halving = ["--config.study.stop=halving", "--config.study.stop_from=0.2", "--config.study.stop_keep=1"]
+    train.main(["train", *runs.arguments(corpus, tmp_path / "study", *small, *halving)])
+    cells = tmp_path / "study" / "cells"
+    stopped = {path.parent.name: json.loads(path.read_text())["why"] for path in cells.glob("*/ended.json")}
+    assert len(stopped) == 3
+    assert stopped["learning_rate=1e-05-0"].startswith("halving at step 4: validation loss")
+    numbers = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert {run["cell"] + "-0": run["stopped"] for run in numbers["runs"] if run["stopped"]} == stopped
+    # What was stopped is as far as it was, and goes on to what it would have been.
+    (cells / "learning_rate=1e-05-0" / "ended.json").unlink()
+    train.main(["train", f"--resume={cells / 'learning_rate=1e-05-0'}"])
+    assert "resumes at step 4 of 20" in capsys.readouterr().out
+    train.main(["train", *runs.arguments(corpus, tmp_path / "whole", *small)])
+    name = "learning_rate=1e-05-0/checkpoints/target_1/result.json"
+    results = [json.loads((tmp_path / study / "cells" / name).read_text()) for study in ("study", "whole")]
+    assert results[0]["val_loss"] == results[1]["val_loss"]

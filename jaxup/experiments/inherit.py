@@ -94,7 +94,7 @@ class Inherit(OnText):
         if reference.steps:
             learning_rate(settings.optimizer, reference.steps)
         model = self._read_model()
-        check(self._inherit, model)
+        self.scored = f"target_{check(self._inherit, model)[-1].num_layers}"
         tokenizer = {"tokenizer_files": config.data.tokenizer}
         if reference.path and not config.data.tokenizer:  # the one that it brings along
             files = tokenizer_directory(reference.path, revision=reference.revision or None)

@@ -154,6 +154,12 @@ def finish(directory: Path, config: ConfigDict, models: list[str], scored: str) 
     rundir.write_json(directory / "finished.json", {"asked": _asks(config), "models": models, "scored": scored})
 
 
+def scored(directory: Path) -> str:
+    """The model that the result of the finished run is of; "" if it is not finished."""
+    mark = read_json(directory / "finished.json", {"scored": str | None}, "delete it")
+    return (mark or {}).get("scored") or ""
+
+
 def finished(directory: Path, config: ConfigDict) -> list[str]:
     """A line for each model of a run that has all that `config` asks for; none if anything is left to do."""
     now = rundir.read_config(directory)

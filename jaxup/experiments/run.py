@@ -78,10 +78,12 @@ def run_experiment(
 def run_one(
     config: ConfigDict, workdir: Path, title: str, processes: Processes, corrections: Corrections | None = None,
     command: str = "", *, dry: str | None = None, preflight: bool = False, common: Path | None = None,
+    pauses: Mapping[str, int] | None = None,
 ) -> None:  # fmt: skip
     """One configuration in one directory, by processes that have joined; see `run_experiment`.
 
-    `common`: of a run of a study, which holds the directory's lock, where what its runs have in common is.
+    Of a run of a study, which holds the directory's lock, `common` is where what its runs have in common is, and
+    `pauses` the step of a model after which it raises `Paused`.
     """
     import jax
 
@@ -133,7 +135,9 @@ def run_one(
         trackers = tuple(config.log.trackers) if writes else ()
         asked = [corrections] if corrections else []
         with contextlib.closing(MetricsLog(workdir / "metrics.jsonl", trackers, config.to_dict())) as log:
-            run = Run(workdir, settings, mesh, experiment.data, log, processes, experiment.sample, asked)
+            run = Run(
+                workdir, settings, mesh, experiment.data, log, processes, experiment.sample, asked, pauses=pauses or {}
+            )  # fmt: skip
             if any(stage.fresh for stage in experiment.stages()):
                 run = dataclasses.replace(run, common=common)
             experiment.carry_out(run, title)

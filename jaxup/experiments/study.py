@@ -3,7 +3,7 @@
 So programs of one shape are compiled once, and what several runs train alike is trained once (`training/in_common.py`).
 Any number of processes may work on a study, here or on machines that share its directory: each takes the next run that
 nobody has, which the lock of its directory says, and goes on with what one that died has left. Whoever finds all of
-them finished writes what came of it.
+them finished writes what came of it. Where a rule stops poor runs, those of a group go in rounds (`rounds.py`).
 
 STUDY/config.json  cells/CELL-SEED/  shared/MODEL-KEY/  STUDY.md  study.json  plots/
 """
@@ -12,29 +12,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxup.errors import NonFinite, UserError, within
 from jaxup.experiments import resuming
 from jaxup.experiments.cells import configured, seeds
+from jaxup.experiments.outcomes import Outcome, read_outcome
+from jaxup.experiments.report import made_by
+from jaxup.experiments.rounds import limits
 from jaxup.experiments.run import CELLS, open_data, prepared, run_one
 from jaxup.experiments.shown import as_text, as_yaml
+from jaxup.experiments.stopping import DIVERGED, Rule, decide
+from jaxup.experiments.study_report import write_study
 from jaxup.progress import Waiting, clock, say, tell
 from jaxup.text import read_json, remote
 from jaxup.together import told
 from jaxup.training import rundir
 from jaxup.training.in_common import key
 from jaxup.training.processes import Processes
-from jaxup.training.run import Stage
+from jaxup.training.run import Paused, Stage
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 SHARED = "shared"
 _ENDED = "ended.json"  # of a run that does not come to its end: why
+_PAUSED = "paused.json"  # of a run that waits for others: after which step
 _AGAIN = "delete it to have the run go on"
 
 
@@ -53,15 +60,23 @@ class Planned:
 
     def ended(self) -> str:
         """Why it does not go to its end; "" if nothing keeps it from that."""
-        found = read_json(self.directory / _ENDED, {"why": str, "scored": str}, _AGAIN)
+        found = read_json(self.directory / _ENDED, {"why": str}, _AGAIN)
         return found["why"] if found else ""
 
     def done(self) -> bool:
         return bool(self.ended() or resuming.finished(self.directory, self.config))
 
-    def end(self, why: str, scored: str) -> None:
-        """Leaves it as it is; whoever removes the file has it go on."""
-        rundir.write_json(self.directory / _ENDED, {"why": why, "scored": scored})
+    def reached(self) -> int:
+        """The step after which it paused last."""
+        found = read_json(self.directory / _PAUSED, {"step": int}, "delete it")
+        return found["step"] if found else 0
+
+    def outcome(self, scored: str = "") -> Outcome:
+        """What is known of it; `scored`: the model that its result is of, if it is not finished."""
+        if not (self.directory / "config.json").exists():
+            return Outcome.to_come(self.cell, self.seed, self.config.batch_size)
+        scored = resuming.scored(self.directory) or scored
+        return read_outcome(self.directory, scored, cell=self.cell, seed=self.seed, stopped=self.ended())
 
 
 def carry_out(
@@ -72,15 +87,17 @@ def carry_out(
     changed = told(lambda: _look(config, workdir, runs), "look at the study")
     left = [run for run in runs if not told(run.done, "look at the runs")]
     if not left and dry is None and told(lambda: not changed and _reported(workdir, runs), "look at the study"):
-        tell(f"all {len(runs)} runs finished before: {workdir}")
+        tell(f"all {len(runs)} runs finished before: {workdir / 'STUDY.md'}")
         return
+    rule = Rule.of(config.study)
     cost = Cost(runs, left)
     if dry is not None:
         _show(config, workdir, runs, left, cost, dry, changed)
         return
     told(lambda: _begin(config, workdir, title, command, changed), "begin the study")
-    _work(workdir, title, processes, command, runs, cost)
-    tell(f"all {len(runs)} runs are finished: {workdir}")
+    _work(workdir, title, processes, command, runs, cost, rule)
+    told(lambda: _report(config, workdir, title, runs, cost, rule), "write what came of the study")
+    tell(f"all {len(runs)} runs are finished: {workdir / 'STUDY.md'}")
 
 
 def planned(config: ConfigDict, workdir: Path) -> list[Planned]:
@@ -102,6 +119,7 @@ class Cost:
     def __init__(self, runs: Sequence[Planned], left: Sequence[Planned]):
         self.runs, self.left = runs, left
         self.stages: dict[str, list[Stage]] = {}
+        self.scored: dict[str, str] = {}  # by cell
         for run in left:
             if run.cell in self.stages:
                 continue
@@ -110,7 +128,11 @@ class Cost:
             with within(f"cell {run.cell!r}"):
                 experiment, _ = prepared(run.config, read_settings(run.config), run.directory)
                 open_data(experiment, run.directory.parents[2] / "data")
-            self.stages[run.cell] = experiment.stages()
+            self.stages[run.cell], self.scored[run.cell] = experiment.stages(), experiment.scored
+
+    def steps(self, run: Planned) -> int:
+        """Of the model that the run's result is of."""
+        return next(stage.steps for stage in self.stages[run.cell] if stage.name == self.scored[run.cell])
 
     def of(self, runs: Sequence[Planned]) -> tuple[int, int, float, int]:
         """Steps, tokens, FLOPs, and how many trainings are spared since several runs have them in common."""
@@ -124,9 +146,9 @@ class Cost:
                         spared += 1
                         continue
                     seen.add(known)
-                steps += stage.steps
-                tokens += stage.data.tokens_of(stage.steps * stage.settings.batch_size)
-                flops += stage.steps * stage.flops
+                steps += stage.own_steps
+                tokens += stage.data.tokens_of(stage.own_steps * stage.settings.batch_size)
+                flops += stage.own_steps * stage.flops
         return steps, tokens, flops, spared
 
 
@@ -149,13 +171,7 @@ def _begin(config: ConfigDict, workdir: Path, title: str, command: str, changed:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from None
-    waiting = Waiting()
-
-    def busy(holder: str) -> None:
-        waiting.on(f"{holder} to begin the study")
-        time.sleep(0.2)
-
-    with rundir.writer_lock(workdir, busy):
+    with rundir.writer_lock(workdir, _patiently("begin the study")):
         resuming.begin(workdir, config, {}, title, command)
     for line in changed:
         print(f"changed in the study: {line}", flush=True)
@@ -163,9 +179,9 @@ def _begin(config: ConfigDict, workdir: Path, title: str, command: str, changed:
 
 
 def _work(
-    workdir: Path, title: str, processes: Processes, command: str, runs: Sequence[Planned], cost: Cost
+    workdir: Path, title: str, processes: Processes, command: str, runs: Sequence[Planned], cost: Cost, rule: Rule
 ) -> None:  # fmt: skip
-    """Takes what nobody has, until all are finished."""
+    """Takes what nobody has, until all are finished or stopped."""
     began, waiting = time.monotonic(), Waiting()
     mine: list[Planned] = []
     left = list(cost.left)
@@ -175,28 +191,89 @@ def _work(
             if told(run.done, "look at the runs"):
                 left.remove(run)
                 continue
+            limit = told(functools.partial(_limit, run, runs, cost, rule), "look how far the runs are")
+            if limit == 0:  # others of its group come first, or it was stopped
+                continue
             with _taken(run.directory) as holder:
                 if holder:
                     taken = f"{run.name}, by {holder}"
                     continue
                 if not told(run.done, "look at the runs"):  # else it has been finished meanwhile
-                    later = _later(cost, mine, left, time.monotonic() - began)
+                    later = "" if rule.stop else _later(cost, mine, left, time.monotonic() - began)
                     tell(f"run {len(runs) - len(left) + 1} of {len(runs)}: cell {run.cell}, seed {run.seed}{later}")
-                    _carry_out(run, workdir, title, processes, command)
+                    _carry_out(run, workdir, title, processes, command, {cost.scored[run.cell]: limit} if limit else {})
                     mine.append(run)
-                left.remove(run)
+                if told(run.done, "look at the runs"):
+                    left.remove(run)
                 waiting = Waiting()
         if taken:
             waiting.on(taken)
             time.sleep(10.0 if remote(workdir) else 1.0)
 
 
-def _carry_out(run: Planned, workdir: Path, title: str, processes: Processes, command: str) -> None:
+def _carry_out(
+    run: Planned, workdir: Path, title: str, processes: Processes, command: str, pauses: dict[str, int]
+) -> None:
     try:
-        run_one(run.config, run.directory, f"{title} {run.name}", processes, command=command, common=workdir / SHARED)
+        run_one(
+            run.config, run.directory, f"{title} {run.name}", processes, command=command, common=workdir / SHARED,
+            pauses=pauses,
+        )  # fmt: skip
+    except Paused as error:
+        step = error.step
+        told(lambda: rundir.write_json(run.directory / _PAUSED, {"step": step}), "write where a run paused")
     except NonFinite as error:  # that it diverges is what came of it, and the others go on
         say(f"{run.name}: {error}")
-        told(lambda: run.end(f"diverged: {error}", ""), "write why a run ended")
+        why = f"{DIVERGED}: {error}"
+        told(lambda: rundir.write_json(run.directory / _ENDED, {"why": why}), "write why a run ended")
+
+
+def _limit(run: Planned, runs: Sequence[Planned], cost: Cost, rule: Rule) -> int | None:
+    """The step until which it goes now, 0 = none, None = its end. Runs that the rule stops do so before."""
+    if not rule.stop:
+        return None
+    outcomes = [one.outcome(cost.scored.get(one.cell, "")) for one in runs]
+    named, done = {one.name: one for one in runs}, {one.name for one in runs if one.done()}
+    for stop in decide(outcomes, rule):
+        stopped = named[f"{stop.cell}-{stop.seed}"]
+        if stopped.name not in done:
+            done.add(stopped.name)
+            why = stop.why if stop.kind == DIVERGED else f"{stop.kind} at step {stop.step}: {stop.why}"
+            rundir.write_json(stopped.directory / _ENDED, {"why": why})
+            say(f"{stopped.name} stops: {why}")
+    if run.name in done:
+        return 0
+    going = [one for one in runs if one.name not in done]
+    planned, reached = {one.name: cost.steps(one) for one in going}, {one.name: one.reached() for one in going}
+    limit = limits(outcomes, planned, reached, done, rule)[run.name]
+    return limit if limit < planned[run.name] else None
+
+
+def _report(
+    config: ConfigDict, workdir: Path, title: str, runs: Sequence[Planned], cost: Cost, rule: Rule
+) -> None:  # fmt: skip
+    """Writes what came of it."""
+    with rundir.writer_lock(workdir, _patiently("write what came of the study")):
+        if not cost.left and _reported(workdir, runs):
+            return
+        outcomes = [run.outcome(cost.scored.get(run.cell, "")) for run in runs]
+        control = config.study.control or next(iter(config.study.cells))
+        text = write_study(
+            workdir, title, outcomes, control, made_by(resuming.starts(workdir)),
+            unit="loss token" if config.experiment == "heal" else "token", rule=rule, changes=config.study.cells,
+        )  # fmt: skip
+        print(text, flush=True)
+        rundir.write_json(workdir / "finished.json", {"runs": [run.name for run in runs]})
+
+
+def _patiently(what: str) -> Callable[[str], None]:
+    waiting = Waiting()
+
+    def busy(holder: str) -> None:
+        waiting.on(f"{holder} to {what}")
+        time.sleep(0.2)
+
+    return busy
 
 
 @contextlib.contextmanager

@@ -373,7 +373,7 @@ def _train(
         try:
             while True:
                 here = step == steps or step in milestones
-                looked_at = here or step in run.evaluated or step == first
+                looked_at = here or step in run.evaluated or step in (first, pause)
                 if (step % s.eval_interval == 0 or looked_at) and step not in losses:
                     meter.check(pending, batches)
                     losses[step] = _evaluate(run, name, program.eval_step, (state.params, *frozen), step)
