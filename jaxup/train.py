@@ -1,5 +1,8 @@
 """Train models as an experiment file describes: `python -m jaxup.train --config=inherit_gpt2.py`.
 
+A configuration with --config.study.axes="KEY: VALUE VALUE; KEY: ..." or --config.study.seeds=0,1,2 is a study: a run of
+each combination with each seed in directories of its own, of which several processes may each take some.
+
 With neither --config nor --resume the shipped files are listed; `--config=FILE --help` prints what one of them says of
 itself, and every key with its value. `--dry-run` says what the run would do, and what memory and time it takes;
 `--target=v5p:4x4x4` what it takes on such TPUs, which need not be here, and `--target=auto` on the fewest that fit;

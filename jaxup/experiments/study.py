@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -186,13 +185,13 @@ def _work(
     mine: list[Planned] = []
     left = list(cost.left)
     while left:
-        taken = ""
+        taken, going = "", None
         for run in list(left):
             if told(run.done, "look at the runs"):
                 left.remove(run)
                 continue
-            limit = told(functools.partial(_limit, run, runs, cost, rule), "look how far the runs are")
-            if limit == 0:  # others of its group come first, or it was stopped
+            going = going or told(lambda: _going(runs, cost, rule), "look how far the runs are")
+            if run.name not in going:  # others of its group come first, or it was stopped
                 continue
             with _taken(run.directory) as holder:
                 if holder:
@@ -201,8 +200,9 @@ def _work(
                 if not told(run.done, "look at the runs"):  # else it has been finished meanwhile
                     later = "" if rule.stop else _later(cost, mine, left, time.monotonic() - began)
                     tell(f"run {len(runs) - len(left) + 1} of {len(runs)}: cell {run.cell}, seed {run.seed}{later}")
-                    _carry_out(run, workdir, title, processes, command, {cost.scored[run.cell]: limit} if limit else {})
+                    _carry_out(run, workdir, title, processes, command, going[run.name])
                     mine.append(run)
+                    going = None
                 if told(run.done, "look at the runs"):
                     left.remove(run)
                 waiting = Waiting()
@@ -228,10 +228,10 @@ def _carry_out(
         told(lambda: rundir.write_json(run.directory / _ENDED, {"why": why}), "write why a run ended")
 
 
-def _limit(run: Planned, runs: Sequence[Planned], cost: Cost, rule: Rule) -> int | None:
-    """The step until which it goes now, 0 = none, None = its end. Runs that the rule stops do so before."""
+def _going(runs: Sequence[Planned], cost: Cost, rule: Rule) -> dict[str, dict[str, int]]:
+    """The runs that may go on now, each with where it pauses; before that those are stopped that the rule stops."""
     if not rule.stop:
-        return None
+        return {run.name: {} for run in runs}
     outcomes = [one.outcome(cost.scored.get(one.cell, "")) for one in runs]
     named, done = {one.name: one for one in runs}, {one.name for one in runs if one.done()}
     for stop in decide(outcomes, rule):
@@ -241,12 +241,13 @@ def _limit(run: Planned, runs: Sequence[Planned], cost: Cost, rule: Rule) -> int
             why = stop.why if stop.kind == DIVERGED else f"{stop.kind} at step {stop.step}: {stop.why}"
             rundir.write_json(stopped.directory / _ENDED, {"why": why})
             say(f"{stopped.name} stops: {why}")
-    if run.name in done:
-        return 0
-    going = [one for one in runs if one.name not in done]
-    planned, reached = {one.name: cost.steps(one) for one in going}, {one.name: one.reached() for one in going}
-    limit = limits(outcomes, planned, reached, done, rule)[run.name]
-    return limit if limit < planned[run.name] else None
+    going = {one.name: one for one in runs if one.name not in done}
+    planned = {name: cost.steps(one) for name, one in going.items()}
+    until = limits(outcomes, planned, {name: one.reached() for name, one in going.items()}, done, rule)
+    return {
+        name: {cost.scored[going[name].cell]: step} if step < planned[name] else {}
+        for name, step in until.items() if step
+    }  # fmt: skip
 
 
 def _report(
