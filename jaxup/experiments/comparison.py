@@ -79,7 +79,7 @@ def _cell(name: str, runs: Sequence[Outcome], budget: float) -> Cell:
 def cost(outcomes: Sequence[Outcome]) -> tuple[int, float]:
     """Tokens and FLOPs of all models; what several runs have in common counts once."""
     found = {name: both for o in outcomes for name, both in o.costs.items()}
-    return sum(tokens for tokens, _ in found.values()), sum(flops for _, flops in found.values())
+    return sum(tokens for tokens, _ in found.values()), sum((flops for _, flops in found.values()), 0.0)
 
 
 def loss_at(outcome: Outcome, flops: float) -> float:

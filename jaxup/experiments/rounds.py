@@ -42,11 +42,11 @@ def limits(
     shares = pauses(rule)
     stops = {name: [*(math.ceil(share * steps - 1e-9) for share in shares), steps] for name, steps in planned.items()}
     passed = {o.name: sum(step <= reached[o.name] for step in stops[o.name]) for o in outcomes if o.name not in done}
-    least: dict[str, int] = {}
-    for outcome in outcomes:
-        if outcome.name in passed:
-            least[outcome.group] = min(passed[outcome.name], least.get(outcome.group, len(shares)))
-    return {
-        o.name: stops[o.name][passed[o.name]] if passed[o.name] == least[o.group] else 0
-        for o in outcomes if o.name in passed
-    }  # fmt: skip
+    found = {}
+    for group in {o.group for o in outcomes}:
+        names = [o.name for o in outcomes if o.group == group and o.name in passed]
+        least = min((passed[name] for name in names), default=0)
+        race = sum(o.group == group and not o.stopped for o in outcomes) > rule.stop_keep
+        for name in names:
+            found[name] = (stops[name][least] if passed[name] == least else 0) if race else planned[name]
+    return found

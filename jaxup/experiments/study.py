@@ -199,6 +199,7 @@ def _work(
                     continue
                 if not told(run.done, "look at the runs"):  # else it has been finished meanwhile
                     later = "" if rule.stop else _later(cost, mine, left, time.monotonic() - began)
+                    later += "".join(f"; until step {step}" for step in going[run.name].values())
                     tell(f"run {len(runs) - len(left) + 1} of {len(runs)}: cell {run.cell}, seed {run.seed}{later}")
                     _carry_out(run, workdir, title, processes, command, going[run.name])
                     mine.append(run)
@@ -238,9 +239,9 @@ def _going(runs: Sequence[Planned], cost: Cost, rule: Rule) -> dict[str, dict[st
         stopped = named[f"{stop.cell}-{stop.seed}"]
         if stopped.name not in done:
             done.add(stopped.name)
-            why = stop.why if stop.kind == DIVERGED else f"{stop.kind} at step {stop.step}: {stop.why}"
-            rundir.write_json(stopped.directory / _ENDED, {"why": why})
-            say(f"{stopped.name} stops: {why}")
+            why = stop.why if stop.kind == DIVERGED else f"{stop.kind}: {stop.why}"
+            rundir.write_json(stopped.directory / _ENDED, {"why": why, "step": stop.step})
+            say(f"{stopped.name} stops after step {stop.step}: {why}")
     going = {one.name: one for one in runs if one.name not in done}
     planned = {name: cost.steps(one) for name, one in going.items()}
     until = limits(outcomes, planned, {name: one.reached() for name, one in going.items()}, done, rule)
