@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import DepthPlan
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params, init
-from jaxup.training.loop import load_trained, make_program, restore_trained
-from jaxup.training.run import Part, Result, Run
+from jaxup.training.loop import as_argument, load_trained, make_program, restore_trained
+from jaxup.training.run import Part, Result, Run, Update
 from jaxup.training.selection import EVERYTHING
 from jaxup.training.step import TrainState
 
@@ -25,34 +30,36 @@ def grown(
     of what is newly initialised; the optimizer's count, and what is known of spikes, go on. With `restart` they are
     all fresh, as in Inheritune. New values are those of a model of this depth, and others at each growth.
     """
-    seed = jax.random.fold_in(jax.random.key(run.settings.seed), part.first)
-    program = make_program(model, run.settings.update, part.schedule[1], run.mesh, EVERYTHING, ())
+    grow = _growth(plan, model, run.settings.update, part.schedule[1], run.mesh, restart)
+    source = load_trained(run, smaller, small) if restart else restore_trained(run, smaller, small, part.schedule[1])
+    return grow(as_argument(run.settings.seed), np.int32(part.first), source)
+
+
+@functools.lru_cache(maxsize=8)
+def _growth(
+    plan: DepthPlan, model: ModelConfig, update: Update, steps: int, mesh: Mesh, restart: bool
+) -> Callable[..., TrainState]:
+    """(seed, steps before, state; to restart params) -> state: the same for all seeds."""
+    program, ((name, _),) = make_program(model, update, steps, mesh, EVERYTHING, ()), plan.sources
+
+    def applied(tree: Params, new: Params) -> Params:
+        return apply(plan, {name: tree}, new)
+
+    def fresh(seed: jax.Array, first: jax.Array) -> Params:
+        return init(model, jax.random.fold_in(jax.random.key(seed), first))
+
+    def begun(seed: jax.Array, first: jax.Array, params: Params) -> TrainState:
+        return program.init_state(applied(params, fresh(seed, first)))._replace(step=first)
+
+    def gone_on(seed: jax.Array, first: jax.Array, state: TrainState) -> TrainState:
+        params = applied(state.params, fresh(seed, first))
+        none = jax.tree.map(jnp.zeros_like, params)
+        is_adam = lambda part: isinstance(part, optax.ScaleByAdamState)  # noqa: E731
+
+        def deeper(part: optax.OptState) -> optax.OptState:
+            return part._replace(mu=applied(part.mu, none), nu=applied(part.nu, none)) if is_adam(part) else part
+
+        return state._replace(params=params, opt_state=jax.tree.map(deeper, state.opt_state, is_leaf=is_adam))
+
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
-    if restart:
-        make = jax.jit(_made, static_argnums=(0, 1), out_shardings=shardings.params)
-        fresh = program.init_state(make(plan, model, seed, load_trained(run, smaller, small)))
-        return fresh._replace(step=jax.device_put(jnp.int32(part.first), shardings.step))
-    make = jax.jit(_grown, static_argnums=(0, 1), out_shardings=shardings)
-    return make(plan, model, seed, restore_trained(run, smaller, small, part.schedule[1]))
-
-
-def _grown(plan: DepthPlan, model: ModelConfig, seed: jax.Array, state: TrainState) -> TrainState:
-    params = _made(plan, model, seed, state.params)
-    none = jax.tree.map(jnp.zeros_like, params)
-
-    def deeper(part: optax.OptState) -> optax.OptState:
-        if not isinstance(part, optax.ScaleByAdamState):
-            return part
-        return part._replace(mu=_applied(plan, part.mu, none), nu=_applied(plan, part.nu, none))
-
-    is_adam = lambda part: isinstance(part, optax.ScaleByAdamState)  # noqa: E731
-    return state._replace(params=params, opt_state=jax.tree.map(deeper, state.opt_state, is_leaf=is_adam))
-
-
-def _made(plan: DepthPlan, model: ModelConfig, seed: jax.Array, params: Params) -> Params:
-    return _applied(plan, params, init(model, seed))
-
-
-def _applied(plan: DepthPlan, tree: Params, new: Params) -> Params:
-    ((name, _),) = plan.sources
-    return apply(plan, {name: tree}, new)
+    return jax.jit(begun if restart else gone_on, out_shardings=shardings)

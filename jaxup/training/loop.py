@@ -266,7 +266,8 @@ def train_model(
             raise Paused(whole.curve, start)
         asked = run.asked.pop() if run.asked else Corrections()
         place = directory.with_name(whole.curve)
-        kept = told(lambda: dataclasses.asdict(record(place, asked, done=start, steps=steps)), "read corrections")
+        end = sum(whole.schedule)  # of all that one correction may be for
+        kept = told(lambda: dataclasses.asdict(record(place, asked, done=start, steps=end)), "read corrections")
         corrections = Corrections(tuple(kept["skip"]), tuple((step, rate) for step, rate in kept["rates"]))
         peaks = tuple((step - whole.schedule[0], rate) for step, rate in corrections.rates)
         hits = make_program.cache_info().hits
