@@ -36,10 +36,10 @@ def get_config(arg: str = "") -> ConfigDict:
     depths = [(int(layers), float(share)) for layers, _, share in (part.partition("@") for part in grow.split(","))]
     c.model.num_layers = depths[-1][0]
     if size != "pod":
-        c.model.update(hidden_size=64, intermediate_size=176, vocab_size=512 if size == "smoke" else 1024)
-        c.steps, c.batch_size = (12, 8) if size == "smoke" else (200, 8)
-        c.optimizer.learning_rate = 4e-3
-        c.optimizer.warmup_steps = 2 if size == "smoke" else 10
+        c.model.update(hidden_size=64, intermediate_size=176, vocab_size=512)
+        c.steps, c.batch_size, c.data.seq_len, c.data.tokenizer = 12 if size == "smoke" else 160, 8, 64, "bpe:512"
+        c.optimizer.learning_rate = 2e-3
+        c.optimizer.warmup_steps = 2 if size == "smoke" else 20
         c.eval.interval = c.checkpoint.interval = 6 if size == "smoke" else 40
         c.log.interval = 1 if size == "smoke" else 5
         c.sample.tokens = 0
