@@ -1,9 +1,8 @@
 """Growth while a model trains, against its controls: fixed depth, restarts, and a shorter run of the same FLOPs.
 
-A model of two layers that gets four after 40% of its steps and six after 80% takes two thirds of the FLOPs of one that
-has six from the start. Whether that is worth it shows a model of six layers that trains for two thirds of the steps,
-too, and by a schedule of its own: in a public comparison of growth inside a run it was better than what grew
-(`shorter`).
+A model of two layers that gets four after 40% of its steps and six after 80% takes 64% of the FLOPs of one that has
+six from the start. Whether that is worth it shows a model of six layers that trains for 64% of the steps, too, and by a
+schedule of its own (`shorter`): in a public comparison of growth inside a run it was better than what grew.
 
     python -m jaxup.train --config=grow.py
 
@@ -12,7 +11,15 @@ moments, the schedule and the data going on; the new layers are zeroed copies (e
 well) or random. `restart` grows by zeroed copies, and at each growth begins with a fresh optimizer and a schedule of
 its own, as Inheritune does. `shorter` is `fixed` for as many steps as take the FLOPs of what grows.
 
-What they come to is in STUDY.md of the run.
+Validation loss in nats per token of held-out files of Python's standard library, of one seed (0), on 2 cores of an AMD
+EPYC, Python 3.11, jax 0.10.2:
+
+    fixed   zeroed   copied   random   restart   shorter (102 of 160 steps)
+    4.111   4.056    4.082    4.062    4.198     4.503
+
+So here growth is worth it, and by more than it saves. But the run is short: a deep model makes little of its first
+steps. At twice the learning rate (4e-3, with 10 steps of warmup) it is stuck at 4.94 in the end, while `zeroed` reaches
+3.88 and `random` 3.88. The three seeds of the study say how much of the difference is chance.
 
 Variants, after a colon and separated by commas:
 
