@@ -109,7 +109,7 @@ def left(workdir):
 def test_what_cannot_work_is_refused(run, deeper, more, said):
     with pytest.raises(UserError, match=f"^{re.escape(said)}"):
         run("refused", *more)
-    assert not (fixed.parent / "refused").exists()
+    assert not (deeper.parent / "refused").exists()
 
 
 # ---- growth
@@ -303,7 +303,7 @@ def test_moments_grow_as_parameters_do(monkeypatch):
 def test_growth_that_is_none_is_refused(run, deeper, grow, said):
     with pytest.raises(UserError, match=f"^{re.escape(f'train.grow={grow}: {said}')}$"):
         run("refused", f"--config.train.grow={grow}")
-    assert not (fixed.parent / "refused").exists()
+    assert not (deeper.parent / "refused").exists()
 
 
 def test_other_growth_that_cannot_work_is_refused(run, deeper):
