@@ -319,7 +319,7 @@ def test_a_run_keeps_measures_and_a_native_export(corpus, tmp_path, capsys):
     train(["train", "--config=mix_ln.py:smoke,mix,alpha=0.5", *how, f"--workdir={tmp_path / 'run'}"])
     out = capsys.readouterr()
     assert "norms: 2 of 4 layers post, the others pre\n" in out.out
-    assert "in jaxup's own format: families of transformers need x + F(N(x)) in every layer" in out.err
+    assert "in jaxup's own format: no transformers family computes this: all need x + F(N(x)) in every layer" in out.err
     found = json.loads((tmp_path / "run" / "measures.json").read_text())
     assert all(len(values) == 4 and np.isfinite(values).all() for values in found.values())
     assert "Layers, on 32 validation rows: " in (tmp_path / "run" / "SUMMARY.md").read_text()
@@ -395,8 +395,8 @@ def test_what_transformers_cannot_say_is_refused_by_its_name(name, said, tmp_pat
     )
     assert not (tmp_path / "out").exists()
     write_model(tmp_path / "of a run", model.config, model.params, title="", source="", falls_back=True)
-    said = f"of a run: in jaxup's own format: families of transformers need x + F(N(x)) in every layer, and {said}\n"
-    assert said in capsys.readouterr().err
+    said = f"no transformers family computes this: all need x + F(N(x)) in every layer, and {said}\n"
+    assert f"of a run: in jaxup's own format: {said}" in capsys.readouterr().err
     with pytest.raises(
         UserError, match=re.escape("a llama model cannot be what the plan makes: it needs x + F(N(x)) ")
     ):
