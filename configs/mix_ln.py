@@ -59,7 +59,7 @@ PLACEMENTS = ("pre", "post", "mix", "lns", "peri")
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    v = variants(arg, size=tuple(SIZES), placement=PLACEMENTS, study=False, alpha=0.25, embed=0.0, rate=0.0, seed=0)
+    v = variants(arg, size=tuple(SIZES), placement=PLACEMENTS, study=False, alpha=0.25, embed=0.632, rate=0.0, seed=0)
     small, smoke = v["size"] in ("quick", "smoke"), v["size"] == "smoke"
     hidden, mlp, heads, layers, steps, warmup, rate = SIZES[v["size"]]
 

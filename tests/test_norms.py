@@ -323,6 +323,9 @@ def test_a_run_keeps_measures_and_a_native_export(corpus, tmp_path, capsys):
     found = json.loads((tmp_path / "run" / "measures.json").read_text())
     assert all(len(values) == 4 and np.isfinite(values).all() for values in found.values())
     assert "Layers, on 32 validation rows: " in (tmp_path / "run" / "SUMMARY.md").read_text()
+    (tmp_path / "run" / "measures.json").unlink()
+    train(["train", f"--resume={tmp_path / 'run'}"])
+    assert json.loads((tmp_path / "run" / "measures.json").read_text()) == found
     model = jaxup.load(tmp_path / "run")
     assert [kind.placement for kind in model.config.kinds] == ["post", "post", "pre", "pre"]
     assert len(jaxup.generate(model, ["the cat"], max_tokens=5)) == 1

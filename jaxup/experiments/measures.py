@@ -30,12 +30,13 @@ def check(rows: int) -> None:
 def measured(run: Run, rows: int, model: ModelConfig, params: Params, start: Callable[[], Params] | None) -> list[str]:
     """Writes {name: [L]} of the first so many validation rows that are full; and says what is in it.
 
-    `start` gives the params before training. A run that is finished, and only started again, is not measured again.
+    `start` gives the params before training. A finished run is measured again where the file is gone.
     """
     batch = run.data.validation.batch(np.arange(min(rows, len(run.data.validation))))
     full = batch["loss_weights"].all(axis=1)
     tokens_BS, targets_BS = (batch[name][full].astype(np.int32) for name in ("tokens", "targets"))
     if not len(tokens_BS):
+        write_atomically(run.directory / FILE, "{}\n")
         return [f"No row of validation is full: measure.rows={rows} has nothing to measure on."]
     decoder = nnx.merge(abstract(model)[0], params)
     found = measures(decoder, tokens_BS, targets_BS, None if start is None else start())

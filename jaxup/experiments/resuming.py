@@ -165,6 +165,8 @@ def finished(directory: Path, config: ConfigDict) -> list[str]:
     now = rundir.read_config(directory)
     if now is None or _asks(config) != _asks(now) or not (directory / "SUMMARY.md").exists():
         return []
+    if get(config, "measure.rows") and not (directory / "measures.json").exists():
+        return []
     losses = _done(directory, _asks(config))
     return [f"{name}: finished before, validation loss {loss:.4f}" for name, loss in losses.items()]
 
