@@ -142,7 +142,7 @@ def test_successive_halving():
 
 def test_what_diverges_stops_at_once_and_is_counted_apart():
     runs = group(a=(1.0, 1.0, 3.0), b=(1.0, 1.0, 3.1), up=(1.0, 1.0, 3.1), nan=(1.0, 1.0, 3.1))
-    runs[2] = dataclasses.replace(runs[2], loss_N=np.where(np.arange(100) < 4, 1.0, 9.0))
+    runs[2] = dataclasses.replace(runs[2], loss_N=np.where(np.arange(100) < 4, 1.0, 90.0))
     runs[3] = dataclasses.replace(runs[3], loss_N=np.where(np.arange(100) == 1, np.nan, 1.0))
     found = decide(runs, RULE)
     assert names(found) == [("nan", 0.02), ("up", 0.05)]

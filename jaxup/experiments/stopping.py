@@ -26,7 +26,8 @@ from jaxup.experiments.outcomes import Outcome
 T = TypeVar("T", float, np.ndarray)
 NORMS, HALVING, DIVERGED = "norms", "halving", "diverged"
 _SPAN = 0.02  # of the run: the window in which signals are smoothed
-_MARGIN = 1.0  # nats above its first loss: a run that gets there has diverged
+_MARGIN = 1.0  # nats above its first losses: a run that gets there has diverged
+_SMOOTH = 10.0  # steps, at least, over which its loss is smoothed for that: those of a few rows differ by a nat
 _ROUNDING = 1e-9
 
 
@@ -155,14 +156,15 @@ def _by_halving(
 def _diverged(outcome: Outcome) -> Stop | None:
     """When a run did: a number that is none, or a smoothed loss far above where it began."""
     steps_N, total, weight = outcome.samples_N / outcome.batch_size, 0.0, 0.0
+    start = max((*map(float, outcome.loss_N[:1]), *(loss for _, loss in outcome.curve[:1])), default=0.0)
     for step, gap, loss, norm in zip(steps_N, np.diff(steps_N, prepend=0), outcome.loss_N, outcome.norm_N):
-        kept = _kept(outcome) ** gap
+        kept = _kept(outcome, _SMOOTH) ** gap
         total, weight = kept * total + loss, kept * weight + 1
         what = f"loss {loss:.4g} and gradient norm {norm:.4g} are not finite"
         if math.isfinite(loss) and math.isfinite(norm):
-            if total / weight <= outcome.loss_N[0] + _MARGIN:
+            if not total / weight > start + _MARGIN:
                 continue
-            what = f"training loss {total / weight:.4f}, and {outcome.loss_N[0]:.4f} at first"
+            what = f"training loss {total / weight:.4f}, and {start:.4f} at first"
         at = float(step / outcome.planned)
         return Stop(outcome.cell, outcome.seed, at, round(step), DIVERGED, f"{DIVERGED}: {what}")
     return None
@@ -190,9 +192,9 @@ def _smoothed(outcome: Outcome, values_N: np.ndarray, at: float) -> float:
     return float(weights @ values_N[until_N] / weights.sum())
 
 
-def _kept(outcome: Outcome) -> float:
-    """Of the weight of a value after a step."""
-    span = max(1.0, _SPAN * outcome.planned)
+def _kept(outcome: Outcome, least: float = 1.0) -> float:
+    """Of the weight of a value after a step; `least` steps are the window at least."""
+    span = max(least, _SPAN * outcome.planned)
     return (span - 1) / (span + 1)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxup.experiments import stopping
 from jaxup.experiments.outcomes import Outcome
-from jaxup.experiments.stopping import HALVING, NORMS, Rule, Stop, decide
+from jaxup.experiments.stopping import DIVERGED, HALVING, NORMS, Rule, Stop, decide
 from jaxup.lens.bootstrap import DRAWS, LEAST, LEVEL, SEED, Interval
 
 MOMENTS = (0.1, 0.2, 0.3)
@@ -145,8 +145,8 @@ def rank_correlation(x_N: np.ndarray, y_N: np.ndarray, races: Sequence[str], wei
 
 
 def _at(runs: Sequence[Outcome], stops: Sequence[Stop]) -> np.ndarray:
-    """[1, N]: when each stops; NaN: it does not."""
-    at = {(stop.cell, stop.seed): stop.at for stop in stops}
+    """[1, N]: when each stops by the rule; NaN: it does not. What diverges is no merit of it."""
+    at = {(stop.cell, stop.seed): stop.at for stop in stops if stop.kind != DIVERGED}
     return np.array([[at.get((o.cell, o.seed), math.nan) for o in runs]])
 
 

@@ -170,17 +170,16 @@ def _explained(cells: Sequence[Cell], differences: Mapping[str, Difference], uni
 def _cost(outcomes: Sequence[Outcome], cells: Sequence[Cell]) -> Iterator[str]:
     tokens, flops = cost(outcomes)
     yield (
-        f"{len(outcomes)} runs took {tokens:,} tokens and {flops:.3g} FLOPs, with all models that they trained, those "
-        "that were stopped included; what several runs have in common counts once. FLOPs are those of a token, forward "
-        "and backward, times tokens, as if everything trained; tokens are rows times their length, each time they are "
-        "seen."
+        f"{len(outcomes)} run{'s' * (len(outcomes) != 1)} took {tokens:,} tokens and {flops:.3g} FLOPs, with all the "
+        "models that they trained, those that were stopped included. What several runs have in common counts once, "
+        "and once for each of their cells. FLOPs are those of a token, forward and backward, times tokens, as if all "
+        "of a model trained; tokens are rows times their length, each time they are seen."
     )
     yield ""
-    yield "| cell | tokens | FLOPs | of all |"
-    yield "|---|---:|---:|---:|"
+    yield "| cell | tokens | FLOPs |"
+    yield "|---|---:|---:|"
     for cell in cells:
-        share = f"{cell.flops / flops:.0%}" if flops else "-"
-        yield f"| {_name(cell.name)} | {cell.tokens:,} | {cell.flops:.3g} | {share} |"
+        yield f"| {_name(cell.name)} | {cell.tokens:,} | {cell.flops:.3g} |"
 
 
 def _ended(outcomes: Sequence[Outcome]) -> Iterator[str]:
