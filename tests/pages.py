@@ -40,7 +40,7 @@ def run(name, directory):
             if file:
                 Path(file).write_text(text)
             elif kind == "bash":
-                lines = [line for line in text.splitlines() if "-m jaxup.train " not in line]
+                lines = [line for line in text.replace("\\\n", "").splitlines() if "-m jaxup.train " not in line]
                 done = [command(line) for line in lines]
                 said, refused = "".join(out for out, _ in done), any(no for _, no in done)
             elif kind == "python":

@@ -318,7 +318,8 @@ DOCS = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT
 
 def documented_commands():
     blocks = re.findall(r"```bash\n(.*?)```", DOCS, re.S)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if "jaxup." in line]
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    return [line.split("#")[0].strip() for line in lines if "jaxup." in line]
 
 
 @pytest.fixture
