@@ -36,14 +36,14 @@ os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTEN
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # nobody reads what line an operation came from
 
 import hypothesis
-import jaxtyping
 import pytest
+import typed
 
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("gate", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
 
-jaxtyping.install_import_hook("jaxup", "typed.check")
+typed.install("jaxup")
 
 import gcs  # noqa: E402
 import jax  # noqa: E402
