@@ -1,6 +1,7 @@
 """What holds for all tests: eight CPU devices, no network, shapes and types checked at run time; what they share."""
 
 import atexit
+import contextlib
 import fcntl
 import gc
 import importlib
@@ -50,6 +51,7 @@ import jax  # noqa: E402
 import processes  # noqa: E402
 import runs  # noqa: E402
 
+from jaxup.experiments import pictures  # noqa: E402
 from jaxup.files.bucket import place  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -117,11 +119,23 @@ def finished(made_once, corpus):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_differences():
-    """Runs in this process do without the picture that compares whole models: `finished` has it, and test_report."""
+def drawing():
+    """`with drawing():` runs in this process draw what they do but for the picture that compares whole models.
+
+    Without it they draw nothing; `finished` has all pictures, and test_report.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxup.experiments.pictures.LARGE", -1)
-        yield
+        write = pictures.write
+        patch.setattr(pictures, "LARGE", -1)
+        patch.setattr(pictures, "write", lambda *_, **__: None)
+
+        @contextlib.contextmanager
+        def drawn():
+            with pytest.MonkeyPatch.context() as back:
+                back.setattr(pictures, "write", write)
+                yield
+
+        yield drawn
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""Tiny training runs: how one is started, and what it leaves behind."""
+"""Tiny training runs: how one is started, and what it leaves behind.
+
+Their layers are in a loop, as those of large models are: that compiles sooner than each by itself.
+"""
 
 import bisect
 import contextlib
@@ -15,7 +18,7 @@ GPT2 = [
     "--config.data.seq_len=32", "--config.data.tokenizer=bpe:300", "--config.data.val_fraction=0.3",
     "--config.inherit.tolerance=100.0", "--config.eval.interval=4", "--config.eval.rows=8",
     "--config.eval.batch_size=8", "--config.checkpoint.interval=2", "--config.log.interval=1",
-    "--config.optimizer.warmup_steps=2", "--config.sample.tokens=8",
+    "--config.optimizer.warmup_steps=2", "--config.sample.tokens=8", "--config.compute.unroll=1",
 ]  # fmt: skip
 
 HEAL = [
@@ -27,7 +30,7 @@ HEAL = [
     "--config.pretrain.optimizer.warmup_steps=2", "--config.data.seq_len=64", "--config.data.val_fraction=0.2",
     "--config.batch_size=8", "--config.eval.interval=4", "--config.eval.rows=8", "--config.eval.batch_size=8",
     "--config.checkpoint.interval=3", "--config.log.interval=1", "--config.sample.tokens=4",
-    "--config.step.accumulation=0",
+    "--config.step.accumulation=0", "--config.compute.unroll=1",
 ]  # fmt: skip
 
 

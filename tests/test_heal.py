@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
-from runs import HEAL, losses, result, write_chats, write_corpus
+from runs import HEAL, devices, losses, result, write_chats, write_corpus
 from safetensors.numpy import load_file, save_file
 
 from jaxup import export, train
@@ -27,6 +27,8 @@ from jaxup.training.partition import digest
 from jaxup.training.sharding import MeshConfig, make_mesh
 
 generate = importlib.import_module("jaxup.generate")  # in the package the name is the function's
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,8 @@ def test_a_dry_run_says_what_a_healing_does(whole, runs, capsys):
         assert cells[:2] == [f"{done[key]:,}" for key in ("layers", "params")]
         if done["steps"]:
             assert cells[3] == f"{done['steps']:,}"
-            assert cells[5:] == [f"{done['tokens']:,}", f"{done['epochs']:.3g}"]
+            assert cells[5:7] == [f"{done['tokens']:,}", f"{done['epochs']:.3g}"]
+            assert float(cells[7]) > 0  # PFLOPs
             assert (cells[2] == "all") == (name != "healed")
     assert re.search(r"⟦[^⟧]+⟧", said)
     assert "memory of a device while control trains, which takes most" in said
@@ -178,8 +181,9 @@ COPIES = ["--config.train.layers=copies", "--config.train.parameters=o_proj|down
 
 @pytest.fixture(scope="module")
 def copies(runs):
-    """Only the copies train, and of them only what was zeroed; no control."""
-    return run(runs, "copies", *COPIES)
+    """Only the copies train, and of them only what was zeroed; no control. With eight devices."""
+    with devices(8):
+        return run(runs, "copies", *COPIES)
 
 
 def test_what_does_not_train_keeps_every_bit_in_the_export(copies, runs, tmp_path):
@@ -210,9 +214,10 @@ def test_what_does_not_train_keeps_every_bit_in_the_export(copies, runs, tmp_pat
 def test_the_number_of_devices_does_not_matter(copies, tmp_path):
     """Eight devices wrote the checkpoints; one reads them, in a process of its own, as a user would."""
     command = ("-m", "jaxup.export", copies, tmp_path / "out", "--model", "healed")
-    assert len(jax.devices()) == 8
     processes.run(*command)
-    here, there = exported(copies, tmp_path / "here"), load_file(tmp_path / "out" / "model.safetensors")
+    with devices(8):
+        assert len(jax.devices()) == 8
+        here, there = exported(copies, tmp_path / "here"), load_file(tmp_path / "out" / "model.safetensors")
     assert here.keys() == there.keys()
     for name, tensor in there.items():
         np.testing.assert_array_equal(tensor, here[name])
@@ -250,10 +255,11 @@ def test_a_run_that_breaks_off_in_an_epoch_goes_on_as_if_it_had_not(copies, runs
         patch.setattr(Batches, "__call__", stopping)
         patch.setattr(loop, "_train", named)
         # A signal reaches the main thread; the batch is read in another one, and it is the handler that counts.
-        with pytest.raises(Stopped, match="healed: saved at step"):
+        with devices(8), pytest.raises(Stopped, match="healed: saved at step"):
             run(runs, "broken", *COPIES)
     assert not (runs / "broken" / "SUMMARY.md").exists()
-    run(runs, "broken", *COPIES)
+    with devices(8):
+        run(runs, "broken", *COPIES)
     assert "healed: resumes at step" in capsys.readouterr().out
     assert losses(runs / "broken") == losses(copies)
     final, want = (load_file(r / "export" / "model.safetensors") for r in (runs / "broken", copies))

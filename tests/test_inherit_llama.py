@@ -27,6 +27,7 @@ TINY = [
     "--config.epochs=1", "--config.batch_size=8", "--config.reference.steps=4", "--config.optimizer.warmup_steps=2",
     "--config.eval.interval=8", "--config.eval.rows=16", "--config.eval.batch_size=8",
     "--config.checkpoint.interval=8", "--config.log.interval=1", "--config.sample.tokens=0",
+    "--config.compute.unroll=1",
 ]  # fmt: skip
 SWEEP = "--config.inherit.sweep=1,2"
 
@@ -47,7 +48,7 @@ def run(runs, name, *more):
 
 
 @pytest.fixture(scope="module")
-def swept(runs):
+def swept(runs, drawing):
     """A whole sweep, and which rows each of its models was trained on, in order."""
     rows = []
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +59,7 @@ def swept(runs):
             return read(self, step, share)
 
         patch.setattr(Batches, "__call__", recorded)
-        with open(runs / "said", "w") as said, contextlib.redirect_stderr(said):
+        with drawing(), open(runs / "said", "w") as said, contextlib.redirect_stderr(said):
             return run(runs, "sweep", SWEEP), rows
 
 
@@ -106,7 +107,7 @@ def stacked(runs, swept):
     begun, original = {}, loop._train
 
     def watched(run, name, model, steps, program, state, *args):
-        begun[name] = jax.device_get((state.params, args[-1]))
+        begun[name] = jax.device_get((state.params, args[-2]))
         return original(run, name, model, steps, program, state, *args)
 
     with pytest.MonkeyPatch.context() as patch:

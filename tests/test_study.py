@@ -101,12 +101,7 @@ def train_study(corpus, workdir, *more):
     train.main(["train", *runs.arguments(corpus, workdir, *small, axes, *more)])
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("jaxup.experiments.pictures.write", lambda *_, **__: None)
-
-
-@pytest.mark.usefixtures("one_device", "no_pictures")
+@pytest.mark.usefixtures("one_device")
 def test_a_study_shares_programs_and_references_and_takes_more_seeds(corpus, tmp_path, capsys):
     make_program.cache_clear()
     study = tmp_path / "study"
