@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 import types
 
@@ -222,17 +223,26 @@ def test_an_order_of_layers_runs_as_the_model_built_by_its_plan(config):
     assert np.isnan(run(params, tokens, np.array([0, 1, 2, 3, -1, -1], np.int32))).all()
 
 
-@configs_apart
-def test_rematerialisation_and_unrolling_do_not_change_gradients(config):
+DOTS, FULL, OFFLOAD = Compute(remat="dots", unroll=2), Compute(remat="full", unroll=99), Compute(remat="offload")
+HERE = ("mixed", DOTS), ("mixed", FULL), ("gpt2", OFFLOAD)  # each once among the default tests
+
+
+@pytest.mark.parametrize(
+    ("name", "compute"),
+    [
+        pytest.param(*each, marks=[pytest.mark.slow] * (each not in HERE), id="-".join((each[0], each[1].remat)))
+        for each in [*itertools.product(CONFIGS, (DOTS, FULL)), ("gpt2", OFFLOAD)]
+    ],
+)
+def test_rematerialisation_and_unrolling_do_not_change_gradients(name, compute):
+    config = CONFIGS[name]
     params, tokens = noisy(config), tokens_for(config)
     (loss, _), grads = loss_and_grad(config, Compute(), params, tokens)
     scale = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
-    computes = [Compute(remat="dots", unroll=2), Compute(remat="full", unroll=99)]
-    for compute in computes + [Compute(remat="offload")] * (config is GPT2):
-        (other_loss, _), other = loss_and_grad(config, compute, params, tokens)
-        assert abs(loss - other_loss) < 1e-6
-        errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / scale, other, grads)
-        assert max(jax.tree.leaves(errors)) < 1e-6
+    (other_loss, _), other = loss_and_grad(config, compute, params, tokens)
+    assert abs(loss - other_loss) < 1e-6
+    errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / scale, other, grads)
+    assert max(jax.tree.leaves(errors)) < 1e-6
 
 
 @pytest.mark.parametrize("window", [None, 1024])

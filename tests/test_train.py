@@ -261,7 +261,7 @@ def test_other_tokens_in_the_store_are_refused(finished, corpus, tmp_path):
 def test_a_gradient_that_is_not_finite_stops_before_the_update(corpus, tmp_path):
     # Adam's second moment overflows float32 with such a rate, and the loss after it.
     more = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.schedule=constant", "--config.batch_size=16"]
-    with pytest.raises(NonFinite, match=r"reference: step (\d+): .* is saved") as error:
+    with devices(1), pytest.raises(NonFinite, match=r"reference: step (\d+): .* is saved") as error:
         run(*arguments(corpus, tmp_path / "run", *more))
     step = int(re.search(r"step (\d+)", str(error.value)).group(1))
     assert (tmp_path / "run" / "checkpoints" / "reference" / str(step - 1)).is_dir()
@@ -277,7 +277,8 @@ def test_inheriting_from_a_hugging_face_directory(finished, corpus, tmp_path, ca
         "--config.log.trackers=tensorboard", "--config.mesh.fsdp=2", "--config.steps=4",
         "--config.checkpoint.interval=100", "--config.sample.tokens=0",
     ]  # fmt: skip
-    run(*arguments(corpus, tmp_path / "run", *more))
+    with devices(4):
+        run(*arguments(corpus, tmp_path / "run", *more))
     summary = (tmp_path / "run" / "SUMMARY.md").read_text()
     assert [m for m in re.findall(r"^\| (\w+) \|", summary, re.M)][1:] == [
         "reference",
