@@ -97,15 +97,18 @@ def dequantised(frozen, params):
 
 EVERY = {"parameters": "kernel"}
 COPIES = {"layers": "copies", "parameters": "o_proj|down_proj"}
+# Rows between others are in test_partition as well, and which they are in a test below.
+INTERLEAVED = "copies' projections, interleaved"
 CASES = {
     "all kernels, of which there are biases": (GPT2, "0z", EVERY, {"compute": Compute(remat="full")}),
-    "copies' projections, interleaved": (MIXED, "0z0zz", COPIES, {"compute": Compute(remat="dots")}),
+    INTERLEAVED: (MIXED, "0z0zz", COPIES, {"compute": Compute(remat="dots")}),
     "nf4": (LLAMA, "0z0", COPIES, {"quantize": "nf4", "tile_size": 8}),
 }
-cases = pytest.mark.parametrize("case", CASES)
 
 
-@cases
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == INTERLEAVED)) for case in CASES]
+)
 def test_function_and_gradients_are_those_of_merged_kernels(case):
     """dL/dA = s dL/dW B^T and dL/dB = s A^T dL/dW, with dL/dW of the plain decoder."""
     config, roles, select, options = CASES[case]
@@ -189,7 +192,7 @@ def qwix_block(config, params, layer, kernels, options, x_BSD, inputs):
         (LLAMA, "00", EVERY, {}),
         (GPT2, "0z", COPIES, {}),
         (LLAMA, "0z", COPIES, {"quantize": "nf4", "tile_size": 8}),
-        (MIXED, "0", EVERY, {"quantize": "int8"}),
+        pytest.param(MIXED, "0", EVERY, {"quantize": "int8"}, marks=pytest.mark.slow),
     ],
     ids=["llama", "gpt2", "nf4", "int8"],
 )
