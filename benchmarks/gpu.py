@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from heal import machine, optimizer, versions
+from heal import RATE, machine, optimizer, versions
 
 # rows of a step, tokens of a row, and the settings that are tried
 SHAPES: dict[str, dict[str, Any]] = {
@@ -124,12 +124,12 @@ def jaxup_steps(a: argparse.Namespace, name: str, micro: int, remat: str, more: 
     batch = jax.device_put({"tokens": given[:, :-1], "targets": given[:, 1:]})
     batch["loss_weights"] = jnp.ones((s["rows"], s["seq"]), jnp.float32)
     step = jax.jit(make_train_step(model, compute, optimizer(), config), donate_argnums=0)
-    step = step.lower(state, batch).compile()
+    step = step.lower(state, batch, RATE).compile()
 
     def steps(count: int) -> float:
         nonlocal state
         for _ in range(count):
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, RATE)
         return float(jax.block_until_ready((state, metrics))[1]["loss"])
 
     def facts() -> dict[str, Any]:

@@ -50,12 +50,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 QUICK = {"layers": 3, "hidden": 48, "batch": 4, "seq": 128, "rounds": 2, "steps": 1, "warmup": 1, "vocab": 512,
          "files": "docstrings:300", "accumulation": 2, "unroll": 1, "plan": "upscale(base, 1:3)",
          "high": "upscale(base, 2:3)", "low": "interleave(base, [0])"}  # fmt: skip
 CONTESTANTS = ("jaxup packed", "jaxup padded", "trl padded", "trl packed", "trl packed by row")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of losses near log(vocab): sums in another order
 FULL = "everything"
+RATE = np.float32(1e-4)
 
 
 def arguments() -> argparse.Namespace:
@@ -103,13 +106,9 @@ def model_config(a: argparse.Namespace):
 
 
 def optimizer():
-    from jaxup.training.optimizer import OptimizerConfig, make_optimizer
+    from jaxup.training.optimizer import AdamW, make_optimizer
 
-    return make_optimizer(
-        OptimizerConfig(learning_rate=1e-4, end_learning_rate=1e-4, schedule="constant", warmup_steps=0,
-                        decay_fraction=0.0, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0),
-        1000,
-    )  # fmt: skip
+    return make_optimizer(AdamW(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0))
 
 
 def compute_and_step(a: argparse.Namespace, unroll: int):
@@ -205,7 +204,7 @@ def jaxup_contestant(a: argparse.Namespace, out: Any) -> None:
         held, began = [], time.perf_counter()
         for _ in range(count):
             batch = batches(at)
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step(state, batch, RATE)
             jax.block_until_ready((state, metrics))
             held.append(batch)
             at += 1
@@ -454,7 +453,7 @@ def memory(a: argparse.Namespace) -> None:
         partition = selected(a, plan, model, compute, *part)
         state, *frozen = jax.eval_shape(functools.partial(initial, partition=partition), stored)
         step = jax.jit(make_train_step(model, compute, optimizer(), config, partition), donate_argnums=0)
-        found = step.lower(state, batch, *frozen).compile().memory_analysis()
+        found = step.lower(state, batch, RATE, *frozen).compile().memory_analysis()
         if found is None:
             print(f"{jax.default_backend()} does not say what memory a program needs")
             return
@@ -519,6 +518,7 @@ def program(a: argparse.Namespace, line: str, name: str, batch: dict[str, Any]) 
     partition = selected(a, plan, model, compute, "copies") if name == "copies" else None
     params = apply(plan, {"base": init(model_config(a), 0)})
     state, *frozen = initial(jax.tree.map(jax.numpy.copy, params), partition=partition)
+    given = frozen if forward else [RATE, *frozen]
     state = state.params if forward else state
 
     def make(compute):
@@ -529,12 +529,12 @@ def program(a: argparse.Namespace, line: str, name: str, batch: dict[str, Any]) 
     # XLA counts the body of a loop once, so its FLOPs are those of the same program without loops, not compiled.
     with mock.patch.object(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True)):
         unrolled = make(dataclasses.replace(compute, unroll=0))
-        flops = jax.jit(unrolled).lower(state, batch, *frozen).cost_analysis()["flops"]
+        flops = jax.jit(unrolled).lower(state, batch, *given).cost_analysis()["flops"]
     call = jax.jit(make(compute), donate_argnums=() if forward else 0)
 
     def once() -> None:
         nonlocal state
-        result = jax.block_until_ready(call(state, batch, *frozen))
+        result = jax.block_until_ready(call(state, batch, *given))
         state = state if forward else result[0]
 
     return flops / 1e9, once

@@ -52,7 +52,7 @@ def jaxup_step(a: argparse.Namespace):
     from jaxup.model.decoder import init
     from jaxup.model.spec import flops_per_token
     from jaxup.training.metrics import peak_flops
-    from jaxup.training.optimizer import OptimizerConfig, make_optimizer
+    from jaxup.training.optimizer import AdamW, make_optimizer
     from jaxup.training.step import StepConfig, TrainState, make_train_step
 
     gpu = jax.default_backend() == "gpu"
@@ -60,15 +60,12 @@ def jaxup_step(a: argparse.Namespace):
     model = ModelConfig.gpt2(
         vocab_size=a.vocab, hidden_size=a.hidden, num_layers=a.layers, num_heads=a.heads, max_positions=a.seq, bias=True
     )
-    optimizer = make_optimizer(
-        OptimizerConfig(learning_rate=1e-3, end_learning_rate=1e-3, schedule="constant", warmup_steps=0,
-                        decay_fraction=0.0, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0),
-        1000,
-    )  # fmt: skip
+    optimizer = make_optimizer(AdamW(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0))
     compute = Compute(dtype=dtype, attention=a.attention, remat=a.remat, unroll=a.unroll)
     config = StepConfig(accumulation=a.accumulation, loss_chunk=128 if not gpu else 512, z_loss=0.0)
     train_step = jax.jit(make_train_step(model, compute, optimizer, config), donate_argnums=0)
     params = init(model, 0)
+    rate = jnp.float32(1e-3)
     state = TrainState(params, optimizer.init(params), jnp.int32(0), jnp.bool_(False))
     tokens = np.random.default_rng(0).integers(0, a.vocab, (a.batch, a.seq + 1)).astype(np.int32)
     batch = {
@@ -79,7 +76,7 @@ def jaxup_step(a: argparse.Namespace):
 
     def step() -> float:
         nonlocal state
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch, rate)
         return float(jax.block_until_ready((state, metrics))[1]["loss"])
 
     facts = {"device": jax.devices()[0].device_kind, "dtype": dtype, "peak": peak_flops(),

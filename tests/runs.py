@@ -33,6 +33,16 @@ HEAL = [
     "--config.step.accumulation=0", "--config.compute.unroll=1",
 ]  # fmt: skip
 
+PRETRAIN = [
+    "--config=pretrain.py:smoke", "--config.model.hidden_size=16", "--config.model.intermediate_size=24",
+    "--config.model.num_heads=2", "--config.model.num_kv_heads=1", "--config.model.num_layers=3",
+    "--config.model.max_positions=32", "--config.data.seq_len=32", "--config.data.tokenizer=bpe:300",
+    "--config.data.val_fraction=0.3", "--config.steps=12", "--config.batch_size=8",
+    "--config.optimizer.warmup_steps=2", "--config.eval.interval=4", "--config.eval.rows=16",
+    "--config.eval.batch_size=8", "--config.checkpoint.interval=4", "--config.log.interval=1",
+    "--config.sample.tokens=0", "--config.compute.unroll=1",
+]  # fmt: skip
+
 
 def arguments(corpus, workdir, *more):
     """Of `jaxup.train`: a reference of four layers, a target that inherits two, and its control."""

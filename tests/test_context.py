@@ -84,8 +84,8 @@ def test_each_device_has_the_activations_of_its_part():
             params, descent.init(params), *(jax.ShapeDtypeStruct((), kind) for kind in (jnp.int32, jnp.bool_))
         )
         with jax.set_mesh(mesh):
-            step = jax.jit(make_train_step(model, compute, descent, config), in_shardings=(whole, None))
-            return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+            step = jax.jit(make_train_step(model, compute, descent, config), in_shardings=(whole, None, None))
+            return step.lower(state, batch, np.float32(1)).compile().memory_analysis().temp_size_in_bytes
 
     # A quarter, and what is there of one layer alone: all keys and values, and one block's logits of all keys.
     assert temporary(4) < 0.35 * temporary(1)

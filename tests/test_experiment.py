@@ -347,7 +347,7 @@ def test_every_shipped_variant_builds_its_settings(spec):
     reference = new_model(config.model, 512)
     for plan in check(section(InheritConfig, config.inherit), reference):
         model = result_config(plan, {"reference": reference})
-    trace(model, settings, EVERYTHING, config.steps or 10_000, config.data.seq_len)
+    trace(model, settings, EVERYTHING, config.data.seq_len)
 
 
 @pytest.mark.parametrize("spec", [*(f"heal.py:{v}" for v in HEAL), *(f"heal_tunguska.py:{v}" for v in TUNGUSKA)])
@@ -377,7 +377,7 @@ def test_every_shipped_healing_builds_its_settings(spec, tmp_path):
         spec, model.num_layers
     )
     with jax.set_mesh(mesh):
-        trace(model, settings, job._select(model, job._plan), config.steps or 10_000, config.data.seq_len)
+        trace(model, settings, job._select(model, job._plan), config.data.seq_len)
 
 
 @pytest.mark.parametrize(("study", "count"), [("grid", 12), ("schedule", 6), ("phases", 3), ("methods", 3)])
@@ -631,6 +631,10 @@ PROGRAMS = [
 ]  # fmt: skip
 
 
+SCHEDULE = {f"optimizer.{key}" for key in
+            ("learning_rate", "end_learning_rate", "schedule", "warmup_steps", "decay_fraction")}  # fmt: skip
+
+
 @pytest.mark.slow
 def test_every_key_of_the_step_makes_another_program():
     import jax
@@ -638,7 +642,7 @@ def test_every_key_of_the_step_makes_another_program():
     from jaxup.experiments.common import read_settings
     from jaxup.model.config import ModelConfig
     from jaxup.model.decoder import abstract
-    from jaxup.training.optimizer import make_optimizer
+    from jaxup.training.optimizer import learning_rate, make_optimizer
     from jaxup.training.step import TrainState, make_train_step
 
     model = ModelConfig.llama(
@@ -654,31 +658,35 @@ def test_every_key_of_the_step_makes_another_program():
             section, name = key.split(".")
             config[section][name] = value
         settings = read_settings(config)
-        optimizer = make_optimizer(settings.optimizer, 20)
+        optimizer = make_optimizer(settings.optimizer)
         params = abstract(model)[1]
         state = TrainState(
             params, jax.eval_shape(optimizer.init, params), *(jax.ShapeDtypeStruct((), d) for d in ("int32", "bool")),
             jax.eval_shape(settings.step.spikes),
         )  # fmt: skip
-        return str(jax.make_jaxpr(make_train_step(model, settings.compute, optimizer, settings.step))(state, batch))
+        step = make_train_step(model, settings.compute, optimizer, settings.step)
+        schedule = jax.make_jaxpr(lambda count: 1.0 * learning_rate(settings.optimizer, 20)(count))(np.int32(0))
+        return str(jax.make_jaxpr(step)(state, batch, np.float32(0))), str(schedule)
 
     sections = load("inherit_gpt2.py:smoke")
     named = {f"{section}.{key}" for section in ("optimizer", "step", "compute") for key in sections[section]}
     assert {key for key, _, _ in PROGRAMS} == named
     for key, value, context in PROGRAMS:
         others = tuple(context.items())
-        assert program(*others, (key, value)) != program(*others), key
+        changed = [a != b for a, b in zip(program(*others, (key, value)), program(*others), strict=True)]
+        # A schedule is asked by the loop: runs which differ in it have one program.
+        assert changed == ([False, True] if key in SCHEDULE else [True, False]), key
 
 
 @functools.cache  # variants of seeds and of controls train the same
-def trace(model, settings, selection, steps, seq_len):
+def trace(model, settings, selection, seq_len):
     import jax
 
     from jaxup.model.decoder import abstract
     from jaxup.training.optimizer import make_optimizer
     from jaxup.training.step import TrainState, make_train_step
 
-    optimizer = make_optimizer(settings.optimizer, steps, selection.rates)
+    optimizer = make_optimizer(settings.optimizer, selection.rates)
     params, frozen = abstract(model)[1], ()
     if selection.partition is not None:
         params, *frozen = jax.eval_shape(selection.partition.split, params)
@@ -689,7 +697,7 @@ def trace(model, settings, selection, steps, seq_len):
     batch = {k: jax.ShapeDtypeStruct(shape, d) for k, d in
              (("tokens", "int32"), ("targets", "int32"), ("loss_weights", "float32"))}  # fmt: skip
     step = make_train_step(model, settings.compute, optimizer, settings.step, selection.partition)
-    out, _ = jax.eval_shape(step, state, batch, *frozen)
+    out, _ = jax.eval_shape(step, state, batch, np.float32(0), *frozen)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), out) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 

@@ -25,7 +25,7 @@ from jaxup.families import FAMILIES
 from jaxup.model.attention import attention, choose
 from jaxup.model.config import Compute
 from jaxup.model.decoder import abstract, init
-from jaxup.training.optimizer import OptimizerConfig, make_optimizer
+from jaxup.training.optimizer import AdamW, make_optimizer
 from jaxup.training.step import StepConfig, TrainState, make_train_step
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU, or JAX_PLATFORMS is not cuda")
@@ -69,11 +69,7 @@ def test_logits_are_those_of_transformers_on_a_cpu(family, torch, tmp_path):
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_the_same_steps_give_the_same_bits_where_xla_is_told_to(config):
     """Sums of the embedding's gradient, for one, are otherwise added in whatever order they come."""
-    optimizer = make_optimizer(
-        OptimizerConfig(learning_rate=1e-3, end_learning_rate=1e-3, schedule="constant", warmup_steps=0,
-                        decay_fraction=0.0, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0),
-        100,
-    )  # fmt: skip
+    optimizer = make_optimizer(AdamW(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0))
     tokens = tokens_for(config, batch=8, seq=129)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": np.ones((8, 128), np.float32)}
     batch["segment_ids"] = np.tile(np.arange(128, dtype=np.int32) // 50, (8, 1))
@@ -90,7 +86,7 @@ def test_the_same_steps_give_the_same_bits_where_xla_is_told_to(config):
         for _ in range(2):
             state, losses = initial(), []
             for _ in range(10):
-                state, metrics = take(state, batch)
+                state, metrics = take(state, batch, np.float32(1e-3))
                 losses.append(float(metrics["loss"]))
             assert losses[-1] < losses[0], losses
             ends.append([np.asarray(leaf) for leaf in jax.tree.leaves(state)])

@@ -362,7 +362,7 @@ def test_steps_train_the_adapters_alone_and_compile_once():
     step = jax.jit(lambda *args: (traces.append(1), train_step(*args))[1], donate_argnums=0)
     losses = []
     for _ in range(8):
-        state, metrics = step(state, batch, frozen)
+        state, metrics = step(state, batch, np.float32(0.02), frozen)
         losses.append(float(metrics["loss"]))
     assert len(traces) == 1
     assert losses[-1] < losses[0] - 0.05

@@ -1,5 +1,7 @@
 """Schedules against their closed forms, and AdamW with clipping against torch's own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 from jaxup.errors import UserError
-from jaxup.training.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer
+from jaxup.training.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer, updates_made
 
 BASE = dict(
     learning_rate=1e-2, end_learning_rate=1e-3, schedule="constant", warmup_steps=0, decay_fraction=0.2,
@@ -90,12 +92,13 @@ def test_adamw_equals_torch(torch):
         jax.tree.map(lambda p, i=i: rng.normal(size=p.shape) * (3.0 if i < 5 else 0.05), start) for i in range(10)
     ]
 
-    optimizer = make_optimizer(OptimizerConfig(**{**BASE, "schedule": "cosine", "warmup_steps": 3}), 10)
+    optimizer, schedule = make_optimizer(OptimizerConfig(**BASE)), rates(10, schedule="cosine", warmup_steps=3)
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), start)
     assert decay_mask(params) == {"a": {"kernel": True}, "b": {"scale": False}}
     state = optimizer.init(params)
-    for g in gradients:
-        updates, state = optimizer.update(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g), state, params)
+    for g, rate in zip(gradients, schedule, strict=True):
+        grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g)
+        updates, state = optimizer.update(grads, state, params, learning_rate=jnp.float32(rate))
         params = optax.apply_updates(params, updates)
 
     kernel, scale = (torch.nn.Parameter(torch.tensor(start[m][n])) for m, n in (("a", "kernel"), ("b", "scale")))
@@ -104,7 +107,7 @@ def test_adamw_equals_torch(torch):
         betas=(0.9, 0.95),
         eps=1e-8,
     )
-    for g, rate in zip(gradients, rates(10, schedule="cosine", warmup_steps=3), strict=True):
+    for g, rate in zip(gradients, schedule, strict=True):
         kernel.grad, scale.grad = torch.tensor(g["a"]["kernel"]), torch.tensor(g["b"]["scale"])
         torch.nn.utils.clip_grad_norm_([kernel, scale], 1.0)
         for group in oracle.param_groups:
@@ -116,16 +119,46 @@ def test_adamw_equals_torch(torch):
     np.testing.assert_allclose(params["b"]["scale"], scale.detach(), rtol=2e-5, atol=1e-6)
 
 
+def test_a_rate_that_is_given_is_one_that_is_in_the_program_to_the_bit():
+    """Against optax's own chain, with its schedule in it: updates, moments and the tree that a checkpoint has.
+
+    The schedule is a table: one that XLA computes in the kernel of the update it may round otherwise there.
+    """
+    rng = np.random.default_rng(2)
+    draw = lambda: {"a": {"kernel": rng.normal(size=(37, 21))}, "b": {"scale": rng.normal(size=21)}}  # noqa: E731
+    table = np.float32(rates(9, schedule="linear", warmup_steps=3))
+    ours, theirs = make_optimizer(OptimizerConfig(**BASE).adamw), optax.chain(
+        optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95, 1e-8),
+        optax.add_decayed_weights(0.1, mask=decay_mask), optax.identity(),
+        optax.scale_by_learning_rate(lambda count: jnp.asarray(table)[count]),
+    )  # fmt: skip
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(optimizer, params, state, grads, rate):
+        updates, state = optax.with_extra_args_support(optimizer).update(grads, state, params, learning_rate=rate)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.float32, draw())
+    given, within = ((params, optimizer.init(params)) for optimizer in (ours, theirs))
+    assert jax.tree.structure(given) == jax.tree.structure(within)
+    for n, rate in enumerate(table):
+        assert updates_made(given[1]) == n
+        grads = jax.tree.map(jnp.float32, draw())
+        given, within = step(ours, *given, grads, rate), step(theirs, *within, grads, rate)
+        jax.tree.map(np.testing.assert_array_equal, given, within)
+
+
 def test_rates_are_the_learning_rates_of_parameter_groups(torch):
     """A row of a stacked kernel with a rate of its own is a parameter group of torch's AdamW."""
     rng = np.random.default_rng(1)
     start, factors = rng.normal(size=(3, 7, 5)), np.array([1.0, 0.1, 0.0], np.float32)
     gradients = [0.05 * rng.normal(size=start.shape) for _ in range(6)]
     params = {"blocks": {"kernel": jnp.asarray(start, jnp.float32)}}
-    optimizer = make_optimizer(OptimizerConfig(**BASE), 6, {"blocks": {"kernel": factors.reshape(3, 1, 1)}})
+    optimizer = make_optimizer(OptimizerConfig(**BASE), {"blocks": {"kernel": factors.reshape(3, 1, 1)}})
     state = optimizer.init(params)
     for g in gradients:
-        updates, state = optimizer.update({"blocks": {"kernel": jnp.asarray(g, jnp.float32)}}, state, params)
+        grads = {"blocks": {"kernel": jnp.asarray(g, jnp.float32)}}
+        updates, state = optimizer.update(grads, state, params, learning_rate=jnp.float32(BASE["learning_rate"]))
         params = optax.apply_updates(params, updates)
     rows = [torch.nn.Parameter(torch.tensor(row)) for row in start]
     groups = [{"params": [row], "lr": BASE["learning_rate"] * float(f)} for row, f in zip(rows, factors, strict=True)]

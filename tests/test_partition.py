@@ -97,8 +97,10 @@ def test_a_step_trains_what_it_is_told_to_and_keeps_every_other_bit():
     step = jax.jit(make_train_step(config, Compute(), optimizer, options, partition), donate_argnums=0)
     whole = optax.chain(optax.sgd(0.1), only(masks))
     all_state = TrainState(params, whole.init(params), jnp.int32(0), jnp.bool_(False))
-    state, metrics = step(jax.tree.map(jnp.copy, state), batch, frozen)
-    all_state, all_metrics = jax.jit(make_train_step(config, Compute(), whole, options))(all_state, batch)
+    state, metrics = step(jax.tree.map(jnp.copy, state), batch, np.float32(0.1), frozen)
+    all_state, all_metrics = jax.jit(make_train_step(config, Compute(), whole, options))(
+        all_state, batch, np.float32(0.1)
+    )
     after = jax.jit(partition.join)(state.params, frozen)
 
     def check(path, mask, old, new, want):

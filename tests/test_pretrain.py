@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from runs import losses, metrics, result
+from runs import PRETRAIN, losses, metrics, result
 
 import jaxup
 from jaxup import train
@@ -31,16 +31,6 @@ from jaxup.training.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-TINY = [
-    "--config=pretrain.py:smoke", "--config.model.hidden_size=16", "--config.model.intermediate_size=24",
-    "--config.model.num_heads=2", "--config.model.num_kv_heads=1", "--config.model.num_layers=3",
-    "--config.model.max_positions=32", "--config.data.seq_len=32", "--config.data.tokenizer=bpe:300",
-    "--config.data.val_fraction=0.3", "--config.steps=12", "--config.batch_size=8",
-    "--config.optimizer.warmup_steps=2", "--config.eval.interval=4", "--config.eval.rows=16",
-    "--config.eval.batch_size=8", "--config.checkpoint.interval=4", "--config.log.interval=1",
-    "--config.sample.tokens=0", "--config.compute.unroll=1",
-]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
@@ -48,7 +38,7 @@ def run(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
 
     def started(name, *more):
-        train.main(["train", *TINY, f"--config.data.source={corpus}", *more, f"--workdir={folder / name}"])
+        train.main(["train", *PRETRAIN, f"--config.data.source={corpus}", *more, f"--workdir={folder / name}"])
         return folder / name
 
     return started
@@ -148,7 +138,7 @@ def test_a_model_grows_while_it_trains(deeper, batches, run, capsys):
     steps = {r["step"]: r for r in metrics(deeper) if "loss" in r}
     assert [*steps] == [*range(1, 13)]
     assert batches == [*range(12)]
-    rate = learning_rate(section(OptimizerConfig, load_run(deeper)[0].optimizer), 12)
+    rate = jax.jit(learning_rate(section(OptimizerConfig, load_run(deeper)[0].optimizer), 12))
     for step, record in steps.items():
         assert record["learning_rate"] == float(rate(step - 1))
         assert len(record["gradient_norm_layers"]) == record["layers"] == 1 + (step > 5) + (step > 10)
@@ -247,7 +237,7 @@ def test_moments_grow_as_parameters_do(monkeypatch):
     settings, small = read_settings(config), new_model(config.model).with_layers(range(2))
     mesh = make_mesh(MeshConfig(data=2, fsdp=4, context=1, tensor=1), jax.local_devices())
     model, part = small.with_layers([0, 0, 1, 1]), Part(curve="model", first=7, seconds=0.0, schedule=(0, 20))
-    program = make_program(small, settings.update, 20, mesh, EVERYTHING, ())
+    program = make_program(small, settings.update, mesh, EVERYTHING)
     rng = np.random.default_rng(0)
 
     def fill(leaf):
@@ -263,7 +253,7 @@ def test_moments_grow_as_parameters_do(monkeypatch):
     plan = dataclasses.replace(plan, rows=(*plan.rows[:3], Row("small", 1, "new", (), ())))
     with jax.set_mesh(mesh):
         grown = growth.grown(run, smaller, small, plan, model, part, restart=False)
-    wanted = make_program(model, settings.update, 20, mesh, EVERYTHING, ()).abstract_state
+    wanted = make_program(model, settings.update, mesh, EVERYTHING).abstract_state
     laid_out = lambda tree: [(leaf.shape, leaf.sharding) for leaf in jax.tree.leaves(tree)]  # noqa: E731
     assert laid_out(grown) == laid_out(wanted)
     assert grown.step == 7

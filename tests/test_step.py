@@ -28,7 +28,7 @@ from jaxup.training import compiling
 from jaxup.training import step as training_step
 from jaxup.training.compiling import accepted, compiler_options, fewest_that_fit, fitting_step, memory
 from jaxup.training.loss import cross_entropy, distillation
-from jaxup.training.optimizer import OptimizerConfig, make_optimizer
+from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, updates_made
 from jaxup.training.run import Run
 from jaxup.training.sharding import (
     BATCH_AXES,
@@ -55,6 +55,7 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2, end_learning_rate=1e-3, schedule="constant", warmup_steps=0, decay_fraction=0.0,
     b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0,
 )  # fmt: skip
+RATE = np.float32(OPTIMIZER.learning_rate)
 
 
 def make_batch(seed=0):
@@ -70,7 +71,7 @@ initial = functools.cache(jax.jit(init, static_argnums=(0, 1)))  # step by step 
 
 @functools.cache
 def program(accumulation, compute=Compute()):  # noqa: B008 frozen
-    optimizer = make_optimizer(OPTIMIZER, 10)
+    optimizer = make_optimizer(OPTIMIZER)
     config = StepConfig(accumulation=accumulation, loss_chunk=5, z_loss=1e-3)
     return optimizer, jax.jit(make_train_step(MODEL, compute, optimizer, config))
 
@@ -84,7 +85,7 @@ def run(accumulation, steps=2, compute=Compute()):  # noqa: B008 frozen
     optimizer, step = program(accumulation, compute)
     state = fresh(optimizer)
     for i in range(steps):
-        state, metrics = step(state, make_batch(i))
+        state, metrics = step(state, make_batch(i), RATE)
     return state, metrics
 
 
@@ -103,12 +104,12 @@ def test_accumulation_does_not_change_the_gradient(accumulation):
 
 def test_a_teacher_is_an_argument_of_the_step_and_changes_what_is_optimised_alone():
     """The same in micro-batches; its logits come from what is passed, and the plain loss is the student's own."""
-    optimizer, teacher = make_optimizer(OPTIMIZER, 10), Teacher(model=WIDE, alpha=0.6, temperature=2.0)
+    optimizer, teacher = make_optimizer(OPTIMIZER), Teacher(model=WIDE, alpha=0.6, temperature=2.0)
     configs = [StepConfig(accumulation=count, loss_chunk=5, z_loss=1e-3) for count in (1, 4)]
     whole, cut = (jax.jit(make_train_step(MODEL, Compute(), optimizer, config, teacher=teacher)) for config in configs)
     known = initial(WIDE, 1)
-    (first, one), (second, two) = (step(fresh(optimizer), make_batch(), known) for step in (whole, cut))
-    _, surer = whole(fresh(optimizer), make_batch(), jax.tree.map(lambda a: 5 * a, known))
+    (first, one), (second, two) = (step(fresh(optimizer), make_batch(), RATE, known) for step in (whole, cut))
+    _, surer = whole(fresh(optimizer), make_batch(), RATE, jax.tree.map(lambda a: 5 * a, known))
     assert_close(first.opt_state[1].mu, second.opt_state[1].mu, rtol=1e-5, atol=1e-7)
     assert_close(one, two)
     plain = run(1, steps=1)[1]
@@ -120,7 +121,7 @@ def test_a_teacher_is_an_argument_of_the_step_and_changes_what_is_optimised_alon
 def test_norms_of_micro_batches_by_hand(mesh_config):
     """Each of 4 has 4 rows: strided ones, and where a device sums over its own those of its half."""
     accumulation, placed = (4 if mesh_config is None else 2), make_batch()
-    optimizer = make_optimizer(dataclasses.replace(OPTIMIZER, clip_norm=1e-3), 10)
+    optimizer = make_optimizer(dataclasses.replace(OPTIMIZER, clip_norm=1e-3))
     config = StepConfig(accumulation=accumulation, loss_chunk=5, z_loss=1e-3, noise_scale=True)
     step, compute = functools.partial(make_train_step, MODEL, optimizer=optimizer), Compute(batch_axes=BATCH_AXES)
     with contextlib.ExitStack() as stack:
@@ -128,12 +129,12 @@ def test_norms_of_micro_batches_by_hand(mesh_config):
             mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp"), mesh_config)), tensor=1))
             stack.enter_context(jax.set_mesh(mesh))
             placed = place_batch(placed, ROWS, mesh)
-        _, metrics = jax.jit(step(compute=compute, config=config))(fresh(optimizer), placed)
+        _, metrics = jax.jit(step(compute=compute, config=config))(fresh(optimizer), placed, RATE)
     alone = jax.jit(step(compute=Compute(), config=dataclasses.replace(config, accumulation=1, noise_scale=False)))
     rows = np.arange(ROWS).reshape(*((4, 4) if mesh_config is None else (2, 4, 2))).swapaxes(-1, -2).reshape(4, 4)
     state, each = fresh(optimizer), []
     for micro in rows:
-        after, of = alone(state, {key: value[micro] for key, value in make_batch().items()})
+        after, of = alone(state, {key: value[micro] for key, value in make_batch().items()}, RATE)
         each.append(float(of["gradient_norm"]))
         # It is the norm before clipping; the moment is of the clipped gradient.
         np.testing.assert_allclose(optax.tree.norm(after.opt_state[1].mu), 1e-3 * (1 - OPTIMIZER.b1), rtol=1e-5)
@@ -159,7 +160,7 @@ def test_norms_of_micro_batches_by_hand(mesh_config):
 def test_mesh_does_not_change_the_step(mesh_config, capfd):
     mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor", "context"), mesh_config))))
     compute = Compute(batch_axes=BATCH_AXES)
-    optimizer = make_optimizer(OPTIMIZER, 10)
+    optimizer = make_optimizer(OPTIMIZER)
     params = param_shardings(MODEL, mesh)
     state = fresh(optimizer)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -175,8 +176,9 @@ def test_mesh_does_not_change_the_step(mesh_config, capfd):
         placed = place_batch(batch, ROWS, mesh)
         assert placed["tokens"].sharding == batch_sharding(mesh)
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), ordered(batch, mesh))
-        step = step.lower(state, placed).compile()
-        state, metrics = step(state, placed)
+        rate = jax.device_put(RATE, replicated)
+        step = step.lower(state, placed, rate).compile()
+        state, metrics = step(state, placed, rate)
     data, *others = mesh_config
     if sum(size > 1 for size in others) <= 1:
         # Along data the gradients are summed once, not in each of the two micro-batches: in float32, of what a device
@@ -203,10 +205,10 @@ def test_sums_over_data_with_the_kernel_for_tpus(mesh_config):
         Compute(batch_axes=BATCH_AXES, attention="splash"),
         StepConfig(accumulation=2, loss_chunk=5, z_loss=1e-3),
     )
-    optimizer = make_optimizer(OPTIMIZER, 10)
+    optimizer = make_optimizer(OPTIMIZER)
     with jax.set_mesh(mesh):
         step = jax.jit(make_train_step(MODEL, compute, optimizer, config))
-        _, metrics = step(fresh(optimizer), place_batch(make_batch(), ROWS, mesh))
+        _, metrics = step(fresh(optimizer), place_batch(make_batch(), ROWS, mesh), RATE)
     assert_close(run(2, steps=1)[1], metrics)
 
 
@@ -277,7 +279,8 @@ ROPE = ModelConfig.llama(
 def loss_and_gradient(model, params, batch):
     """The mean loss over the loss tokens, and its gradient, as one plain step of descent shows it."""
     step = make_train_step(model, Compute(), optax.sgd(1.0), StepConfig(accumulation=1, loss_chunk=5, z_loss=0.0))
-    state, metrics = step(TrainState(params, optax.sgd(1.0).init(params), jnp.int32(0), jnp.bool_(False)), batch)
+    state = TrainState(params, optax.sgd(1.0).init(params), jnp.int32(0), jnp.bool_(False))
+    state, metrics = step(state, batch, jnp.float32(RATE))
     return metrics["loss"], jax.tree.map(jnp.subtract, params, state.params)
 
 
@@ -333,11 +336,11 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     batch = make_batch(1)
     batch["loss_weights"] = batch["loss_weights"] * np.float32(1)
     batch["loss_weights"][3, 4] = bad
-    halted, metrics = step(state, batch)
+    halted, metrics = step(state, batch, RATE)
     assert metrics["halted"]
     jax.tree.map(np.testing.assert_array_equal, tuple(state[:3]), tuple(halted[:3]))
     # The host looks one step late: the step dispatched meanwhile, on a good batch, changes nothing either.
-    after, metrics = step(halted, make_batch(2))
+    after, metrics = step(halted, make_batch(2), RATE)
     assert metrics["halted"]
     jax.tree.map(np.testing.assert_array_equal, tuple(state[:3]), tuple(after[:3]))
 
@@ -530,13 +533,15 @@ def steps_of(gradients, config, monkeypatch):
         "_make_loss",
         lambda *_: lambda params, batch: (jnp.sum(params["w"] * batch["g"]), jnp.float32(1)),
     )
-    optimizer = make_optimizer(dataclasses.replace(OPTIMIZER, schedule="linear", clip_norm=0.0), 20)
+    settings = dataclasses.replace(OPTIMIZER, schedule="linear", clip_norm=0.0)
+    optimizer, schedule = make_optimizer(settings), learning_rate(settings, 20)
     step = jax.jit(make_train_step(MODEL, Compute(), optimizer, config))
     params = {"w": jnp.array([1.0, -2.0])}
     states = [TrainState(params, optimizer.init(params), jnp.int32(0), jnp.bool_(False), config.spikes())]
     metrics = []
     for g in gradients:
-        state, found = step(states[-1], {"g": jnp.asarray(g, jnp.float32), "loss_weights": jnp.ones(1)})
+        rate = jnp.float32(schedule(updates_made(states[-1].opt_state)))
+        state, found = step(states[-1], {"g": jnp.asarray(g, jnp.float32), "loss_weights": jnp.ones(1)}, rate)
         states.append(state)
         metrics.append(found)
     return states, metrics

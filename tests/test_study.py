@@ -142,6 +142,27 @@ def test_a_study_shares_programs_and_references_and_takes_more_seeds(corpus, tmp
 
 
 @pytest.mark.usefixtures("one_device")
+def test_rates_schedules_and_steps_are_no_programs(corpus, tmp_path, caplog):
+    """One step and one evaluation for runs that differ in nothing else."""
+    make_program.cache_clear()
+    other = {"optimizer.learning_rate": 3e-3, "optimizer.schedule": "wsd", "optimizer.warmup_steps": 0, "steps": 6}
+    cells = {"usual": {}, "other": other}
+    more = [f"--config.data.source={corpus}", "--config.steps=4", "--config.step.accumulation=0"]
+    more += [f"--config.study.cells={cells}"]
+    with caplog.at_level("DEBUG", logger="jax._src.dispatch"):
+        train.main(["train", *runs.PRETRAIN, *more, f"--workdir={tmp_path / 'study'}"])
+    compiled = [line.split()[4] for line in caplog.messages if line.startswith("Finished XLA compilation of")]
+    assert [compiled.count(f"jit({name})") for name in ("train_step", "init_state", "eval_step")] == [1, 1, 1]
+    assert make_program.cache_info().misses == 1
+    logged = {
+        name: [r["learning_rate"] for r in runs.losses(tmp_path / "study" / "cells" / f"{name}-0") if "loss" in r]
+        for name in cells
+    }
+    expected = {"usual": [1e-3, 2e-3, 2e-3, 2e-4], "other": [3e-3] * 5 + [2e-4]}
+    assert {name: pytest.approx(rates) for name, rates in expected.items()} == logged
+
+
+@pytest.mark.usefixtures("one_device")
 def test_a_run_that_diverges_ends_alone_and_what_cannot_work_is_said_before_the_first(corpus, tmp_path, monkeypatch):
     begun = []
 

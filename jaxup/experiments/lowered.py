@@ -51,8 +51,8 @@ def stage_of(config: ConfigDict, mesh: Mesh) -> Stage:
 def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, Any]]:
     """One of PROGRAMS as the run jits it, on arguments without arrays; and what is known of it without its plan."""
     s, model = stage.settings, stage.model
-    program = make_program(model, s.update, stage.steps, mesh, stage.selection, (), stage.teacher)
-    state, *beside = arguments(stage, mesh)
+    program = make_program(model, s.update, mesh, stage.selection, stage.teacher)
+    state, rate, *beside = arguments(stage, mesh)
     count = s.step.accumulation or 1
     rows = s.batch_size if name == "train_step" else s.eval_batch_size
     shape = ordered(stage.data.batches(batch_size=1, seed=0)(0), mesh)
@@ -74,7 +74,7 @@ def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.
     }  # fmt: skip
     with jax.set_mesh(mesh):
         if name == "train_step":
-            return program.cut_into(count).lower(state, batch, *beside), facts
+            return program.cut_into(count).lower(state, batch, rate, *beside), facts
         if name == "eval_step":
             # A teacher is not asked, and stays where it is, as the optimizer does.
             facts["beside"] = facts["memory"]["optimizer"] + facts["memory"].get("teacher", 0)

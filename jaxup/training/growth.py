@@ -30,17 +30,17 @@ def grown(
     of what is newly initialised; the optimizer's count, and what is known of spikes, go on. With `restart` they are
     all fresh, as in Inheritune. New values are those of a model of this depth, and others at each growth.
     """
-    grow = _growth(plan, model, run.settings.update, part.schedule[1], run.mesh, restart)
-    source = load_trained(run, smaller, small) if restart else restore_trained(run, smaller, small, part.schedule[1])
+    grow = _growth(plan, model, run.settings.update, run.mesh, restart)
+    source = load_trained(run, smaller, small) if restart else restore_trained(run, smaller, small)
     return grow(as_argument(run.settings.seed), np.int32(part.first), source)
 
 
 @functools.lru_cache(maxsize=8)
 def _growth(
-    plan: DepthPlan, model: ModelConfig, update: Update, steps: int, mesh: Mesh, restart: bool
+    plan: DepthPlan, model: ModelConfig, update: Update, mesh: Mesh, restart: bool
 ) -> Callable[..., TrainState]:
     """(seed, steps before, state; to restart params) -> state: the same for all seeds."""
-    program, ((name, _),) = make_program(model, update, steps, mesh, EVERYTHING, ()), plan.sources
+    program, ((name, _),) = make_program(model, update, mesh, EVERYTHING), plan.sources
 
     def applied(tree: Params, new: Params) -> Params:
         return apply(plan, {name: tree}, new)

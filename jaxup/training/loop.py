@@ -36,7 +36,7 @@ from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.compiling import compiler_options, fitting_step, memory
 from jaxup.training.corrections import Corrections, record
 from jaxup.training.meter import Meter
-from jaxup.training.optimizer import learning_rate, make_optimizer
+from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, updates_made
 from jaxup.training.partition import Partition, digest
 from jaxup.training.run import (
     Part,
@@ -90,9 +90,9 @@ def load_trained(run: Run, result: Result, model: ModelConfig, selection: Select
         return checkpoints.restore_params(result.steps, laid_out(selection.trained(abstract(model)[1]), shardings))
 
 
-def restore_trained(run: Run, result: Result, model: ModelConfig, steps: int) -> TrainState:
-    """The last state of such a model, of which everything trained by a schedule of so many steps."""
-    program = make_program(model, run.settings.update, steps, run.mesh, EVERYTHING, ())
+def restore_trained(run: Run, result: Result, model: ModelConfig) -> TrainState:
+    """The last state of such a model, of which everything trained."""
+    program = make_program(model, run.settings.update, run.mesh, EVERYTHING)
     with _last_of(run, result) as checkpoints:
         return checkpoints.restore(result.steps, program.abstract_state)
 
@@ -128,12 +128,11 @@ def laid_out(tree: Any, shardings: Any) -> Any:
 
 @functools.lru_cache(maxsize=32)  # a target and its control are one program, compiled once; so are runs of a study
 def make_program(
-    model: ModelConfig, update: Update, steps: int, mesh: Mesh, selection: Selection,
-    peaks: tuple[tuple[int, float], ...], teacher: Teacher | None = None,
-) -> Program:  # fmt: skip
-    """`peaks`: see `learning_rate`. The params of a `teacher` are the last argument of the steps."""
+    model: ModelConfig, update: Update, mesh: Mesh, selection: Selection, teacher: Teacher | None = None
+) -> Program:
+    """Of any learning rate and number of steps. The params of a `teacher` are the last argument of the steps."""
     partition = selection.partition
-    optimizer = make_optimizer(update.optimizer, steps, selection.rates, peaks=peaks)
+    optimizer = make_optimizer(update.optimizer, selection.rates)
     replicated = NamedSharding(mesh, PartitionSpec())
     whole = param_shardings(model, mesh)
 
@@ -150,6 +149,7 @@ def make_program(
     moments = state_shardings(optimizer, abstract_state.opt_state, params, mesh)
     shardings = jax.tree.map(lambda _: replicated, abstract_state)._replace(params=params, opt_state=moments)
 
+    @functools.cache  # a step is compiled once for all runs, also where each looks for the number that fits
     def cut_into(count: int) -> Any:
         step = dataclasses.replace(update.step, accumulation=count)
         return jax.jit(
@@ -172,6 +172,19 @@ def make_program(
         ),
         abstract_state=laid_out(abstract_state, shardings),
     )
+
+
+@functools.lru_cache(maxsize=32)
+def _schedule(
+    config: OptimizerConfig, steps: int, peaks: tuple[tuple[int, float], ...], mesh: Mesh
+) -> Callable[[jax.Array], jax.Array]:
+    """(updates made) -> learning rate of the next one, on the mesh: a scalar that no process has to send there.
+
+    A program of its own, which is a few scalars, so that the step is none for each rate.
+    """
+    rate = learning_rate(config, steps, peaks)
+    out = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda count: jnp.asarray(rate(count), jnp.float32), out_shardings=out)
 
 
 def evaluate(run: Run, name: str, model: ModelConfig, params: Params) -> float:
@@ -269,10 +282,12 @@ def train_model(
         end = sum(whole.schedule)  # of all that one correction may be for
         kept = told(lambda: dataclasses.asdict(record(place, asked, done=start, steps=end)), "read corrections")
         corrections = Corrections(tuple(kept["skip"]), tuple((step, rate) for step, rate in kept["rates"]))
-        peaks = tuple((step - whole.schedule[0], rate) for step, rate in corrections.rates)
+        begin, length = whole.schedule
+        peaks = tuple((step - begin, rate) for step, rate in corrections.rates)
+        schedule = _schedule(run.settings.optimizer, length, peaks, run.mesh)
         hits = make_program.cache_info().hits
         taught, knows = teacher or (None, None)
-        program = make_program(model, run.settings.update, whole.schedule[1], run.mesh, selection, peaks, taught)
+        program = make_program(model, run.settings.update, run.mesh, selection, taught)
         compiles = make_program.cache_info().hits == hits
         which, later = run.place(name, steps)
         label = f"{name} (model {which})" if which else name
@@ -302,8 +317,8 @@ def train_model(
             if compiles and start < steps:
                 progress.doing("compiling")
             state, val_loss = _train(
-                run, name, model, steps, program, state, frozen, start, checkpoints, milestones, corrections, progress,
-                taught, (knows(),) if knows else (), part,
+                run, name, model, steps, program, schedule, state, frozen, start, checkpoints, milestones,
+                corrections.skip, progress, taught, (knows(),) if knows else (), part,
             )  # fmt: skip
         if frozen and digest(frozen) != before:
             raise RuntimeError(f"{name}: parameters that do not train have changed: a fault of memory or device")
@@ -328,16 +343,15 @@ def _skipped(state: TrainState) -> str:
 
 
 def _train(
-    run: Run, name: str, model: ModelConfig, steps: int, program: Program, state: TrainState,
-    frozen: tuple[Params, ...], start: int, checkpoints: Checkpoints, milestones: frozenset[int],
-    corrections: Corrections, progress: Progress, teacher: Teacher | None, known: tuple[Params, ...],
-    part: Part | None,
+    run: Run, name: str, model: ModelConfig, steps: int, program: Program,
+    schedule: Callable[[jax.Array], jax.Array], state: TrainState, frozen: tuple[Params, ...], start: int,
+    checkpoints: Checkpoints, milestones: frozenset[int], skip: tuple[int, ...], progress: Progress,
+    teacher: Teacher | None, known: tuple[Params, ...], part: Part | None,
 ) -> tuple[TrainState, float]:  # fmt: skip
-    s, curve, first, begin, length = run.settings, name, 0, 0, steps
+    s, curve, first = run.settings, name, 0
     said: dict[str, int] = {}
     if part is not None:
-        curve, first, (begin, length), said = part.curve, part.first, part.schedule, {"layers": model.num_layers}
-    rate = learning_rate(s.optimizer, length, [(step - begin, peak) for step, peak in corrections.rates])
+        curve, first, said = part.curve, part.first, {"layers": model.num_layers}
     batches = run.data.batches(batch_size=s.batch_size, seed=s.seed)
 
     def logged() -> list[tuple[int, float]]:
@@ -351,7 +365,7 @@ def _train(
     losses = dict(told(logged, "read what was logged"))  # what is evaluated again is a program that all run
     meter = Meter(
         run.log, curve, steps=steps, interval=s.log_interval, batch_tokens=run.data.tokens_of(s.batch_size),
-        val_rows=run.val_rows, schedule=lambda step: rate(step - begin),
+        val_rows=run.val_rows,
         # Where only a part trains, no formula says how much of the backward pass is left.
         flops_per_token=None if frozen else training_flops(model, teacher, run.data.seq_len), **said,
     )  # fmt: skip
@@ -364,7 +378,8 @@ def _train(
     with run.processes.steps(), ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read_batch, step) if step < steps else None
         if ahead and not s.step.accumulation:
-            fitting = fitting_step(run, name, program.cut_into, (state, ahead.result(), *frozen, *known))
+            inputs = state, ahead.result(), schedule(updates_made(state.opt_state)), *frozen, *known
+            fitting = fitting_step(run, name, program.cut_into, inputs)
             program = program._replace(train_step=fitting)
 
         def save(step: int) -> None:
@@ -391,11 +406,12 @@ def _train(
                 if step == pause:
                     raise Paused(curve, step)
                 batch = (ahead or reader.submit(read_batch, step)).result()
-                if step + 1 in corrections.skip:
+                if step + 1 in skip:
                     state, metrics = program.skip_step(state), None
                 else:
                     with jax.transfer_guard("disallow"), memory(s.step):
-                        state, metrics = program.train_step(state, batch, *frozen, *known)
+                        rate = schedule(updates_made(state.opt_state))
+                        state, metrics = program.train_step(state, batch, rate, *frozen, *known)
                     if not compiled:  # the call has waited for that, which says nothing of the speed
                         meter.restart()
                         compiled = True

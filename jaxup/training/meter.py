@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,18 +20,17 @@ class Meter:
     Args:
       interval: steps between two lines of the log.
       batch_tokens: of a step, in all processes; without padding, of which no speed is made.
-      schedule: the learning rate of the update with this index, from 0.
       flops_per_token: of the whole step; None where nobody can say.
       said: what each line says besides.
     """
 
     def __init__(
         self, log: MetricsLog, name: str, *, steps: int, interval: int, batch_tokens: int, val_rows: int,
-        schedule: Callable[[int], Any], flops_per_token: float | None, **said: Any,
+        flops_per_token: float | None, **said: Any,
     ):  # fmt: skip
         self._said = said
         self._log_file, self._name, self._steps, self._interval = log, name, steps, interval
-        self._batch_tokens, self._val_rows, self._schedule = batch_tokens, val_rows, schedule
+        self._batch_tokens, self._val_rows = batch_tokens, val_rows
         self._flops_per_token, self._peak = flops_per_token, peak_flops()
         self.checked = 0  # the last step that was read
         self.detail, self._validation = "", ""
@@ -62,7 +60,7 @@ class Meter:
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         what = f"loss {loss} and gradient norm {norm} are not finite"
         if np.isfinite(loss) and np.isfinite(norm):
-            rate = float(self._schedule(step - 1))
+            rate = metrics["learning_rate"]
             what = f"the update is not finite (loss {loss}, gradient norm {norm}, learning rate {rate:g})"
         shown = ", ".join(map(str, rows[:8])) + ", ..." * (len(rows) > 8)
         saved = f" and step {step - 1} is saved" if step > 1 else ""
@@ -83,7 +81,7 @@ class Meter:
             loss=float(metrics["loss"]),
             gradient_norm=float(metrics["gradient_norm"]),
             gradient_norm_layers=[float(f"{n:.5g}") for n in metrics["gradient_norm_layers"]],
-            learning_rate=float(self._schedule(step - 1)),
+            learning_rate=float(metrics["learning_rate"]),
             tokens_per_second=round(rate, 1),
             loss_tokens=int(metrics["loss_tokens"]),
             **{key: metrics[key].item() for key in ("gradient_square_micro", "micro_rows") if key in metrics},

@@ -17,12 +17,9 @@ from jaxup.model.spec import flatten, is_kernel, unflatten
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    learning_rate: float  # peak
-    end_learning_rate: float  # reached at the last step by every schedule but "constant"
-    schedule: str  # constant | linear | cosine | wsd (warmup-stable-decay)
-    warmup_steps: int  # linear from 1/warmup of the peak
-    decay_fraction: float  # wsd: the share of the steps, at the end, in which it decays linearly
+class AdamW:
+    """What decides the program of an update; its learning rate is an argument."""
+
     b1: float
     b2: float
     eps: float
@@ -30,11 +27,28 @@ class OptimizerConfig:
     clip_norm: float  # global gradient norm; 0 = no clipping
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            meant, holds = _RANGES.get(field.name, ("", lambda _: True))
+            if not holds(value := getattr(self, field.name)):
+                raise UserError(f"must be {meant}", at=f"optimizer.{field.name}={value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(AdamW):
+    learning_rate: float  # peak
+    end_learning_rate: float  # reached at the last step by every schedule but "constant"
+    schedule: str  # constant | linear | cosine | wsd (warmup-stable-decay)
+    warmup_steps: int  # linear from 1/warmup of the peak
+    decay_fraction: float  # wsd: the share of the steps, at the end, in which it decays linearly
+
+    def __post_init__(self):
         if self.schedule not in SCHEDULES:
             raise UserError(f"unknown {self.schedule!r}{suggest(self.schedule, SCHEDULES)}", at="optimizer.schedule")
-        for key, (meant, holds) in _RANGES.items():
-            if not holds(value := getattr(self, key)):
-                raise UserError(f"must be {meant}", at=f"optimizer.{key}={value}")
+        super().__post_init__()
+
+    @property
+    def adamw(self) -> AdamW:
+        return AdamW(**{field.name: getattr(self, field.name) for field in dataclasses.fields(AdamW)})
 
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
@@ -89,10 +103,11 @@ def _changed(before: optax.Schedule, schedule: optax.Schedule, count: int, facto
     return lambda now: jnp.where(now < count, before(now), factor * schedule(now))
 
 
-def make_optimizer(
-    config: OptimizerConfig, steps: int, rates: Params | None = None, *, peaks: Iterable[tuple[int, float]] = ()
-) -> optax.GradientTransformation:
+def make_optimizer(config: AdamW, rates: Params | None = None) -> optax.GradientTransformationExtraArgs:
     """clip -> Adam -> decoupled decay of kernels -> learning rate; state in the params' dtype.
+
+    The learning rate of an update is its argument `learning_rate`, a float32 scalar, so that runs which differ in it
+    alone have one program. The state counts the updates: that is what a schedule is asked with.
 
     `rates`, a tree of arrays that broadcast to the params, multiplies the learning rate of each, and so
     its decay, as in a parameter group of PyTorch's AdamW.
@@ -103,8 +118,21 @@ def make_optimizer(
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.identity() if rates is None else optax.stateless(scale),
-        optax.scale_by_learning_rate(learning_rate(config, steps, peaks)),
+        optax.GradientTransformationExtraArgs(optax.scale_by_schedule(lambda _: 0.0).init, _scale_by_argument),
     )
+
+
+def _scale_by_argument(
+    updates: Params, state: optax.ScaleByScheduleState, params: Params | None = None, *, learning_rate: jax.Array,
+    **_: Any,
+) -> tuple[Params, optax.ScaleByScheduleState]:  # fmt: skip
+    scaled = jax.tree.map(lambda update: (-learning_rate).astype(update.dtype) * update, updates)
+    return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+
+def updates_made(opt_state: Any) -> jax.Array:
+    """How many updates a state of `make_optimizer` has seen, those that were left out included."""
+    return opt_state[-1].count
 
 
 def decay_mask(params: Params) -> Params:

@@ -23,7 +23,7 @@ from jaxup.text import kinds_of, read_json, write_atomically
 from jaxup.together import told
 from jaxup.training.corrections import Corrections
 from jaxup.training.metrics import MetricsLog
-from jaxup.training.optimizer import OptimizerConfig
+from jaxup.training.optimizer import AdamW, OptimizerConfig
 from jaxup.training.partition import digest
 from jaxup.training.processes import Processes
 from jaxup.training.rundir import write_json
@@ -32,9 +32,9 @@ from jaxup.training.step import StepConfig, Teacher
 
 
 class Update(NamedTuple):
-    """What decides the program of an update, besides the model."""
+    """What decides the program of an update, besides the model. Learning rates, schedules and steps do not."""
 
-    optimizer: OptimizerConfig
+    optimizer: AdamW
     step: StepConfig
     compute: Compute
 
@@ -57,7 +57,7 @@ class Settings:
 
     @property
     def update(self) -> Update:
-        return Update(self.optimizer, self.step, self.compute)
+        return Update(self.optimizer.adamw, self.step, self.compute)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -91,10 +91,10 @@ def make_train_step(
     model: ModelConfig, compute: Compute, optimizer: optax.GradientTransformation, config: StepConfig,
     partition: Partition | None = None, teacher: Teacher | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
-    """(state, batch) -> (state, metrics): the function to jit with the state donated.
+    """(state, batch, learning rate) -> (state, metrics): the function to jit with the state donated.
 
-    With a `partition` the params of the state are only what trains, and the other half is a third argument. With a
-    `teacher` its params are the last one.
+    The learning rate is a float32 scalar. With a `partition` the params of the state are only what trains, and the
+    other half is a fourth argument. With a `teacher` its params are the last one.
 
     Norms in the metrics are those before clipping. With `noise_scale`, `gradient_square_micro` is the mean over the
     micro-batches, of `micro_rows` rows each, of |g|^2, where g is the gradient of the mean loss over its own loss
@@ -109,6 +109,7 @@ def make_train_step(
     """
     loss_sums = _make_loss(model, compute, config, partition, teacher)
     gradient = jax.value_and_grad(loss_sums, has_aux=True)
+    update = optax.with_extra_args_support(optimizer).update
 
     def accumulated(params: Params, batch: Batch, *frozen: Params) -> Any:
         """Sums over the micro-batches; the third, if asked for, is of the squared norms of their mean gradients."""
@@ -125,7 +126,9 @@ def make_train_step(
 
         return jax.lax.scan(body, zeros, _micro_batches(batch, config.accumulation))[0]
 
-    def train_step(state: TrainState, batch: Batch, *frozen: Params) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(
+        state: TrainState, batch: Batch, learning_rate: jax.Array, *frozen: Params
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         sums = gradient if config.accumulation <= 1 else accumulated  # 0, where nothing says what fits
         micro_batches, sizes = config.accumulation, jax.sharding.get_abstract_mesh().shape
         if config.accumulation > 1 and (axes := _summed_once(model, compute, batch, config.accumulation)):
@@ -142,7 +145,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
 
         norm, layer_norms_L = gradient_norms(grads, partition)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(grads, state.opt_state, state.params, learning_rate=learning_rate)
         new = state._replace(
             params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1
         )
@@ -161,6 +164,7 @@ def make_train_step(
             "loss_with_z": loss * scale,
             "gradient_norm": norm,
             "gradient_norm_layers": layer_norms_L,
+            "learning_rate": learning_rate,
             "loss_tokens": tokens,
             "halted": halted,
         }

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxup.errors import UserError, first_line
 from jaxup.progress import say
@@ -49,9 +49,7 @@ class Trial:
     def __init__(self, stage: Stage, mesh: Mesh, speed: float, room: int):
         """`speed` and `room`: of a device, as `measure_device` gives them."""
         size, seed = stage.settings.batch_size, stage.settings.seed
-        program = make_program(
-            stage.model, stage.settings.update, stage.steps, mesh, stage.selection, (), stage.teacher
-        )
+        program = make_program(stage.model, stage.settings.update, mesh, stage.selection, stage.teacher)
         state, *beside = arguments(stage, mesh)
         batch = place_batch(stage.data.batches(batch_size=size, seed=seed)(0, local_rows(size, mesh)), size, mesh)
         self.stage, self.failed, self.compiling = stage, "", 0.0
@@ -111,7 +109,7 @@ def needed(stage: Stage, mesh: Mesh) -> int:
 
 def held(stage: Stage, mesh: Mesh) -> dict[str, int]:
     """What they are of."""
-    state, *beside = arguments(stage, mesh)
+    state, _, *beside = arguments(stage, mesh)
     parts = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
     if stage.teacher is not None:
         parts["teacher"] = _bytes(beside.pop())
@@ -119,15 +117,16 @@ def held(stage: Stage, mesh: Mesh) -> dict[str, int]:
 
 
 def arguments(stage: Stage, mesh: Mesh) -> tuple[Any, ...]:
-    """What a step takes besides its batch, without arrays: the state, what does not train, if anything does not, and
-    the params of its teacher, if it has one."""
-    program = make_program(stage.model, stage.settings.update, stage.steps, mesh, stage.selection, (), stage.teacher)
+    """What a step takes besides its batch, without arrays: the state, the learning rate, what does not train, if
+    anything does not, and the params of its teacher, if it has one."""
+    program = make_program(stage.model, stage.settings.update, mesh, stage.selection, stage.teacher)
+    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     whole = jax.tree.map(lambda leaf: leaf.update(dtype=stage.dtype), abstract_params(stage.model, mesh))
     frozen = jax.eval_shape(program.frozen, whole)
     if stage.selection.partition is not None:
         frozen = laid_out(frozen, stage.selection.partition.shardings(mesh)[1:])
     known = () if stage.teacher is None else (abstract_params(stage.teacher.model, mesh),)
-    return program.abstract_state, *frozen, *known
+    return program.abstract_state, rate, *frozen, *known
 
 
 def _bytes(tree: Any) -> int:
