@@ -83,8 +83,11 @@ def make_mesh(fsdp, tensor, data=1):
 
 @pytest.mark.parametrize(
     ("name", "stored", "dtype"),
-    [("llama", "float32", None), ("llama", "bfloat16", None), ("llama", "bfloat16", "float32"),
-     ("gpt2", "float32", "bfloat16"), ("gpt2", "bfloat16", None), ("gpt2-untied", "float32", None)],
+    [("llama", "float32", None), ("llama", "bfloat16", "float32"), ("gpt2", "float32", "bfloat16"),
+     ("gpt2", "bfloat16", None),
+     # The first is what a URL gives as well, the second what a mesh gets.
+     pytest.param("llama", "bfloat16", None, marks=pytest.mark.slow),
+     pytest.param("gpt2-untied", "float32", None, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_loaded_params_are_those_of_the_files(models, name, stored, dtype):
     model = load(models / f"{name}-{stored}", dtype=dtype)
@@ -98,8 +101,12 @@ def test_loaded_params_are_those_of_the_files(models, name, stored, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("llama", (8, 1)), ("llama", (2, 2, 2)), ("gpt2", (4, 2)), ("gpt2-untied", (1, 8))]
-)
+    ("name", "shape"),
+    [
+        ("llama", (2, 2, 2)), ("gpt2", (4, 2)), ("gpt2-untied", (1, 8)),
+        pytest.param("llama", (8, 1), marks=pytest.mark.slow),  # that which a URL is read to below
+    ],
+)  # fmt: skip
 def test_a_mesh_gets_the_same_params_in_its_layout(models, name, shape, capfd):
     """41 tokens, 20 rows and 6 dimensions divide over none of these: the last rows are padded."""
     mesh = make_mesh(*shape)
