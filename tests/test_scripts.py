@@ -53,7 +53,7 @@ class Cloud:
             "HOME": str(directory),
         }  # fmt: skip
         self.set(
-            PROJECT="p", ZONE="us-east5-a", BUCKET="gs://runs", NAME="pod", TPU="v5p:2x2x2", POLL="0.5", RESTARTS="3"
+            PROJECT="p", ZONE="us-east5-a", BUCKET="gs://runs", NAME="pod", TPU="v5p:2x2x2", POLL="0.2", RESTARTS="3"
         )
 
     def set(self, **values):
