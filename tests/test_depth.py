@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxup.depth.apply import apply
 from jaxup.depth.compose import compose
@@ -370,12 +371,12 @@ def test_transforms():
     shapes = jax.eval_shape(partial(apply, plan), {"base": params}, fresh)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), eager)
     batch = jax.tree.map(lambda x: np.stack([x, 2 * x]), {"base": params})
-    mapped = jax.vmap(partial(apply, plan), in_axes=(0, None))(batch, fresh)
+    mapped = jax.jit(jax.vmap(partial(apply, plan), in_axes=(0, None)))(batch, fresh)
     jax.tree.map(lambda x, y: assert_bits(x[0], y), mapped["blocks"], eager["blocks"])
 
     # A layer used twice gets the gradients of both uses, one used as a zeroed copy only of one.
     loss = lambda params: sum(jnp.sum(x) for x in jax.tree.leaves(apply(plan, {"base": params}, fresh)["blocks"]))  # noqa: E731
-    blocks = jax.grad(loss)(params)["blocks"]
+    blocks = jax.jit(jax.grad(loss))(params)["blocks"]
     np.testing.assert_array_equal(blocks["mlp"]["up_proj"]["kernel"][:, 0, 0], [1, 1, 2, 2, 1, 0])
     np.testing.assert_array_equal(blocks["mlp"]["down_proj"]["kernel"][:, 0, 0], [1, 1, 1, 1, 1, 0])
 
@@ -439,27 +440,21 @@ def test_inherited_layers_are_the_truncated_model(kind):
     jax.tree.map(assert_bits, part["norm"], fresh["norm"])
 
 
-SHARDED = """
-import jax, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from test_depth import UPSCALE, apply, tree, assert_bits
-assert jax.device_count() == 8
-params, fresh = tree(6, width=8), tree(7, seed=1, width=8)
-want = apply(UPSCALE, {"base": params}, fresh)
-for kind in (AxisType.Auto, AxisType.Explicit):
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharding_is_kept(kind):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
-    spec = lambda a: NamedSharding(mesh, P(None, "x", "y") if a.ndim == 3 else P())
-    put = lambda tree: jax.tree.map(lambda a: jax.device_put(a, spec(a)), tree)
-    for function in (apply, jax.jit(apply, static_argnums=0)):
+    params, fresh = tree(6, width=8), tree(7, seed=1, width=8)
+    want = apply(UPSCALE, {"base": params}, fresh)
+
+    def spec(a):
+        return NamedSharding(mesh, PartitionSpec(None, "x", "y") if a.ndim == 3 else PartitionSpec())
+
+    put = lambda tree: jax.tree.map(lambda a: jax.device_put(a, spec(a)), tree)  # noqa: E731
+    for function in (apply, compiled_apply):
         got = function(UPSCALE, {"base": put(params)}, put(fresh))
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert_bits(a, b)
-            assert a.sharding.is_equivalent_to(spec(a), a.ndim), (kind, a.shape, a.sharding)
-"""
-
-
-def test_sharding_is_kept():
-    processes.run("-c", SHARDED, devices=8)
+            assert a.sharding.is_equivalent_to(spec(a), a.ndim), (a.shape, a.sharding)
 
 
 def test_plans_need_no_jax():

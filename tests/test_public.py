@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import functools
 import html.parser
 import importlib
 import importlib.resources
@@ -30,11 +31,13 @@ CONFIG = ModelConfig.llama(
     vocab_size=41, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2, max_positions=32
 )
 
+initial = functools.cache(jax.jit(init, static_argnums=0))  # step by step it is many programs
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "small"
-    jaxup.save(Decoder(CONFIG, init(CONFIG, 0)), path)
+    jaxup.save(Decoder(CONFIG, initial(CONFIG, 0)), path)
     return path
 
 
@@ -103,7 +106,7 @@ def test_a_plan_knows_where_its_models_are(directory, tmp_path):
 
     model = jaxup.load(plan)
     assert_same(model, jaxup.load(directory, plan=plan))
-    grown = jaxup.apply_plan(plan, {str(directory): jaxup.load(directory).params})
+    grown = jax.jit(jaxup.apply_plan, static_argnums=0)(plan, {str(directory): jaxup.load(directory).params})
     for path, leaf in flatten(grown).items():
         np.testing.assert_array_equal(leaf, params(model)[path])
     base = jaxup.load(directory)
@@ -149,7 +152,7 @@ def test_recipes_know_the_depth_of_a_model(directory):
     refused(f"params=2e+09 are more than the {ends + 3 * each:,} of", jaxup.drop, place, params=2e9)
     refused(f"with a single layer '{place}' has {ends + each:,}", jaxup.drop, place, params=each)
     assert jaxup.drop(jaxup.load(plan), 4).sources == (("model", 5),)  # its layers, in no files
-    assert jaxup.drop(Decoder(CONFIG, init(CONFIG, 0)), 2) == jaxup.drop("model", 3, 2)
+    assert jaxup.drop(Decoder(CONFIG, initial(CONFIG, 0)), 2) == jaxup.drop("model", 3, 2)
     with pytest.warns(UserWarning, match=r"^drop: \[0, 2\] is layers 0 and 2 only; a range is 0:2$"):
         assert len(jaxup.drop(place, [0, 2])) == 1
     assert jaxup.concat(place, model, plan) == jaxup.concat(*[jaxup.identity(place, 3)] * 2, plan)
