@@ -52,7 +52,8 @@ def write(
         "validation_loss": validation(title, results, records, unit),
         "training": training(title, results, records, unit),
         "gradients": gradients(made, records, plan),
-        "difference": difference(directory, results, made),
+        # What inherits nothing began nowhere.
+        "difference": difference(directory, results, made) if not plan or any(row.parts for row in plan.rows) else None,
         "loss_by_layers": by_layers(title, results, unit),
     }
     (directory / "plots").mkdir(exist_ok=True)
