@@ -172,7 +172,10 @@ def test_a_reference_from_a_directory(runs, swept, torch, monkeypatch):
     config = reader.load_config(workdir / "export").with_layers([0, 1, 0, 1])
     rng = np.random.default_rng(0)
     # Far from trivial, norms too: a part that is inherited by mistake, or is not, must show.
-    params = jax.tree.map(lambda a: np.asarray(a) + rng.normal(0, 0.1, a.shape).astype(np.float32), init(config, 3))
+    params = jax.tree.map(
+        lambda a: np.asarray(a) + rng.normal(0, 0.1, a.shape).astype(np.float32),
+        jax.jit(init, static_argnums=0)(config, 3),  # which is kept nowhere
+    )
     directory = runs / "model"
     writer.save(directory, config, params, tokenizer=AutoTokenizer.from_pretrained(workdir / "export"))
 
