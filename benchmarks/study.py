@@ -56,21 +56,24 @@ class Cost:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="pretrain.py:smoke")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--keep-programs", action="store_true", help="commands of one side share compiled programs")
     return parser.parse_args()
 
 
 def train(a: argparse.Namespace, workdir: Path, programs: Path, *more: str) -> Cost:
     """Carries out one command."""
-    settings = (f"steps={a.steps}", f"data.store={workdir.parent / 'store'}", *more)
+    # Rules look at what is logged: at any step, whatever number of them there is.
+    store = workdir.parent / "store"
+    settings = (f"steps={a.steps}", f"batch_size={a.batch_size}", "log.interval=1", f"data.store={store}")
     command = [sys.executable, "-m", "jaxup.train", f"--config={a.config}", f"--workdir={workdir}"]
     cache = tempfile.mkdtemp(dir=programs) if not a.keep_programs else str(programs)
     env = os.environ | {"JAX_LOG_COMPILES": "1", "JAX_COMPILATION_CACHE_DIR": cache}
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     ended = subprocess.run(
-        [*command, *(f"--config.{s}" for s in settings)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True,
+        [*command, *(f"--config.{s}" for s in (*settings, *more))], env=env, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if ended.returncode:
