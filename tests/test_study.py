@@ -250,6 +250,14 @@ def test_runs_of_a_group_go_in_rounds():
     assert limits({"a-0": 14, "b-0": 14}, ("c-0",), stopped) == {"a-0": 100, "b-0": 100}
 
 
+def test_a_rule_that_looks_before_anything_is_logged_is_refused(corpus, tmp_path):
+    with pytest.raises(UserError) as error:
+        train_study(corpus, tmp_path / "study", "--config.study.stop=halving", "--config.log.interval=2")
+    said = "log.interval=2: cell 'which=first' has 4 steps, and study.stop=halving first looks after 1"
+    assert str(error.value) == f"{said}; --config.log.interval=1"
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.slow
 def test_poor_runs_stop_and_go_on_if_asked(corpus, tmp_path, capsys):
     axes = "--config.study.axes=optimizer.learning_rate: 1e-5 1e-3 3e-3 1e-2"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from jaxup.experiments import resuming
 from jaxup.experiments.cells import configured, seeds
 from jaxup.experiments.outcomes import Outcome, read_outcome
 from jaxup.experiments.report import made_by
-from jaxup.experiments.rounds import limits
+from jaxup.experiments.rounds import limits, pauses
 from jaxup.experiments.run import CELLS, open_data, prepared, run_one
 from jaxup.experiments.shown import as_text, as_yaml
 from jaxup.experiments.stopping import DIVERGED, Rule, decide
@@ -90,6 +91,7 @@ def carry_out(
         return
     rule = Rule.of(config.study)
     cost = Cost(runs, left)
+    _check_looks(rule, left, cost)
     if dry is not None:
         _show(config, workdir, runs, left, cost, dry, changed)
         return
@@ -97,6 +99,15 @@ def carry_out(
     _work(workdir, title, processes, command, runs, cost, rule)
     told(lambda: _report(config, workdir, title, runs, cost, rule), "write what came of the study")
     tell(f"all {len(runs)} runs are finished: {workdir / 'STUDY.md'}")
+
+
+def _check_looks(rule: Rule, left: Sequence[Planned], cost: Cost) -> None:
+    """UserError if nothing is logged of a run when the rule first looks: then none of its group would ever stop."""
+    for run in left:
+        looks, interval = pauses(rule), run.config.log.interval
+        if looks and interval > (first := math.ceil(looks[0] * (steps := cost.steps(run)))):
+            what = f"cell {run.cell!r} has {steps} steps, and study.stop={rule.stop} first looks after {first}"
+            raise UserError(what, at=f"log.interval={interval}", hint=f"--config.log.interval={first}")
 
 
 def planned(config: ConfigDict, workdir: Path) -> list[Planned]:
