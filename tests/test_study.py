@@ -117,6 +117,10 @@ def test_a_study_shares_programs_and_references_and_takes_more_seeds(corpus, tmp
     assert len(list((study / "shared").iterdir())) == 2  # a reference for each seed
     assert (tmp_path / "data").is_dir()
 
+    train_study(corpus, study, "--config.study.seeds=0,1", "--config.study.control=which=last")
+    assert json.loads((study / "study.json").read_text())["control"] == "which=last"
+    capsys.readouterr()
+
     # A run of the study is what a run by itself is, to the bit, and goes on by itself.
     cell, alone = study / "cells" / "which=last-1", tmp_path / "alone"
     small = ["--config.model.num_layers=2", "--config.inherit.control=0", "--config.steps=4"]

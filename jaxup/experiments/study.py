@@ -86,7 +86,7 @@ def carry_out(
     runs = planned(config, workdir)
     changed = told(lambda: _look(config, workdir, runs), "look at the study")
     left = [run for run in runs if not told(run.done, "look at the runs")]
-    if not left and dry is None and told(lambda: not changed and _reported(workdir, runs), "look at the study"):
+    if not left and dry is None and told(lambda: not changed and _reported(config, workdir, runs), "look at the study"):
         tell(f"all {len(runs)} runs finished before: {workdir / 'STUDY.md'}")
         return
     rule = Rule.of(config.study)
@@ -170,10 +170,14 @@ def _look(config: ConfigDict, workdir: Path, runs: Sequence[Planned]) -> list[st
     return changed
 
 
-def _reported(workdir: Path, runs: Sequence[Planned]) -> bool:
-    """Whether what came of these runs has been written."""
-    mark = read_json(workdir / "finished.json", {"runs": list[str]}, "delete it")
-    return mark is not None and mark["runs"] == [run.name for run in runs]
+def _reported(config: ConfigDict, workdir: Path, runs: Sequence[Planned]) -> bool:
+    """Whether what came of these runs has been written, compared with the same control."""
+    mark = read_json(workdir / "finished.json", {"runs": list[str], "control": str}, "delete it")
+    return mark is not None and mark == {"runs": [run.name for run in runs], "control": _control(config)}
+
+
+def _control(config: ConfigDict) -> str:
+    return config.study.control or next(iter(config.study.cells))
 
 
 def _begin(config: ConfigDict, workdir: Path, title: str, command: str, changed: Sequence[str]) -> None:
@@ -267,16 +271,16 @@ def _report(
 ) -> None:  # fmt: skip
     """Writes what came of it."""
     with rundir.writer_lock(workdir, _patiently("write what came of the study")):
-        if not cost.left and _reported(workdir, runs):
+        if not cost.left and _reported(config, workdir, runs):
             return
         outcomes = [run.outcome(cost.scored.get(run.cell, "")) for run in runs]
-        control = config.study.control or next(iter(config.study.cells))
+        control = _control(config)
         text = write_study(
             workdir, title, outcomes, control, made_by(resuming.starts(workdir)),
             unit="loss token" if config.experiment == "heal" else "token", rule=rule, changes=config.study.cells,
         )  # fmt: skip
         print(text, flush=True)
-        rundir.write_json(workdir / "finished.json", {"runs": [run.name for run in runs]})
+        rundir.write_json(workdir / "finished.json", {"runs": [run.name for run in runs], "control": control})
 
 
 def _patiently(what: str) -> Callable[[str], None]:
