@@ -686,7 +686,9 @@ def test_docstrings_are_questions_and_answers(tmp_path):
     ]
     assert list(docstrings.question_answers(files, "code")) == [
         ("Write `f` of p.m. Returns what is asked for.", "def f(a, *, b=1):\n    pass"),
+        ("Write `short` of p.m. Too short.", "def short():\n    pass"),
         ("Write `m` of p.m.C. Waits until it is there.", "async def m(self, x: int) -> int:\n    pass"),
+        ("Write `f` of p.m. The same question once more, elsewhere.", "def f(a, *, b=1):\n    pass"),
     ]
     (package, *_) = docstrings.question_answers([("p/__init__.py", tmp_path / "m.py")])
     assert package[0] == "What does `p.f(a, *, b=1)` do?"

@@ -106,9 +106,9 @@ def stacked(runs, swept):
     """A stacked target that learns from a reference, and with what each model begins: its params and its teacher's."""
     begun, original = {}, loop._train
 
-    def watched(run, name, model, steps, program, state, *args):
+    def watched(run, name, model, steps, program, schedule, state, *args):
         begun[name] = jax.device_get((state.params, args[-2]))
-        return original(run, name, model, steps, program, state, *args)
+        return original(run, name, model, steps, program, schedule, state, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_train", watched)

@@ -414,7 +414,8 @@ def test_what_may_be_run_is_listed(capsys):
     listed = capsys.readouterr().out
     for file in (ROOT / "configs").glob("*.py"):
         assert re.search(rf"^  {file.name} +{re.escape(file.read_text()[3:].splitlines()[0])}$", listed, re.M)
-    assert re.search(r"inherit_gpt2.*\n +smoke, grow, medium, large, xl, attn, .*layers=, control=, seed=\n", listed)
+    words = r"smoke, grow, medium, large, xl, attn, .*baselines, depth_scaled, layers=,\s+control=, seed="
+    assert re.search(rf"inherit_gpt2.*\n +{words}\n", listed)
 
 
 def test_what_an_experiment_file_says(finished, capsys, monkeypatch):
