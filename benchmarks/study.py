@@ -10,8 +10,8 @@
 
 Each command begins with an empty directory of compiled programs, so that none has those of another: on a machine where
 they stay, single runs of one shape share them, too, and `--keep-programs` has it so within each side. Wall time is that
-of the commands, CPU time theirs and their children's; compiling is tracing, lowering and XLA, as jax logs it. About
-five minutes on two cores.
+of the commands, CPU time theirs and their children's; compiling is tracing, lowering and XLA, as jax logs it. More
+than eight minutes on two cores.
 """
 
 from __future__ import annotations
