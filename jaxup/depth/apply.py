@@ -23,7 +23,7 @@ from jaxup.depth.plan import ENDS, DepthPlan
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest, within
 from jaxup.model.decoder import Decoder, Params, abstract
-from jaxup.model.spec import PART_OF, STACK, flatten, unflatten
+from jaxup.model.spec import PART_OF, STACK, flatten, unflatten, without_beside
 
 INIT = None  # the name, among the sources, of the freshly initialised tree
 
@@ -54,6 +54,7 @@ def apply(plan: DepthPlan, sources: Any, init: Params | None = None) -> Any:
       bit-exact copy. The layer axis must not be sharded; the sharding of the others is kept.
       Embeddings, final norm and head may be the very arrays of the sources, which then must not be donated.
       A model computes as that of the first layer does, and has the tokenizer of that of the embedding.
+      What stands beside the decoder is that of the first layer's source, or without any there that of `init`.
 
     Raises:
       UserError: sources or `init` are missing, or do not fit the plan or each other.
@@ -66,7 +67,7 @@ def apply(plan: DepthPlan, sources: Any, init: Params | None = None) -> Any:
     if models:
         if len(models) < len(sources):
             raise UserError("some sources are models and some are params")
-        made = _apply(plan, {name: model.params for name, model in models.items()}, init)
+        made = _apply(plan, {name: model.params for name, model in models.items()}, init and without_beside(init))
         config = result_config(plan, {name: model.config for name, model in models.items()})
         model = nnx.merge(abstract(config, models[plan.rows[0].source].compute)[0], made)
         model.origin = _origin(plan, models)
@@ -92,9 +93,9 @@ def _apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None) 
     for name, _ in plan.sources:
         if name not in sources:
             raise UserError(f"the plan's source {name!r} is not given{suggest(name, sources)}")
-        trees[name] = flatten(sources[name])
+        trees[name] = flatten(without_beside(sources[name]))
     if init is not None:
-        trees[INIT] = flatten(init)
+        trees[INIT] = flatten(without_beside(init))
     _check_depths(plan, trees)
     _check_shapes(trees)
     tied = {name: "lm_head.kernel" not in trees[name] for name, _ in plan.sources}
@@ -109,7 +110,8 @@ def _apply(plan: DepthPlan, sources: Mapping[str, Params], init: Params | None) 
     leaves = {path: _leaf(path, made, trees) for path, made in bill.items()}
     if any(made.noise for rows in bill.values() for made in rows):
         leaves = add_noise(bill, leaves, trees[INIT])
-    return unflatten(leaves)
+    beside = next((tree["beside"] for tree in (sources[plan.rows[0].source], init or {}) if "beside" in tree), None)
+    return unflatten(leaves) | ({} if beside is None else {"beside": beside})
 
 
 def add_noise(bill: Bill, leaves: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:

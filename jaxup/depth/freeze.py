@@ -13,6 +13,7 @@ import optax
 
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
+from jaxup.model.spec import STACK, without_beside
 
 ROLES = {"copies": "copy", "originals": "original", "new": "new"}  # as they are called here: as rows have them
 
@@ -26,7 +27,8 @@ def trainable(
     Args:
       params: the result's tree, of arrays or ShapeDtypeStructs; leaves under "blocks" [M, ...].
       layers: "all", "copies", "originals", "new", half-open ranges such as "9:12, 20", or numbers
-        of layers of the result. Embeddings, final norm and head train with "all" and "originals".
+        of layers of the result. Embeddings, final norm and head train with "all" and "originals", and what
+        stands beside the decoder (`ModelConfig.beside`) whatever is chosen.
       freeze: layers, chosen in the same way, that are taken out of these again; "" = none. "all" and
         "originals" take the ends out too.
       parameters: a regular expression that the dotted path of what trains contains, such as
@@ -48,16 +50,17 @@ def trainable(
     def mask(keys: Any, leaf: Any) -> np.ndarray:
         path = jax.tree_util.keystr(keys, simple=True, separator=".")
         found = pattern.search(path) is not None
-        if path.startswith("blocks."):
+        if path.startswith(STACK):
             return (rows & found).reshape(-1, *[1] * (leaf.ndim - 1))
         return np.array(ends and found)
 
-    masks = jax.tree_util.tree_map_with_path(mask, dict(params))
+    masks = jax.tree_util.tree_map_with_path(mask, without_beside(params))
     if not any(leaf.any() for leaf in jax.tree.leaves(masks)):
         chosen = f"{layers} without {freeze}" if freeze else layers
         kind = f"no layers are {chosen}" if not rows.any() else f"no parameter's path contains {parameters!r}"
         raise UserError(f"nothing would train: {kind}", at="freeze")
-    return masks
+    beside = {name: params[name] for name in params.keys() - masks.keys()}
+    return masks | jax.tree.map(lambda _: np.array(True), beside)
 
 
 def _rows(plan: DepthPlan, layers: str | Sequence[int]) -> np.ndarray:

@@ -11,7 +11,7 @@ from jaxup.errors import UserError, suggest
 from jaxup.model.config import INITIAL, ModelConfig
 
 # Two models may differ in these and still have layers of one function.
-_FREE = ("num_layers", "kinds", "tie_embeddings", *INITIAL)
+_FREE = ("num_layers", "kinds", "tie_embeddings", "beside", *INITIAL)
 
 
 def result_config(

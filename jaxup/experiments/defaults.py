@@ -268,7 +268,7 @@ def _heal(c: ConfigDict) -> None:
     c.train.layers = "all"  # all, copies, originals, new, or layers such as 9:12,20
     c.train.parameters = ""  # a regular expression: only what has such a path
     c.train.freeze = ""  # of these layers, those to leave out: originals, 0:9, ...
-    c.train.rates = ConfigDict({"copies": 1.0, "originals": 1.0, "new": 1.0, "ends": 1.0})  # times the learning rate
+    c.train.rates = ConfigDict({"copies": 1.0, "originals": 1.0, "new": 1.0, "ends": 1.0, "beside": 1.0})  # times lr
     c.lora = ConfigDict()
     c.lora.rank = 0  # 0 = no adapters
     c.lora.alpha = 0.0  # 0 = twice the rank

@@ -21,7 +21,7 @@ from jaxup.families.qwen import QWEN2, QWEN3
 from jaxup.families.unread import READ, misspelt, unread
 from jaxup.families.windows import layer_types
 from jaxup.model.config import ModelConfig
-from jaxup.model.spec import count_params
+from jaxup.model.spec import BESIDE, count_params
 
 # Those of transformers, in the order in which an export prefers them.
 FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)}
@@ -117,8 +117,14 @@ def with_family_biases(config: ModelConfig, model_type: str | None = None) -> tu
     The family is `model_type` if it can express the model, else the first that can, preferring one
     that adds nothing. A bias that the family always has, or has together with another, appears
     although the model has none, and the export writes zeros. Factors of norms are folded into their weights.
-    UserError if no family can express it, unless `model_type` is that of NATIVE, which can.
+    UserError if no family can express it, unless `model_type` is that of NATIVE, which can; and for one with
+    parameters beside the decoder's own, which no model directory has.
     """
+    if config.beside:
+        what = (
+            f"model: {BESIDE}{config.beside[0].path} is no parameter of a decoder, and a model directory has no others"
+        )
+        raise UserError(what, hint="write ModelConfig.alone() and without_beside(params)")
     if model_type == NATIVE.model_type:
         return NATIVE, config
     if need := native_only(config):

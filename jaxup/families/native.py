@@ -16,6 +16,7 @@ from jaxup.families.keys import Rule
 from jaxup.model.config import ModelConfig
 
 _KEY = "jaxup"
+_FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name != "beside")
 
 
 def _read(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,7 +30,9 @@ def _read(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
             if given.get(name) is not None:
                 keys.parsed(name, given[name], keys.positive)
         config = ModelConfig.from_dict({"kinds": None, "rope_scaling": None, **given})
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        if config.beside:
+            raise UserError(f"{keys.short(given['beside'])} is no part of a model directory", at="beside")
+    return {name: getattr(config, name) for name in _FIELDS}
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
@@ -54,8 +57,8 @@ NATIVE = Family(
     keys=(),
     rules=(
         Rule(
-            (_KEY,), tuple(field.name for field in dataclasses.fields(ModelConfig)), _read,
-            lambda config: {_KEY: dataclasses.asdict(config)},
+            (_KEY,), _FIELDS, _read,
+            lambda config: {_KEY: {name: dataclasses.asdict(config)[name] for name in _FIELDS}},
         ),
     ),
     fixed=FIXED,

@@ -17,6 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxup.errors import UserError
+
 # The axis of the mesh that splits sequences, for what has its batch split: see `balanced`.
 _CONTEXT = "context"
 # Queries per block of the "blocked" implementation.
@@ -39,6 +41,8 @@ def attention(
     window: int | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
     first: Int[Array, " batch"] | None = None,
+    steps: Int[Array | np.ndarray, "#batch seq"] | None = None,
+    together: bool = False,
     implementation: str = "auto",
     batch_axes: tuple[str, ...] = (),
 ) -> Float[Array, "batch seq heads head_dim"]:
@@ -47,6 +51,10 @@ def attention(
     Query i stands at position `q_start + i` of the keys and sees the keys up to it, the last `window` of
     them if given, those of its own segment if `segment_ids` is given (then S == T), and none before its
     row's `first`. Softmax is float32; a query that sees nothing gets some average.
+
+    With `steps` (then S == T) a query sees the keys of its own step and of lower ones instead, wherever they stand, and
+    of a window those that are nearer than it on either side. Queries that are `together` see each other, and the keys
+    before all of them: as one step, after what a cache holds.
 
     Implementations: `xla` materialises [S, T] logits; `blocked` does so for blocks of queries, skips most
     keys that causality hides, and of long sequences keeps no logits for the backward pass (needs S == T);
@@ -59,18 +67,24 @@ def attention(
     the small part, and segments and windows stay what they are.
     """
     S, T, H = q_BSNH.shape[1], k_BTKH.shape[1], q_BSNH.shape[-1]
-    itself = isinstance(q_start, int) and q_start == 0 and S == T and first is None
+    itself = isinstance(q_start, int) and q_start == 0 and S == T and first is None and not together
     chosen = choose(
-        implementation, dtype=q_BSNH.dtype, seq_len=S if itself else None, head_dim=H, packed=segment_ids is not None
-    )
+        implementation, dtype=q_BSNH.dtype, seq_len=S if itself else None, head_dim=H, packed=segment_ids is not None,
+        stepwise=steps is not None,
+    )  # fmt: skip
     if not itself:
-        return _dense(q_BSNH, k_BTKH, v_BTKH, _mask(q_start + jnp.arange(S), jnp.arange(T), window, segment_ids, first))
+        index_S, index_T = q_start + jnp.arange(S), jnp.arange(T)
+        block = (jnp.zeros((1, S), bool), (index_T >= q_start + S)[None]) if together else None
+        return _dense(q_BSNH, k_BTKH, v_BTKH, _mask(index_S, index_T, window, _pair(segment_ids, S), first, block))
     if chosen == "splash":
         return _splash(q_BSNH, k_BTKH, v_BTKH, window, segment_ids, batch_axes)
     run = {"cudnn": _cudnn, "blocked": _blocked, "xla": _whole}[chosen]
     if seq_axis(batch_axes):
+        if steps is not None:
+            what = "steps do not go together with a mesh that splits sequences"
+            raise UserError(what, at=f"mesh.context={context_size()}", hint="mesh.context=1")
         return _chunks(run, q_BSNH, k_BTKH, v_BTKH, window, segment_ids, batch_axes)
-    return run(q_BSNH, k_BTKH, v_BTKH, window, segment_ids)
+    return run(q_BSNH, k_BTKH, v_BTKH, window, segment_ids, steps)
 
 
 def attention_weights(
@@ -104,25 +118,29 @@ def balanced(seq_len: int, parts: int) -> np.ndarray:
     return np.stack([chunks[:parts], chunks[::-1][:parts]], axis=1).reshape(seq_len)
 
 
-def choose(asked: str, *, dtype: DTypeLike, seq_len: int | None, head_dim: int, packed: bool) -> str:
+def choose(
+    asked: str, *, dtype: DTypeLike, seq_len: int | None, head_dim: int, packed: bool, stepwise: bool = False
+) -> str:  # fmt: skip
     """Which implementation computes what is asked of `asked` here; `seq_len` is None where S != T, as in decoding.
 
     It is chosen for the devices of the mesh that is set (`jax.set_mesh`), which need not be this process's, and without
     one for those that jax takes by itself. `splash` is taken on TPUs: under a mesh, as a kernel that no mesh says how
     to split runs on one device only. cuDNN's is taken from NVIDIA's Ampere on, or where it is asked for, if it fits:
     16-bit; heads up to 128, from Hopper on up to 256; packed rows of even length, and chunks of rows where the mesh
-    splits them. Otherwise `blocked`, and `xla` for decoding.
+    splits them. Otherwise `blocked`, and `xla` for decoding. What is `stepwise`, as it has `steps`, is as if it were
+    packed, and nothing for `splash`, whose masks are constants of a program.
     """
     if seq_len is None or asked == "xla":
         return "xla"
     platform = _platform()
     if asked == "splash" or (asked == "auto" and platform == "tpu" and not jax.sharding.get_abstract_mesh().empty):
-        return "splash"
+        return "blocked" if stepwise else "splash"
     capability = _capability(platform)
     largest = 256 if capability >= 9 else 128
     if (parts := context_size()) > 1:
         packed, seq_len = True, seq_len // (2 * parts)  # each chunk has a mask
-    fits = jnp.dtype(dtype).itemsize == 2 and head_dim <= largest and not (packed and seq_len % 2)
+    masked = packed or stepwise
+    fits = jnp.dtype(dtype).itemsize == 2 and head_dim <= largest and not (masked and seq_len % 2)
     return "cudnn" if fits and (asked == "cudnn" or (asked == "auto" and capability >= 8)) else "blocked"
 
 
@@ -161,54 +179,63 @@ _CUDNN = "dot_product_attention"  # what the names of the kernel's primitives be
 _SPLASH, _NARROW = "splash attention", "splash attention of narrow heads"  # what its output and statistics are named
 
 
-# ---- causal attention of the last S of T positions
+# ---- attention of the last S of T positions: causal, or by steps if S == T
 
 
-def _cudnn(q_BSNH, k_BTKH, v_BTKH, window, segment_ids_BT):
+def _cudnn(q_BSNH, k_BTKH, v_BTKH, window, segment_ids_BT, steps_BT=None):
     S, T, H = q_BSNH.shape[1], k_BTKH.shape[1], q_BSNH.shape[-1]
     # The kernel wants heads of a multiple of 8; zeros change no product.
     padded = [jnp.pad(x, ((0, 0),) * 3 + ((0, -H % 8),)) for x in (q_BSNH, k_BTKH, v_BTKH)]
-    kernel = functools.partial(jax.nn.dot_product_attention, scale=1.0, is_causal=True, implementation="cudnn")
-    if segment_ids_BT is None and S == T:
+    kernel = functools.partial(
+        jax.nn.dot_product_attention, scale=1.0, is_causal=steps_BT is None, implementation="cudnn"
+    )
+    if segment_ids_BT is None and steps_BT is None and S == T:
         return kernel(*padded, local_window_size=None if window is None else (window - 1, 0))[..., :H]
 
     # The mask becomes a 16-bit bias [B, 1, S, T], of 1 / 2N of the bytes of logits, and nothing for each layer to keep.
     # cuDNN takes offsets of segments as well: but JAX has no public way to it, and makes softmax's statistics as many
     # times as a row may have segments.
     @functools.partial(jax.checkpoint, policy=is_kernel)
-    def masked(q, k, v, segment_ids_BT):
-        return kernel(q, k, v, mask=_mask(jnp.arange(T - S, T), jnp.arange(T), window, segment_ids_BT)[:, 0])
+    def masked(q, k, v, segment_ids_BT, steps_BT):
+        segments, steps = _pair(segment_ids_BT, S), _pair(steps_BT, S)
+        return kernel(q, k, v, mask=_mask(jnp.arange(T - S, T), jnp.arange(T), window, segments, steps=steps)[:, 0])
 
-    return masked(*padded, segment_ids_BT)[..., :H]
+    return masked(*padded, segment_ids_BT, steps_BT)[..., :H]
 
 
-def _whole(q_BSNH, k_BTKH, v_BTKH, window, segment_ids_BT):
+def _whole(q_BSNH, k_BTKH, v_BTKH, window, segment_ids_BT, steps_BT=None):
     S, T = q_BSNH.shape[1], k_BTKH.shape[1]
-    return _dense(q_BSNH, k_BTKH, v_BTKH, _mask(jnp.arange(T - S, T), jnp.arange(T), window, segment_ids_BT))
+    segments, steps = _pair(segment_ids_BT, S), _pair(steps_BT, S)
+    return _dense(q_BSNH, k_BTKH, v_BTKH, _mask(jnp.arange(T - S, T), jnp.arange(T), window, segments, steps=steps))
 
 
-def _blocked(q_BSNH, k_BTKH, v_BTKH, window, segment_ids_BT):
+def _blocked(q_BSNH, k_BTKH, v_BTKH, window, segment_ids_BT, steps_BT=None):
     S, T, out = q_BSNH.shape[1], k_BTKH.shape[1], []
     count = -(-T // _BLOCK)
     each = 1 if count <= _UNROLLED else -(-count // _LOOPS)
     for start in range(T - S, T, each * _BLOCK):
         stop = min(start + each * _BLOCK, T)
-        seen = slice(0 if window is None else max(0, start + 1 - window), stop)
+        reach = T if window is None else window - 1  # by steps a query may see keys after it
+        seen = slice(max(0, start - reach), stop if steps_BT is None else min(stop + reach, T))
         q, k, v = q_BSNH[:, start - T + S : stop - T + S], k_BTKH[:, seen], v_BTKH[:, seen]
-        ids = None if segment_ids_BT is None else segment_ids_BT[:, seen]
         if stop - start <= _BLOCK:
-            out.append(_dense(q, k, v, _mask(jnp.arange(start, stop), jnp.arange(seen.start, stop), window, ids)))
+            index_S, index_T = jnp.arange(start, stop), jnp.arange(seen.start, seen.stop)
+            segments, steps = ((x[:, start:stop], x[:, seen]) if x is not None else None
+                               for x in (segment_ids_BT, steps_BT))  # fmt: skip
+            out.append(_dense(q, k, v, _mask(index_S, index_T, window, segments, steps=steps)))
         else:
-            out.append(_loop(q, k, v, start - seen.start, window, ids))
+            ids, steps_seen = (None if x is None else x[:, seen] for x in (segment_ids_BT, steps_BT))
+            out.append(_loop(q, k, v, start - seen.start, window, ids, steps_seen))
     return jnp.concatenate(out, axis=1)
 
 
-def _loop(q_BSNH, k_BTKH, v_BTKH, q_start, window, segment_ids_BT):
-    """The last S of T positions, a block of queries at a time, whose logits the backward pass computes again."""
+def _loop(q_BSNH, k_BTKH, v_BTKH, q_start, window, segment_ids_BT, steps_BT):
+    """S of T positions, the first `q_start`, a block of queries at a time; the backward pass computes logits again."""
     B, S, N, H = q_BSNH.shape
     T = k_BTKH.shape[1]
     blocks = -(-S // _BLOCK)
-    size = T if window is None else min(T, _BLOCK + window - 1)  # keys that a block sees
+    after = 0 if window is None or steps_BT is None else window - 1
+    size = T if window is None else min(T, _BLOCK + window - 1 + after)  # keys that a block sees
     q = jnp.pad(q_BSNH, ((0, 0), (0, blocks * _BLOCK - S), (0, 0), (0, 0)))
     q = jnp.moveaxis(q.reshape(B, blocks, _BLOCK, N, H), 1, 0)
     # In float32, so that the gradients of all blocks are added in it.
@@ -216,13 +243,12 @@ def _loop(q_BSNH, k_BTKH, v_BTKH, q_start, window, segment_ids_BT):
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(keys, values, q, start):
-        first = jnp.clip(start + _BLOCK - size, 0, T - size)
+        first = jnp.clip(start + (_BLOCK + after) - size, 0, T - size)
         take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1)
         index_S, index_T = start + jnp.arange(_BLOCK), first + jnp.arange(size)
-        mask = _mask(index_S, index_T, window)
-        if segment_ids_BT is not None:
-            ids_BS = segment_ids_BT.at[:, index_S].get(mode="clip")
-            mask = mask & (ids_BS[:, :, None] == take(segment_ids_BT)[:, None, :])[:, None, None]
+        segments, steps = ((x.at[:, index_S].get(mode="clip"), take(x)) if x is not None else None
+                           for x in (segment_ids_BT, steps_BT))  # fmt: skip
+        mask = _mask(index_S, index_T, window, segments, steps=steps)
         return _dense(q, take(keys).astype(q.dtype), take(values).astype(q.dtype), mask)
 
     starts = q_start + _BLOCK * jnp.arange(blocks)
@@ -344,17 +370,19 @@ def _on_own_part(local, kernel, spec, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, ba
 # ---- what all have in common
 
 
-def _mask(q_index_S, k_index_T, window, segment_ids_BT=None, first_B=None):
-    """Boolean [1 or B, 1, 1, S, T]: may query s see key t?"""
+def _pair(x_BT, queries):
+    """Of something that each key has what the last of them have, which are the queries, and all."""
+    return None if x_BT is None else (x_BT[:, -queries:], x_BT)
+
+
+def _mask(q_index_S, k_index_T, window, segments=None, first_B=None, steps=None):
+    """Boolean [1 or B, 1, 1, S, T]: may query s see key t? Segments and steps are (of the queries, of the keys)."""
     distance_ST = q_index_S[:, None] - k_index_T[None, :]
-    mask = distance_ST >= 0
+    mask = (distance_ST >= 0)[None] if steps is None else steps[1][:, None, :] <= steps[0][:, :, None]
     if window is not None:
-        mask &= distance_ST < window
-    mask = mask[None]
-    if segment_ids_BT is not None:
-        # The queries are the last positions of the keys' slice.
-        segment_ids_BS = segment_ids_BT[:, -q_index_S.shape[0] :]
-        mask = mask & (segment_ids_BS[:, :, None] == segment_ids_BT[:, None, :])
+        mask &= ((distance_ST if steps is None else jnp.abs(distance_ST)) < window)[None]
+    if segments is not None:
+        mask = mask & (segments[0][:, :, None] == segments[1][:, None, :])
     if first_B is not None:
         mask = mask & (k_index_T[None, None, :] >= first_B[:, None, None])
     return mask[:, None, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,6 +53,34 @@ _ROPE_FIELDS = {
     "llama3": ("original_max_positions", "low_freq_factor", "high_freq_factor"),
     "yarn": ("original_max_positions", "beta_fast", "beta_slow", "attention_factor", "truncate"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """A parameter that stands beside the decoder's own and trains with it: of a connector or a head, a learned vector,
+    or of a second decoder. What it computes is for those to say who put it there; a path ending in "kernel" is the
+    matrix of a linear layer, and so is decayed."""
+
+    path: str  # dotted, below "beside."
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # a name for each, as those of `jaxup.model.sharding.RULES` if the mesh is to split it, or ""
+    fill: float = 0.0  # its first value,
+    std: float = 0.0  # or, if not 0, the standard deviation of its first values, normal around 0
+    inputs: int = 0  # of a kernel: how many axes are inputs
+
+    def __post_init__(self):
+        where = f"model: beside {self.path!r}"
+        if not all(name.isidentifier() or name.isdecimal() for name in self.path.split(".")):
+            raise UserError(f"{where}: a path is names with dots between them")
+        if not self.shape or any(type(size) is not int or size < 1 for size in self.shape):
+            raise UserError(f"{where}: shape={self.shape} must be of positive integers, at least one")
+        if len(self.axes) != len(self.shape) or not 0 <= self.inputs <= len(self.shape):
+            raise UserError(f"{where}: axes={self.axes} and inputs={self.inputs} do not go with shape={self.shape}")
+        named = [axis for axis in self.axes if axis]
+        if len({*named}) < len(named):
+            raise UserError(f"{where}: axes={self.axes} names one twice", hint='"" is an axis that nothing splits')
+        if not (math.isfinite(self.fill) and 0 <= self.std < math.inf):
+            raise UserError(f"{where}: fill={self.fill} and std={self.std} must be finite, and std not negative")
 
 
 PLACEMENTS = ("pre", "post", "peri")
@@ -117,6 +146,7 @@ class ModelConfig:
     qk_norm: bool = False  # each head's queries and keys are RMS-normalised before the rotation
     rope_scaling: RopeScaling | None = None
     kinds: tuple[LayerKind, ...] = (LayerKind(),)  # one for each layer, or one for all
+    beside: tuple[Beside, ...] = ()  # parameters that are not the decoder's own
 
     # Of first values only; see INITIAL.
     init_std: float = 0.02  # GPT-2's
@@ -145,6 +175,9 @@ class ModelConfig:
             raise UserError(f"model: {len(self.kinds)} layer kinds for {self.num_layers} layers")
         if 0 < sum(kind.placement == "peri" for kind in self.kinds) < len(self.kinds):
             raise UserError("model: layers of placement 'peri' have norms that others lack: all are, or none")
+        paths = sorted(entry.path + "." for entry in self.beside)  # one that another begins with is before it
+        if clash := [two for one, two in itertools.pairwise(paths) if two.startswith(one)]:
+            raise UserError(f"model: beside {clash[0][:-1]!r} is there twice, or lies in another parameter")
         # One spelling of each function, so that equal models compare equal.
         if len(set(self.kinds)) == 1:
             object.__setattr__(self, "kinds", self.kinds[:1])
@@ -190,6 +223,10 @@ class ModelConfig:
             return "normalises after the sum (post), and N(x) is not x"
         return "adds the bias of its output norms (peri)" if placement == "peri" and self.norm_bias else ""
 
+    def alone(self) -> ModelConfig:
+        """The configuration of the decoder without what stands beside it."""
+        return dataclasses.replace(self, beside=())
+
     def with_layers(self, layers: Sequence[int]) -> ModelConfig:
         """The configuration of a model made of these layers of this one, in this order."""
         kinds = self.kinds_of_layers
@@ -208,11 +245,14 @@ class ModelConfig:
         known = kinds_of(cls, fields)
         if wrong := misfit(fields, known) or ", ".join(f"unknown {name!r}" for name in sorted(fields.keys() - known)):
             raise UserError(f"model: {wrong}")
-        for each in [*fields["kinds"], *filter(None, [fields["rope_scaling"]])]:
-            if strange := sorted(
-                each.keys() - {f.name for c in (LayerKind, RopeScaling) for f in dataclasses.fields(c)}
-            ):
+        beside = fields.get("beside", ())
+        inside = {f.name for c in (LayerKind, RopeScaling, Beside) for f in dataclasses.fields(c)}
+        for each in [*fields["kinds"], *filter(None, [fields["rope_scaling"]]), *beside]:
+            if strange := sorted(each.keys() - inside):
                 raise UserError(f"model: unknown {strange[0][:100]!r}")
+        fields["beside"] = tuple(
+            Beside(**{**each, "shape": tuple(each["shape"]), "axes": tuple(each["axes"])}) for each in beside
+        )
         if fields["rope_scaling"] is not None:
             given = {name: value for name, value in fields["rope_scaling"].items() if value is not None}
             fields["rope_scaling"] = RopeScaling(**given)

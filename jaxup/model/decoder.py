@@ -25,7 +25,7 @@ from jaxup.model.attention import is_kernel, seq_axis
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.layers import Block, Linear, Norm, param
 from jaxup.model.sharding import splits
-from jaxup.model.spec import STACK, Param, flatten, spec, unflatten
+from jaxup.model.spec import BESIDE, STACK, Param, flatten, spec, unflatten
 from jaxup.model.stack import SplitStack, Step
 from jaxup.text import size
 
@@ -58,6 +58,10 @@ class Decoder(nnx.Module):
     -1 runs nothing. It is an argument of the compiled function: all orders of one length share a program,
     and no weight is copied. Running the order `plan.order()` gives what the model that `plan` makes gives.
 
+    Where a token is -1 the position is fed its row of `inputs_BSD`, as it is, in the place of an embedding. With
+    `steps_BS` a token sees those of its own step and of lower ones: all in one step see each other. Steps that rise
+    from token to token, where their numbers are known, are the causal model, as are none.
+
     UserError for tokens, learned positions and layers that the model lacks. Under `jit`, where their numbers
     are not known, such positions and layers make the output NaN, and such a token is taken for another.
     """
@@ -73,6 +77,8 @@ class Decoder(nnx.Module):
         self.blocks = Block(config, self.compute, leaves)
         self.norm = Norm(config, leaves, "norm")
         self.lm_head = None if config.tie_embeddings else Linear(config, leaves, "lm_head")
+        if config.beside:
+            self.beside = nnx.data(unflatten({b.path: nnx.Param(leaves[BESIDE + b.path]) for b in config.beside}))
 
     def __repr__(self) -> str:
         """Depth, sizes, parameters, and where they came from: in a line, for people."""
@@ -92,6 +98,15 @@ class Decoder(nnx.Module):
         """All of its parameters as a pure tree; leaves under "blocks" are [layers, ...]. No copy."""
         return nnx.to_pure_dict(nnx.state(self, nnx.Param))
 
+    @property
+    def beside(self) -> Params:
+        """The arrays of `ModelConfig.beside`, as a pure tree by their paths. No copy."""
+        return self.params.get("beside", {})
+
+    @beside.setter
+    def beside(self, variables: Any) -> None:
+        vars(self)["beside"] = variables  # where nnx finds it
+
     def with_params(self, params: Params) -> Decoder:
         """The same model with these params in the place of its own: those that training made of them, say."""
         return nnx.merge(nnx.split(self)[0], params)
@@ -106,6 +121,8 @@ class Decoder(nnx.Module):
         self,
         tokens_BS: Int[Array | np.ndarray, "batch seq"],
         *,
+        inputs_BSD: Float[Array | np.ndarray, "batch seq width"] | None = None,
+        steps_BS: Int[Array | np.ndarray, "#batch seq"] | None = None,
         positions_BS: Int[Array | np.ndarray, "#batch seq"] | None = None,
         segment_ids_BS: Int[Array | np.ndarray, "batch seq"] | None = None,
         order: Int[Array | np.ndarray, " runs"] | None = None,
@@ -115,8 +132,12 @@ class Decoder(nnx.Module):
         if positions_BS is None:
             self._check_positions(tokens_BS.shape[1])
             positions_BS = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
-        x_BSD = self.embed(tokens_BS, positions_BS)
-        return self.norm(self.run(x_BSD, positions_BS, segment_ids_BS=segment_ids_BS, order=order, stack=stack)[0])
+        if steps_BS is not None and not seq_axis(self.compute.rows_over):
+            known = _known(steps_BS)
+            steps_BS = None if known is not None and (np.diff(known) > 0).all() else jnp.asarray(steps_BS)
+        x_BSD = self.embed(tokens_BS, positions_BS, inputs_BSD)
+        how: Any = {"segment_ids_BS": segment_ids_BS, "steps_BS": steps_BS, "order": order, "stack": stack}
+        return self.norm(self.run(x_BSD, positions_BS, **how)[0])
 
     def decode(
         self,
@@ -125,11 +146,26 @@ class Decoder(nnx.Module):
         first_B: Int[Array | np.ndarray, " batch"] | None = None,
         order: Int[Array | np.ndarray, " runs"] | None = None,
     ) -> tuple[Float[Array, "batch vocab"], KVCache]:
-        """Logits after the last of the next `seq` tokens, and the cache with these tokens added.
+        """Logits after the last of the next `seq` tokens, and the cache with these tokens added: by `decode_block`."""
+        x_BSD, cache = self.decode_block(tokens_BS, cache, first_B=first_B, order=order, together=False)
+        return self.logits(x_BSD[:, -1]), cache
 
+    def decode_block(
+        self,
+        tokens_BS: Int[Array | np.ndarray, "batch seq"],
+        cache: KVCache,
+        *,
+        together: bool,
+        inputs_BSD: Float[Array | np.ndarray, "batch seq width"] | None = None,
+        first_B: Int[Array | np.ndarray, " batch"] | None = None,
+        order: Int[Array | np.ndarray, " runs"] | None = None,
+    ) -> tuple[Float[Array, "batch seq hidden"], KVCache]:
+        """What the head is applied to at each of the next `seq` tokens, and the cache with these tokens added.
+
+        All of them see what is in the cache; of each other those before them or, `together`, all: a step of `hidden`.
         Rows of several lengths are padded on the left, so that they end together; `first_B` is how
         many slots of each are padding. Tokens and runs for which the cache has no room are an error; their
-        logits are NaN under `jit`, where it is not known how full the cache is.
+        output is NaN under `jit`, where it is not known how full the cache is.
         """
         layers, _, room = cache.k_LBTKH.shape[:3]
         runs = self.config.num_layers if order is None else (jnp.asarray(order) >= 0).sum()  # -1 needs no place
@@ -144,11 +180,11 @@ class Decoder(nnx.Module):
         positions_BS = cache.length + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
         if first_B is not None:
             positions_BS = jnp.maximum(positions_BS - first_B[:, None], 0)
-        x_BSD = self.embed(tokens_BS, positions_BS)
-        x_BSD, (k, v) = self.run(x_BSD, positions_BS, cache=cache, first_B=first_B, order=order)
+        x_BSD = self.embed(tokens_BS, positions_BS, inputs_BSD)
+        x_BSD, (k, v) = self.run(x_BSD, positions_BS, cache=cache, first_B=first_B, order=order, together=together)
         if isinstance(fits, jax.core.Tracer):
             x_BSD = jnp.where(fits, x_BSD, jnp.nan)
-        return self.logits(self.norm(x_BSD)[:, -1]), KVCache(k, v, cache.length + tokens_BS.shape[1])
+        return self.norm(x_BSD), KVCache(k, v, cache.length + tokens_BS.shape[1])
 
     def _check_positions(self, count: int) -> None:
         if self.embed_positions is not None and count > self.config.max_positions:
@@ -157,14 +193,21 @@ class Decoder(nnx.Module):
     # ---- what these consist of
 
     def embed(
-        self, tokens_BS: Int[Array | np.ndarray, "batch seq"], positions_BS: Int[Array | np.ndarray, "#batch seq"]
+        self,
+        tokens_BS: Int[Array | np.ndarray, "batch seq"],
+        positions_BS: Int[Array | np.ndarray, "#batch seq"],
+        inputs_BSD: Float[Array | np.ndarray, "batch seq width"] | None = None,
     ) -> Float[Array, "batch seq hidden"]:
         """What the first block is applied to."""
+        if inputs_BSD is not None and inputs_BSD.shape != (shape := (*tokens_BS.shape, self.config.hidden_size)):
+            raise UserError(f"inputs of shape {[*inputs_BSD.shape]} are no vectors of the model: {[*shape]} would be")
         # Indexing alone would take the last token in the place of one that is not there.
-        check_numbers("token", tokens_BS, self.config.vocab_size)
+        check_numbers("token", tokens_BS, self.config.vocab_size, first=0 if inputs_BSD is None else -1)
         if self.embed_positions is not None:
             check_numbers("position", positions_BS, self.config.max_positions)
-        dtype = jnp.dtype(self.compute.dtype)
+        dtype, given_BSD = jnp.dtype(self.compute.dtype), None
+        if inputs_BSD is not None:
+            given_BSD = jnp.where(jnp.asarray(tokens_BS)[..., None] < 0, inputs_BSD, 0).astype(dtype)
         axes = self.compute.rows_over
         seq = seq_axis(axes)
         split = jax.lax.with_sharding_constraint
@@ -173,9 +216,11 @@ class Decoder(nnx.Module):
             rows = PartitionSpec(tuple(axis for axis in axes if axis not in table))
             tokens_BS, positions_BS = (x if x.shape[0] == 1 else split(x, rows) for x in (tokens_BS, positions_BS))
         # The cast is after the look-up: of the rows that are read, not of the whole table.
-        x_BSD = self.embed_tokens[...][tokens_BS].astype(dtype)
+        x_BSD = self.embed_tokens[...][tokens_BS if given_BSD is None else jnp.maximum(tokens_BS, 0)].astype(dtype)
         if self.config.embed_scale != 1:
             x_BSD = x_BSD * jnp.asarray(self.config.embed_scale, dtype)
+        if given_BSD is not None:
+            x_BSD = jnp.where(jnp.asarray(tokens_BS)[..., None] < 0, jnp.zeros((), dtype), x_BSD)
         if self.embed_positions is not None:
             # A position that was not learned makes NaN, where indexing alone would take the last.
             learned_BSD = self.embed_positions[...].at[positions_BS].get(mode="fill", fill_value=jnp.nan)
@@ -188,7 +233,8 @@ class Decoder(nnx.Module):
             for hidden in dict.fromkeys((table, tuple(axis for axis in table if axis != seq), ())):
                 others = tuple(axis for axis in axes if axis not in hidden)
                 x_BSD = split(x_BSD, PartitionSpec(others, None if seq in hidden else seq, hidden))
-        return x_BSD
+        # These lie as the batch does, and so are added where the look-up has come to lie so too.
+        return x_BSD if given_BSD is None else x_BSD + given_BSD
 
     def logits(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """The head applied to the final norm's output."""
@@ -203,8 +249,10 @@ class Decoder(nnx.Module):
         positions_BS: Int[Array | np.ndarray, "#batch seq"],
         *,
         segment_ids_BS: Int[Array | np.ndarray, "batch seq"] | None = None,
+        steps_BS: Int[Array | np.ndarray, "#batch seq"] | None = None,
         cache: KVCache | None = None,
         first_B: Int[Array | np.ndarray, " batch"] | None = None,
+        together: bool = False,
         order: Int[Array | np.ndarray, " runs"] | None = None,
         stack: SplitStack | None = None,
     ) -> tuple[Float[Array, "batch seq hidden"], Any]:
@@ -219,7 +267,7 @@ class Decoder(nnx.Module):
                 x_BSD = checkpoint_name(x_BSD, _INPUT)
             return block(
                 x_BSD, layer=index, kind=kind, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS,
-                cache=kv, start=start, first_B=first_B,
+                steps_BS=steps_BS, cache=kv, start=start, first_B=first_B, together=together,
             ), None  # fmt: skip
 
         def ordered(carry, run):
@@ -259,11 +307,16 @@ class Decoder(nnx.Module):
 
 def check_numbers(what: str, numbers: Array | np.ndarray, count: int, first: int = 0) -> None:
     """UserError for numbers that are not from `first` to `count` - 1, if they are known in this process."""
-    if isinstance(numbers, jax.core.Tracer) or not getattr(numbers, "is_fully_addressable", True):
-        return
-    known = np.asarray(numbers)
-    if (wrong := known[(known < first) | (known >= count)]).size:
-        raise UserError(f"{what} {wrong[0]} is not there: the model has {what}s 0-{count - 1}")
+    known = _known(numbers)
+    if known is not None and (wrong := known[(known < first) | (known >= count)]).size:
+        hint = "-1 is for what inputs_BSD feeds" if what == "token" and wrong[0] == -1 else ""
+        raise UserError(f"{what} {wrong[0]} is not there: the model has {what}s 0-{count - 1}", hint=hint)
+
+
+def _known(numbers: Array | np.ndarray) -> np.ndarray | None:
+    """None if these are not known in this process."""
+    unknown = isinstance(numbers, jax.core.Tracer) or not getattr(numbers, "is_fully_addressable", True)
+    return None if unknown else np.asarray(numbers)
 
 
 _is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # with a parameter, which has no batch

@@ -155,7 +155,10 @@ class Attention(nnx.Module):
             for name in "qk"
         )
 
-    def __call__(self, x_BSD, *, layer, kind, positions_BS, segment_ids_BS, cache=None, start=0, first_B=None):
+    def __call__(
+        self, x_BSD, *, layer, kind, positions_BS, segment_ids_BS, steps_BS=None, cache=None, start=0, first_B=None,
+        together=False,
+    ):  # fmt: skip
         """Returns the output and, when decoding, all layers' (k, v) cache with this one's updated.
 
         `layer` is where in the cache that is; `kind` has this layer's entry of each of the model's `columns`.
@@ -170,7 +173,8 @@ class Attention(nnx.Module):
         def attend(window: int | None, q: Array, k: Array, v: Array) -> Array:
             return attention(
                 q, k.astype(q.dtype), v.astype(q.dtype), q_start=start, window=window, segment_ids=segment_ids_BS,
-                first=first_B, implementation=self.compute.attention, batch_axes=self.compute.rows_over,
+                first=first_B, steps=steps_BS, together=together, implementation=self.compute.attention,
+                batch_axes=self.compute.rows_over,
             )  # fmt: skip
 
         return self.o_proj(self._by_window(attend, kind, q, k, v)), cache

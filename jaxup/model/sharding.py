@@ -38,8 +38,9 @@ def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
 
 
 def undivided(model: ModelConfig, mesh: Mesh) -> dict[str, int]:
-    """Axes of the model's parameters, with their sizes, that some axis of the mesh would split and does not."""
-    axes = {axis: size for param in spec(model).values() for axis, size in zip(param.axes, param.shape)}
+    """Axes of the decoder's own parameters, with their sizes, that some axis of the mesh would split and does not."""
+    own = [param for param in spec(model).values() if param.part != "beside"]
+    axes = {axis: size for param in own for axis, size in zip(param.axes, param.shape)}
     return {axis: size for axis, size in axes.items() if splits(axis, size, mesh) != named(axis, mesh)}
 
 

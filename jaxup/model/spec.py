@@ -6,7 +6,7 @@ depth plans know, and the tensors of model files. It needs no jax.
 Glossary: a *path* is the dotted name of a parameter, as transformers names modules in its LLaMA models, whatever
 the family: one vocabulary for recipes, filters and reports. What is under "blocks" is *stacked*: the layer is axis 0.
 A *part* is what plans inherit together: of a block attention, mlp or norms; each of the *ends* (embeddings, final
-norm, head) by itself.
+norm, head) by itself. What stands *beside* the decoder is of no plan: it trains, and is saved apart.
 
 Axes: L layers, D hidden, N heads, K key/value heads, H head_dim, F MLP width, V vocabulary.
 """
@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from jaxup.model.config import LayerKind, ModelConfig
 
-STACK = "blocks."  # what the paths of stacked parameters begin with
+STACK = "blocks."  # what the paths of stacked parameters begin with,
+BESIDE = "beside."  # and those of what is not the decoder's own: `ModelConfig.beside`
 
 
 class Param(NamedTuple):
@@ -36,7 +37,7 @@ class Param(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        return self.axes[0] == "layers"
+        return self.axes[0] == "layers" and self.part != "beside"  # a second decoder's are no layers of this one
 
     @property
     def each(self) -> tuple[int, ...]:
@@ -107,6 +108,9 @@ def _table(c: ModelConfig) -> Iterator[tuple[str, Param]]:
     yield from norm("norm", "norm")
     if not c.tie_embeddings:
         yield from linear("lm_head", "embed", "vocab", "lm_head", bias=False)
+    # Last, so that the decoder's own first values are what they are without it.
+    for b in c.beside:
+        yield BESIDE + b.path, Param(b.shape, b.axes, "beside", b.fill, b.std, b.inputs)
 
 
 # Every parameter that some model has.
@@ -135,10 +139,10 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
     6 per weight of every matrix product, head included, embedding look-ups excluded; attention
     adds 12 * heads * head_dim * seq_len per layer, halved because a causal token sees on
-    average half the sequence. Rematerialised work is not counted.
+    average half the sequence. Rematerialised work is not counted, nor what is done beside the decoder.
     """
     table = spec(config)
-    products = sum(param.size for path, param in table.items() if is_kernel(path))
+    products = sum(param.size for path, param in table.items() if is_kernel(path) and param.part != "beside")
     products += table["embed_tokens"].size if config.tie_embeddings else 0
     spans = sum(min(seq_len, 2 * (kind.window or seq_len)) for kind in config.kinds_of_layers)
     return 6 * products + 12 * config.num_heads * config.head_dim * spans / 2
@@ -158,6 +162,11 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in params.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
+
+
+def without_beside(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's own: params of `ModelConfig.alone`."""
+    return {name: value for name, value in params.items() if name != "beside"}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:

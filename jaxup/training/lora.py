@@ -27,7 +27,7 @@ from jaxup.errors import UserError, suggest
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.sharding import param_shardings
-from jaxup.model.spec import flatten, is_kernel, spec, unflatten
+from jaxup.model.spec import BESIDE, flatten, is_kernel, spec, unflatten
 from jaxup.training.partition import Masks, Partition
 
 QUANTISED = ("nf4", "int4", "int8")
@@ -53,7 +53,8 @@ class _Kernel:
 
 
 class Adapters(Partition):
-    """Adapters for those kernels of linear layers in blocks that `masks` choose; only the adapters train.
+    """Adapters for those kernels of linear layers in blocks that `masks` choose; only the adapters train, and what is
+    beside the decoder.
 
     Biases, norms, embeddings and the head are frozen even where the masks choose them; a layer that they
     leave out runs without adapters. With `quantize` the kernels of all blocks are stored quantised.
@@ -71,7 +72,8 @@ class Adapters(Partition):
         }
         _check(config, self._kernels)
 
-        self._masks = {path: np.zeros_like(mask) for path, mask in self._masks.items()}
+        self._masks = {path: mask & path.startswith(BESIDE) for path, mask in self._masks.items()}
+        self._beside = [path for path in self._masks if path.startswith(BESIDE)]
         for path, kernel in self._kernels.items():
             if not len(kernel.rows):
                 continue
@@ -86,12 +88,13 @@ class Adapters(Partition):
         self._shapes = nnx.to_pure_dict(state)
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """(fresh adapters in float32, the params with kernels quantised if they are to be).
+        """(fresh adapters in float32, with what is beside; the params with kernels quantised if they are to be).
 
         A depends only on the seed, the kernel's name and the layer. B is zero, so at first the
         adapters add nothing.
         """
-        trained, frozen = {}, flatten(params)
+        frozen = flatten(params)
+        trained = {path: frozen.pop(path) for path in self._beside}
         for path, kernel in self._kernels.items():
             if self._config.quantize:
                 frozen[f"{path}.kernel"] = self._quantise(kernel, frozen[f"{path}.kernel"])
@@ -110,7 +113,7 @@ class Adapters(Partition):
             for path, kernel in self._kernels.items():
                 dequantised = jax.lax.map(self._qwix.dequantize, flat[f"{path}.kernel"])
                 flat[f"{path}.kernel"] = dequantised.reshape(kernel.shape)
-        return self.merge(trained, unflatten(flat))
+        return self.merge(trained, unflatten(flat | {path: flatten(trained)[path] for path in self._beside}))
 
     def merge(self, trained: Params, params: Params) -> Params:
         """`params` with the adapters added to their kernels, in float32, rounded to the kernel's dtype.
@@ -118,6 +121,7 @@ class Adapters(Partition):
         Rows without adapters keep their every bit.
         """
         flat, adapters = flatten(params), flatten(trained)
+        flat |= {path: adapters[path].astype(flat[path].dtype) for path in self._beside}
         for path, kernel in self._kernels.items():
             if not len(kernel.rows):
                 continue
@@ -131,7 +135,8 @@ class Adapters(Partition):
 
     def shardings(self, mesh: Mesh) -> tuple[Params, Params]:
         """NamedShardings of `split`'s two trees: A, B and a quantised kernel are split as the kernel is."""
-        trained, frozen = {}, flatten(param_shardings(self._model, mesh))
+        frozen = flatten(param_shardings(self._model, mesh))
+        trained = {path: frozen.pop(path) for path in self._beside}
         for path, kernel in self._kernels.items():
             # Of the axes that are inputs, and of those that are outputs, only the first is ever split.
             spec = frozen[f"{path}.kernel"].spec

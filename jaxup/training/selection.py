@@ -16,11 +16,11 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError, suggest
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
-from jaxup.model.spec import STACK, flatten, unflatten
+from jaxup.model.spec import BESIDE, STACK, flatten, unflatten
 from jaxup.training.lora import Adapters, LoraConfig
 from jaxup.training.partition import Partition
 
-RATES = (*ROLES, "ends")
+RATES = (*ROLES, "ends", "beside")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,9 @@ class TrainConfig:
     layers: str  # all | copies | originals | new | ranges such as "9:12,20" of the result's layers
     parameters: str  # regular expression on their paths; "" = all
     freeze: str  # of these layers, those to leave out: originals, ranges, ...; "" = none
-    rates: Mapping[str, float]  # by role, and of the ends (embedding, norm, head): what multiplies the learning rate
+    rates: Mapping[
+        str, float
+    ]  # by role, of the ends (embedding, norm, head), of what is beside: factors of the learning rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,7 +107,7 @@ def _rates(plan: DepthPlan, trained: Params, partition: Partition | None, rates:
     idle = {name: rate for name, rate in rates.items() if rate != 1}
 
     def rate(path: str, leaf: Any) -> np.ndarray:
-        found = ["ends"]
+        found = ["beside" if path.startswith(BESIDE) else "ends"]
         if path.startswith(STACK):
             found = names if partition is None else [names[row] for row in partition.rows(path)]
         for name in found:
