@@ -28,6 +28,7 @@ from jaxup.training import compiling
 from jaxup.training import step as training_step
 from jaxup.training.compiling import accepted, compiler_options, fewest_that_fit, fitting_step, memory
 from jaxup.training.loss import cross_entropy, distillation
+from jaxup.training.objective import Objective, Taught
 from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, updates_made
 from jaxup.training.run import Run
 from jaxup.training.sharding import (
@@ -46,7 +47,7 @@ from jaxup.training.sharding import (
     place_batch,
     state_shardings,
 )
-from jaxup.training.step import StepConfig, Teacher, TrainState, gradient_norms, make_train_step, skip_step
+from jaxup.training.step import StepConfig, TrainState, gradient_norms, make_eval_step, make_train_step, skip_step
 
 MODEL = ModelConfig.gpt2(vocab_size=64, hidden_size=16, num_layers=3, num_heads=4, max_positions=16, bias=True)
 WIDE = ModelConfig.gpt2(vocab_size=64, hidden_size=24, num_layers=1, num_heads=4, max_positions=16, bias=True)
@@ -104,9 +105,10 @@ def test_accumulation_does_not_change_the_gradient(accumulation):
 
 def test_a_teacher_is_an_argument_of_the_step_and_changes_what_is_optimised_alone():
     """The same in micro-batches; its logits come from what is passed, and the plain loss is the student's own."""
-    optimizer, teacher = make_optimizer(OPTIMIZER), Teacher(model=WIDE, alpha=0.6, temperature=2.0)
+    optimizer, teacher = make_optimizer(OPTIMIZER), Taught(model=WIDE, alpha=0.6, temperature=2.0)
     configs = [StepConfig(accumulation=count, loss_chunk=5, z_loss=1e-3) for count in (1, 4)]
-    whole, cut = (jax.jit(make_train_step(MODEL, Compute(), optimizer, config, teacher=teacher)) for config in configs)
+    step = functools.partial(make_train_step, MODEL, Compute(), optimizer, objective=teacher)
+    whole, cut = (jax.jit(step(config)) for config in configs)
     known = initial(WIDE, 1)
     (first, one), (second, two) = (step(fresh(optimizer), make_batch(), RATE, known) for step in (whole, cut))
     _, surer = whole(fresh(optimizer), make_batch(), RATE, jax.tree.map(lambda a: 5 * a, known))
@@ -115,6 +117,54 @@ def test_a_teacher_is_an_argument_of_the_step_and_changes_what_is_optimised_alon
     plain = run(1, steps=1)[1]
     np.testing.assert_allclose([one["loss"], surer["loss"]], plain["loss"], rtol=1e-6)
     assert len({float(m["loss_with_z"]) for m in (one, surer, plain)}) == 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TextAndHidden(Objective):
+    """The mean cross-entropy, and so many times the mean square of what the head is applied to, where that counts."""
+
+    share: float
+
+    def weighed(self, batch):
+        whole = {name: batch[name] / jnp.sum(batch[name]) for name in ("loss_weights", "value_weights")}
+        return batch | whole, jnp.float32(1)
+
+    def sums(self, decoder, hidden, batch, how, *teacher):
+        x_BSD = hidden(batch["tokens"])
+        targets, weights_BS = (batch["targets"], batch["loss_weights"]), batch["value_weights"]
+        loss, text = cross_entropy(x_BSD, decoder.head_kernel(), *targets, **how)
+        values = jnp.sum(weights_BS * jnp.mean(jnp.square(x_BSD - batch["values"]), axis=-1))
+        counts = jnp.sum(batch["loss_weights"]), jnp.sum(weights_BS)
+        return loss + self.share * values, {"text": (text, counts[0]), "values": (values, counts[1])}
+
+    def mean(self, sums):
+        text, values = (total / count for total, count in sums.values())
+        return text + self.share * values
+
+
+def test_an_objective_of_two_means_does_not_depend_on_micro_batches():
+    """Nor does one of its two parts on how much there is of the other; both are reported."""
+    rng = np.random.default_rng(5)
+    batch = make_batch() | {"values": rng.standard_normal((ROWS, SEQ, 16), np.float32)}
+    batch["value_weights"] = (rng.random((ROWS, SEQ)) < rng.random((ROWS, 1)) ** 4).astype(np.float32)
+    objective, how = TextAndHidden(0.5), {"loss_chunk": 5, "z_loss": 0.0}
+    step = functools.partial(make_train_step, MODEL, Compute(), optax.sgd(1.0), objective=objective)
+    params = initial(MODEL, 0)
+    state = TrainState(params, optax.sgd(1.0).init(params), jnp.int32(0), jnp.bool_(False))
+    (one, whole), (many, cut) = (
+        jax.jit(step(StepConfig(accumulation=count, **how)))(state, batch, RATE) for count in (1, 8)
+    )
+    # A parameter of about 0.02 to 1 less its gradient: sums in another order, and a subtraction.
+    assert_close(one.params, many.params, rtol=1e-5, atol=2e-7)
+    assert_close(whole, cut)
+    sums = jax.jit(make_eval_step(MODEL, Compute(), StepConfig(accumulation=1, **how), objective=objective))
+    found = {name: total / count for name, (total, count) in sums(params, batch).items()}
+    assert_close(whole["means"], found)
+    np.testing.assert_allclose(whole["loss"], found["text"] + 0.5 * found["values"], rtol=1e-6)
+    np.testing.assert_allclose(whole["loss"], objective.mean(jax.device_get(sums(params, batch))), rtol=1e-6)
+    assert whole["loss_tokens"] == batch["loss_weights"].sum()
+    with pytest.raises(UserError, match=r"^step\.noise_scale=True: measures micro-batches, and of these"):
+        step(StepConfig(accumulation=2, noise_scale=True, **how))
 
 
 @pytest.mark.parametrize("mesh_config", [pytest.param(None, marks=pytest.mark.slow), (2, 4)])
@@ -531,7 +581,7 @@ def steps_of(gradients, config, monkeypatch):
     monkeypatch.setattr(
         training_step,
         "_make_loss",
-        lambda *_: lambda params, batch: (jnp.sum(params["w"] * batch["g"]), jnp.float32(1)),
+        lambda *_: lambda params, batch: (jnp.sum(params["w"] * batch["g"]), {"text": (jnp.float32(1),) * 2}),
     )
     settings = dataclasses.replace(OPTIMIZER, schedule="linear", clip_norm=0.0)
     optimizer, schedule = make_optimizer(settings), learning_rate(settings, 20)

@@ -167,7 +167,8 @@ def _time(
 
     def whole(stages: Sequence[Stage]) -> str:
         """A step, and the programs that evaluate, sample and initialise, which take about as long to compile."""
-        programs = {(s.model, s.settings, s.steps, s.selection, s.teacher) for s in stages if s.steps and left[s.name]}
+        train = [s for s in stages if s.steps and left[s.name]]
+        programs = {(s.model, s.settings, s.steps, s.selection, s.objective) for s in train}
         compiling = 2 * tried.compiling * len(programs)
         return f"{clock(sum(map(training, stages)) + compiling)}, of which {clock(compiling)} to compile"
 

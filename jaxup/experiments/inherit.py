@@ -41,9 +41,9 @@ from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.text import write_atomically
 from jaxup.training.loop import load_trained, random_params, train_model
+from jaxup.training.objective import TEXT, Objective, Taught
 from jaxup.training.optimizer import learning_rate
 from jaxup.training.run import Result, Run, Settings, Stage
-from jaxup.training.step import Teacher
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -76,9 +76,10 @@ class InheritConfig:
         """Whether anything in the run does."""
         return self.inherits or self.distill["alpha"] != 0
 
-    def teacher(self, reference: ModelConfig) -> Teacher | None:
+    def objective(self, reference: ModelConfig) -> Objective:
+        """Of targets."""
         with within("inherit.distill"):
-            return Teacher(model=reference, **self.distill) if self.distill["alpha"] != 0 else None
+            return Taught(model=reference, **self.distill) if self.distill["alpha"] != 0 else TEXT
 
 
 class Inherit(OnText):
@@ -119,14 +120,14 @@ class Inherit(OnText):
         c, stage = self._config.reference, functools.partial(Stage, settings=self._settings)
         data = self.data.whole() if c.all_data and not c.path else self.data
         steps = 0 if c.path else c.steps or self.steps
-        found, teacher = list[Stage](), self._inherit.teacher(self._model)
+        found, objective = list[Stage](), self._inherit.objective(self._model)
         if self._inherit.asks_reference:
             found.append(stage(name=REFERENCE, model=self._model, steps=steps, data=data, fresh=steps > 0))
         if self._inherit.start == "stacked":
             found.append(stage(name=HALF, model=self._begins(plans[0]), steps=self.steps, data=self.data, fresh=True))
         for plan in plans:
             name, model = f"target_{plan.num_layers}", self._made(plan)
-            found.append(stage(name=name, model=model, steps=self.steps, data=self.data, teacher=teacher))
+            found.append(stage(name=name, model=model, steps=self.steps, data=self.data, objective=objective))
         for name, model, steps in self._controls(plans):
             found.append(stage(name=name, model=model, steps=steps, data=self.data, fresh=True))
         return found
@@ -147,7 +148,7 @@ class Inherit(OnText):
 
     def carry_out(self, run: Run, title: str) -> None:
         """Each model resumes, or is skipped if it is finished."""
-        c, teacher = self._inherit, self._inherit.teacher(self._model)
+        c, objective = self._inherit, self._inherit.objective(self._model)
         plans, pending = [], collections.deque(check(c, self._model))
         ends = {self.steps, self._config.reference.steps, *(steps for _, _, steps in self._controls(list(pending)))}
         run = on_course(dataclasses.replace(run, evaluated=frozenset(ends)), self.stages())
@@ -170,7 +171,7 @@ class Inherit(OnText):
             fresh = functools.partial(random_params, run, target_model)
             target = train_model(
                 run, f"target_{plan.num_layers}", target_model, kind="target", steps=self.steps, plan=plan,
-                origin=self._describe(plan), teacher=None if teacher is None or known is None else (teacher, known),
+                origin=self._describe(plan), objective=objective, teacher=known if objective.teacher else None,
                 initialise=functools.partial(build, run, plan, target_model, begin, wide) if begin else fresh,
             )  # fmt: skip
             results.append(target)
@@ -230,8 +231,8 @@ class Inherit(OnText):
             "inherited": inherited, "half_width": f"the first half of heads and MLP of {inherited}",
             "random": f"random, seed {self._settings.seed}", "stacked": f"the layers of {HALF}, twice",
         }[c.start]  # fmt: skip
-        teacher = c.teacher(self._model)
-        return began if teacher is None else f"{began}; learns from the reference's predictions ({teacher})"
+        objective = c.objective(self._model)
+        return f"{began}; learns from the reference's predictions ({objective})" if objective.teacher else began
 
     def _reference(self, run: Run) -> tuple[Result, Callable[[], Params]]:
         """How good it is, and how to get it: it is gone again once a target is built from it."""
@@ -270,7 +271,7 @@ def check(config: InheritConfig, model: ModelConfig) -> list[DepthPlan]:
     """
     if config.start not in STARTS:
         raise UserError(f"unknown {config.start!r}{suggest(config.start, STARTS)}", at="inherit.start")
-    config.teacher(model)
+    config.objective(model)
     if model.tie_embeddings and "lm_head" in config.parts and "embed_tokens" not in config.parts:
         raise UserError("inherit.parts: the head of this model is its embed_tokens; name embed_tokens to inherit it")
     for key in ("grow_by", "control"):

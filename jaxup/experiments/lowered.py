@@ -51,7 +51,7 @@ def stage_of(config: ConfigDict, mesh: Mesh) -> Stage:
 def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, Any]]:
     """One of PROGRAMS as the run jits it, on arguments without arrays; and what is known of it without its plan."""
     s, model = stage.settings, stage.model
-    program = make_program(model, s.update, mesh, stage.selection, stage.teacher)
+    program = make_program(model, s.update, mesh, stage.selection, stage.objective)
     state, rate, *beside = arguments(stage, mesh)
     count = s.step.accumulation or 1
     rows = s.batch_size if name == "train_step" else s.eval_batch_size
@@ -78,7 +78,7 @@ def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.
         if name == "eval_step":
             # A teacher is not asked, and stays where it is, as the optimizer does.
             facts["beside"] = facts["memory"]["optimizer"] + facts["memory"].get("teacher", 0)
-            frozen = beside[: len(beside) - (stage.teacher is not None)]
+            frozen = beside[: len(beside) - (stage.objective.teacher is not None)]
             return program.eval_step.lower(state.params, batch, *frozen), facts
         params, c = abstract_params(model, mesh), config.sample
         decode = sampling.lowered(

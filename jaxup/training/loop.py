@@ -36,6 +36,7 @@ from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.compiling import compiler_options, fitting_step, memory
 from jaxup.training.corrections import Corrections, record
 from jaxup.training.meter import Meter
+from jaxup.training.objective import TEXT, Objective
 from jaxup.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, updates_made
 from jaxup.training.partition import Partition, digest
 from jaxup.training.run import (
@@ -47,12 +48,11 @@ from jaxup.training.run import (
     check_digest,
     describe_model,
     read_result,
-    training_flops,
     write_result,
 )
 from jaxup.training.selection import EVERYTHING, Selection
 from jaxup.training.sharding import local_rows, place_batch, state_shardings
-from jaxup.training.step import StepConfig, Teacher, TrainState, make_eval_step, make_train_step, skip_step
+from jaxup.training.step import StepConfig, TrainState, make_eval_step, make_train_step, skip_step
 
 
 class Program(NamedTuple):
@@ -128,9 +128,9 @@ def laid_out(tree: Any, shardings: Any) -> Any:
 
 @functools.lru_cache(maxsize=32)  # a target and its control are one program, compiled once; so are runs of a study
 def make_program(
-    model: ModelConfig, update: Update, mesh: Mesh, selection: Selection, teacher: Teacher | None = None
+    model: ModelConfig, update: Update, mesh: Mesh, selection: Selection, objective: Objective = TEXT
 ) -> Program:
-    """Of any learning rate and number of steps. The params of a `teacher` are the last argument of the steps."""
+    """Of any learning rate and number of steps. The params of the objective's teacher are the steps' last argument."""
     partition = selection.partition
     optimizer = make_optimizer(update.optimizer, selection.rates)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -153,7 +153,7 @@ def make_program(
     def cut_into(count: int) -> Any:
         step = dataclasses.replace(update.step, accumulation=count)
         return jax.jit(
-            make_train_step(model, update.compute, optimizer, step, partition, teacher),
+            make_train_step(model, update.compute, optimizer, step, partition, objective),
             donate_argnums=0,
             out_shardings=(shardings, replicated),
             compiler_options=compiler_options(mesh),
@@ -163,7 +163,7 @@ def make_program(
         train_step=cut_into(update.step.accumulation),
         cut_into=cut_into,
         skip_step=jax.jit(skip_step, donate_argnums=0, out_shardings=shardings),
-        eval_step=_eval_step(model, update.compute, update.step, mesh, partition),
+        eval_step=_eval_step(model, update.compute, update.step, mesh, partition, objective.evaluated),
         init_state=jax.jit(init_state, out_shardings=shardings),
         frozen=jax.jit(lambda params: split(params)[1:], out_shardings=tuple(frozen)),
         join=jax.jit(
@@ -187,28 +187,35 @@ def _schedule(
     return jax.jit(lambda count: jnp.asarray(rate(count), jnp.float32), out_shardings=out)
 
 
-def evaluate(run: Run, name: str, model: ModelConfig, params: Params) -> float:
-    """Mean cross-entropy in nats over the fixed validation rows; NonFinite if it is none."""
+def evaluate(run: Run, name: str, model: ModelConfig, params: Params, objective: Objective = TEXT) -> float:
+    """The loss over the fixed validation rows, of text the mean cross-entropy in nats; NonFinite if it is none."""
     with jax.set_mesh(run.mesh):
         try:
-            eval_step = _eval_step(model, run.settings.compute, run.settings.step, run.mesh, None)
-            return _evaluate(run, name, eval_step, (params,))
+            eval_step = _eval_step(model, run.settings.compute, run.settings.step, run.mesh, None, objective)
+            return _evaluate(run, name, eval_step, (params,), objective)[0]
         except _StopNow:
             raise run.processes.stopped("stopped while evaluating; the same command resumes") from None
 
 
 @functools.lru_cache(maxsize=8)
 def _eval_step(
-    model: ModelConfig, compute: Compute, step: StepConfig, mesh: Mesh, partition: Partition | None
-) -> Callable:
-    eval_step = make_eval_step(model, compute, step, partition)
+    model: ModelConfig, compute: Compute, step: StepConfig, mesh: Mesh, partition: Partition | None,
+    objective: Objective,
+) -> Callable:  # fmt: skip
+    eval_step = make_eval_step(model, compute, step, partition, objective)
     out = NamedSharding(mesh, PartitionSpec())
     return jax.jit(eval_step, out_shardings=out, compiler_options=compiler_options(mesh))
 
 
-def _evaluate(run: Run, name: str, eval_step: Callable, params: tuple[Params, ...], step: int | None = None) -> float:
-    """`params`: what trains and what is frozen, if anything is. `step`: of training, which has made them."""
-    size, sums, rows, ahead = run.settings.eval_batch_size, np.zeros(2), run.settings.eval_rows, np.zeros(2)
+def _evaluate(
+    run: Run, name: str, eval_step: Callable, params: tuple[Params, ...], objective: Objective, step: int | None = None
+) -> tuple[float, dict[str, float]]:
+    """(the loss, the means that it is made of by name).
+
+    `params`: what trains and what is frozen, if anything is. `step`: of training, which has made them.
+    """
+    size, rows = run.settings.eval_batch_size, run.settings.eval_rows
+    sums, ahead = dict[str, np.ndarray](), dict[str, Any]()
     finite = -1  # batches before the first whose loss is none
     with run.processes.long_work():
         for batch in run.data.validation_batches(batch_size=size, max_rows=rows, part=local_rows(size, run.mesh)):
@@ -216,20 +223,26 @@ def _evaluate(run: Run, name: str, eval_step: Callable, params: tuple[Params, ..
             # Added in float64 on the host: a large validation set is more than float32 can count. One batch late: the
             # device already works on the next one.
             ahead, before = eval_step(params[0], placed, *params[1:]), ahead
-            sums += jax.device_get(before)
-            finite += bool(np.isfinite(sums[0]))
+            sums = _added(sums, before)
+            finite += all(np.isfinite(total) for total, _ in sums.values())
             if run.processes.should_stop():
                 raise _StopNow
-        sums += jax.device_get(ahead)
-    loss, first = float(sums[0] / sums[1]), size * finite
+        sums = _added(sums, ahead)
+    loss, first = float(objective.mean({name: (total, count) for name, (total, count) in sums.items()})), size * finite
     if math.isfinite(loss):
-        return loss
+        return loss, {name: float(total / count) for name, (total, count) in sums.items() if count}
     where, saved = ("", "") if step is None else (f" step {step}:", f"; step {step} is saved" * (step > 0))
     fewer = f"; --config.eval.rows={first} measures on those before" if first else ""
     raise NonFinite(
         f"{name}:{where} validation loss {loss} is not finite, from row {first} of validation on, while the weights "
         f"are{saved}{fewer}", step or 0,
     )  # fmt: skip
+
+
+def _added(sums: dict[str, np.ndarray], more: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        name: np.asarray(pair, np.float64) + sums.get(name, np.zeros(2)) for name, pair in jax.device_get(more).items()
+    } or sums
 
 
 class _StopNow(Exception):
@@ -240,15 +253,15 @@ def train_model(
     run: Run, name: str, model: ModelConfig, *, steps: int, origin: str, initialise: Callable[[], Params | TrainState],
     kind: str | None = None, plan: DepthPlan | None = None, selection: Selection = EVERYTHING,
     milestones: frozenset[int] = frozenset(), about: dict[str, Any] | None = None,
-    teacher: tuple[Teacher, Callable[[], Params]] | None = None, part: Part | None = None,
+    objective: Objective = TEXT, teacher: Callable[[], Params] | None = None, part: Part | None = None,
 ) -> Result:  # fmt: skip
     """Trains to `steps` updates and returns the result; raises Stopped after saving on a signal, and Paused.
 
     What was begun goes on, bit for bit as if it had never stopped. Checkpoints hold what trains; the rest
     is what `initialise` gives, each time the same. After the steps in `milestones` the model is evaluated
-    and a checkpoint stays. `about` goes into model.json. The default of `kind` is the name. A `teacher` comes with what
-    gives its params, each time the same. With a `part` it goes on from the state at its first step, which `initialise`
-    gives, and `steps` are those of the whole until its end.
+    and a checkpoint stays. `about` goes into model.json. The default of `kind` is the name. `teacher` gives the
+    params of the objective's, if it has one, each time the same. With a `part` it goes on from the state at its first
+    step, which `initialise` gives, and `steps` are those of the whole until its end.
     """
     whole = part or Part(curve=name, first=0, seconds=0.0, schedule=(0, steps))
     directory, kind = run.directory / "checkpoints" / name, kind or name
@@ -286,8 +299,7 @@ def train_model(
         peaks = tuple((step - begin, rate) for step, rate in corrections.rates)
         schedule = _schedule(run.settings.optimizer, length, peaks, run.mesh)
         hits = make_program.cache_info().hits
-        taught, knows = teacher or (None, None)
-        program = make_program(model, run.settings.update, run.mesh, selection, taught)
+        program = make_program(model, run.settings.update, run.mesh, selection, objective)
         compiles = make_program.cache_info().hits == hits
         which, later = run.place(name, steps)
         label = f"{name} (model {which})" if which else name
@@ -318,7 +330,7 @@ def train_model(
                 progress.doing("compiling")
             state, val_loss = _train(
                 run, name, model, steps, program, schedule, state, frozen, start, checkpoints, milestones,
-                corrections.skip, progress, taught, (knows(),) if knows else (), part,
+                corrections.skip, progress, objective, (teacher(),) if teacher else (), part,
             )  # fmt: skip
         if frozen and digest(frozen) != before:
             raise RuntimeError(f"{name}: parameters that do not train have changed: a fault of memory or device")
@@ -346,7 +358,7 @@ def _train(
     run: Run, name: str, model: ModelConfig, steps: int, program: Program,
     schedule: Callable[[jax.Array], jax.Array], state: TrainState, frozen: tuple[Params, ...], start: int,
     checkpoints: Checkpoints, milestones: frozenset[int], skip: tuple[int, ...], progress: Progress,
-    teacher: Teacher | None, known: tuple[Params, ...], part: Part | None,
+    objective: Objective, known: tuple[Params, ...], part: Part | None,
 ) -> tuple[TrainState, float]:  # fmt: skip
     s, curve, first = run.settings, name, 0
     said: dict[str, int] = {}
@@ -367,7 +379,7 @@ def _train(
         run.log, curve, steps=steps, interval=s.log_interval, batch_tokens=run.data.tokens_of(s.batch_size),
         val_rows=run.val_rows,
         # Where only a part trains, no formula says how much of the backward pass is left.
-        flops_per_token=None if frozen else training_flops(model, teacher, run.data.seq_len), **said,
+        flops_per_token=None if frozen else objective.flops(model, run.data.seq_len), **said,
     )  # fmt: skip
     step, pending, mine, compiled = start, None, local_rows(s.batch_size, run.mesh), False
     pause = run.pauses.get(curve)
@@ -392,8 +404,9 @@ def _train(
                 looked_at = here or step in run.evaluated or step in (first, pause)
                 if (step % s.eval_interval == 0 or looked_at) and step not in losses:
                     meter.check(pending, batches)
-                    losses[step] = _evaluate(run, name, program.eval_step, (state.params, *frozen), step)
-                    meter.log_validation(step, losses[step])
+                    given = (state.params, *frozen), objective.evaluated
+                    losses[step], means = _evaluate(run, name, program.eval_step, *given, step)
+                    meter.log_validation(step, losses[step], means if len(means) > 1 else {})
                     meter.restart()
                 if step and step != start and (step % s.checkpoint_interval == 0 or here or step == pause):
                     meter.check(pending, batches)

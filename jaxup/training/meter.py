@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -85,14 +86,17 @@ class Meter:
             tokens_per_second=round(rate, 1),
             loss_tokens=int(metrics["loss_tokens"]),
             **{key: metrics[key].item() for key in ("gradient_square_micro", "micro_rows") if key in metrics},
+            **{f"loss_{name}": float(mean) for name, mean in metrics.get("means", {}).items()},
             tflops_per_device=None if flops is None else float(f"{flops / 1e12:.4g}"),
             mfu=None if flops is None or self._peak is None else float(f"{flops / self._peak:.4g}"),
             **more,
         )
 
-    def log_validation(self, step: int, loss: float) -> None:
+    def log_validation(self, step: int, loss: float, means: Mapping[str, float]) -> None:
+        """`means`: what the loss is made of, if it is of several."""
         self._validation = f" val {loss:.3f}"
-        self._write(step, val_loss=loss, val_rows=self._val_rows)
+        named = {f"val_{name}": value for name, value in means.items()}
+        self._write(step, val_loss=loss, val_rows=self._val_rows, **named)
 
     def _write(self, step: int, **values: Any) -> None:
         if jax.process_index() == 0:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -61,7 +62,12 @@ class Partition:
         return jax.tree.map(lambda new, old: new.astype(old.dtype), joined, params)
 
     def hidden(self, trained: Params, frozen: Params, tokens_BS: jax.Array, **inputs: Any) -> tuple[Decoder, jax.Array]:
-        """(a Decoder without blocks, what its head is applied to): `Decoder.hidden` of the joined params.
+        """(a Decoder without blocks, what its head is applied to): `Decoder.hidden` of the joined params."""
+        decoder, hidden = self.decoder(trained, frozen)
+        return decoder, hidden(tokens_BS, **inputs)
+
+    def decoder(self, trained: Params, frozen: Params) -> tuple[Decoder, Callable[..., jax.Array]]:
+        """(a Decoder without blocks, its `hidden`, by the layers of the joined params).
 
         Only `trained` is to be differentiated. Nothing flows back below the first layer that trains,
         unless the embedding does.
@@ -71,7 +77,7 @@ class Partition:
         decoder = nnx.merge(self._graphdef, unflatten(flatten(self._shapes) | ends))
         masks = {path: mask.reshape(-1) for path, mask in _blocks(self._masks).items()}
         stack = SplitStack(_blocks(halves[1]), _blocks(halves[0]), masks)
-        return decoder, decoder.hidden(tokens_BS, stack=stack, **inputs)
+        return decoder, functools.partial(decoder.hidden, stack=stack)
 
     def rows(self, path: str) -> np.ndarray:
         """int [rows]: the layers of the trained leaf at this path, a stacked one."""

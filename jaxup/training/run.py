@@ -18,17 +18,17 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params
-from jaxup.model.spec import flops_per_token
 from jaxup.text import kinds_of, read_json, write_atomically
 from jaxup.together import told
 from jaxup.training.corrections import Corrections
 from jaxup.training.metrics import MetricsLog
+from jaxup.training.objective import TEXT, Objective
 from jaxup.training.optimizer import AdamW, OptimizerConfig
 from jaxup.training.partition import digest
 from jaxup.training.processes import Processes
 from jaxup.training.rundir import write_json
 from jaxup.training.selection import EVERYTHING, Selection
-from jaxup.training.step import StepConfig, Teacher
+from jaxup.training.step import StepConfig
 
 
 class Update(NamedTuple):
@@ -72,7 +72,7 @@ class Stage:
     settings: Settings
     selection: Selection = EVERYTHING
     dtype: str = "float32"  # of what does not train
-    teacher: Teacher | None = None
+    objective: Objective = TEXT
     fresh: bool = False  # it begins with random values: runs of a study that would train the same one have it in common
 
     @property
@@ -83,12 +83,7 @@ class Stage:
     def flops(self) -> float:
         """Of a step, as if everything trained: what a part of it spares is not known."""
         tokens = self.settings.batch_size * self.data.seq_len
-        return tokens * training_flops(self.model, self.teacher, self.data.seq_len)
-
-
-def training_flops(model: ModelConfig, teacher: Teacher | None, seq_len: int) -> float:
-    """Of one token: of a teacher the forward pass, which is a third of what `flops_per_token` counts."""
-    return flops_per_token(model, seq_len) + (flops_per_token(teacher.model, seq_len) / 3 if teacher else 0.0)
+        return tokens * self.objective.flops(self.model, self.data.seq_len)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ Shape suffixes: A accumulation steps, B batch, S sequence, L layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,11 +23,8 @@ from jaxup.model.config import Compute, ModelConfig
 from jaxup.model.decoder import Params, abstract
 from jaxup.model.sharding import RULES
 from jaxup.model.spec import STACK, flatten
-from jaxup.training.loss import cross_entropy, distillation
+from jaxup.training.objective import TEXT, Batch, Objective, Sums
 from jaxup.training.partition import Partition
-
-# tokens, targets, loss_weights; if packed, segment_ids and positions.
-Batch = dict[str, jax.Array]
 
 
 class Spikes(NamedTuple):
@@ -69,51 +67,46 @@ class StepConfig:
         return Spikes(jnp.full(self.spike_window, -1.0, jnp.float32), jnp.int32(0)) if self.spike_factor else None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """A model whose predictions another one learns beside the tokens; see `jaxup.training.loss.distillation`."""
-
-    model: ModelConfig
-    alpha: float  # its share of the loss
-    temperature: float
-
-    def __post_init__(self):
-        if not 0 < self.alpha <= 1:
-            raise UserError("must be a share from 0, which is no teacher, to 1", at=f"alpha={self.alpha}")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError("must be a positive number", at=f"temperature={self.temperature}")
-
-    def __str__(self) -> str:
-        return f"alpha {self.alpha:g}, temperature {self.temperature:g}"
-
-
 def make_train_step(
     model: ModelConfig, compute: Compute, optimizer: optax.GradientTransformation, config: StepConfig,
-    partition: Partition | None = None, teacher: Teacher | None = None,
+    partition: Partition | None = None, objective: Objective = TEXT,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """(state, batch, learning rate) -> (state, metrics): the function to jit with the state donated.
 
     The learning rate is a float32 scalar. With a `partition` the params of the state are only what trains, and the
-    other half is a fourth argument. With a `teacher` its params are the last one.
+    other half is a fourth argument. Where the objective has a teacher its params are the last one.
 
     Norms in the metrics are those before clipping. With `noise_scale`, `gradient_square_micro` is the mean over the
     micro-batches, of `micro_rows` rows each, of |g|^2, where g is the gradient of the mean loss over its own loss
     tokens. Where each device sums over its own rows these are micro-batches of a device.
 
-    The gradient is that of the mean loss over the loss tokens of the *whole* batch: sums over micro-batches
-    are divided once, so accumulation, padding and mesh do not change what is optimised.
+    The gradient is that of the mean loss over the *whole* batch, of text over its loss tokens: sums over micro-batches
+    are divided once, so accumulation, padding and mesh do not change what is optimised. Where the objective reports
+    several means, the metrics have them as `means`.
 
     Where the model computes in bfloat16, a kernel's gradient is summed over the devices in bfloat16, and over the
     micro-batches in float32, as then over the devices of `_summed_once`; the head's is float32 throughout, and so are
     the master weights and moments.
     """
-    loss_sums = _make_loss(model, compute, config, partition, teacher)
-    gradient = jax.value_and_grad(loss_sums, has_aux=True)
+    if config.noise_scale and not objective.by_token:
+        what = "measures micro-batches, and of these the loss has no mean by itself"
+        raise UserError(what, at="step.noise_scale=True")
+    loss_sums = _make_loss(model, compute, config, partition, objective)
+
+    def reported(*given: Any) -> tuple[jax.Array, tuple[jax.Array, Sums]]:
+        loss, sums = loss_sums(*given)
+        return loss, (objective.plain(loss, sums), sums if len(sums) > 1 else {})
+
+    gradient = jax.value_and_grad(reported, has_aux=True)
     update = optax.with_extra_args_support(optimizer).update
 
-    def accumulated(params: Params, batch: Batch, *frozen: Params) -> Any:
-        """Sums over the micro-batches; the third, if asked for, is of the squared norms of their mean gradients."""
-        zeros: Any = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params)
+    def accumulated(several: Any, params: Params, batch: Batch, *frozen: Params) -> Any:
+        """Sums over the micro-batches; the third, if asked for, is of the squared norms of their mean gradients.
+
+        `several`: the shapes of what is reported beside the loss.
+        """
+        scalars = (jnp.float32(0), (jnp.float32(0), jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), several)))
+        zeros: Any = scalars, jax.tree.map(jnp.zeros_like, params)
         if config.noise_scale:
             zeros = *zeros, jnp.float32(0)
 
@@ -129,19 +122,23 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, learning_rate: jax.Array, *frozen: Params
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        sums = gradient if config.accumulation <= 1 else accumulated  # 0, where nothing says what fits
+        loss_tokens = jnp.sum(batch["loss_weights"])
+        batch, count = objective.weighed(batch)
+        sums: Callable[..., Any] = gradient  # also of 0 micro-batches, where nothing says what fits
+        if config.accumulation > 1:
+            several = {} if objective.by_token else jax.eval_shape(reported, state.params, batch, *frozen)[1][1]
+            sums = functools.partial(accumulated, several)
         micro_batches, sizes = config.accumulation, jax.sharding.get_abstract_mesh().shape
         if config.accumulation > 1 and (axes := _summed_once(model, compute, batch, config.accumulation)):
             whole = PartitionSpec()
             micro_batches *= math.prod(sizes[axis] for axis in axes)  # each device has its own
             sums = jax.shard_map(
-                lambda *given: jax.lax.psum(accumulated(*given), axes), check_vma=False,
+                lambda *given, summed=sums: jax.lax.psum(summed(*given), axes), check_vma=False,
                 in_specs=(whole, PartitionSpec(axes), *[whole] * len(frozen)), out_specs=whole,
                 axis_names={*axes} if any(sizes[axis] > 1 for axis in sizes if axis not in axes) else {*sizes},
             )  # fmt: skip
-        (loss, plain), grads, *squares = sums(state.params, batch, *frozen)
-        tokens = jnp.sum(batch["loss_weights"])
-        scale = 1 / jnp.maximum(tokens, 1)
+        (loss, (plain, named)), grads, *squares = sums(state.params, batch, *frozen)
+        scale = 1 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)
 
         norm, layer_norms_L = gradient_norms(grads, partition)
@@ -165,9 +162,11 @@ def make_train_step(
             "gradient_norm": norm,
             "gradient_norm_layers": layer_norms_L,
             "learning_rate": learning_rate,
-            "loss_tokens": tokens,
+            "loss_tokens": loss_tokens,
             "halted": halted,
         }
+        if named:
+            metrics["means"] = {name: total / jnp.where(of > 0, of, 1) for name, (total, of) in named.items()}
         for square in squares:
             metrics["gradient_square_micro"] = square / micro_batches
             metrics["micro_rows"] = jnp.int32(len(batch["tokens"]) // micro_batches)
@@ -212,14 +211,15 @@ def skip_step(state: TrainState) -> TrainState:
 
 
 def make_eval_step(
-    model: ModelConfig, compute: Compute, config: StepConfig, partition: Partition | None = None
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(params, batch) -> (sum of cross-entropy in nats, number of loss tokens); with a partition
-    (trained, batch, frozen)."""
-    loss_sums = _make_loss(model, compute, dataclasses.replace(config, z_loss=0.0), partition)
+    model: ModelConfig, compute: Compute, config: StepConfig, partition: Partition | None = None,
+    objective: Objective = TEXT,
+) -> Callable[..., Sums]:  # fmt: skip
+    """(params, batch) -> what the objective reports, of text the sum of cross-entropy in nats and the number of loss
+    tokens; with a partition (trained, batch, frozen)."""
+    loss_sums = _make_loss(model, compute, dataclasses.replace(config, z_loss=0.0), partition, objective)
 
-    def eval_step(params: Params, batch: Batch, *frozen: Params) -> tuple[jax.Array, jax.Array]:
-        return loss_sums(params, batch, *frozen)[1], jnp.sum(batch["loss_weights"])
+    def eval_step(params: Params, batch: Batch, *frozen: Params) -> Sums:
+        return loss_sums(params, batch, *frozen)[1]
 
     return eval_step
 
@@ -238,31 +238,23 @@ def gradient_norms(grads: Params, partition: Partition | None = None) -> tuple[j
 
 
 def _make_loss(
-    model: ModelConfig, compute: Compute, config: StepConfig, partition: Partition | None = None,
-    teacher: Teacher | None = None,
-) -> Callable[..., Any]:  # fmt: skip
-    """(params, batch) -> (sum of losses, of them the cross-entropy); with a partition (trained, batch, frozen), and
-    with a teacher its params after these."""
+    model: ModelConfig, compute: Compute, config: StepConfig, partition: Partition | None, objective: Objective
+) -> Callable[..., tuple[jax.Array, Sums]]:
+    """(params, batch) -> `Objective.sums`; with a partition (trained, batch, frozen), and with a teacher its params
+    after these."""
     graphdef, _ = abstract(model, compute)
 
-    def loss_sums(params: Params, batch: Batch, *frozen: Params) -> tuple[jax.Array, jax.Array]:
-        inputs: Any = {"positions_BS": batch.get("positions"), "segment_ids_BS": batch.get("segment_ids")}
+    def loss_sums(params: Params, batch: Batch, *others: Params) -> tuple[jax.Array, Sums]:
+        how = {"chunk": config.loss_chunk, "z_loss": config.z_loss, "batch_axes": compute.rows_over}
         if partition is None:
             decoder = nnx.merge(graphdef, params)
-            x_BSD = decoder.hidden(batch["tokens"], **inputs)
-        else:
-            decoder, x_BSD = partition.hidden(params, frozen[0], batch["tokens"], **inputs)
-        head, targets = (x_BSD, decoder.head_kernel()), (batch["targets"], batch["loss_weights"])
-        how: Any = {"chunk": config.loss_chunk, "z_loss": config.z_loss, "batch_axes": compute.rows_over}
-        if teacher is None:
-            return cross_entropy(*head, *targets, **how)
-        known = nnx.merge(abstract(teacher.model, compute)[0], frozen[-1])
-        taught = (known.hidden(batch["tokens"], **inputs), known.head_kernel())
-        return distillation(*head, *taught, *targets, alpha=teacher.alpha, temperature=teacher.temperature, **how)
+            return objective.sums(decoder, decoder.hidden, batch, how, *others)
+        frozen, *teacher = others
+        return objective.sums(*partition.decoder(params, frozen), batch, how, *teacher)
 
     return loss_sums
 
 
 def _micro_batches(batch: Batch, accumulation: int) -> Batch:
-    """[B, S] -> [A, B / A, S] by striding, so that each device's rows are split among all micro-batches."""
+    """[B, ...] -> [A, B / A, ...] by striding, so that each device's rows are split among all micro-batches."""
     return {k: jnp.swapaxes(v.reshape(-1, accumulation, *v.shape[1:]), 0, 1) for k, v in batch.items()}

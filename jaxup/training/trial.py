@@ -49,7 +49,7 @@ class Trial:
     def __init__(self, stage: Stage, mesh: Mesh, speed: float, room: int):
         """`speed` and `room`: of a device, as `measure_device` gives them."""
         size, seed = stage.settings.batch_size, stage.settings.seed
-        program = make_program(stage.model, stage.settings.update, mesh, stage.selection, stage.teacher)
+        program = make_program(stage.model, stage.settings.update, mesh, stage.selection, stage.objective)
         state, *beside = arguments(stage, mesh)
         batch = place_batch(stage.data.batches(batch_size=size, seed=seed)(0, local_rows(size, mesh)), size, mesh)
         self.stage, self.failed, self.compiling = stage, "", 0.0
@@ -111,7 +111,7 @@ def held(stage: Stage, mesh: Mesh) -> dict[str, int]:
     """What they are of."""
     state, _, *beside = arguments(stage, mesh)
     parts = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
-    if stage.teacher is not None:
+    if stage.objective.teacher is not None:
         parts["teacher"] = _bytes(beside.pop())
     return parts | ({"what does not train": _bytes(beside)} if beside else {})
 
@@ -119,13 +119,14 @@ def held(stage: Stage, mesh: Mesh) -> dict[str, int]:
 def arguments(stage: Stage, mesh: Mesh) -> tuple[Any, ...]:
     """What a step takes besides its batch, without arrays: the state, the learning rate, what does not train, if
     anything does not, and the params of its teacher, if it has one."""
-    program = make_program(stage.model, stage.settings.update, mesh, stage.selection, stage.teacher)
+    program = make_program(stage.model, stage.settings.update, mesh, stage.selection, stage.objective)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     whole = jax.tree.map(lambda leaf: leaf.update(dtype=stage.dtype), abstract_params(stage.model, mesh))
     frozen = jax.eval_shape(program.frozen, whole)
     if stage.selection.partition is not None:
         frozen = laid_out(frozen, stage.selection.partition.shardings(mesh)[1:])
-    known = () if stage.teacher is None else (abstract_params(stage.teacher.model, mesh),)
+    teacher = stage.objective.teacher
+    known = () if teacher is None else (abstract_params(teacher, mesh),)
     return program.abstract_state, rate, *frozen, *known
 
 
