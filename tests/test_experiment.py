@@ -445,7 +445,7 @@ def asked(config, place):
     import jax
 
     from jaxup.data.open import Data
-    from jaxup.experiments import common, heal, inherit, run
+    from jaxup.experiments import common, heal, inherit, on_base, run
     from jaxup.training import sharding
     from jaxup.training.run import Result, Run
 
@@ -474,13 +474,13 @@ def asked(config, place):
     chat = mock.Mock(Data, tokenizer=tokenizer, store="chat", report=str, example=str, **rows)
     floors = {
         run: {"Processes": run.Processes}, sharding: {"make_mesh": sharding.make_mesh},
-        common.sampling: {"generate": ()}, heal.picture: {"png": b""},
+        common.sampling: {"generate": ()}, on_base.picture: {"png": b""},
         common.Experiment: {"_finish": lambda self, run, *_, **__: run.sample(self._model, {})},
-        heal.Heal: {"_before": {}, "_vocabulary_files": {}}, jax: {"jit": lambda *_, **__: lambda *_: {}},
+        on_base.OnBase: {"_before": {}, "_vocabulary_files": {}}, jax: {"jit": lambda *_, **__: lambda *_: {}},
     }  # fmt: skip
     made = {"train_model": result, "train_fresh": result, "measured": result, "load_trained": {}}
-    floors |= {inherit: made, heal: {**made, "open_text": text, "open_data": chat, "check_files": None}}
-    floors |= {common: {"open_text": text}}
+    floors |= {inherit: made, on_base: {**made, "open_text": text}, common: {"open_text": text}}
+    floors |= {heal: {"open_data": chat, "check_files": None}}
     with pytest.MonkeyPatch.context() as patch:
         for floor, names in floors.items():
             for name, answer in names.items():

@@ -18,8 +18,9 @@ from jaxup import export, train
 from jaxup.data.batches import Batches
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import Stopped, UserError
-from jaxup.experiments import heal
-from jaxup.experiments.heal import CONTROL, HEALED
+from jaxup.experiments import on_base
+from jaxup.experiments.heal import HEALED
+from jaxup.experiments.on_base import CONTROL
 from jaxup.lens.claims import claims, open_runs
 from jaxup.training import loop
 from jaxup.training.partition import digest
@@ -331,7 +332,7 @@ def test_a_base_that_is_replaced_is_noticed(from_directory, runs, monkeypatch):
         "replaced-run", "--config.pretrain.steps=0", f"--config.base.path={place}", "--config.data.format=chatml",
         "--config.heal.control=False",
     )  # fmt: skip
-    measured = heal.measured
+    measured = on_base.measured
 
     def replaced(run, name, *args, **kwargs):
         result = measured(run, name, *args, **kwargs)
@@ -340,7 +341,7 @@ def test_a_base_that_is_replaced_is_noticed(from_directory, runs, monkeypatch):
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(heal, "measured", replaced)
+        patch.setattr(on_base, "measured", replaced)
         with pytest.raises(UserError, match=r"replaced: model.safetensors has been replaced while the run was"):
             run(runs, *more)
     with pytest.raises(UserError, match=r"checkpoints/base: these parameters are not those the run began with"):

@@ -1,189 +1,34 @@
-"""Healing: train a model of another depth, or any part of it, on chat data, and compare with what it was made of.
-
-1. Take the base, or pretrain one. Build the model by its plan; keep it in the run as `before`.
-2. Measure both: an up-scaled model whose copies are zeroed computes what its base does.
-3. Train what is selected. A checkpoint stays from the end of each epoch, or of each phase.
-4. Train the base itself for the same steps on the same batches: what healing gives beyond training.
-"""
+"""Healing: train a model of another depth, or any part of it, on chat data, and compare with what it was made of."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import itertools
-import json
-import os
-import sys
-import tempfile
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-import jax
-
-from jaxup.building.vocabulary import with_template
 from jaxup.data.chat_formats import end_ids, prompt_ids
-from jaxup.data.open import Data, check_config, check_files, no_data, open_data
-from jaxup.data.tokenizer import bpe_vocab_size, load_tokenizer
-from jaxup.depth import picture
-from jaxup.depth.plan import DepthPlan
-from jaxup.depth.recipes import identity
-from jaxup.depth.result import result_config
-from jaxup.errors import UserError, suggest, within
+from jaxup.data.open import check_config, check_files, no_data, open_data
 from jaxup.experiments import report
-from jaxup.experiments.common import (
-    Experiment,
-    build,
-    chats,
-    corpus,
-    measured,
-    new_model,
-    on_course,
-    open_text,
-    train_fresh,
-    unchanged,
-)
-from jaxup.experiments.config import section
-from jaxup.experiments.lineage import chosen
-from jaxup.families import native_only, with_family_biases
-from jaxup.files.shards import DTYPES as SAVED
-from jaxup.hub.directory import TOKEN_IDS, carried_files, tokenizer_directory
-from jaxup.hub.load import DTYPES as LOADED
-from jaxup.hub.load import load
-from jaxup.hub.reader import open_checkpoint, stored_dtypes
-from jaxup.model.config import ModelConfig
-from jaxup.model.decoder import Params
-from jaxup.model.sharding import param_shardings
-from jaxup.model.spec import flatten, unflatten
-from jaxup.progress import tell
-from jaxup.recipes import line as recipe_line
-from jaxup.recipes.open import Recipe, open_recipe, parse_places
-from jaxup.text import parse_json, read_json, write_atomically
-from jaxup.together import told
-from jaxup.training.checkpoint import Checkpoints
-from jaxup.training.loop import abstract_params, load_trained, train_model
-from jaxup.training.lora import LoraConfig
-from jaxup.training.optimizer import OptimizerConfig, learning_rate
-from jaxup.training.run import Dtypes, Result, Run, Settings, Stage, check_digest, describe_model, read_result
-from jaxup.training.selection import Selection, TrainConfig, select
-from jaxup.training.sharding import check_batch, check_length
+from jaxup.experiments.common import chats
+from jaxup.experiments.on_base import OnBase
+from jaxup.training.run import Result
 
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-    from ml_collections import ConfigDict
-
-# The models of a run by name, which is their kind too.
-BASE, PRETRAINED, BEFORE, HEALED, MERGED, CONTROL = "base", "pretrained", "before", "healed", "merged", "control"
+HEALED = "healed"
 
 
-class Heal(Experiment):
+class Heal(OnBase):
     sections = ("base", "pretrain", "heal", "train", "lora", "export")
-    scored = HEALED
-    data: Data
+    scored = made = HEALED
+    control = "heal.control"
+    unit = "loss token"
 
-    def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
-        super().__init__(config, settings, mesh)
-        self._check_steps()
-        self._train = section(TrainConfig, config.train)
-        self._lora = section(LoraConfig, {**config.lora, "alpha": config.lora.alpha or 2.0 * config.lora.rank})
-        self._chat = chats(config.data, epochs=config.epochs)
+    def _read_sections(self) -> None:
+        self._chat = chats(self._config.data, epochs=self._config.epochs)
         check_config(self._chat)
-        for key, dtype, known in (("base", config.base.dtype, LOADED), ("export", config.export.dtype, SAVED)):
-            if dtype and dtype not in known:
-                raise UserError(f"{key}.dtype={dtype!r}: not known{suggest(dtype, known)}")
-        self._recipe = None if not config.base.path and config.pretrain.steps else self._open_recipe()
-        # Where the models of the recipe are, and what says whether they still are what they were.
-        self._places: dict[str, str] = {}
-        self._watched: dict[str, Callable[[], None]] = {}
-        self._loaded = False  # the base, in this process
-        self._dtype = config.base.dtype or "float32"
-        if self._recipe is None:
-            self._plan = self._own_plan()
-            self._models = {BASE: new_model(config.model)}
-            with within("pretrain."):
-                optimizer = section(OptimizerConfig, config.pretrain.optimizer)
-                learning_rate(optimizer, config.pretrain.steps)
-                check_length("data.seq_len", config.pretrain.data.seq_len, mesh)
-            self._pretrain = dataclasses.replace(settings, batch_size=config.pretrain.batch_size, optimizer=optimizer)
-        else:
-            self._plan = self._recipe.plan
-            self._models = self._recipe.configs
-        model = result_config(self._plan, self._models)
-        if not native_only(model):  # what no family can say could not be exported in the end
-            with_family_biases(model)
-        self._check_model(model)
-        self._select(model, self._plan)
-        if config.heal.control and len(self._models) > 1:
-            raise UserError(f"heal.control: the plan takes from {len(self._models)} models; there is no one base")
-
-    # ---- the plan and the models
-
-    def _own_plan(self) -> DepthPlan:
-        """Of a base that is trained here."""
-        layers, line = self._config.model.num_layers, self._config.plan or f"identity({BASE})"
-        if not recipe_line.is_line(line):
-            raise UserError(f"plan={line!r}: for a base that is trained here, one line such as 'upscale(base, 2:6)'")
-
-        def count(name: str) -> int:
-            if name != BASE:
-                raise UserError(f"{name!r}: the one model there is, trained here, is called {BASE!r}", at="plan")
-            return layers
-
-        return recipe_line.parse(line).plan(count)
-
-    def _open_recipe(self) -> Recipe:
-        c = self._config
-        line = c.plan or f"identity({BASE})"
-        if not c.base.path and recipe_line.is_line(line) and BASE in recipe_line.parse(line).models:
-            raise UserError(f"name the model that the plan, {line}, calls {BASE}", at="base.path")
-        flag = "--config.base.models="
-        with within("plan"):
-            recipe = open_recipe(
-                line, models=parse_places(c.base.models, flag), default=c.base.path or None,
-                revision=c.base.revision or None, flag=flag,
-            )  # fmt: skip
-        if recipe.tokenizer not in (None, "base") or recipe.chat_template is not None:
-            what = "tokenizer_source and chat_template are carried out by `jaxup build`"
-            hint = "give what it makes as base.path, and the format as data.format"
-            raise UserError(what, at=("plan", recipe.name), hint=hint)
-        if c.base.path not in ("", *(model.path for model in recipe.models.values())):
-            what = "the plan takes nothing from it: base.models says where its models are"
-            raise UserError(what, at=f"base.path={c.base.path}")
-        for note in recipe.notes:
-            tell(f"plan: {note}")
-        return recipe
-
-    @property
-    def _origin(self) -> str:
-        if self._recipe is None:
-            return f"a model trained here for {self._config.pretrain.steps} steps"
-        return ", ".join(f"{m.path}{f' at {m.revision}' if m.revision else ''}" for m in self._recipe.models.values())
-
-    def _select(self, model: ModelConfig, plan: DepthPlan, train: TrainConfig | None = None) -> Selection:
-        s = self._settings
-        return select(model, plan, train or self._train, self._lora, compute=s.compute, seed=s.seed)
-
-    # ---- data
 
     def open_data(self, root: str) -> None:
-        c, text = self._config, None
+        c = self._config
         if self._recipe is None:
-            check_batch("pretrain.batch_size", c.pretrain.batch_size, self._mesh, self._settings.step.accumulation)
             check_files(self._chat, root)  # before a vocabulary is trained
-            with within("pretrain."):
-                text = self._text = open_text(corpus(c.pretrain.data), root=root)
-            tokenizer = text.tokenizer
-            self._models = {BASE: new_model(c.model, text.vocab_size)}
-        else:
-            main = self._recipe.models[self._recipe.base]
-            tokenizer = load_tokenizer(str(tokenizer_directory(main.path, revision=main.revision)))
-            for name, model in self._recipe.models.items():
-                # By the headers of its files it is known what cannot be loaded.
-                opened = open_checkpoint(model.path, revision=model.revision, allow_pickle=c.base.allow_pickle)
-                if opened.hf != model.hf:
-                    raise UserError("config.json has been replaced while the run was going on", at=model.path)
-                self._places[name], self._watched[name] = opened.storage.place, opened.watch()
-                self._dtype = c.base.dtype or stored_dtypes({name: opened})(name, "embed_tokens", None)
-        self._model = result_config(self._plan, self._models)
+        tokenizer = self._open_base(root)
         self.data = open_data(self._chat, tokenizer=tokenizer, root=root, vocab_size=self._model.vocab_size)
         self._count_steps()
         tokenizer = self.data.tokenizer
@@ -193,181 +38,13 @@ class Heal(Experiment):
         else:  # of plain text and segments
             self._ends, prompt = (tokenizer.eos_token_id,), tokenizer(c.sample.prompt)["input_ids"]
         self.sample = self._sampler(prompt, self._ends)
-        self._vocabulary = self._vocabulary_files()
-        stores = [os.path.basename(data.store) for data in (self.data, text) if data is not None]
-        self.inputs = {"plan": self._plan.to_yaml(), "data": " and ".join(stores), "steps": self.steps}
-        if self.data.phases is not None:  # more epochs would put other rows into the steps that are done
-            self.inputs["order of phases"] = str(self.data.phases)
+        self._vocabulary = self._vocabulary_files(self.data.chat_template if self._chat.format else None)
+        self.inputs = self._read_inputs()
 
     def without_data(self) -> None:
-        c = self._config
-        if self._recipe is None:
-            self._text = no_data(corpus(c.pretrain.data))
-            self._models = {BASE: new_model(c.model, bpe_vocab_size(c.pretrain.data.tokenizer))}
-        else:
-            hf = self._recipe.models[self._recipe.base].hf
-            self._dtype = c.base.dtype or hf.get("dtype") or hf.get("torch_dtype") or self._dtype
-        self._model, self.data = result_config(self._plan, self._models), no_data(self._chat)
+        self._base_without_data()
+        self.data = no_data(self._chat)
         self._assume_steps()
 
-    def report(self) -> str:
-        length, positions = self.data.seq_len, self._model.max_positions
-        longer = [f"data: rows of {length} tokens, and the base was made for {positions}"] * (length > positions)
-        phases = self.data.phases.schedule(self._settings.batch_size, self.steps) if self.data.phases else []
-        said = [self.data.report(), *phases, self.data.example(sys.stdout.isatty())]
-        return "\n".join([str(self._plan), *longer, "", *said, ""])
-
-    # ---- the run
-
-    def stages(self, *, most: bool = False) -> list[Stage]:
-        base, plan = next(iter(self._models.values())), self._plan
-        stage = functools.partial(Stage, data=self.data, settings=self._settings)
-        found, whole = [], identity(plan.rows[0].source, base.num_layers)
-        if self._recipe is None:
-            steps = self._config.pretrain.steps
-            found.append(
-                Stage(name=PRETRAINED, model=base, steps=steps, data=self._text, settings=self._pretrain, fresh=True)
-            )
-        if len(self._models) == 1 and plan.rows != whole.rows:
-            found.append(stage(name=BASE, model=base))
-        selection = self._select(self._model, plan)
-        found.append(stage(name=BEFORE, model=self._model))
-        found.append(stage(name=HEALED, model=self._model, steps=self.steps, selection=selection, dtype=self._dtype))
-        if self._config.heal.control:
-            everything = dataclasses.replace(self._train, layers="all", freeze="", rates={})
-            all_of_it = self._select(base, whole, everything)
-            found.append(stage(name=CONTROL, model=base, steps=self.steps, selection=all_of_it, dtype=self._dtype))
-        if self._lora.rank:  # as exported: merged, and where blocks were quantised, not any more
-            found.append(stage(name=MERGED, model=self._model))
-        return found
-
-    def carry_out(self, run: Run, title: str) -> None:
-        """What is finished is not done again."""
-        plan, model = self._plan, self._model
-        if jax.process_index() == 0:
-            write_atomically(run.directory / "plan.yaml", plan.to_yaml())
-            (run.directory / "plots").mkdir(exist_ok=True)
-            (run.directory / "plots" / "plan.png").write_bytes(picture.png(plan, title))
-        stages = self.stages()
-        run, of = on_course(run, stages), {stage.name: stage for stage in stages}
-        source = self._base(run)
-        origin = f"{self._config.plan or 'identity'} of {self._origin}"
-        ended = (-(-rows // self._settings.batch_size) for rows in self.data.ends())
-        ends = frozenset(itertools.takewhile(lambda n: n <= self.steps, ended))
-        results, control, base = [], None, None
-        if source is not None:
-            base_model = next(iter(self._models.values()))
-            base = functools.partial(unchanged, run, BASE, base_model, source)
-            if BASE in of:
-                results.append(measured(run, BASE, base_model, origin=self._origin, params=base))
-        before = functools.partial(self._before, run, base)
-        results.append(measured(run, BEFORE, model, origin=origin, params=before))
-        selection = of[HEALED].selection
-        part = {"train": dataclasses.asdict(self._train), "lora": dataclasses.asdict(self._lora)}
-        healed = train_model(
-            run, HEALED, model, steps=self.steps, origin=origin, initialise=before, plan=plan,
-            selection=selection, milestones=ends,
-            about={"before": BEFORE, **part, "seed": self._settings.seed},
-        )  # fmt: skip
-        results.append(healed)
-        if base is not None and CONTROL in of:
-            control = train_model(
-                dataclasses.replace(run, evaluated=ends), CONTROL, base_model, steps=self.steps, initialise=base,
-                origin=f"{self._origin}, trained on the same batches", selection=of[CONTROL].selection,
-            )  # fmt: skip
-        trained = load_trained(run, healed, model, selection)
-        with jax.set_mesh(run.mesh):
-            params = jax.jit(selection.merge, out_shardings=param_shardings(model, run.mesh))(trained, before())
-        if MERGED in of:
-            merged = f"{HEALED} at step {healed.steps}, its adapters merged into {BEFORE}"
-            results.append(measured(run, MERGED, model, origin=merged, params=lambda: params))
-        results += [] if control is None else [control]
-        export = {"dtype": self._config.export.dtype or None, "source": self._origin}
-        self._finish(
-            run, title, results, model, params, plan, made=healed, healed=part, plan_title="The plan",
-            loss_of="loss token",
-            finding=report.healed, notes=["", self._what_trained(healed)],
-            export=export | self._vocabulary,
-        )  # fmt: skip
-
-    def _base(self, run: Run) -> Callable[[], Params] | None:
-        """How to get the model that the plan begins from; None if it takes from several."""
-        if self._recipe is not None:
-            return functools.partial(self._load, None) if len(self._models) == 1 else None
-        model, run = self._models[BASE], dataclasses.replace(run, data=self._text, settings=self._pretrain)
-        result = train_fresh(run, PRETRAINED, model, steps=self._config.pretrain.steps)
-        return functools.partial(load_trained, run, result, model)
-
-    def _load(self, plan: DepthPlan | None) -> Params:
-        """The base, or the plan's result, each device's part read straight onto it."""
-        c, (first, *_) = self._config.base, self._places.values()
-        model = load(
-            self._places if plan else first, plan=plan, mesh=self._mesh, dtype=c.dtype or None, strict=True,
-            allow_pickle=c.allow_pickle, progress=True,
-        )  # fmt: skip
-        for check in self._watched.values():
-            check()
-        self._loaded |= plan is None
-        return model.params
-
-    def _before(self, run: Run, base: Callable[[], Params] | None) -> Params:
-        """The model before healing, from the run if it is there, else built and put there."""
-        directory = run.directory / "checkpoints" / BEFORE
-        advice = f"remove {directory} to have it built again"
-        with jax.set_mesh(run.mesh), Checkpoints(directory, keep=1, advice=advice) as checkpoints:
-            if checkpoints.latest is not None:
-                kinds = {"dtypes": Dtypes | None}
-                about = told(lambda: read_json(directory / "model.json", kinds, advice), "read model.json") or {}
-                if (dtypes := about.get("dtypes")) is None:
-                    raise UserError(f"gone or damaged; {advice}", at=f"{directory}/model.json")
-                wanted = flatten(abstract_params(self._model, run.mesh))
-                return checkpoints.restore_params(
-                    0, unflatten({path: leaf.update(dtype=dtypes[path]) for path, leaf in wanted.items()})
-                )
-            if self._recipe is None and base is not None:
-                params = build(run, self._plan, self._model, base)
-            else:
-                if base is not None and not self._loaded and read_result(directory.parent / BASE) is not None:
-                    base()  # an earlier start has measured it: is it the same?
-                params = self._load(self._plan)
-                if self._plan == identity(self._plan.rows[0].source, self._plan.num_layers):
-                    check_digest(directory.parent / BASE, params)  # which the control begins from
-            if jax.process_index() == 0:
-                dtypes = {path: leaf.dtype.name for path, leaf in flatten(params).items()}
-                describe_model(directory, run, BEFORE, self._model, self._plan, dtypes=dtypes)
-            checkpoints.save_params(0, params)
-            return params
-
-    # ---- what it leaves
-
-    def _what_trained(self, healed: Result) -> str:
-        if healed.trained is None:
-            return "Everything trained."
-        frozen = "all others" if self._lora.rank else f"the other {healed.params - healed.trained:,}"
-        which = chosen(dataclasses.asdict(self._train), dataclasses.asdict(self._lora))
-        return (
-            f"{healed.trained:,} parameters trained ({which}). Every bit of {frozen} is as it was before: "
-            "so says a digest of them, taken before the first step and after the last."
-        )
-
-    def _vocabulary_files(self) -> dict[str, Any]:
-        """The tokenizer's files with the chat template, config.json's token ids, and the family's name."""
-        tokenizer = self.data.tokenizer
-        if self._recipe is None:
-            with tempfile.TemporaryDirectory() as directory:
-                tokenizer.save_pretrained(directory)
-                files, model_type = carried_files(directory), None
-            ids = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
-        else:
-            main = self._recipe.models[self._recipe.base]
-            files, model_type = carried_files(main.path, main.revision), main.hf["model_type"]
-            ids = {name: main.hf[name] for name in TOKEN_IDS if name in main.hf}
-        if self._chat.format and self.data.chat_template:
-            files = with_template(files, self.data.chat_template)
-        # Generation has to stop where the format ends a turn.
-        settings = parse_json(files.get("generation_config.json", b"{}"), "generation_config.json")
-        known = settings.get("eos_token_id")
-        ends = dict.fromkeys([*(known if isinstance(known, list) else [] if known is None else [known]), *self._ends])
-        settings = {"bos_token_id": tokenizer.bos_token_id, **settings, "eos_token_id": list(ends)}
-        files["generation_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
-        return {"carried": files, "hf_extra": ids, "model_type": model_type}
+    def _finding(self, results: Sequence[Result], unit: str) -> str:
+        return report.healed(results, unit)
