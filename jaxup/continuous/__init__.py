@@ -1,1 +1,1 @@
-"""Tokens that are not words: what forms a step and is fed (layouts), and which distribution is predicted (heads)."""
+"""Continuous tokens: images, clips and stored features that a decoder is fed and predicts beside the words."""
