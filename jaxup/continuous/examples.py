@@ -1,6 +1,7 @@
 """What is trained on, before a layout packs it: text, and the continuous tokens of an image or a clip.
 
-Shape suffixes: P tokens of a prompt, A tokens of an answer, F frames, N continuous tokens of a frame, C channels of one.
+Shape suffixes: P tokens of a prompt, A tokens of an answer, F frames, N continuous tokens of a frame, each of
+C channels.
 """
 
 from __future__ import annotations

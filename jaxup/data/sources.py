@@ -404,29 +404,46 @@ def load_dataset(spec: str, how: str, *args: Any, **options: Any) -> Any:
 
 def _hub(spec: str, corpus: Corpus | None, side: Split | None) -> list[File]:
     missing = f"no such file or directory: {spec if corpus else spec or repr(spec)}{_near_python(spec, 0.6, corpus)}"
-    name, *more = spec.split(":")
     python = _near_python(spec, 0.8, corpus)
-    if python or "://" in spec or not is_hub_name(name, _PATHS):
-        raise UserError(missing, hint="" if python else nearest_path(spec))
+    if python:
+        raise UserError(missing)
+    try:
+        data, split = from_hub(spec, missing)
+    except _Script:
+        if not corpus or ":" in spec:
+            raise
+        return _downloaded(spec, corpus, side)
+    return _Choice(spec.removesuffix(f":{split}"), split, corpus, side).datasets(spec, data)
+
+
+class _Script(UserError):
+    """A dataset is what a script makes, which no longer runs."""
+
+
+def from_hub(spec: str, missing: str) -> tuple[Any, str]:
+    """The datasets.Dataset or DatasetDict that `NAME[:CONFIG][:SPLIT]` is on the Hugging Face hub, and SPLIT or "".
+
+    UserError, beginning with `missing`, if there is none or it cannot be loaded.
+    """
+    name, *more = spec.split(":")
+    if "://" in spec or not is_hub_name(name, _PATHS):
+        raise UserError(missing, hint=nearest_path(spec))
     datasets = import_datasets(spec)
     _reach_dataset(name, datasets, sure=bool(more))
     config, split = (*more, "", "")[:2]
     try:
         try:
-            data = datasets.load_dataset(name, config or None)
+            return datasets.load_dataset(name, config or None), split
         except ValueError as error:  # there is no such configuration: perhaps it is a split
             if not config or split or "BuilderConfig" not in str(error):
                 raise
-            config, split = "", config
-            data = datasets.load_dataset(name, None)
+            return datasets.load_dataset(name, None), config
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError):
         raise UserError(f"{missing}, and no such dataset on the Hugging Face hub") from None
     except Exception as error:  # network, quota, gated or damaged: the libraries raise all kinds
-        if corpus and "scripts are no longer supported" in str(error) and not more:
-            return _downloaded(spec, corpus, side)
+        kind = _Script if "scripts are no longer supported" in str(error) else UserError
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{missing}, and the hub's dataset cannot be loaded: {reason}") from None
-    return _Choice(spec.removesuffix(f":{split}"), split, corpus, side).datasets(spec, data)
+        raise kind(f"{missing}, and the hub's dataset cannot be loaded: {reason}") from None
 
 
 def _downloaded(spec: str, corpus: Corpus, side: Split | None) -> list[File]:
