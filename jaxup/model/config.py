@@ -113,18 +113,6 @@ class LayerKind:
             raise UserError(f"model: norm_factor={self.norm_factor} goes with placement='pre', not {self.placement!r}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Beside:
-    """A parameter that stands beside the decoder's own."""
-
-    path: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    fill: float = 0.0
-    std: float = 0.0
-    inputs: int = 0
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything that decides what a decoder computes; nothing about how fast.
