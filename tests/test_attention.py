@@ -16,21 +16,22 @@ from jaxup.model.attention import attention
 SEQ = 300
 
 
-def check(implementation, *, heads, kv_heads, head_dim, seq=SEQ, window=None, segments=None, batch_axes=()):
+def check(implementation, *, heads, kv_heads, head_dim, seq=SEQ, window=None, segments=None, steps=None, batch_axes=()):
     """The value and the gradients; returns the value."""
     rng = np.random.default_rng(0)
     shapes = [(2, seq, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
     q, k, v, cotangent = (rng.standard_normal(shape, np.float32) for shape in shapes)
     q *= np.float32(head_dim**-0.5)
-    asked = {"window": window, "segment_ids": segments}
+    asked = {"window": window, "segment_ids": segments, "steps": steps}
 
     @jax.jit
-    def run(q, k, v, cotangent, segments):
-        how = {"window": window, "segment_ids": segments, "implementation": implementation, "batch_axes": batch_axes}
+    def run(q, k, v, cotangent, segments, steps):
+        how = {"window": window, "segment_ids": segments, "steps": steps}
+        how |= {"implementation": implementation, "batch_axes": batch_axes}
         out, back = jax.vjp(functools.partial(attention, **how), q, k, v)
         return out, *back(cotangent)
 
-    found, want = run(q, k, v, cotangent, segments), exact.attention(q, k, v, cotangent, **asked)
+    found, want = run(q, k, v, cotangent, segments, steps), exact.attention(q, k, v, cotangent, **asked)
     # A sum of n products rounds n times, to within 2^-24 of the sum so far: a third of that squared on average, and the
     # square of the sum so far is half of the last. Independent, they add up to 2^-24 * sqrt(n / 6) of the sum. In a
     # gradient are two sums over a head, that of softmax and that of its derivative over the keys, and the last, over as
@@ -72,6 +73,27 @@ def test_without_a_kernel(implementation, block, segmented, window, sizes, monke
     segments = np.stack([index // 70, index // 256]) if segmented else None
     heads, kv_heads, head_dim = sizes
     check(implementation, heads=heads, kv_heads=kv_heads, head_dim=head_dim, window=window, segments=segments)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "block", "steps", "segmented", "window"),
+    [
+        ("blocked", 128, "images", True, 200),
+        ("blocked", 8, "images", True, 5),
+        ("xla", 128, "one", False, None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(["xla", "blocked"], [128, 8], ["images", "one"], [False, True], [None, 1, 70])
+        ),
+    ],
+)
+def test_by_steps(implementation, block, steps, segmented, window, monkeypatch):
+    """Runs of one step between others, some of them before what is lower; and one step, which sees itself whole."""
+    monkeypatch.setattr("jaxup.model.attention._BLOCK", block)
+    index = np.arange(SEQ, dtype=np.int32)
+    segments = np.stack([index // 70, index // 256]) if segmented else None
+    of = {"one": 0 * index[None], "images": np.stack([np.where(index % 50 < 20, index // 50 * 50, index), -index // 9])}
+    check(implementation, heads=4, kv_heads=2, head_dim=4, window=window, segments=segments, steps=of[steps])
 
 
 @pytest.mark.parametrize(

@@ -97,37 +97,40 @@ def test_the_same_steps_give_the_same_bits_where_xla_is_told_to(config):
 
 
 @functools.cache
-def drawn(packed, head_dim, kv_heads, window, seq):
-    """What attention is given, rounded to bfloat16, its segments, and what float64 makes of it."""
+def drawn(packed, by_steps, head_dim, kv_heads, window, seq):
+    """What attention is given, rounded to bfloat16, its segments and steps, and what float64 makes of it."""
     rng = np.random.default_rng(0)
     given = [rng.standard_normal((2, seq, n, head_dim), np.float32) for n in (4, kv_heads, kv_heads, 4)]
     given[0] *= head_dim**-0.5
     given = [np.asarray(x, jnp.bfloat16) for x in given]
     index = np.arange(seq, dtype=np.int32)
     segments = np.stack([index // 70, np.minimum(index // 301, 2)]) if packed else None
-    return given, segments, exact.attention(*given, window=window, segment_ids=segments)
+    steps = np.where(index % 60 < 20, index // 60 * 60, index)[None] if by_steps else None
+    return given, segments, steps, exact.attention(*given, window=window, segment_ids=segments, steps=steps)
 
 
 @pytest.mark.parametrize(
     ("head_dim", "kv_heads", "window", "seq"),
     [(64, 4, None, 512), (100, 4, 1, 512), (256, 1, None, 512), (128, 2, None, 2304), (128, 1, 300, 2304)],
 )
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("packed", "by_steps"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("implementation", ["cudnn", "blocked"])
-def test_attention_equals_float64(implementation, packed, head_dim, kv_heads, window, seq):
+def test_attention_equals_float64(implementation, packed, by_steps, head_dim, kv_heads, window, seq):
     """In value and gradients, of inputs that are bfloat16: a few roundings of 2^-9, independent, are less than 1%."""
-    given, segments, want = drawn(packed, head_dim, kv_heads, window, seq)
-    asked = {"dtype": jnp.bfloat16, "seq_len": seq, "head_dim": head_dim, "packed": packed}
+    given, segments, steps, want = drawn(packed, by_steps, head_dim, kv_heads, window, seq)
+    asked = {"dtype": jnp.bfloat16, "seq_len": seq, "head_dim": head_dim, "packed": packed, "stepwise": by_steps}
     assert choose("auto", **asked) == choose("cudnn", **asked) == "cudnn"
 
     @jax.jit
-    def run(q, k, v, cotangent, segments):
-        how = {"window": window, "segment_ids": segments, "implementation": implementation}
+    def run(q, k, v, cotangent, segments, steps):
+        how = {"window": window, "segment_ids": segments, "steps": steps, "implementation": implementation}
         out, back = jax.vjp(functools.partial(attention, **how), q, k, v)
         return out, *back(cotangent)
 
     # A window of one leaves q and k no gradient: what is then there is rounding of those of v and the value.
     size = lambda x: np.linalg.norm(x) or np.linalg.norm(want[0]) * head_dim**0.5  # noqa: E731
-    errors = [np.linalg.norm(np.float64(a) - b) / size(b) for a, b in zip(run(*given, segments), want, strict=True)]
+    errors = [
+        np.linalg.norm(np.float64(a) - b) / size(b) for a, b in zip(run(*given, segments, steps), want, strict=True)
+    ]
     print(*(f"{error:.1e}" for error in errors))
     assert max(errors) < 0.01

@@ -135,6 +135,10 @@ def test_what_the_cache_or_the_positions_cannot_hold_is_refused_and_not_clamped(
         ("9.0", "auto", {"mesh": "cpu"}, "blocked"),
         ("9.0", "auto", {"mesh": "gpu"}, "cudnn"),
         (None, "splash", {}, "splash"),
+        (None, "splash", {"stepwise": True}, "blocked"),  # its masks are constants
+        (None, "auto", {"mesh": "tpu", "stepwise": True}, "blocked"),
+        ("9.0", "auto", {"stepwise": True}, "cudnn"),
+        ("9.0", "auto", {"stepwise": True, "seq_len": 4095}, "blocked"),
     ],
 )
 def test_which_attention_runs(capability, asked, given, chosen, monkeypatch):
@@ -184,9 +188,15 @@ def test_what_rematerialisation_keeps_of_the_kernel_of_attention(attention, head
     assert len(kept) == (remat == "offload"), kept
 
 
-def test_packed_rows_keep_no_mask_and_no_logits_for_the_backward_pass_of_the_kernel(cudnn):
+@pytest.mark.parametrize("given", ["segment_ids_BS", "steps_BS"])
+def test_packed_rows_keep_no_mask_and_no_logits_for_the_backward_pass_of_the_kernel(given, cudnn):
     compute, tokens = Compute(dtype="bfloat16", attention="cudnn"), tokens_for(LLAMA)[:, :12]
-    program = str(jax.make_jaxpr(lambda *given: loss_and_grad(LLAMA, compute, *given))(noisy(LLAMA), tokens, tokens))
+    graphdef, _ = abstract(LLAMA, compute)
+
+    def total(params, tokens):
+        return jnp.sum(nnx.merge(graphdef, params).hidden(tokens, **{given: tokens}).astype(jnp.float32))
+
+    program = str(jax.make_jaxpr(jax.grad(total))(noisy(LLAMA), tokens))
     assert program.count("dot_product_attention_fwd_wrapper") == program.count("dot_product_attention_bwd_wrapper") == 1
     assert "bf16[2,1,12,12]" in program  # the mask that the kernel is given
     assert "[3,2,1,12,12]" not in program

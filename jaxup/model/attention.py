@@ -40,7 +40,7 @@ def attention(
     q_start: int | Int[Array, ""] = 0,
     window: int | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
-    first: Int[Array, " batch"] | None = None,
+    first: Int[Array | np.ndarray, " batch"] | None = None,
     steps: Int[Array | np.ndarray, "#batch seq"] | None = None,
     together: bool = False,
     implementation: str = "auto",
