@@ -616,3 +616,52 @@ def test_importing_is_light():
         "print([m for m in ('jax', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
     )
     assert processes.run("-c", code).stdout.strip() == "[]"
+
+
+# ---- what is drawn anew each time
+
+
+class DrawnRows(FakeRows):
+    draws = True
+
+    def batch(self, indices, draws):
+        one = np.ones((len(indices), 3), np.float32)
+        return {"row": indices, "noise": draws, "loss_weights": one, "value_weights": one.copy(), "values": one.copy()}
+
+
+def test_a_row_is_drawn_by_its_place_in_the_run_alone():
+    """In epochs, in parts of a batch that each process reads, whatever the size of the batch; each time another."""
+    rows, steps = DrawnRows(10), 50
+
+    def noise(batch_size, seed=1, part=slice(None)):
+        batches = Batches(rows, batch_size=batch_size, seed=seed)
+        found = [batches(step, part)["noise"] for step in range(steps * 4 // batch_size)]
+        return np.stack(found)
+
+    whole = noise(4)
+    assert whole.dtype == np.uint32
+    np.testing.assert_array_equal(np.concatenate([noise(4, part=slice(0, 2)), noise(4, part=slice(2, 4))], 1), whole)
+    np.testing.assert_array_equal(noise(8).ravel(), whole.ravel())
+    assert noise(4, part=slice(2, 2)).shape == (steps, 0)
+    assert len(np.unique(whole)) == whole.size
+    assert not np.isin(noise(4, seed=2), whole).any()
+    # Of 200 uniform numbers the mean is within four of its deviations, and each bit is set in half of them.
+    assert abs(whole.mean() / 2**32 - 0.5) < 4 / (12 * whole.size) ** 0.5
+    bits = np.unpackbits(whole.ravel().view(np.uint8).reshape(-1, 4), axis=1).mean(0)
+    assert np.abs(bits - 0.5).max() < 4 * 0.5 / whole.size**0.5
+    assert not hasattr(FakeRows(1), "draws")
+
+
+def test_rows_of_validation_are_drawn_by_their_numbers():
+    """The same at each evaluation, in batches of any size; what fills up a batch does not count."""
+    rows = DrawnRows(10)
+    several = list(validation_batches(rows, batch_size=4, max_rows=0))
+    (one,) = validation_batches(rows, batch_size=10, max_rows=0)
+    noise = np.concatenate([batch["noise"] for batch in several])
+    np.testing.assert_array_equal(noise[:10], one["noise"])
+    assert len(np.unique(noise)) == 10
+    parts = [next(validation_batches(rows, batch_size=4, max_rows=0, part=part)) for part in (slice(0, 2), slice(2, 4))]
+    np.testing.assert_array_equal(np.concatenate([part["noise"] for part in parts]), several[0]["noise"])
+    assert not np.isin(Batches(rows, batch_size=10, seed=0)(0)["noise"], one["noise"]).any()
+    for name, held in (("loss_weights", 2), ("value_weights", 2), ("values", 4)):
+        assert several[-1][name].sum() == 3 * held

@@ -4,13 +4,15 @@ Position i = step * batch_size + j of the run is row permutation(seed, i // N)[i
 each of the N rows once, and one follows the other even within a batch. Of rows in phases each pass over one phase is
 what an epoch is of all. So a run resumes knowing its step alone, and any number of processes reads the same global
 batch, each only its share.
+
+Rows of which something is drawn anew each time, such as noise, come with a random number for each, of (seed, i) alone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from jaxup.data.phases import Phases
 
 SUBSET_EPOCH = 2**64 - 1  # the permutation that chooses a subset's rows; no run gets there
 REPLAY = 2**63  # and this plus its number the one that chooses what is seen again in a pass
+TRAINING_DRAWS, VALIDATION_DRAWS = 2**64 - 3, 2**64 - 4  # no permutations: the numbers that rows are drawn by
 
 
 @runtime_checkable
@@ -31,7 +34,48 @@ class Fields(Protocol):
 
         Where segments are kept apart also segment_ids (from 1; 0 = padding) and positions (from 0 in
         each segment), int32 [B, S]. IndexError outside the rows.
+
+        Rows may have other fields [B, ...], of which a second axis is S. Those whose names end in "weights" say what
+        counts: they are 0 where a batch is filled up.
         """
+
+
+class Drawn(Fields, Protocol):
+    """Rows of which something is drawn each time that they are seen: `draws` says so."""
+
+    draws: bool
+
+    def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """As that of `Fields`, drawn by a random uint32 [B] for each row, and by nothing else."""
+
+
+@runtime_checkable
+class TrainingData(Protocol):
+    """What training asks of the data that it is on."""
+
+    @property
+    def validation(self) -> Fields: ...
+
+    @property
+    def store(self) -> str: ...  # where it is kept
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def packed(self) -> bool: ...  # whether a row has parts that do not see each other
+
+    @property
+    def train_rows(self) -> int: ...  # those that are used
+
+    @property
+    def epoch_rows(self) -> int: ...  # in an epoch, with what is seen again in it
+
+    def tokens_of(self, rows: int) -> int: ...  # of so many training rows, without padding
+
+    def batches(self, *, batch_size: int, seed: int) -> Batches: ...
+
+    def validation_batches(self, **how: Any) -> Iterator[dict[str, np.ndarray]]: ...  # as the function below
 
 
 class Batches:
@@ -81,7 +125,10 @@ class Batches:
 
     def __call__(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """The batch of `step`, or the `rows` of it that this process owns; only those are read."""
-        return self._rows.batch(self.rows_of(step)[rows])
+        numbers = (step * self.batch_size + np.arange(self.batch_size))[rows]
+        return _batch(
+            self._rows, self.rows_of(step)[rows], functools.partial(draws, self._seed, TRAINING_DRAWS, numbers)
+        )
 
 
 def validation_batches(
@@ -89,14 +136,33 @@ def validation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The first `max_rows` rows (0 = all) in their order, as batches of one shape with the fields of `Batches`.
 
-    The last batch is filled up with rows of loss weight 0. `part`: the rows of each batch to read.
+    The last batch is filled up with rows of weight 0. `part`: the rows of each batch to read. What a row is drawn by
+    depends on its number alone.
     """
     total = min(max_rows, len(rows)) if max_rows else len(rows)
     for start in range(0, total, batch_size):
         indices = np.arange(start, start + batch_size)[part]
-        batch = rows.batch(np.minimum(indices, total - 1))
-        batch["loss_weights"][indices >= total] = 0
+        held = np.minimum(indices, total - 1)
+        batch = _batch(rows, held, functools.partial(draws, 0, VALIDATION_DRAWS, held))
+        for name, values in batch.items():
+            if name.endswith("weights"):
+                values[indices >= total] = 0
         yield batch
+
+
+def _batch(rows: Fields, indices: np.ndarray, drawn: Callable[[], np.ndarray]) -> dict[str, np.ndarray]:
+    if getattr(rows, "draws", False):
+        return cast(Drawn, rows).batch(indices, drawn())
+    return rows.batch(indices)
+
+
+def draws(seed: int, stream: int, numbers: np.ndarray) -> np.ndarray:
+    """uint32 [n], for each of these ascending numbers: what Philox has at that place of the stream."""
+    if not numbers.size:
+        return np.zeros(0, np.uint32)
+    first, key = int(numbers[0]), np.array([seed % 2**64, stream], np.uint64)
+    raw = np.random.Philox(key=key, counter=first).random_raw(4 * (int(numbers[-1]) - first + 1))
+    return (raw[::4] >> np.uint64(32)).astype(np.uint32)[numbers - first]
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:

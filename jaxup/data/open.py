@@ -79,6 +79,11 @@ class Data:
         )
 
     @property
+    def packed(self) -> bool:
+        """Whether the examples of a row do not see each other."""
+        return self.train.isolate
+
+    @property
     def epoch_rows(self) -> int:
         """How many training rows an epoch has: those that are used, and what is seen again in a phase."""
         return self.train_rows + sum(self.phases.replayed if self.phases else ())

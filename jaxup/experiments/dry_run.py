@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from jaxup.data.open import Data
 from jaxup.errors import UserError
 from jaxup.experiments.common import Experiment
 from jaxup.experiments.config import get, leaves, load
@@ -116,10 +117,11 @@ def _row(stage: Stage, left: int) -> tuple[str, ...]:
 
 
 def _data(experiment: Experiment, stages: Sequence[Stage]) -> list[str]:
-    """Where they are and how many, with an example; of chats as the run says it."""
+    """Where they are and how many, with an example; of chats, and what is no text, as the run says it."""
     color = sys.stdout.isatty()
-    texts = {stage.data.store: stage.data for stage in stages if stage.data.format is None}
-    lines = [f"  {text}\n{text.example(color)}" for text in texts.values()]
+    opened = {stage.data.store: stage.data for stage in stages}.values()
+    texts = [data for data in opened if isinstance(data, Data) and data.format is None]
+    lines = [f"  {text}\n{text.example(color)}" for text in texts]
     report = experiment.report().rstrip()  # begins with the plan
     return ["plan and data" if report else "data", *lines, *filter(None, [report])]
 

@@ -57,13 +57,13 @@ def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.
     rows = s.batch_size if name == "train_step" else s.eval_batch_size
     shape = ordered(stage.data.batches(batch_size=1, seed=0)(0), mesh)
     batch = {
-        key: jax.ShapeDtypeStruct((rows, *value.shape[1:]), value.dtype, sharding=batch_sharding(mesh))
+        key: jax.ShapeDtypeStruct((rows, *value.shape[1:]), value.dtype, sharding=batch_sharding(mesh, value.ndim))
         for key, value in shape.items()
     }
     with jax.set_mesh(mesh):
         kernel = described(
             s.compute.attention, dtype=s.compute.dtype, seq_len=None if name == "decode" else stage.data.seq_len,
-            head_dim=model.head_dim, packed=stage.data.train.isolate,
+            head_dim=model.head_dim, packed=stage.data.packed,
         )  # fmt: skip
     facts: dict[str, Any] = {
         "stage": stage.name, "mesh": dict(mesh.shape), "layers": model.num_layers, "parameters": count_params(model),

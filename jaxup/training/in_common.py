@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxup.data.open import Data
+from jaxup.data.batches import TrainingData
 from jaxup.files import bucket
 from jaxup.files.bucket import Bucket, remove
 from jaxup.model.config import ModelConfig
@@ -31,7 +31,7 @@ from jaxup.training.sound import steps_in
 _TAKEN = "common.json"  # beside a copy: what it is of
 
 
-def key(model: ModelConfig, steps: int, data: Data, settings: Settings) -> str:
+def key(model: ModelConfig, steps: int, data: TrainingData, settings: Settings) -> str:
     """A digest of what decides the numbers of a model that begins with random values, and when they are logged."""
     free = ("log_interval", "checkpoint_interval", "keep_checkpoints")
     what = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}

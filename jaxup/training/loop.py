@@ -305,7 +305,7 @@ def train_model(
         label = f"{name} (model {which})" if which else name
         attention = described(
             run.settings.compute.attention, dtype=run.settings.compute.dtype, seq_len=run.data.seq_len,
-            head_dim=model.head_dim, packed=run.data.train.isolate,
+            head_dim=model.head_dim, packed=run.data.packed,
         )  # fmt: skip
         trained = None
         if selection.partition is not None:

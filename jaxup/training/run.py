@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxup.data.open import Data
+from jaxup.data.batches import TrainingData
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
@@ -68,7 +68,7 @@ class Stage:
     model: ModelConfig
     steps: int = 0  # of its training; 0: it is measured only
     first: int = 0  # of them those that a smaller model took, from which it goes on
-    data: Data
+    data: TrainingData
     settings: Settings
     selection: Selection = EVERYTHING
     dtype: str = "float32"  # of what does not train
@@ -103,7 +103,7 @@ class Run:
     directory: Path
     settings: Settings
     mesh: Mesh
-    data: Data
+    data: TrainingData
     log: MetricsLog
     processes: Processes
     sample: Callable[[ModelConfig, Params], str]  # a short text by the model, for the summary

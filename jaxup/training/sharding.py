@@ -135,8 +135,9 @@ def state_shardings(optimizer: optax.GradientTransformation, opt_state: Any, par
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
+def batch_sharding(mesh: Mesh, axes: int = 2) -> NamedSharding:
+    """Of the fields of a batch with so many axes: rows, positions of these, and others, which are not split."""
+    return NamedSharding(mesh, PartitionSpec(*(BATCH_AXES, "context")[:axes]))
 
 
 def local_rows(size: int, mesh: Mesh) -> slice:
@@ -159,19 +160,19 @@ def ordered(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
     tokens = batch["tokens"]
     order = balanced(tokens.shape[1], parts).astype(np.int32)
     return {"positions": np.broadcast_to(order, tokens.shape)} | {
-        name: array[:, order] for name, array in batch.items()
+        name: array[:, order] if array.ndim > 1 else array for name, array in batch.items()
     }
 
 
 def place_batch(local: dict[str, np.ndarray], size: int, mesh: Mesh) -> dict[str, jax.Array]:
     """The global batch of `size` rows on the mesh, from each process's `local_rows` of it."""
-    sharding, first = batch_sharding(mesh), local_rows(size, mesh).start
+    first = local_rows(size, mesh).start
 
     def place(array: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             start, stop = _span(index, size)
             return array[start - first : stop - first, *(index or ())[1:]]
 
-        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, shard)
+        return jax.make_array_from_callback((size, *array.shape[1:]), batch_sharding(mesh, array.ndim), shard)
 
     return {name: place(array) for name, array in ordered(local, mesh).items()}
