@@ -467,7 +467,7 @@ def asked(config, place):
     result = Result(name="", kind="", origin="", layers=1, params=1, steps=1, tokens=1, val_loss=1.0, seconds=0.0,
                     sample="")  # fmt: skip
     rows = {"vocab_size": 512, "seq_len": 32, "train_rows": 64, "validation_tokens": 64, "chat_template": None,
-            "epoch_rows": 64, "ends": lambda: iter([64]), "phases": None}  # fmt: skip
+            "epoch_rows": 64, "ends": lambda: iter([64]), "phases": None, "validation": None}  # fmt: skip
     tokenizer = mock.Mock(side_effect=note("tokenizer", {"input_ids": [1, 2]}), chat_template=None, eos_token_id=0)
     text = mock.Mock(Data, tokenizer=tokenizer, store="text", **rows)
     text.whole = lambda: mock.Mock(Data, store="all", **rows)
@@ -626,6 +626,7 @@ PROGRAMS = [
     ("optimizer.clip_norm", 2.0, {}), ("step.accumulation", 2, {}), ("step.loss_chunk", 4, {}),
     ("step.noise_scale", True, {"step.accumulation": 2}), ("step.z_loss", 0.1, {}),
     ("step.spike_factor", 2.0, {}), ("step.spike_window", 5, {"step.spike_factor": 2.0}),
+    ("step.ema", 0.9, {}),
     ("compute.dtype", "bfloat16", {}), ("compute.attention", "splash", {}), ("compute.remat", "full", {}),
     ("compute.unroll", 1, {}),
 ]  # fmt: skip
@@ -662,7 +663,7 @@ def test_every_key_of_the_step_makes_another_program():
         params = abstract(model)[1]
         state = TrainState(
             params, jax.eval_shape(optimizer.init, params), *(jax.ShapeDtypeStruct((), d) for d in ("int32", "bool")),
-            jax.eval_shape(settings.step.spikes),
+            jax.eval_shape(settings.step.spikes), params if settings.step.ema else None,
         )  # fmt: skip
         step = make_train_step(model, settings.compute, optimizer, settings.step)
         schedule = jax.make_jaxpr(lambda count: 1.0 * learning_rate(settings.optimizer, 20)(count))(np.int32(0))

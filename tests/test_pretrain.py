@@ -28,6 +28,7 @@ from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Part, Paused, Result, Run
 from jaxup.training.selection import EVERYTHING
 from jaxup.training.sharding import MeshConfig, make_mesh
+from jaxup.training.stored import read_stored, restore
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -105,7 +106,8 @@ def test_what_cannot_work_is_refused(run, deeper, more, said):
 
 # ---- growth
 
-GROW = "--config.train.grow=1@0, 2@0.4, 3@0.8"  # of 12 steps: from step 5, and from step 10
+# Of 12 steps: from step 5, and from step 10. What is evaluated are averages.
+GROW = ["--config.train.grow=1@0, 2@0.4, 3@0.8", "--config.step.ema=0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def deeper(run, batches, drawing):
     read = Batches.__call__
     with drawing(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batches, "__call__", lambda self, step, *share: batches.append(step) or read(self, step, *share))
-        return run("deeper", GROW)
+        return run("deeper", *GROW)
 
 
 def plan_of(workdir):
@@ -147,9 +149,10 @@ def test_a_model_grows_while_it_trains(deeper, batches, run, capsys):
     ]  # fmt: skip
     assert [result(deeper, name)["steps"] for name in ("model_1", "model_2", "model")] == [5, 10, 12]
     assert plan_of(deeper).strip() == "=zz"
+    assert {r["ema"] for r in metrics(deeper) if "val_loss" in r} == {0.5}
     summary = (deeper / "SUMMARY.md").read_text()
     assert " in 12 steps from random values, of them 5 with 1 layer and 5 with 2 layers. " in summary
-    run("said", GROW, "--dry-run")
+    run("said", *GROW, "--dry-run")
     table = re.findall(
         r"^  (model\w*) +(\d) +[\d,]+ +all +(\d+) +256 +([\d,]+) +\S+ +(\S+)", capsys.readouterr().out, re.M
     )
@@ -163,15 +166,32 @@ def test_a_model_grows_while_it_trains(deeper, batches, run, capsys):
 def test_a_training_pauses_and_goes_on(run, deeper, pausing):
     """To the bit, also where it grows, before the deeper model has a checkpoint; at a pause or beyond it nothing is
     done."""
-    assert pausing("paused", 5, GROW) == [4, 5]
-    assert pausing("paused", 7, GROW) == [7]
-    assert pausing("paused", 6, GROW) == []
+    assert pausing("paused", 5, *GROW) == [4, 5]
+    assert pausing("paused", 7, *GROW) == [7]
+    assert pausing("paused", 6, *GROW) == []
     assert not (deeper.parent / "paused/checkpoints/model").exists()
-    (lines, export), (want, wanted) = left(run("paused", GROW)), left(deeper)
+    (lines, export), (want, wanted) = left(run("paused", *GROW)), left(deeper)
     assert [line for line in lines if line in want] == want
     looked_at = {r["step"]: r["val_loss"] for r in lines if r not in want}
     assert [*looked_at] == [7], "where it paused it was looked at"
     assert export == wanted
+
+
+def test_what_is_read_of_a_run_are_averages(deeper):
+    """Of each checkpoint and of the export, by the rule in NumPy; training goes on with the rest."""
+    stored, settings = read_stored(deeper, "model_1"), read_settings(load_run(deeper)[0])
+    program = make_program(stored.model, settings.update, make_mesh(MeshConfig(data=1, fsdp=1, tensor=1)), EVERYTHING)
+    with Checkpoints(deeper / "checkpoints/model_1", keep=2) as checkpoints:
+        state = checkpoints.restore(5, program.abstract_state)
+    before, after = (flatten(restore(deeper, "model_1", step, stored)) for step in (4, 5))
+    for path, trained in flatten(jax.device_get(state.params)).items():
+        np.testing.assert_array_equal(after[path], (before[path] + trained) / 2)
+        np.testing.assert_array_equal(after[path], flatten(state.ema)[path])
+        assert (after[path] != trained).any()
+    last = flatten(restore(deeper, "model", 12, read_stored(deeper, "model")))
+    for path, exported in flatten(jaxup.load(deeper / "export").params).items():
+        np.testing.assert_array_equal(exported, last[path])
+    assert "as averages of its parameters over the updates, with a decay of 0.5." in (deeper / "SUMMARY.md").read_text()
 
 
 @pytest.mark.slow
@@ -188,14 +208,14 @@ def test_a_growth_goes_on_from_what_a_kill_leaves(run, deeper, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(loop.Meter, "_write", write_and_die)
             with pytest.raises(InterruptedError):
-                run("killed", GROW)
-    assert left(run("killed", GROW)) == left(deeper)
+                run("killed", *GROW)
+    assert left(run("killed", *GROW)) == left(deeper)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["copied", "random"])
 def test_new_layers_that_add_something(run, deeper, by):
-    workdir = run(by, GROW, f"--config.train.grown_by={by}", "--config.train.grow_recipe=stack")
+    workdir = run(by, *GROW, f"--config.train.grown_by={by}", "--config.train.grow_recipe=stack")
     loss, zeroed = validation(workdir), validation(deeper)
     assert loss[5, 1] == zeroed[5, 1]
     assert loss[5, 2] != loss[5, 1]
@@ -205,7 +225,7 @@ def test_new_layers_that_add_something(run, deeper, by):
 @pytest.mark.slow
 def test_a_restart_at_each_growth(run):
     """Inheritune's: a fresh optimizer, and warmup and decay over the steps of each depth."""
-    workdir = run("restart", GROW, "--config.train.restart=true")
+    workdir = run("restart", *GROW, "--config.train.restart=true")
     rates = [r["learning_rate"] for r in metrics(workdir) if "loss" in r]
     assert rates[:5] == rates[5:10]
     assert rates[10:] == [rates[0], rates[1]]
@@ -310,11 +330,11 @@ def test_other_growth_that_cannot_work_is_refused(run, deeper):
         (["--config.measure.rows=-1"], "measure.rows must be at least 0, not -1"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=f"^{re.escape(said)}"):
-            run("refused", GROW, *more)
+            run("refused", *GROW, *more)
     with pytest.raises(UserError, match=r"^train.grown_by=random: goes with train.grow; nothing reads"):
         run("refused", "--config.train.grown_by=random")
     # At a constant rate there may be more steps; those of a growth are shares of them.
     copy = shutil.copytree(deeper, deeper.parent / "constant")
     (copy / "config.json").write_text((copy / "config.json").read_text().replace('"cosine"', '"constant"'))
     with pytest.raises(UserError, match="this run was begun with another growth"):
-        run("constant", GROW, "--config.optimizer.schedule=constant", "--config.steps=20")
+        run("constant", *GROW, "--config.optimizer.schedule=constant", "--config.steps=20")

@@ -221,7 +221,11 @@ def test_mesh_does_not_change_the_step(mesh_config, capfd):
             out_shardings=(shardings, replicated),
         )
         state, before = jax.device_put(state, shardings), state
-        batch = make_batch()
+        # What the loss of text does not read, but others would: a number for each row, a vector for each position.
+        batch = make_batch() | {
+            "noise": np.arange(ROWS, dtype=np.uint32),
+            "values": np.arange(ROWS * SEQ * 2).reshape(ROWS, SEQ, 2),
+        }
         assert local_rows(ROWS, mesh) == slice(0, ROWS)
         placed = place_batch(batch, ROWS, mesh)
         assert placed["tokens"].sharding == batch_sharding(mesh)
@@ -587,7 +591,8 @@ def steps_of(gradients, config, monkeypatch):
     optimizer, schedule = make_optimizer(settings), learning_rate(settings, 20)
     step = jax.jit(make_train_step(MODEL, Compute(), optimizer, config))
     params = {"w": jnp.array([1.0, -2.0])}
-    states = [TrainState(params, optimizer.init(params), jnp.int32(0), jnp.bool_(False), config.spikes())]
+    ema = dict(params) if config.ema else None
+    states = [TrainState(params, optimizer.init(params), jnp.int32(0), jnp.bool_(False), config.spikes(), ema)]
     metrics = []
     for g in gradients:
         rate = jnp.float32(schedule(updates_made(states[-1].opt_state)))
@@ -619,6 +624,30 @@ def test_a_spike_is_a_norm_beyond_so_many_times_the_median(monkeypatch):
     plain, _ = steps_of(gradients, dataclasses.replace(config, spike_factor=0.0), monkeypatch)
     assert plain[0].spikes is None
     np.testing.assert_array_equal(plain[6].params["w"], states[6].params["w"])
+
+
+def test_averages_are_those_of_the_updates_that_are_made(monkeypatch):
+    """Against a plain loop: not of a step with a spike, nor of one that is not finite, after which there is none."""
+    gradients = np.random.default_rng(1).uniform(0.9, 1.1, (9, 2)).astype(np.float32)
+    gradients[5] *= 100
+    gradients[7] = np.nan
+    config = StepConfig(accumulation=1, loss_chunk=1, z_loss=0.0, spike_factor=3.0, spike_window=3, ema=0.9)
+    states, metrics = steps_of(gradients, config, monkeypatch)
+    assert [bool(m["skipped"]) for m in metrics] == [n == 5 for n in range(9)]
+    assert [bool(m["halted"]) for m in metrics] == [n >= 7 for n in range(9)]
+    wanted = np.asarray(states[0].params["w"], np.float64)
+    for number, state in enumerate(states[1:]):
+        if number not in (5, 7, 8):
+            wanted = 0.9 * wanted + 0.1 * np.asarray(state.params["w"], np.float64)
+        # Each update rounds twice, numbers of up to 2.
+        np.testing.assert_allclose(state.averaged["w"], wanted, atol=9 * 2 * 2**-23)
+    np.testing.assert_array_equal(states[7].averaged["w"], states[9].averaged["w"])
+    # What trains does not know of them.
+    plain, _ = steps_of(gradients, dataclasses.replace(config, ema=0.0), monkeypatch)
+    np.testing.assert_array_equal(plain[-1].averaged["w"], states[-1].params["w"])
+    for ema in (1.0, -0.1, math.nan):
+        with pytest.raises(UserError, match=f"^step\\.ema={ema}: must be a decay from 0"):
+            dataclasses.replace(config, ema=ema)
 
 
 def test_a_step_left_out_moves_the_schedule_alone():

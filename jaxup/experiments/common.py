@@ -189,6 +189,11 @@ class Experiment(abc.ABC):
         pictures.write(run.directory, title, drawn, records, loss_of, made=made, plan=plan)
         how = report.made_by(resuming.starts(run.directory))
         losses = f"Losses are nats per {loss_of} over the same {run.val_rows:,} validation rows."
+        if ema := run.settings.step.ema:
+            losses += (
+                f" What trained is evaluated, sampled and exported as averages of its parameters over the updates, with"
+                f" a decay of {ema:g}."
+            )
         notes = [f"{run.data}; seed {run.settings.seed}. {losses}", *notes]
         text = report.write_summary(
             run.directory, title, results, str(plan or ""), notes, finding=finding(results, loss_of), how=how,

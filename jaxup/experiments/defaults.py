@@ -103,6 +103,9 @@ def defaults(kind: str, *, small: bool) -> ConfigDict:
     # metrics.jsonl also has the squared gradient norm of micro-batches, of which it takes at least 2: from it and that
     # of the batch follow the true gradient's and the noise.
     c.step.noise_scale = False
+    # Averages of what trains, over the updates, with this decay: they are what is evaluated, sampled and exported.
+    # 0 = none. What training began with counts ema^n after n updates: a short run wants 0.97 to 0.99.
+    c.step.ema = 0.0
 
     c.compute = ConfigDict()
     c.compute.dtype = "float32" if small else "bfloat16"  # of activations

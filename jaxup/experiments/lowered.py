@@ -76,10 +76,11 @@ def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.
         if name == "train_step":
             return program.cut_into(count).lower(state, batch, rate, *beside), facts
         if name == "eval_step":
-            # A teacher is not asked, and stays where it is, as the optimizer does.
-            facts["beside"] = facts["memory"]["optimizer"] + facts["memory"].get("teacher", 0)
+            # A teacher is not asked, and stays where it is, as the optimizer does; and what trains beside its averages.
+            idle = ["optimizer", "teacher", *["parameters"] * (state.ema is not None)]
+            facts["beside"] = sum(facts["memory"].get(name, 0) for name in idle)
             frozen = beside[: len(beside) - (stage.objective.teacher is not None)]
-            return program.eval_step.lower(state.params, batch, *frozen), facts
+            return program.eval_step.lower(state.averaged, batch, *frozen), facts
         params, c = abstract_params(model, mesh), config.sample
         decode = sampling.lowered(
             model, params, mesh, length=64 + c.tokens, temperature=c.temperature, top_k=c.top_k

@@ -94,10 +94,13 @@ class Checkpoints:
             saving.result()
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        return TrainState(**self._load(step, _tree(abstract_state)), halted=jax.numpy.bool_(False))
+        tree = self._load(step, _tree(abstract_state))
+        if abstract_state.ema is not None:
+            tree |= {"ema": tree["params"], "params": tree.pop("trained")}
+        return TrainState(**tree, halted=jax.numpy.bool_(False))
 
     def restore_params(self, step: int, abstract_params: Params) -> Params:
-        """Reads the parameters only, not the optimizer's state."""
+        """Reads the parameters only, not the optimizer's state: the averages, where such are kept."""
         with partial_load():
             return self._load(step, {"params": abstract_params})["params"]
 
@@ -196,5 +199,7 @@ def restoring(checkpoint: str, advice: str) -> Iterator[None]:
 
 def _tree(state: TrainState) -> dict[str, Any]:
     # `halted` is not stored: a halted state is never saved.
-    tree = {"params": state.params, "opt_state": state.opt_state, "step": state.step}
-    return tree if state.spikes is None else tree | {"spikes": state.spikes}
+    # Whoever reads a checkpoint for the model alone finds in "params" what that is; training goes on with "trained".
+    tree = {"params": state.averaged, "opt_state": state.opt_state, "step": state.step}
+    more = {"trained": None if state.ema is None else state.params, "spikes": state.spikes}
+    return tree | {name: part for name, part in more.items() if part is not None}

@@ -27,8 +27,9 @@ def grown(
     """The state that `model` begins `part` with: what `plan` makes of the last one of `smaller`, on the mesh.
 
     Moments are gathered and scaled as the parameters are, so that those of a zeroed projection are zero, as are those
-    of what is newly initialised; the optimizer's count, and what is known of spikes, go on. With `restart` they are
-    all fresh, as in Inheritune. New values are those of a model of this depth, and others at each growth.
+    of what is newly initialised; the optimizer's count, and what is known of spikes, go on, and averages grow as the
+    parameters do. With `restart` they are all fresh, as in Inheritune, and where there are averages it is these that
+    training goes on from. New values are those of a model of this depth, and others at each growth.
     """
     grow = _growth(plan, model, run.settings.update, run.mesh, restart)
     source = load_trained(run, smaller, small) if restart else restore_trained(run, smaller, small)
@@ -59,7 +60,9 @@ def _growth(
         def deeper(part: optax.OptState) -> optax.OptState:
             return part._replace(mu=applied(part.mu, none), nu=applied(part.nu, none)) if is_adam(part) else part
 
-        return state._replace(params=params, opt_state=jax.tree.map(deeper, state.opt_state, is_leaf=is_adam))
+        ema = None if state.ema is None else applied(state.ema, fresh(seed, first))
+        opt_state = jax.tree.map(deeper, state.opt_state, is_leaf=is_adam)
+        return state._replace(params=params, opt_state=opt_state, ema=ema)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
     return jax.jit(begun if restart else gone_on, out_shardings=shardings)

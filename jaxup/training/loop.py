@@ -84,7 +84,7 @@ def _initialiser(model: ModelConfig, mesh: Mesh) -> Callable[[np.int32], Params]
 
 
 def load_trained(run: Run, result: Result, model: ModelConfig, selection: Selection = EVERYTHING) -> Params:
-    """The parameters of a finished model of this run that trained."""
+    """The parameters of a finished model of this run that trained: their averages, where such are kept."""
     shardings = selection.shardings(param_shardings(model, run.mesh), run.mesh)
     with _last_of(run, result) as checkpoints:
         return checkpoints.restore_params(result.steps, laid_out(selection.trained(abstract(model)[1]), shardings))
@@ -142,12 +142,15 @@ def make_program(
     def init_state(params: Params) -> TrainState:
         trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), split(params)[0])
         state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jnp.bool_(False))
-        return state._replace(spikes=update.step.spikes())
+        # Copies: the step takes the memory of both for what it makes of them.
+        ema = jax.tree.map(jnp.copy, trained) if update.step.ema else None
+        return state._replace(spikes=update.step.spikes(), ema=ema)
 
     params, *frozen = (whole,) if partition is None else partition.shardings(mesh)
     abstract_state = jax.eval_shape(init_state, abstract(model)[1])
     moments = state_shardings(optimizer, abstract_state.opt_state, params, mesh)
     shardings = jax.tree.map(lambda _: replicated, abstract_state)._replace(params=params, opt_state=moments)
+    shardings = shardings._replace(ema=params if update.step.ema else None)
 
     @functools.cache  # a step is compiled once for all runs, also where each looks for the number that fits
     def cut_into(count: int) -> Any:
@@ -317,6 +320,7 @@ def train_model(
         else:
             some = "" if trained is None else f", of which {trained:,} train"
             size = f"{model.num_layers} layers, {count_params(model):,} parameters{some}"
+            size += f", averaged with decay {run.settings.step.ema:g}" if run.settings.step.ema else ""
             print(f"{label}: {origin}; {size}; attention: {attention}", flush=True)
             given = initialise()
             if isinstance(given, TrainState):
@@ -334,7 +338,7 @@ def train_model(
             )  # fmt: skip
         if frozen and digest(frozen) != before:
             raise RuntimeError(f"{name}: parameters that do not train have changed: a fault of memory or device")
-        sample = run.sample(model, program.join(state.params, *frozen))
+        sample = run.sample(model, program.join(state.averaged, *frozen))
     if run.processes.should_stop():
         raise run.processes.stopped(f"{name}: saved at step {steps} of {steps}; the same command resumes")
     seen = steps * run.settings.batch_size
@@ -404,9 +408,9 @@ def _train(
                 looked_at = here or step in run.evaluated or step in (first, pause)
                 if (step % s.eval_interval == 0 or looked_at) and step not in losses:
                     meter.check(pending, batches)
-                    given = (state.params, *frozen), objective.evaluated
+                    given = (state.averaged, *frozen), objective.evaluated
                     losses[step], means = _evaluate(run, name, program.eval_step, *given, step)
-                    meter.log_validation(step, losses[step], means if len(means) > 1 else {})
+                    meter.log_validation(step, losses[step], means if len(means) > 1 else {}, s.step.ema)
                     meter.restart()
                 if step and step != start and (step % s.checkpoint_interval == 0 or here or step == pause):
                     meter.check(pending, batches)

@@ -92,11 +92,11 @@ class Meter:
             **more,
         )
 
-    def log_validation(self, step: int, loss: float, means: Mapping[str, float]) -> None:
-        """`means`: what the loss is made of, if it is of several."""
+    def log_validation(self, step: int, loss: float, means: Mapping[str, float], ema: float) -> None:
+        """`means`: what the loss is made of, if it is of several. `ema`: the decay of what was evaluated, or 0."""
         self._validation = f" val {loss:.3f}"
         named = {f"val_{name}": value for name, value in means.items()}
-        self._write(step, val_loss=loss, val_rows=self._val_rows, **named)
+        self._write(step, val_loss=loss, val_rows=self._val_rows, **named, **({"ema": ema} if ema else {}))
 
     def _write(self, step: int, **values: Any) -> None:
         if jax.process_index() == 0:

@@ -42,6 +42,12 @@ class TrainState(NamedTuple):
     # so that the host, which looks at metrics one step late, still finds the state before it.
     halted: jax.Array  # bool
     spikes: Spikes | None = None  # if steps with a spike are skipped
+    ema: Params | None = None  # float32 averages of the params over the updates, if they are to be kept
+
+    @property
+    def averaged(self) -> Params:
+        """What is evaluated, sampled and exported: the averages, or the params themselves."""
+        return self.params if self.ema is None else self.ema
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,8 +63,13 @@ class StepConfig:
     # The step also says how large the gradients of its micro-batches are, from which follows how much of the gradient
     # is noise (McCandlish et al. 2018, arXiv 1812.06162).
     noise_scale: bool = False
+    # After each update that is made, averages := ema * averages + (1 - ema) * params: at first they are what training
+    # began with, of which ema^n is left after n updates. 0 = none are kept.
+    ema: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.ema < 1:
+            raise UserError("must be a decay from 0, which is no average, to below 1", at=f"step.ema={self.ema}")
         if 0 < self.spike_factor <= 1:
             raise UserError("must be above 1, or 0 to skip none", at=f"step.spike_factor={self.spike_factor}")
 
@@ -146,6 +157,9 @@ def make_train_step(
         new = state._replace(
             params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1
         )
+        if state.ema is not None:
+            mixed = lambda mean, leaf: config.ema * mean + (1 - config.ema) * leaf  # noqa: E731
+            new = new._replace(ema=jax.tree.map(mixed, state.ema, new.params))
         if state.spikes is not None:
             norms_W, skipped = state.spikes
             spike = jnp.all(norms_W >= 0) & (norm > config.spike_factor * jnp.median(norms_W))

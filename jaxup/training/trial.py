@@ -111,6 +111,7 @@ def held(stage: Stage, mesh: Mesh) -> dict[str, int]:
     """What they are of."""
     state, _, *beside = arguments(stage, mesh)
     parts = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
+    parts |= {"averages": _bytes(state.ema)} if state.ema is not None else {}
     if stage.objective.teacher is not None:
         parts["teacher"] = _bytes(beside.pop())
     return parts | ({"what does not train": _bytes(beside)} if beside else {})
