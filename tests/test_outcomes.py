@@ -9,9 +9,11 @@ import pytest
 from runs import metrics, result
 
 from jaxup.errors import UserError
+from jaxup.experiments.measures import keep_tasks
 from jaxup.experiments.outcomes import read_outcome
 from jaxup.model.config import ModelConfig
 from jaxup.model.spec import flops_per_token
+from jaxup.training.run import Run
 
 
 @pytest.fixture
@@ -31,6 +33,9 @@ def model_of(run, name):
 def test_an_outcome_is_what_the_run_wrote_down(run):
     found, stored = read_outcome(run, "target_2", cell="two"), result(run, "target_2")
     (run / "measures.json").write_text(json.dumps({"format": 2, "angular_distance": [0.5, 0.25]}))
+    place = object.__new__(Run)  # of which nothing else is read
+    vars(place).update(directory=run)
+    keep_tasks(place, {"judged": 0.75, "distance": np.float32(2), "diversity": math.inf})
     assert (found.name, found.group, found.finished) == ("two-0", "batch size 8, seed 0", True)
     assert (found.score, found.seconds) == (stored["val_loss"], stored["seconds"])
     assert (found.steps, found.planned, found.tokens) == (8, 8, 8 * 8 * 32)
@@ -48,7 +53,10 @@ def test_an_outcome_is_what_the_run_wrote_down(run):
     assert found.samples_N.tolist() == [8 * r["step"] for r in mine if "loss" in r]
     assert found.norm_N.tolist() == [r["gradient_norm"] for r in mine if "loss" in r]
     assert np.isnan(found.micro_N).all()
-    assert read_outcome(run, "target_2", cell="two").measures["angular_distance"].tolist() == [0.5, 0.25]
+    again = read_outcome(run, "target_2", cell="two")
+    assert again.measures["angular_distance"].tolist() == [0.5, 0.25]
+    assert again.tasks == {"judged": 0.75, "distance": 2.0, "diversity": pytest.approx(math.nan, nan_ok=True)}
+    assert found.tasks == {}
 
 
 def test_a_run_that_goes_on(run):
@@ -89,6 +97,7 @@ def test_a_run_that_goes_on(run):
         ("checkpoints/target_2/result.json", "{}", "checkpoints/target_2/result.json", "name is missing"),
         ("checkpoints/target_2/model.json", '{"model": {}}', "checkpoints/target_2/model.json", "is missing"),
         ("measures.json", '{"deletion_loss": "low"}', "measures.json", "deletion_loss must be"),
+        ("tasks.json", '{"judged": [1]}', "tasks.json", "judged must be"),
     ],
 )
 def test_a_damaged_file_is_named(run, file, text, at, what):

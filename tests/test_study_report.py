@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from outcomes import outcome
 from test_stopping import RULE, grid
 
@@ -140,3 +141,32 @@ def test_what_is_drawn(tmp_path):
     figure = study_pictures.over_tokens("", study(30), many, looks, "token")
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][-1] == "26 others"
     assert study_pictures.forest("", [difference(study(2, seeds=1), "cell_0", "none")], "none", "token") is None
+
+
+def test_tasks_are_compared_as_losses_are(tmp_path):
+    """Seed by seed, each with a table of its own; what has no value is named and left out of both cells."""
+    judged = {"cell_0": [0.5, 0.6, 0.7], "cell_1": [0.2, 0.31, 0.4], "cell_2": [0.2, math.nan, 0.41]}
+    outcomes = [
+        dataclasses.replace(o, tasks={"judged": judged[o.cell][o.seed], **({"far": 12.5} if o.seed else {})})
+        for o in study(3)
+    ]
+    text, numbers = written(tmp_path, outcomes)
+    section = text[text.index("## `judged`") : text.index("## `far`")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "cell_" in line]
+    table = {row[0]: row[1:] for row in rows if row[0].startswith("`cell_")}
+    values = np.subtract(judged["cell_0"], judged["cell_1"])
+    low, high = scipy.stats.t.interval(0.95, 2, values.mean(), scipy.stats.sem(values))
+    assert table["`cell_0`"] == [
+        "3", "0.6", "0.1", f"{values.mean():+.4g}", f"[{values.min():+.4g}, {values.max():+.4g}]",
+        f"[{low:+.4g}, {high:+.4g}]", "higher",
+    ]  # fmt: skip
+    assert table["`cell_1`"][3:] == ["control", "", "", ""]
+    assert table["`cell_2`"][0] == "2"
+    assert table["`cell_2`"][-1] == "no difference (2 pairs)"
+    assert "Without a value, and left out: `cell_2-1`." in section
+    assert "Without a value, and left out: `cell_0-0`, `cell_1-0`, `cell_2-0`." in text
+    assert numbers["tasks"]["judged"]["cells"][0]["values"] == judged["cell_0"]
+    assert [d["verdict"] for d in numbers["tasks"]["judged"]["differences"]] == ["higher", "no difference"]
+    assert [d["verdict"] for d in numbers["tasks"]["far"]["differences"]] == ["no difference"] * 2
+    assert numbers["runs"][0]["tasks"] == {"judged": 0.5}
+    assert "judged" not in written(tmp_path, study(3))[0]

@@ -14,6 +14,7 @@ from jaxup.lens.bootstrap import LEVEL, Interval, interval
 from jaxup.lens.ratios import ratio
 
 BETTER, WORSE, SAME, OPEN = "better", "worse", "no difference", "one seed"
+LOWER, HIGHER = "lower", "higher"  # of tasks, of which nobody says here which way is better
 _ENUMERATED = 8  # values: of so many all 6435 resamples are looked at, of more some are drawn
 
 
@@ -54,7 +55,7 @@ class Difference(NamedTuple):
     mean: float
     bootstrap: Interval
     student: Interval
-    verdict: str  # BETTER: lower loss; WORSE, SAME, OPEN; "": no pair
+    verdict: str  # BETTER: lower loss; WORSE, SAME, OPEN; "": no pair; of a task LOWER and HIGHER
 
 
 def summarise(outcomes: Sequence[Outcome]) -> list[Cell]:
@@ -92,16 +93,23 @@ def loss_at(outcome: Outcome, flops: float) -> float:
     return float(np.interp(flops, took, losses, right=math.nan if flops > took[-1] * (1 + 1e-9) else losses[-1]))
 
 
-def difference(outcomes: Sequence[Outcome], cell: str, control: str) -> Difference:
-    """Of the finished runs."""
-    ours, theirs = ({o.seed: o.score for o in outcomes if o.cell == name and o.finished} for name in (cell, control))
+def scores(outcomes: Sequence[Outcome], cell: str, task: str = "") -> dict[int, float]:
+    """By seed, of the finished runs of a cell: the loss, or what they reach on a task, of those that say."""
+    done = [o for o in outcomes if o.cell == cell and o.finished]
+    found = {o.seed: o.tasks.get(task, math.nan) if task else o.score for o in done}
+    return {seed: value for seed, value in sorted(found.items()) if math.isfinite(value)}
+
+
+def difference(outcomes: Sequence[Outcome], cell: str, control: str, task: str = "") -> Difference:
+    """Of the finished runs: by their losses, or by a task."""
+    ours, theirs = (scores(outcomes, name, task) for name in (cell, control))
     seeds = sorted(ours.keys() & theirs.keys())
     values = np.array([ours[seed] - theirs[seed] for seed in seeds])
     bootstrap, student = bootstrap_interval(values), student_interval(values)
     mean = float(values.mean()) if seeds else math.nan
     verdict = OPEN if len(seeds) == 1 else SAME if seeds else ""
     if len(seeds) > 1 and not any(found.low <= 0 <= found.high for found in (bootstrap, student)):
-        verdict = BETTER if mean < 0 else WORSE
+        verdict = ((LOWER, HIGHER) if task else (BETTER, WORSE))[mean > 0]
     alone = tuple(sorted(ours.keys() ^ theirs.keys()))
     return Difference(cell, tuple(seeds), alone, tuple(map(float, values)), mean, bootstrap, student, verdict)
 

@@ -1,22 +1,22 @@
-"""What a run keeps of each layer of its model: measures.json."""
+"""What a run keeps of each layer of its model, measures.json, and of what its model can do, tasks.json."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from flax import nnx
 
 from jaxup.errors import UserError
+from jaxup.experiments.outcomes import MEASURES, TASKS
 from jaxup.lens.measures import measures, said
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params, abstract
 from jaxup.text import write_atomically
 from jaxup.training.run import Run
-
-FILE = "measures.json"
 
 
 def check(rows: int) -> None:
@@ -36,9 +36,18 @@ def measured(run: Run, rows: int, model: ModelConfig, params: Params, start: Cal
     full = batch["loss_weights"].all(axis=1)
     tokens_BS, targets_BS = (batch[name][full].astype(np.int32) for name in ("tokens", "targets"))
     if not len(tokens_BS):
-        write_atomically(run.directory / FILE, "{}\n")
+        write_atomically(run.directory / MEASURES, "{}\n")
         return [f"No row of validation is full: measure.rows={rows} has nothing to measure on."]
     decoder = nnx.merge(abstract(model)[0], params)
     found = measures(decoder, tokens_BS, targets_BS, None if start is None else start())
-    write_atomically(run.directory / FILE, json.dumps({name: values.tolist() for name, values in found.items()}) + "\n")
+    lists = {name: values.tolist() for name, values in found.items()}
+    write_atomically(run.directory / MEASURES, json.dumps(lists) + "\n")
     return [said(found, len(tokens_BS))]
+
+
+def keep_tasks(run: Run, tasks: Mapping[str, float]) -> None:
+    """Writes what the run's model reaches on tasks, by name; NaN where there was nothing to measure. A study compares
+    its cells by each."""
+    if jax.process_index() == 0:
+        values = {name: float(value) if math.isfinite(value) else None for name, value in tasks.items()}
+        write_atomically(run.directory / TASKS, json.dumps(values) + "\n")

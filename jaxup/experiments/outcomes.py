@@ -15,6 +15,7 @@ from jaxup.errors import UserError
 from jaxup.text import kinds_of, misfit, read_json
 
 MEASURES = "measures.json"  # of a run: {name: [a number for each layer]}
+TASKS = "tasks.json"  # of a run: {name: a number}, what it measures of its model beside the loss
 COMMON = "common.json"  # of a model: what it is a copy of, which other runs of the study have as well
 _AGAIN = "delete the run's directory to make it again"
 
@@ -45,6 +46,7 @@ class Outcome:
     costs: Mapping[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
     stopped: str = ""  # why; "" = it was not
     measures: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # per layer [L], by name
+    tasks: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by name; NaN: there was nothing to measure
 
     @property
     def finished(self) -> bool:
@@ -115,7 +117,8 @@ def read_outcome(
         micro_N=column("gradient_square_micro"),
         micro_rows=max((r.get("micro_rows", 0) for r in logged), default=0),
         costs=costs, stopped=stopped,
-        measures=_measures(directory / MEASURES),
+        measures={name: np.array(of, float) for name, of in _numbers(directory / MEASURES, list[float]).items()},
+        tasks={name: math.nan if of is None else of for name, of in _numbers(directory / TASKS, float | None).items()},
     )  # fmt: skip
 
 
@@ -181,9 +184,10 @@ def _cost(
     return last, last * per_step, np.cumsum(flops * steps), 0.0 if result is None else result["seconds"]
 
 
-def _measures(path: Path) -> dict[str, np.ndarray]:
+def _numbers(path: Path, kind: Any) -> dict[str, Any]:
+    """What the file holds by name, all of one kind; nothing if it is not there."""
     found = read_json(path, {}, "delete it: the run's next start measures again") or {}
-    kinds = {key: list[float] for key in found if key != "format"}
+    kinds = {key: kind for key in found if key != "format"}
     if wrong := misfit(found, kinds):
         raise UserError(f"damaged: {wrong}", at=str(path), hint="delete it: the run's next start measures again")
-    return {key: np.array(found[key], float) for key in kinds}
+    return {key: found[key] for key in kinds}

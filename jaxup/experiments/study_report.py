@@ -12,7 +12,20 @@ from typing import Any
 import numpy as np
 
 from jaxup.experiments import stopping_tested, study_pictures
-from jaxup.experiments.comparison import BETTER, OPEN, SAME, WORSE, Cell, Difference, cost, difference, summarise
+from jaxup.experiments.comparison import (
+    BETTER,
+    HIGHER,
+    LOWER,
+    OPEN,
+    SAME,
+    WORSE,
+    Cell,
+    Difference,
+    cost,
+    difference,
+    scores,
+    summarise,
+)
 from jaxup.experiments.outcomes import Outcome
 from jaxup.experiments.stopping import DIVERGED, Rule
 from jaxup.experiments.stopping_tested import LOSS, NORM, Tested, examine
@@ -48,11 +61,13 @@ def write_study(
     drawn = study_pictures.write(
         directory, title, outcomes, cells, [*differences.values()], control, unit, changes
     )  # fmt: skip
-    seeds = sorted({o.seed for o in outcomes})
+    names, seeds = [cell.name for cell in cells], sorted({o.seed for o in outcomes})
+    tasks = {task: _task(outcomes, names, control, task) for o in outcomes for task in o.tasks}
     lines = [f"# {_plain(title)}", "", finding(cells, differences, control, unit), "", *how, "", *notes, ""]
     lines += [*_table(cells, differences, control), "", *_explained(cells, differences, unit)]
     for name in drawn:
         lines += ["", f"![{name.replace('_', ' ')}](plots/{name}.png)"]
+    lines += _tasks(tasks, control)
     lines += ["", "## What it cost", "", *_cost(outcomes, cells)]
     lines += _ended(outcomes)
     if rule is not None:
@@ -67,7 +82,7 @@ def write_study(
     numbers = {
         "format": FORMAT, "title": title, "control": control, "level": LEVEL, "unit": unit,
         "cells": [cell._asdict() | {"stopped": [o.seed for o in cell.stopped]} for cell in cells],
-        "differences": [*differences.values()], "runs": [_run(o) for o in outcomes],
+        "differences": [*differences.values()], "tasks": tasks, "runs": [_run(o) for o in outcomes],
         "cost": dict(zip(("tokens", "flops"), cost(outcomes))), "stopping": tested, "changes": changes,
     }  # fmt: skip
     write_atomically(directory / JSON, json.dumps(_json(numbers), indent=1, allow_nan=False) + "\n")
@@ -125,18 +140,58 @@ def _table(cells: Sequence[Cell], differences: Mapping[str, Difference], control
         d = differences.get(cell.name)
         intervals = ["control", "", "", ""]
         if d is not None:
-            few = f" ({len(d.seeds)} pairs)" if d.alone and len(d.seeds) > 1 else ""
-            intervals = [
-                _number(d.mean, "+.4f"),
-                _ends(d.bootstrap),
-                _ends(d.student),
-                f"{d.verdict or 'no pair'}{few}",
-            ]
+            intervals = _compared(d, "+.4f")
         row = [
             _name(cell.name), str(len(cell.seeds)), _number(cell.mean, ".4f"), _number(cell.spread, ".4f"), *intervals,
             ", ".join(f"{steps:,}" for steps in cell.steps), *[_number(cell.equal, ".4f")] * equal, f"{each:.3g}",
         ]  # fmt: skip
         yield f"| {' | '.join(row)} |"
+
+
+def _compared(d: Difference, how: str) -> list[str]:
+    few = f" ({len(d.seeds)} pairs)" if d.alone and len(d.seeds) > 1 else ""
+    return [_number(d.mean, how), _ends(d.bootstrap, how), _ends(d.student, how), f"{d.verdict or 'no pair'}{few}"]
+
+
+def _task(outcomes: Sequence[Outcome], cells: Sequence[str], control: str, task: str) -> dict[str, Any]:
+    """What cells reach on a task, and how far they are from the control."""
+    found = {cell: scores(outcomes, cell, task) for cell in cells}
+    values = {cell: np.array([*of.values()]) for cell, of in found.items()}
+    return {
+        "cells": [
+            {
+                "name": cell, "seeds": [*of], "values": [*of.values()],
+                "mean": float(values[cell].mean()) if of else math.nan,
+                "spread": float(values[cell].std(ddof=1)) if len(of) > 1 else math.nan,
+            }
+            for cell, of in found.items()
+        ],
+        "differences": [difference(outcomes, cell, control, task) for cell in cells if cell != control],
+        "missing": [o.name for o in outcomes if o.finished and o.seed not in found[o.cell]],
+    }  # fmt: skip
+
+
+def _tasks(tasks: Mapping[str, Mapping[str, Any]], control: str) -> Iterator[str]:
+    """A table for each; cells in the order of their losses."""
+    for place, (task, found) in enumerate(tasks.items()):
+        yield from ("", f"## {_name(task)}", "")
+        if not place:
+            yield (
+                "What the models of the runs reach on this task, beside the loss: means over seeds, and differences to "
+                f'the control with the intervals of the table above. A cell is "{LOWER}" or "{HIGHER}" where neither '
+                "holds 0."
+            )
+            yield ""
+        yield f"| cell | seeds | mean | spread | to {_name(control)} | bootstrap 95% | t 95% |  |"
+        yield "|---|---:|---:|---:|---:|---|---|---|"
+        differences = {d.cell: d for d in found["differences"]}
+        for cell in found["cells"]:
+            d = differences.get(cell["name"])
+            compared = ["control", "", "", ""] if d is None else _compared(d, "+.4g")
+            numbers = [str(len(cell["seeds"])), *(_number(cell[key], ".4g") for key in ("mean", "spread"))]
+            yield f"| {' | '.join([_name(cell['name']), *numbers, *compared])} |"
+        if found["missing"]:
+            yield from ("", f"Without a value, and left out: {', '.join(map(_name, found['missing']))}.")
 
 
 def _explained(cells: Sequence[Cell], differences: Mapping[str, Difference], unit: str) -> Iterator[str]:
@@ -273,8 +328,8 @@ def _rho(rho: Interval) -> str:
     return f"{_number(rho.value, '+.2f')}{'' if math.isnan(rho.low) else f' [{rho.low:+.2f}, {rho.high:+.2f}]'}"
 
 
-def _ends(interval: Interval) -> str:
-    return "" if math.isnan(interval.low) else f"[{interval.low:+.4f}, {interval.high:+.4f}]"
+def _ends(interval: Interval, how: str) -> str:
+    return "" if math.isnan(interval.low) else f"[{interval.low:{how}}, {interval.high:{how}}]"
 
 
 def _number(value: float, how: str) -> str:
@@ -292,7 +347,7 @@ def _name(name: str) -> str:
 
 def _run(o: Outcome) -> dict[str, Any]:
     kept = ("cell", "seed", "group", "score", "steps", "planned", "batch_size", "tokens", "flops", "seconds", "curve",
-            "stopped", "costs", "measures")  # fmt: skip
+            "stopped", "costs", "measures", "tasks")  # fmt: skip
     return {key: getattr(o, key) for key in kept}
 
 
