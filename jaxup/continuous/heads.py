@@ -305,8 +305,8 @@ class Diffusion(_Iterative):
     ) -> Float[Array, "batch seq channels"]:
         """Bits of KL(x_{t-1} given x_t and x || what the head says of it); at the first step those of x's density.
 
-        `squared_BSC` are the errors of the predicted noise: the means of the two differ by them, times
-        sqrt((1 - A) / A) and the weight of x. `mix_BSC` is from -1, for the posterior's variance, to 1, for beta.
+        `squared_BSC` are the squared errors of the predicted noise, which are sqrt((1 - A) / A) times as large of x
+        before the square. `mix_BSC` says how large the variance is, from -1 for the posterior's to 1 for beta.
         """
         table = cosine(self.train_steps, self.train_steps)
         apart = table.clean**2 * (1 - table.signal) / table.signal

@@ -33,7 +33,7 @@ _FREQUENCIES = 256  # of the embedding of times, as DiT and MAR have
 def dense(path: str, inputs: int, outputs: int, *, std: float | None = None, depth: int = 0) -> Table:
     """A linear layer, or `depth` of them in one array; by default its first values keep the size of what goes through,
     forth and back (Glorot & Bengio 2010)."""
-    stack, axes = ((depth,), ("depth",)) if depth else ((), ())
+    stack, axes = ((depth,), ("",)) if depth else ((), ())
     std = math.sqrt(2 / (inputs + outputs)) if std is None else std
     return (
         Beside(f"{path}.kernel", (*stack, inputs, outputs), (*axes, "embed", "mlp"), std=std, inputs=1),
@@ -159,7 +159,7 @@ class Spatial(Net):
 
     def table(self, hidden: int, channels: int, outputs: int) -> Table:
         own = (
-            Beside(f"decoder.{path}", p.shape, ("depth", *p.axes[1:]) if p.stacked else p.axes, p.fill, p.std, p.inputs)
+            Beside(f"decoder.{path}", p.shape, ("", *p.axes[1:]) if p.stacked else p.axes, p.fill, p.std, p.inputs)
             for path, p in spec(self.model).items()
             if path != "embed_tokens"
         )

@@ -22,10 +22,10 @@ class Schedule(NamedTuple):
     # The mean of x_{t-1} given x_t and x is clean * x + noisy * x_t.
     clean: np.ndarray
     noisy: np.ndarray
-    # The logarithms of the two variances between which the learned one is: beta, right if x is white noise, and that
-    # of x_{t-1} given x_t and x, right if x is known. The latter is 0 at the first step, which takes the second's.
-    log_beta: np.ndarray
+    # The logarithms of the two variances between which the learned one is: that of x_{t-1} given x_t and x, right if x
+    # is known, and beta, right if x is white noise. The former is 0 at the first step, which takes the second's.
     log_posterior: np.ndarray
+    log_beta: np.ndarray
 
 
 @functools.lru_cache(maxsize=16)
@@ -47,4 +47,4 @@ def cosine(total: int, kept: int) -> Schedule:
     posterior[0] = posterior[1] if kept > 1 else beta[0]
     clean = beta * np.sqrt(before) / (1 - signal)
     noisy = (1 - before) * np.sqrt(signal / before) / (1 - signal)
-    return Schedule(times, signal, clean, noisy, np.log(beta), np.log(posterior))
+    return Schedule(times, signal, clean, noisy, np.log(posterior), np.log(beta))
