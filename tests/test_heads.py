@@ -294,7 +294,7 @@ def test_diffusion_draws(steps, mix, temperature):
 
 
 def test_euler_reaches_the_law_with_an_error_of_one_step():
-    """The exact field is affine, and so is what comes of noise: offset + gain * noise. Means go along straight lines."""
+    """The exact field is affine, and so is what comes of noise: offset + gain * noise. Means go straight."""
     mean, variance = -0.8, 0.36
     apart = []
     for steps in (16, 32, 64):
