@@ -19,7 +19,7 @@ import scipy.stats
 
 from jaxup.continuous import heads
 from jaxup.continuous.heads import HEADS, Categorical, Cosine, Diffusion, Flow, Gaussian
-from jaxup.continuous.nets import MLP, NETS, Net
+from jaxup.continuous.nets import MLP, NETS, Net, Spatial
 from jaxup.continuous.schedules import cosine
 from jaxup.continuous.stages import Stages
 from jaxup.errors import UserError
@@ -81,6 +81,9 @@ ALL = {
     "categorical": Categorical(channels=CHANNELS, bins=16, limit=4.0),
     "diffusion": diffusion(MLP(width=8, depth=2), draws=2), "flow": flow(MLP(width=8, depth=2), "logit-normal"),
 }  # fmt: skip
+
+
+SOME = [pytest.param(name, marks=pytest.mark.slow if name == "categorical" else ()) for name in ALL]
 
 
 def drawn(table, seed=0, zeros=0.3):
@@ -330,7 +333,7 @@ def programs(name):
     return drawn(head.table(HIDDEN)), loss, draw, guided
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SOME)
 def test_a_row_is_by_itself(name):
     """Neither other rows nor what is not weighed, be it NaN, change a row's loss, gradient or draw."""
     params, loss, _, guided = programs(name)
@@ -358,11 +361,14 @@ def test_a_row_is_by_itself(name):
 
 def test_a_longer_row_begins_with_the_same_noise():
     keys = batch(3, 1)[2]
-    assert np.array_equal(heads.noise(keys, 9, CHANNELS)[:, :5], heads.noise(keys, 5, CHANNELS))
-    assert np.array_equal(heads.noise(keys[1:], 5, CHANNELS), heads.noise(keys, 5, CHANNELS)[1:])
+    short, long, others = jax.jit(
+        lambda: [heads.noise(*of, CHANNELS) for of in ((keys, 5), (keys, 9), (keys[1:], 5))]
+    )()
+    assert np.array_equal(long[:, :5], short)
+    assert np.array_equal(others, short[1:])
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SOME)
 def test_guidance(name):
     params, _, draw, guided = programs(name)
     z, _, keys = batch(4, 5)
@@ -376,12 +382,11 @@ def test_guidance(name):
     assert (np.abs(other - at_one).max() > 0.01) == (name != "cosine")
 
 
-@pytest.mark.parametrize("name", ["gaussian", "flow"])
-def test_sixteen_bits(name):
+def test_sixteen_bits():
     """What the decoder says decides what a head computes in; its loss is float32."""
-    (params, loss, *_), (z, x, keys) = programs(name), batch(4, 5)
+    head, (params, loss, *_), (z, x, keys) = ALL["flow"], programs("flow"), batch(4, 5)
     weight = np.ones((4, 5), np.float32)
-    found = loss(params, jnp.asarray(z, jnp.bfloat16), x, weight, keys)[0]
+    found = jax.jit(head.loss)(params, jnp.asarray(z, jnp.bfloat16), x, weight, keys)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, loss(params, z, x, weight, keys)[0], rtol=0.05)
 
@@ -399,14 +404,21 @@ def test_guidance_moves_away_from_what_is_said_without_the_condition():
 
 
 def test_one_stage_is_a_plain_flow_to_the_bit():
-    head, stages = ALL["flow"], Stages(grid=(2, 2), count=1, jump="corrected")
-    params, (z, x, keys) = drawn(head.table(HIDDEN)), batch(3, 4)
-    ((start, end),) = stages.chain(x, [np.asarray(heads.noise(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), 4, 3))])
-    loss, weight = jax.jit(head.loss), jnp.ones((3, 4))
-    assert loss(params, z, x, weight, keys) == loss(params, z, end, weight, keys, start_BSC=start, stage=0)
-    draw = jax.jit(functools.partial(head.sample, steps=3, temperature=1.0, guidance=1))
-    given = draw(params, z, keys, start_BSC=heads.noise(keys, 4, 3))
-    assert np.array_equal(draw(params, z, keys), given)
+    head, stages = flow(Exact(variance=0.5), "logit-normal"), Stages(grid=(2, 2), count=1, jump="corrected")
+    z, x, keys = batch(3, 4)
+
+    @jax.jit
+    def found(x, trained_from, drawn_from):
+        loss = head.loss({"net": {}}, z, x, jnp.ones((3, 4)), keys, start_BSC=trained_from)
+        return loss, head.sample(
+            {"net": {}}, z, keys, steps=3, temperature=1.0, guidance=1, start_BSC=drawn_from, stage=0
+        )  # fmt: skip
+
+    first, drawn_from = jax.jit(
+        lambda: (heads.noise(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), 4, 3), heads.noise(keys, 4, 3))
+    )()
+    ((start, end),) = stages.chain(x, [np.asarray(first)])
+    jax.tree.map(np.testing.assert_array_equal, found(x, None, None), found(end, start, drawn_from))
 
 
 def test_times_of_stages_and_maps():
@@ -468,13 +480,56 @@ def test_mlp_is_that_of_mar():
     assert net.flops(HIDDEN, CHANNELS, 6, 64) == 2 * products
 
 
-@pytest.mark.parametrize("net", [MLP(width=8, depth=2)])
+NET = Spatial(width=8, depth=2, heads=2)
+
+
+@functools.cache
+def spatial():
+    return jax.jit(NET)
+
+
+@pytest.mark.parametrize("net", [MLP(width=8, depth=2), NET])
 def test_nets_begin_with_zeros(net):
-    z, x, _ = batch(2, 4)
+    z, x, _ = batch(2, 6)
     params = drawn(net.table(HIDDEN, CHANNELS, CHANNELS), zeros=0)
-    found = jax.jit(net)(params, x, jnp.full((2, 4), 500.0), z, None)
+    run = spatial() if net is NET else jax.jit(net)
+    found = run(params, x, jnp.full((2, 6), 500.0), z, np.zeros((2, 6), np.int32))
     assert found.dtype == np.float32
     assert np.abs(found).max() == 0
+
+
+def test_tokens_of_a_map_see_each_other_and_no_others():
+    params, (z, x, _) = drawn(NET.table(HIDDEN, CHANNELS, CHANNELS)), batch(2, 6)
+    maps, times = np.array([[0, 0, 1, 1, 1, 1]] * 2, np.int32), np.full((2, 6), 500.0, np.float32)
+
+    def seen(token):
+        """Which tokens change when this one does."""
+        changed = x.copy()
+        changed[0, token] += 1
+        return (np.abs(spatial()(params, changed, times, z, maps) - whole) > 0).any(-1)
+
+    whole = spatial()(params, x, times, z, maps)
+    assert (maps[0] == maps[0, 1]).tolist() == seen(1)[0].tolist()
+    assert (maps[0] == maps[0, 4]).tolist() == seen(4)[0].tolist()
+    assert not seen(4)[1].any()
+    # A map is the same wherever it stands: nothing counts positions but within it.
+    moved = [np.roll(a, 4, axis=1) for a in (x, times, z, maps)]
+    np.testing.assert_allclose(spatial()(params, *moved), np.roll(whole, 4, axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_spatial_net_as_the_net_of_a_flow():
+    head = flow(NET, stages=2)
+    params, (z, x, keys) = drawn(head.table(HIDDEN)), batch(4, 5)
+    maps, stage = np.array([[0, 1, 1, 1, 1]] * 4, np.int32), np.array([[0, 1, 1, 1, 1]] * 4, np.int32)
+    assert np.isfinite(
+        jax.jit(head.loss)(params, z, x, np.ones((4, 5), np.float32), keys, start_BSC=x, stage=stage, map_BS=maps)
+    )
+    draw = functools.partial(head.sample, steps=2, temperature=1.0, guidance=2.0)
+    found = jax.eval_shape(draw, params, z, keys, start_BSC=x[:2], stage=stage[:2], map_BS=maps[:2])
+    assert found.shape == (2, 5, CHANNELS)
+    # Products with the weights, and every token of four with four: 4 * width in each layer.
+    parts = head.flops(HIDDEN, 4), head.flops(HIDDEN, 1)
+    assert parts[0] - parts[1] == 4 * NET.width * NET.depth * 3
 
 
 @pytest.mark.parametrize(
@@ -483,6 +538,7 @@ def test_nets_begin_with_zeros(net):
         (lambda: Cosine(channels=0), "head.channels=0: must be a positive number"),
         (lambda: flow(MLP(width=8, depth=1), "logitnormal"), "head.times: unknown 'logitnormal'; did you mean 'logit"),
         (lambda: MLP(width=8, depth=0), "net.depth=0: must be at least 1"),
+        (lambda: Spatial(width=9, depth=1, heads=2), "hidden_size=9 is not a multiple of num_heads=2"),
     ],
 )
 def test_refused(make: Any, message: str):

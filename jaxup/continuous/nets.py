@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxup.errors import UserError
+from jaxup.errors import UserError, within
 from jaxup.model.attention import context_size
 from jaxup.model.config import Beside, Compute, ModelConfig
 from jaxup.model.decoder import abstract
@@ -149,6 +149,11 @@ class Spatial(Net):
     heads: int
 
     joint: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        with within("net"):
+            _ = self.model
 
     @property
     def model(self) -> ModelConfig:
