@@ -199,7 +199,7 @@ def test_examples_that_do_not_fit(fields, message):
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: Scales(**GRID, scales=(1, 2)), "scales: scales=(1, 2) must end in the side of the grid, a square; it is 4 x 4"),
+    (lambda: Scales(**GRID, scales=(1, 2)), "scales=(1, 2) must end in the side of the grid, a square; it is 4 x"),
     (lambda: Scales(**GRID, scales=(3, 4)), "scales: scales=(3, 4): 4 is no larger multiple of 3"),
     (lambda: Scales(**GRID, scales=(2, 2, 4)), "2 is no larger multiple of 2"),
     (lambda: Scales(**GRID | {"columns": 8}, scales=(1, 4)), "it is 4 x 8"),
