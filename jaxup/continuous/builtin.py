@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,10 @@ class Pictures:
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     paths: np.ndarray | None = None
+
+    def look(self, numbers: np.ndarray | Iterable[int]) -> np.ndarray:
+        """Those of these numbers, stacked."""
+        return np.stack([np.asarray(self.pixels[int(number)]) for number in numbers])
 
 
 def builtin(spec: str) -> Pictures | None:
@@ -100,17 +105,16 @@ def _moving_digits(frames: int) -> Pictures:
     aside = rng.integers(0, far + 1, (count, ways))
     clips = np.zeros((count, ways, frames, CANVAS, CANVAS), np.uint8)
     paths = np.zeros((count, ways, frames, 2), np.float32)
-    texts = []
-    for digit in range(count):
-        for way, (name, (down, right)) in enumerate(DIRECTIONS.items()):
-            at = before[digit, way] + along
-            if down + right < 0:
-                at = far - at
-            for frame in range(frames):
-                top, left = (at[frame], aside[digit, way]) if down else (aside[digit, way], at[frame])
-                clips[digit, way, frame, top : top + DIGIT, left : left + DIGIT] = pixels[digit]
-            paths[digit, way] = along[:, None] * np.array([down, right], np.float32)
-            texts.append(f"draw {labels[digit]} moving {name}")
+    side = np.arange(DIGIT)
+    for way, (down, right) in enumerate(DIRECTIONS.values()):
+        for frame in range(frames):
+            at = before[:, way] + along[frame]
+            at = far - at if down + right < 0 else at
+            top, left = (at, aside[:, way]) if down else (aside[:, way], at)
+            rows, columns = top[:, None, None] + side[:, None], left[:, None, None] + side
+            clips[np.arange(count)[:, None, None], way, frame, rows, columns] = pixels
+        paths[:, way] = along[:, None] * np.array([down, right], np.float32)
+    texts = [f"draw {label} moving {way}" for label in labels for way in DIRECTIONS]
     return Pictures(
         pixels=clips.reshape(-1, *clips.shape[2:]), texts=texts, questions=["which digit?"] * len(texts),
         answers=[f" {label}" for label in labels.repeat(ways)], labels=labels.repeat(ways),

@@ -86,6 +86,8 @@ def _file(name: str, root: Path) -> bytes:
 
 
 def _decoded(content: bytes) -> np.ndarray:
+    if not content:
+        raise UserError("no image: the file is empty")
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -122,7 +122,7 @@ class Pairs:
         nothing = np.zeros(0, np.int32)
         if kind == "text":
             return Example(kind=kind, prompt=nothing, values=None, answer=self._rows[number])
-        values = self.encoder.encode(np.asarray(self.pictures.pixels[number]))
+        values = self.encoder.encode(self.pictures.look([number])[0])
         if kind == "draw":
             return Example(kind=kind, prompt=self._prompts[self.pictures.texts[number]], values=values, answer=nothing)
         prompt = self._prompts[self.pictures.questions[number]]
@@ -133,10 +133,6 @@ class Pairs:
         """float [.., N, C] -> uint8 [.., H, W] or [.., H, W, 3]; UserError where the encoder has no way back."""
         return self.encoder.decode(values)
 
-    def look(self, numbers: Iterable[int]) -> np.ndarray:
-        """The pictures (features) of these numbers, stacked."""
-        return np.stack([np.asarray(self.pictures.pixels[number]) for number in numbers])
-
 
 def open_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, root: Path) -> Pairs:
     """The examples of `config`, with an encoder that is fitted once and then lies in `root`.
@@ -146,7 +142,7 @@ def open_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, root: Pa
     """
     _check(config)
     pictures, grid = _open(config)
-    shape = np.asarray(pictures.pixels[0]).shape
+    shape = pictures.look([0]).shape[1:]
     features = config.encoder == "features"
     clip = len(shape) == 3 if features or shape[-1] != 3 else len(shape) == 4
     encoder = open_encoder(config.encoder, shape[clip:], frames=shape[0] if clip else 0, grid=grid)
@@ -214,7 +210,7 @@ def _open(config: PairsConfig) -> tuple[Pictures, tuple[int, int] | None]:
 
 def _content(pictures: Pictures, numbers: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(numbers), AT_ONCE):
-        yield np.stack([np.asarray(pictures.pixels[number]) for number in numbers[start : start + AT_ONCE]])
+        yield pictures.look(numbers[start : start + AT_ONCE])
 
 
 def _fitted(encoder: Encoder, training: functools.partial[Iterator[np.ndarray]], path: Path) -> str:

@@ -41,8 +41,11 @@ AT_ONCE = 64  # rows of stored features that are read together
 FEATURES, CAPTIONS, ABOUT = "features", "captions.jsonl", "features.json"  # in a directory of `jaxup features`
 
 
-def read_table(spec: str, *, size: int, columns: str) -> Pictures:
-    """The pictures of a file or dataset, all of them read once; UserError, with the row, for what is none."""
+def read_table(spec: str, *, size: int, columns: str, alike: bool = True) -> Pictures:
+    """The pictures of a file or dataset, all of them read once; UserError, with the row, for what is none.
+
+    `alike`: they must be of one size, which `size` makes them unless it is 0.
+    """
     rows, root, said = _rows(spec, _renamed(columns))
     lazy = _Lazy(root, size)
     keys: list[bytes] = []
@@ -57,7 +60,7 @@ def read_table(spec: str, *, size: int, columns: str) -> Pictures:
             lazy.add(content, picture)
             shape = picture.shape[: 2 + isinstance(content, _Clip)]
             first = first or shape
-            if shape != first:
+            if alike and shape != first:
                 side = min(first[-2:])
                 hint = "" if size else f"size={side} makes all of them {side} x {side}"
                 raise UserError(f"{_pixels(shape)}, and the first has {_pixels(first)}", at=row.place, hint=hint)
@@ -144,7 +147,8 @@ class _Said:
         said = {column: value.get(column, "") for column in SAID}
         for column in SAID:
             if not isinstance(said[column], str) or (column in value and not said[column].strip()):
-                raise UserError(f"{said[column]!r:.40} is no text" if said[column] else "empty", at=(row.place, column))
+                what = f"{said[column]!r:.40} is no text" if not isinstance(said[column], str) else "empty"
+                raise UserError(what, at=(row.place, column))
         if bool(said["question"]) != bool(said["answer"]):
             raise UserError("a question without an answer, or an answer without a question", at=row.place)
         if not said["text"] and not said["answer"]:
@@ -318,6 +322,8 @@ class Stored:
         return self.shape[0]
 
     def __getitem__(self, where: int | slice) -> np.ndarray:
+        if isinstance(where, slice):  # TensorStore does not end it with the array
+            where = slice(*where.indices(len(self)))
         try:
             return np.asarray(self.read(where)).astype(np.float32)
         except (ValueError, OSError) as error:
