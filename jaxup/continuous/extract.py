@@ -223,7 +223,7 @@ def _vae(model: str, revision: str | None, size: int) -> Encode:
     network = network.to(device).eval()
 
     def encode(pictures: list[np.ndarray]) -> np.ndarray:
-        pixels = np.stack([resize(picture, size) for picture in pictures]).astype(np.float32) / 127.5 - 1
+        pixels = np.stack([resize(picture, (size, size)) for picture in pictures]).astype(np.float32) / 127.5 - 1
         with torch.inference_mode():
             inputs = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 1))).to(device, network.dtype)
             latents = network.encode(inputs).latent_dist.mode().float().cpu().numpy()

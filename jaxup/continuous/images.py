@@ -30,13 +30,14 @@ _NAMES = {
 }  # fmt: skip
 
 
-def read_picture(value: Any, root: Path) -> np.ndarray:
+def read_picture(value: Any, root: Path, *, size: tuple[int, int] | None = None) -> np.ndarray:
     """The picture that a row of data has: a path, an encoded file, or the pixels themselves.
 
     Args:
       value: a path, relative to `root` or absolute; the bytes of a file, also as a "data:image/...;base64," text or
         as `datasets` keeps them ({"bytes", "path"}); an array or nested lists of uint8 [H, W] or [H, W, 1 or 3].
       root: directory of the file that names it. No relative path leads out of it, through links neither.
+      size: (H, W) that it is made; see `resize`.
 
     Returns: uint8 [H, W] or [H, W, 3]. Transparent pixels are on white, and a turned photograph is upright.
     UserError without a place for whatever is none.
@@ -52,8 +53,8 @@ def read_picture(value: Any, root: Path) -> np.ndarray:
     elif isinstance(value, bytes | bytearray):
         content = bytes(value)
     else:
-        return _pixels(value)
-    return _decoded(content)
+        return resize(_pixels(value), size)
+    return resize(_decoded(content), size)
 
 
 def _inline(text: str) -> bytes:
@@ -150,13 +151,13 @@ def _pixels(value: Any) -> np.ndarray:
     return array.astype(np.uint8)
 
 
-def resize(picture: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W] or [H, W, 3] as [size, size] or [size, size, 3], by Pillow's Lanczos filter."""
-    if picture.shape[:2] == (size, size):
+def resize(picture: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 [H, W] or [H, W, 3] made of `size`, by Pillow's Lanczos filter; None: as it is."""
+    if size is None or picture.shape[:2] == size:
         return picture
     from PIL import Image
 
-    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.LANCZOS))
 
 
 def as_coloured(picture: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -132,6 +132,10 @@ class Pairs:
     def decode(self, values: np.ndarray) -> np.ndarray:
         """float [.., N, C] -> uint8 [.., H, W] or [.., H, W, 3]; UserError where the encoder has no way back."""
         return self.encoder.decode(values)
+
+    def look(self, numbers: np.ndarray | Iterable[int]) -> np.ndarray:
+        """The pictures (features) of these numbers, stacked."""
+        return self.pictures.look(numbers)
 
 
 def open_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, root: Path) -> Pairs:

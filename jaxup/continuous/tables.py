@@ -81,7 +81,7 @@ class _Lazy:
     """Pictures by their number: kept if they are small together, else each decoded again when it is asked for."""
 
     def __init__(self, root: Path, size: int):
-        self._root, self._size = root, size
+        self._root, self._size = root, (size, size) if size else None
         self._contents: list[Any] = []
         self._kept: list[np.ndarray] | None = []
         self._nbytes, self._coloured, self.resized = 0, False, 0
@@ -95,7 +95,7 @@ class _Lazy:
                 frames = [frame if frame.ndim == 3 else as_coloured(frame) for frame in frames]
             return np.stack(frames)
         picture = read_picture(content, self._root)
-        made = resize(picture, self._size) if self._size else picture
+        made = resize(picture, self._size)
         self.resized += made.shape != picture.shape
         return made
 
