@@ -35,8 +35,8 @@ class Fields(Protocol):
         Where segments are kept apart also segment_ids (from 1; 0 = padding) and positions (from 0 in
         each segment), int32 [B, S]. IndexError outside the rows.
 
-        Rows may have other fields [B, ...], of which a second axis is S. Those whose names end in "weights" say what
-        counts: they are 0 where a batch is filled up.
+        Rows may have other fields [B, ...]; a second axis is S where sequences are split over devices. Those whose
+        names end in "weights" say what counts: they are 0 where a batch is filled up.
         """
 
 
