@@ -195,7 +195,7 @@ def jaxup_contestant(a: argparse.Namespace, out: Any) -> None:
 
     def validation_loss() -> float:
         held_out = validation_batches(rows_of(a, name, "validation"), batch_size=a.batch, max_rows=0)
-        sums = [jax.device_get(eval_step(state.params, batch)) for batch in held_out]
+        sums = [jax.device_get(eval_step(state.params, batch)["text"]) for batch in held_out]
         return float(sum(s[0] for s in sums) / sum(s[1] for s in sums))
 
     def steps(count: int) -> dict[str, float]:

@@ -46,6 +46,13 @@ def test_an_outcome_is_what_the_run_wrote_down(run):
         f"run/{name}": count * 8 * 32 for name, count in steps.items()
     }
     assert found.costs["run/target_2"] == (found.tokens, found.flops)
+    # Rows that are no text say their length, and an objective what it takes; of older runs the configuration does.
+    path = run / "checkpoints/target_2/model.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"seq_len": 10, "flops_per_token": 7}))
+    other = read_outcome(run, "target_2", cell="two")
+    assert (other.tokens, other.flops) == (8 * 8 * 10, 8 * 8 * 10 * 7)
+    path.write_text(json.dumps({key: about[key] for key in about if key not in ("seq_len", "flops_per_token")}))
     (run / "checkpoints/reference/common.json").write_text('{"of": "reference-1f"}')
     assert "reference-1f" in read_outcome(run, "target_2", cell="two").costs
     mine = [record for record in metrics(run) if record["model"] == "target_2"]
@@ -54,6 +61,7 @@ def test_an_outcome_is_what_the_run_wrote_down(run):
     assert found.norm_N.tolist() == [r["gradient_norm"] for r in mine if "loss" in r]
     assert np.isnan(found.micro_N).all()
     again = read_outcome(run, "target_2", cell="two")
+    assert (again.tokens, again.flops) == (found.tokens, found.flops)
     assert again.measures["angular_distance"].tolist() == [0.5, 0.25]
     assert again.tasks == {"judged": 0.75, "distance": 2.0, "diversity": pytest.approx(math.nan, nan_ok=True)}
     assert found.tasks == {}

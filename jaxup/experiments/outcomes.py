@@ -124,7 +124,7 @@ def read_outcome(
 
 @dataclasses.dataclass
 class _Length:
-    seq_len: int
+    seq_len: int = 0  # of rows of text
 
 
 @dataclasses.dataclass
@@ -159,7 +159,8 @@ def _cost(
     from jaxup.model.spec import flops_per_token
 
     path = directory / "checkpoints" / name / "model.json"
-    about = read_json(path, {"model": dict[str, Any], "kind": str | None}, _AGAIN)
+    sizes = {"seq_len": int | None, "flops_per_token": float | None}  # of older runs the configuration says them
+    about = read_json(path, {"model": dict[str, Any], "kind": str | None, **sizes}, _AGAIN)
     logged = [r for r in records if "loss" in r]
     if about is None or not logged:
         return 0, 0, np.zeros(1), 0.0
@@ -169,15 +170,17 @@ def _cost(
         raise UserError(error.what, at=str(path), hint=_AGAIN) from None
     # What a healing begins with may be made in the same run, by settings of its own.
     settings = config["pretrain"] if about.get("kind") == "base" and config.get("pretrain") else config
-    seq_len, per_step = settings["data"]["seq_len"], settings["batch_size"] * settings["data"]["seq_len"]
+    seq_len = about.get("seq_len") or settings["data"].get("seq_len", 0)
+    per_step = settings["batch_size"] * seq_len
     result = _result(directory, name)
     last = logged[-1]["step"] if result is None else result["steps"]
 
     @functools.cache
     def of_step(layers: int) -> float:
         """A model that grows while it trains has fewer layers at first."""
-        grows = 0 < layers < model.num_layers
-        return per_step * flops_per_token(model.with_layers(range(layers)) if grows else model, seq_len)
+        if 0 < layers < model.num_layers:
+            return per_step * flops_per_token(model.with_layers(range(layers)), seq_len)
+        return per_step * float(about.get("flops_per_token") or flops_per_token(model, seq_len))
 
     flops = np.array([of_step(len(r.get("gradient_norm_layers", ()))) for r in [*logged, logged[-1]]])
     steps = np.diff([0, *(r["step"] for r in logged), last])

@@ -269,7 +269,8 @@ def train_model(
     whole = part or Part(curve=name, first=0, seconds=0.0, schedule=(0, steps))
     directory, kind = run.directory / "checkpoints" / name, kind or name
     if jax.process_index() == 0:
-        describe_model(directory, run, kind, model, plan, **(about or {}))
+        cost = {"seq_len": run.data.seq_len, "flops_per_token": objective.flops(model, run.data.seq_len)}
+        describe_model(directory, run, kind, model, plan, **cost, **(about or {}))
     stored = read_result(directory)
     if stored is not None and stored.steps >= steps and stored.holds(run):
         print(f"{name}: finished before, validation loss {stored.val_loss:.4f}", flush=True)
