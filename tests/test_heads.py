@@ -19,7 +19,7 @@ import scipy.stats
 
 from jaxup.continuous import heads
 from jaxup.continuous.heads import HEADS, Categorical, Cosine, Diffusion, Flow, Gaussian
-from jaxup.continuous.nets import MLP, NETS, Net, Spatial
+from jaxup.continuous.nets import MLP, NETS, Net, Spatial, dense, linear
 from jaxup.continuous.schedules import cosine
 from jaxup.continuous.stages import Stages
 from jaxup.errors import UserError
@@ -68,6 +68,17 @@ class Clock(Exact):
         return jnp.broadcast_to(time_BS[..., None], y_BSC.shape)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Small(Exact):
+    """A matrix, of all that a net is given: soon compiled."""
+
+    def table(self, hidden, channels, outputs):
+        return dense("all", channels + 1 + hidden, outputs)
+
+    def __call__(self, params, y_BSC, time_BS, z_BSD, map_BS):
+        return 0.2 * linear(params["all"], jnp.concatenate([y_BSC, time_BS[..., None] / 1000, z_BSD], axis=-1))
+
+
 def diffusion(net, draws=1):
     return Diffusion(channels=CHANNELS, net=net, draws=draws, train_steps=T, limit=50.0)
 
@@ -79,11 +90,12 @@ def flow(net, times="uniform", stages=1, draws=1, channels=CHANNELS):
 ALL = {
     "cosine": Cosine(channels=CHANNELS), "gaussian": Gaussian(channels=CHANNELS, least_deviation=0.01),
     "categorical": Categorical(channels=CHANNELS, bins=16, limit=4.0),
-    "diffusion": diffusion(MLP(width=8, depth=2), draws=2), "flow": flow(MLP(width=8, depth=2), "logit-normal"),
+    "diffusion": diffusion(Small(), draws=2), "flow": flow(MLP(width=8, depth=2), "logit-normal"),
 }  # fmt: skip
 
 
-SOME = [pytest.param(name, marks=pytest.mark.slow if name == "categorical" else ()) for name in ALL]
+SLOW = pytest.mark.slow  # more of the same
+SOME = [pytest.param(name, marks=SLOW if name in ("categorical", "gaussian") else ()) for name in ALL]
 
 
 def drawn(table, seed=0, zeros=0.3):
@@ -140,7 +152,11 @@ def test_diffusion_floor(mean, variance, mix):
 
 @pytest.mark.parametrize(
     ("times", "mean", "variance", "known"),
-    [("uniform", 0.0, 1.0, math.pi / 2), ("logit-normal", 0.0, 1.0, 1.741), ("uniform", -0.5, 0.25, None)],
+    [
+        ("uniform", 0.0, 1.0, math.pi / 2),
+        ("logit-normal", 0.0, 1.0, 1.741),
+        pytest.param("uniform", -0.5, 0.25, None, marks=SLOW),
+    ],
 )
 def test_flow_floor(times, mean, variance, known):
     def floor(s):
@@ -275,7 +291,9 @@ def draws(head, steps, temperature=1.0, rows=8, seq=128):
     return np.asarray(program({"net": {}}, z, keys)), np.asarray(heads.noise(keys, seq, head.channels))
 
 
-@pytest.mark.parametrize(("steps", "mix", "temperature"), [(1000, -1.0, 1.0), (50, 1.0, 1.0), (50, 0.0, 0.5)])
+@pytest.mark.parametrize(
+    ("steps", "mix", "temperature"), [(1000, -1.0, 1.0), (50, 1.0, 1.0), pytest.param(50, 0.0, 0.5, marks=SLOW)]
+)
 def test_diffusion_draws(steps, mix, temperature):
     """Each step is linear in x_t, and so the law of what is drawn is normal; its moments follow step by step."""
     mean, variance = 0.6, 0.4

@@ -328,9 +328,9 @@ class Diffusion(_Iterative):
             said_BSC, mix_BSC = jnp.split(said, 2, axis=-1)
             x_BSC = (y_BSC - jnp.sqrt(1 - signal) * said_BSC) / jnp.sqrt(signal)
             mean_BSC = clean * jnp.clip(x_BSC, -self.limit, self.limit) + noisy * y_BSC
-            scale = jnp.where(number < steps, temperature, 0.0)  # the last step adds none
-            deviation_BSC = jnp.exp(_between(low, high, mix_BSC) / 2)
-            return mean_BSC + scale * deviation_BSC * noise(key_B, seq, self.channels, number), None
+            deviation_BSC = temperature * jnp.exp(_between(low, high, mix_BSC) / 2)
+            added_BSC = deviation_BSC * noise(key_B, seq, self.channels, number)
+            return mean_BSC + jnp.where(number < steps, added_BSC, 0), None  # the last step adds none
 
         first_BSC = noise(key_B, seq, self.channels)
         steps_back = (jnp.arange(1, steps + 1), *(_column(column[::-1]) for column in table))
