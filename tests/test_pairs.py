@@ -502,7 +502,7 @@ def test_features_are_what_torch_code_gives(vision, opened, tmp_path, capsys):
     # A ViT's first token is of no place; zarr has the same numbers as npy.
     path, network = vision["vit"]
     for form in ("npy", "zarr"):
-        said = ran(capsys, path, "digits" if form == "x" else data, tmp_path / form, "--format", form).err
+        said = ran(capsys, path, data, tmp_path / form, "--format", form).err
         assert "of 10 tokens the first 1, which stand for no place, are left out" in said
     with torch.no_grad():
         wanted = network(pixel_values=torch.stack(pixels)).last_hidden_state[:, 1:].numpy()
@@ -555,6 +555,9 @@ def test_latents_are_those_of_diffusers(tmp_path, capsys):
     data = write_rows(tmp_path / "a.jsonl", [{"image": p.tolist(), "text": "t"} for p in pictures])
     refused("its VAE is ", ran, capsys, tmp_path / "pipeline", data, tmp_path / "out", "--vae", "--size", 16)
     vae = tmp_path / "pipeline" / "vae"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    refused("is of 'UNet2DModel', and", ran, capsys, tmp_path / "other", data, tmp_path / "out", "--vae", "--size", 16)
     refused("a multiple of 2 pixels", ran, capsys, vae, data, tmp_path / "out", "--vae", "--size", 15)
     ran(capsys, vae, data, tmp_path / "out", "--vae", "--size", 16)
     with torch.no_grad():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from jaxup.errors import UserError, first_line
 from jaxup.files.names import check_hub_name
 from jaxup.files.staging import check_replaceable, check_space, staged_directory
 from jaxup.progress import Progress, say
+from jaxup.text import read_json
 
 Encode = Callable[[list[np.ndarray]], np.ndarray]  # pictures, uint8 [.., .., 3] -> float32 [B, H, W, C]
 
@@ -47,6 +49,8 @@ def extract(
     """
     place = Path(os.path.expanduser(out))
     check_replaceable(place, force, (ABOUT,))
+    if not place.absolute().parent.is_dir():
+        raise UserError("its parent is not a directory", at=out)
     encode = (_vae if vae else _vision)(model, revision, size)
     pictures = builtin(data) or read_table(data, size=0, columns=columns, alike=False)
     count = len(pictures.keys)
@@ -214,8 +218,17 @@ def _vae(model: str, revision: str | None, size: int) -> Encode:
         from diffusers import AutoencoderKL
     except ImportError:
         raise UserError("a VAE runs by diffusers, which is not installed; pip install diffusers", at=model) from None
-    with torch_errors(model):
-        network = AutoencoderKL.from_pretrained(path, low_cpu_mem_usage=False, **options)
+    kind = (read_json(Path(path) / "config.json", {}, "") or {}).get("_class_name") if os.path.isdir(path) else None
+    if kind not in (None, AutoencoderKL.__name__):
+        raise UserError(f"its config.json is of {kind!r:.40}, and not of an AutoencoderKL", at=model)
+    heard = logging.getLogger("diffusers")
+    level = heard.level
+    heard.setLevel(logging.CRITICAL)  # what is wrong it logs, and then raises
+    try:
+        with torch_errors(model):
+            network = AutoencoderKL.from_pretrained(path, low_cpu_mem_usage=False, **options)
+    finally:
+        heard.setLevel(level)
     factor = 2 ** (len(network.config.block_out_channels) - 1)
     if size < 1 or size % factor:
         raise UserError(f"a multiple of {factor} pixels, this VAE's factor", at=f"--size={size}", hint="such as 256")

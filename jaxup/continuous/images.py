@@ -19,8 +19,8 @@ import numpy as np
 from jaxup.errors import UserError, first_line
 from jaxup.files.names import nearest_path
 
-# Pillow reads many more, some by starting other programs (EPS) or from formats that nobody uses for pictures.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Pillow reads many more: EPS by starting another program, TIFF by a library that prints what it finds wrong.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM")
 MOST_BYTES = 256 * 2**20  # of a file
 _NAMES = {
     b"<!doc": "an HTML page", b"<html": "an HTML page", b"<?xml": "XML, perhaps an SVG drawing",
@@ -78,10 +78,11 @@ def _file(name: str, root: Path) -> bytes:
     if not path.is_file():  # opening a pipe would wait for ever
         what = "not a file" if os.path.lexists(path) else "no such file"
         raise UserError(f"{what}: {path}", hint=nearest_path(str(path)))
-    if path.stat().st_size > MOST_BYTES:
-        raise UserError(f"{path}: longer than {MOST_BYTES // 2**20} MiB")
     try:
-        return path.read_bytes()
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise UserError(f"{path}: longer than {MOST_BYTES // 2**20} MiB")
+        with path.open("rb") as file:  # files of /proc have no size, and some no end
+            return file.read(size)
     except OSError as error:
         raise UserError(error.strerror or first_line(error), at=str(path)) from None
 

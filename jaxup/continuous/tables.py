@@ -343,7 +343,7 @@ def _npy(path: Path) -> Stored:
         raise UserError("not an array of NumPy", at=str(path), hint=hint)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError, TypeError, OverflowError) as error:
+    except Exception as error:  # its header is parsed as Python is: SyntaxError, TokenError, RecursionError, ...
         told = "it holds objects of Python" if "object" in str(error).lower() else first_line(error)
         raise UserError(f"cannot be read: {told[:200]}", at=str(path), hint="numbers only, as float32") from None
     return _numbers(array.dtype, array.shape, str(path), array.__getitem__)
