@@ -144,9 +144,9 @@ def choose(
     return "cudnn" if fits and (asked == "cudnn" or (asked == "auto" and capability >= 8)) else "blocked"
 
 
-def described(asked: str, *, dtype: DTypeLike, seq_len: int | None, head_dim: int, packed: bool) -> str:
+def described(asked: str, *, dtype: DTypeLike, seq_len: int | None, head_dim: int, **given: bool) -> str:
     """What `choose` takes, with the positions that it computes at once."""
-    chosen = choose(asked, dtype=dtype, seq_len=seq_len, head_dim=head_dim, packed=packed)
+    chosen = choose(asked, dtype=dtype, seq_len=seq_len, head_dim=head_dim, **given)
     if chosen == "splash" and seq_len is not None:
         return f"splash, blocks of {_equal(seq_len, _most(head_dim, dtype))[1]:,}"
     return f"blocked, {_BLOCK} queries each" if chosen == "blocked" else chosen

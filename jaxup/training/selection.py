@@ -30,9 +30,7 @@ class TrainConfig:
     layers: str  # all | copies | originals | new | ranges such as "9:12,20" of the result's layers
     parameters: str  # regular expression on their paths; "" = all
     freeze: str  # of these layers, those to leave out: originals, ranges, ...; "" = none
-    rates: Mapping[
-        str, float
-    ]  # by role, of the ends (embedding, norm, head), of what is beside: factors of the learning rate
+    rates: Mapping[str, float]  # what multiplies the learning rate: of each role, of the ends, of what is beside
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

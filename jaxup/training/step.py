@@ -204,7 +204,7 @@ def _summed_once(model: ModelConfig, compute: Compute, batch: Batch, accumulatio
     axes = tuple(axis for axis in compute.rows_over if axis in sizes and axis not in sum(RULES.values(), ()))
     kernel = choose(
         compute.attention, dtype=compute.dtype, seq_len=batch["tokens"].shape[1], head_dim=model.head_dim,
-        packed="segment_ids" in batch,
+        packed="segment_ids" in batch, stepwise="steps" in batch,
     )  # fmt: skip
     others, itemsize = len(sizes) - len(axes), jnp.dtype(compute.dtype).itemsize
     beside = kernel == "cudnn" or (kernel == "splash" and "context" in sizes)
