@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxup.continuous.layouts import BEGIN, END, FIRST, MASK, NULL, Frames, Raster, Scales, Sets, up
@@ -26,7 +27,7 @@ from jaxup.continuous.sets import sizes
 from jaxup.continuous.task import Task, white
 from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
-from jaxup.model.decoder import Decoder, KVCache, abstract, check_numbers
+from jaxup.model.decoder import Decoder, KVCache, Params, abstract, check_numbers
 
 # Prompts are padded to a multiple of it: lengths nearby share their programs.
 _BUCKET = 16
@@ -66,11 +67,11 @@ def draw(
     tokens = layout.count if isinstance(layout, Sets) else layout.rows * layout.columns
     schedules = sizes(tokens, sets, schedule) if in_sets else ()
     config, params = decoder.config, decoder.params
-    program = _drawing(config, _compute(decoder), task, head_steps, schedules, guidance != 1, cached)
+    program = _drawing(config, _compute(decoder), _mesh(params), task, head_steps, schedules, guidance != 1, cached)
     drawn = []
     for rows, tokens_BP, first_B in _chunks(config, prompts, layout.image, batch):
-        key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
-        drawn.append(program(params, tokens_BP, first_B, key_B, jnp.float32(temperature), jnp.float32(guidance)))
+        given = np.uint32(seed), rows, np.float32(temperature), np.float32(guidance)
+        drawn.append(program(params, tokens_BP, first_B, *given))
     return _rows(drawn, len(prompts)).reshape(len(prompts), *layout.shape)
 
 
@@ -90,7 +91,8 @@ def tell(
     values = np.asarray(values_BNC, np.float32).reshape(len(prompts), layout.count, layout.channels)
     if not np.isfinite(values).all():
         raise UserError(f"the values of image {np.argwhere(~np.isfinite(values))[0][0]} are not all finite")
-    program, params = _telling(config, _compute(decoder), task, max_tokens, vocab_size), decoder.params
+    params = decoder.params
+    program = _telling(config, _compute(decoder), _mesh(params), task, max_tokens, vocab_size)
     told = []
     for rows, tokens_BP, first_B in _chunks(config, prompts, layout.image + max_tokens, batch):
         told.append(program(params, tokens_BP, first_B, values[rows]))
@@ -101,6 +103,16 @@ def tell(
 
 def _compute(decoder: Decoder) -> Compute:
     return dataclasses.replace(decoder.compute, batch_axes=())
+
+
+def _mesh(params: Params) -> Mesh | None:
+    """That the parameters lie on, if they do: all of its processes then read what is drawn."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
+
+
+def _jitted(run: Callable[..., Array], mesh: Mesh | None) -> Callable[..., Array]:
+    return jax.jit(run, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def _chunks(config: ModelConfig, prompts: Any, new: int, batch: int) -> Any:
@@ -193,13 +205,14 @@ class _Steps:
 
 @functools.lru_cache(maxsize=8)
 def _drawing(
-    config: ModelConfig, compute: Compute, task: Task, head_steps: int, schedule: tuple[int, ...], guided: bool,
+    config: ModelConfig, compute: Compute, mesh: Mesh | None, task: Task, head_steps: int, schedule: tuple[int, ...], guided: bool,
     cached: bool,
 ) -> Callable[..., Array]:  # fmt: skip
     graphdef, _ = abstract(config, compute)
     layout, head = task.layout, task.head
 
-    def run(params, tokens_BP, first_B, key_B, temperature, guidance):
+    def run(params, tokens_BP, first_B, seed, rows_B, temperature, guidance):
+        key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B)
         both = (lambda x: jnp.concatenate([x, x])) if guided else (lambda x: x)
         tokens_RP = jnp.concatenate([tokens_BP, jnp.full_like(tokens_BP, -1)]) if guided else tokens_BP
         steps = _Steps(nnx.merge(graphdef, params), task, tokens_RP, both(first_B), layout.image, cached)
@@ -246,7 +259,7 @@ def _drawing(
 
         return _WAYS[type(layout)](task, steps, sample, by_sets, keys, both, temperature)
 
-    return jax.jit(run)
+    return _jitted(run, mesh)
 
 
 def _raster(task, steps, sample, by_sets, keys, both, temperature):
@@ -318,7 +331,7 @@ _WAYS: dict[type, Callable[..., Float[Array, "batch count channels"]]] = {
 
 @functools.lru_cache(maxsize=8)
 def _telling(
-    config: ModelConfig, compute: Compute, task: Task, max_tokens: int, vocab_size: int | None
+    config: ModelConfig, compute: Compute, mesh: Mesh | None, task: Task, max_tokens: int, vocab_size: int | None
 ) -> Callable[..., Array]:
     graphdef, _ = abstract(config, compute)
     N = task.layout.count
@@ -353,4 +366,4 @@ def _telling(
         first = (likeliest(decoder.logits(z_BSD[:, -1])), cache)
         return jnp.moveaxis(jax.lax.scan(one, first, None, length=max_tokens)[1], 0, 1)
 
-    return jax.jit(run)
+    return _jitted(run, mesh)
