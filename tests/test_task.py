@@ -98,7 +98,7 @@ def some(names):
     return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in TASKS]
 
 
-@pytest.mark.parametrize("name", some(["raster", "stages", "nova", "sets"]))
+@pytest.mark.parametrize("name", some(["raster", "stages"]))
 def test_what_a_step_says_does_not_depend_on_what_it_predicts(name):
     task, _ = made(name)
     layout = task.layout
@@ -210,10 +210,14 @@ def test_what_is_told_is_what_training_would_predict():
         for prompt, each, text in zip(prompts, values, told)
     ]
     batch = jax.tree.map(jnp.asarray, layout.pack(examples, [0, 1]))
-    fed = {name: batch[field] for name, field in (("values_BMC", "values"), ("fed_BS", "fed"))}
-    inputs = task.inputs(decoder.beside, jnp.float32, **fed, vectors_BS=batch["vectors"], places_BS=batch["places"])
-    logits = decoder.logits(decoder.hidden(batch["tokens"], inputs_BSD=inputs))
-    best = np.asarray(jnp.argmax(logits, -1))
+
+    @jax.jit
+    def best_of(batch):
+        fed = {"values_BMC": batch["values"], "fed_BS": batch["fed"], "vectors_BS": batch["vectors"]}
+        inputs = task.inputs(decoder.beside, jnp.float32, **fed, places_BS=batch["places"])
+        return jnp.argmax(decoder.logits(decoder.hidden(batch["tokens"], inputs_BSD=inputs)), -1)
+
+    best = np.asarray(best_of(batch))
     learned = batch["loss_weights"] > 0
     assert (best[learned] == batch["targets"][learned]).all()
     assert tell(decoder, task, values, prompts, max_tokens=3, eos_ids={told[0][0]})[0] == []

@@ -205,8 +205,8 @@ class _Steps:
 
 @functools.lru_cache(maxsize=8)
 def _drawing(
-    config: ModelConfig, compute: Compute, mesh: Mesh | None, task: Task, head_steps: int, schedule: tuple[int, ...], guided: bool,
-    cached: bool,
+    config: ModelConfig, compute: Compute, mesh: Mesh | None, task: Task, head_steps: int, schedule: tuple[int, ...],
+    guided: bool, cached: bool,
 ) -> Callable[..., Array]:  # fmt: skip
     graphdef, _ = abstract(config, compute)
     layout, head = task.layout, task.head
