@@ -125,9 +125,8 @@ def test_what_a_step_says_does_not_depend_on_what_it_predicts(name):
     )
     # The loss is the sum of the two means, each over the whole batch.
     means = {each: total / max(count, 1) for each, (total, count) in sums.items()}
-    assert np.isclose(loss, sum(means.values()), rtol=1e-5) and np.isclose(
-        task.mean({k: (float(a), float(b)) for k, (a, b) in sums.items()}), loss, rtol=1e-5
-    )
+    assert np.isclose(loss, sum(means.values()), rtol=1e-5)
+    assert np.isclose(task.mean({k: (float(a), float(b)) for k, (a, b) in sums.items()}), loss, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -152,7 +151,9 @@ def test_drawing_by_the_cache_is_drawing_without(name, guidance):
     prompts = [[5, 6, 7], [1], []]
     how = DRAWN | {"guidance": guidance}
     one, two = (draw(decoder, task, prompts, cached=cached, **how) for cached in (True, False))
-    assert one.shape == (3, *task.layout.shape) and np.isfinite(one).all() and one.std() > 0.1
+    assert one.shape == (3, *task.layout.shape)
+    assert np.isfinite(one).all()
+    assert one.std() > 0.1
     # Sums in another order: some dozens of roundings of 6e-8, where no step of these weights makes much of the last's.
     np.testing.assert_allclose(one, two, rtol=0, atol=2e-5)
     # In the same program a row is what it is alone, to the bit.
@@ -235,7 +236,8 @@ def test_a_clip_begins_as_the_first_decoder_says_and_goes_on_scaled_and_shifted(
     np.testing.assert_array_equal(plain.told(decoder.beside, z, z[:, :1]), z)
     assert not any("between.wide" in param.path for param in plain.beside(BASE))
     begun = {param.path: param for param in task.beside(BASE)}["between.wide.kernel"]
-    assert begun.std == 0 and begun.fill == 0
+    assert begun.std == 0
+    assert begun.fill == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -282,7 +284,8 @@ def test_of_a_pair_that_must_differ_half_is_valid_at_once_and_all_in_two_sets():
         assert set(np.unique(drawn)) == {-1.0, 1.0}
         share[sets] = (drawn[:, 0] != drawn[:, 1]).mean()
     # 400 coins: a deviation of .025.
-    assert share[2] == 1 and abs(share[1] - 0.5) < 0.1
+    assert share[2] == 1
+    assert abs(share[1] - 0.5) < 0.1
 
 
 def test_training_lowers_both_losses():
@@ -302,7 +305,8 @@ def test_training_lowers_both_losses():
         state, metrics = step(state, batch, jnp.float32(0.02))
         logged.append(jax.device_get(metrics["means"]))
     assert not state.halted
-    assert logged[-1]["text"] < logged[0]["text"] / 10 and logged[-1]["values"] < logged[0]["values"] - 1
+    assert logged[-1]["text"] < logged[0]["text"] / 10
+    assert logged[-1]["values"] < logged[0]["values"] - 1
 
 
 def task_with(name="raster", **changed):
