@@ -19,9 +19,9 @@ from jaxup.errors import UserError
 
 if TYPE_CHECKING:
     from jaxup.building.work import build as build_model
+    from jaxup.continuous.load import load
     from jaxup.depth.apply import apply as apply_plan
     from jaxup.depth.plan import DepthPlan
-    from jaxup.hub.load import load
     from jaxup.hub.save import save
     from jaxup.hub.text_generation import generate
     from jaxup.lens.differences import diff
@@ -51,7 +51,7 @@ __all__ = [
 # Where each name is, and what it is called there if that is something else; the others are recipes.
 _PLACES = {
     "DepthPlan": "depth.plan", "apply_plan": "depth.apply:apply", "build_model": "building.work:build",
-    "diff": "lens.differences", "explain": "lens.explain", "generate": "hub.text_generation", "load": "hub.load",
+    "diff": "lens.differences", "explain": "lens.explain", "generate": "hub.text_generation", "load": "continuous.load",
     "open_plan": "recipes.open", "probe": "lens.probe", "save": "hub.save",
 }  # fmt: skip
 

@@ -1,8 +1,11 @@
-"""Write text with a model: `python -m jaxup.generate MODEL --prompt "def main"`.
+"""Write text with a model: `python -m jaxup.generate MODEL --prompt "def main"`; or draw pictures, or ask of one.
 
 MODEL is a Hugging Face model directory, a Hub id, a gs://, s3:// or https:// directory, or a finished run directory,
 of which the exported model is taken; RUN@reference and RUN@healed/133 are others of a run, by name and step. One
 prompt is written as it comes, several are one batch and written at its end.
+
+A model that was taught to draw does with --image "draw 7" --out grid.png, of each --image a picture, and tells of one
+that it is shown with --image-in FILE --prompt "which digit?".
 """
 
 from __future__ import annotations
@@ -35,12 +38,50 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--prompt-file", metavar="FILE", help="a prompt per line, empty lines left out; - = standard input")
     add("--chat", action="store_true", help="the prompt is a message, put into the tokenizer's chat template")
     add("--system", metavar="TEXT", help="with --chat: the system's message before it")
+    add("--image", metavar="TEXT", action="append", help="draw a picture for it; may be given several times")
+    add("--out", metavar="FILE", help="with --image: PNG of all pictures, or .npy of their continuous tokens")
+    add("--guidance", metavar="G", type=float, help="with --image: how much the text counts; 1 = as it was learned")
+    add("--head-steps", metavar="N", type=int, help="with --image: steps of a diffusion or flow")
+    add("--sets", metavar="N", type=int, help="with --image: sets that the tokens of a picture or frame are drawn in")
+    add("--image-in", metavar="FILE", help="with --prompt: the picture that it asks of")
     add_flags(parser, DEFAULTS)
     args = parser.parse_args(argv[1:])
     check_flags(args, DEFAULTS)
     if args.system is not None and not args.chat:
         raise UserError("--system goes with --chat")
+    _check_pictures(args)
     return args
+
+
+_TEXT = ("prompt", "prompt_file", "chat", "max_tokens", "top_k", "top_p")  # what is of text alone
+_DRAWN = ("out", "guidance", "head_steps", "sets")  # and of pictures that are drawn
+
+
+def _check_pictures(args: argparse.Namespace) -> None:
+    """UserError for flags that do not go together."""
+
+    def given(names: Collection[str]) -> list[str]:
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]
+
+    if args.image is None:
+        if drawn := given(_DRAWN):
+            raise UserError(f"{drawn[0]} goes with --image")
+    else:
+        if other := given(("image_in", *_TEXT)):
+            raise UserError(f"{other[0]} goes with text, and --image draws")
+        if args.out is None:
+            raise UserError("--image: where to is not said", hint="--out=grid.png")
+        if not args.out.lower().endswith((".png", ".npy")):
+            raise UserError(f"--out={args.out}: a .png of the pictures, or a .npy of their continuous tokens")
+    if args.image_in is not None:
+        if not args.prompt or args.prompt_file is not None:
+            raise UserError("--image-in goes with --prompt, which asks of the picture")
+        if other := given(("chat", "temperature", "top_k", "top_p", "seed")):
+            raise UserError(f"{other[0]}: what is told of a picture is the likeliest text")
+    for name, least in (("guidance", 0.0), ("head_steps", 1), ("sets", 1)):
+        value = getattr(args, name)
+        if value is not None and not least <= value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least:g}, not {value}")
 
 
 _OWN = {"temperature": "temperature", "top_k": "top_k", "tokens": "max_tokens"}  # of a run's section `sample`
@@ -155,10 +196,10 @@ def open_model(args: argparse.Namespace) -> Opened:
     """The model that a command is told with `add_reading_flags`: a directory's, or RUN@MODEL, or RUN@MODEL/STEP."""
     devices.choose(args.platform)
 
+    from jaxup.continuous.load import load
     from jaxup.data.tokenizer import load_tokenizer
     from jaxup.files.names import in_run, split_run
     from jaxup.hub.directory import tokenizer_directory
-    from jaxup.hub.load import load
     from jaxup.hub.reader import load_config
 
     name, run = args.model, None
@@ -212,8 +253,28 @@ def _of_run(args: argparse.Namespace, run: Path, what: str) -> Opened:
     return Opened(args.model, run, tokenizer, stop_ids(directory, tokenizer), load)
 
 
+def _pictures(args: argparse.Namespace) -> None:
+    """Draws, or tells of a picture."""
+    from jaxup.continuous.asking import draw_to, tell_of, told_by
+
+    opened = open_model(args)
+    taught = told_by(args.model, revision=args.revision)
+    if args.image is not None:
+        own = {"temperature": args.temperature, "guidance": args.guidance}
+        how = own | {"head_steps": args.head_steps, "sets": args.sets}
+        draw_to(args.out, taught, opened.tokenizer, opened.load, args.image, how, seed=args.seed or 0)
+        return
+    limit = int(DEFAULTS["max_tokens"] if args.max_tokens is None else args.max_tokens)
+    given = opened.tokenizer, opened.ends, opened.load, args.prompt
+    answers = tell_of(args.image_in, taught, *given, max_tokens=limit)
+    for prompt, answer in zip(args.prompt, answers, strict=True):
+        print(printable(f"{prompt}{answer}" if len(answers) > 1 else answer.strip(), keep="\n\t"), flush=True)
+
+
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
+    if args.image is not None or args.image_in is not None:
+        return _pictures(args)
     texts = read_prompts(args)
     opened = open_model(args)
     how, tokenizer = drawing(args, opened.run, DEFAULTS), opened.tokenizer

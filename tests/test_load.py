@@ -23,6 +23,7 @@ from plain import load_params
 
 import jaxup
 from jaxup.building.work import build
+from jaxup.continuous.load import load as whole
 from jaxup.depth.apply import apply
 from jaxup.depth.plan import ZEROED, DepthPlan, Row
 from jaxup.depth.recipes import identity, inherit
@@ -546,6 +547,6 @@ def test_the_example_of_docs_index_runs(models, tmp_path):
 
 
 def test_the_public_names():
-    assert jaxup.load is load
+    assert jaxup.load is whole
     refused(lambda: jaxup.load("/nowhere/at/all"), "/nowhere/at/all", "no such directory")
     refused(lambda: jaxup.load("x", dtype="float64"), "float64")

@@ -27,7 +27,7 @@ from jaxup.continuous.examples import Example, Kind
 from jaxup.continuous.tables import read_features, read_table
 from jaxup.data.mixture import documents, open_mixture
 from jaxup.data.sources import Corpus, draw, safe_name
-from jaxup.data.tokenizer import tokenizing
+from jaxup.data.tokenizer import bpe_vocab_size, load_tokenizer, tokenizing, train_bpe
 from jaxup.errors import UserError, within
 from jaxup.progress import say
 from jaxup.text import write_atomically
@@ -91,11 +91,13 @@ class Pairs:
     """
 
     def __init__(
-        self, pictures: Pictures, encoder: Encoder, seen: np.ndarray, unseen: np.ndarray,
+        self, pictures: Pictures, encoder: Encoder, tokenizer: PreTrainedTokenizerBase,
+        seen: np.ndarray, unseen: np.ndarray,
         prompts: dict[str, np.ndarray], answers: dict[str, np.ndarray], rows: dict[str, list[np.ndarray]],
         chosen: dict[str, list[tuple[Kind, int]]], digest: str,
     ):  # fmt: skip
         self.pictures, self.encoder, self.seen, self.unseen, self.digest = pictures, encoder, seen, unseen, digest
+        self.tokenizer = tokenizer
         self._prompts, self._answers, self._rows = prompts, answers, [*rows["train"], *rows["validation"]]
         self.train, self.validation = Examples(self, chosen["train"]), Examples(self, chosen["validation"])
 
@@ -138,7 +140,7 @@ class Pairs:
         return self.pictures.look(numbers)
 
 
-def open_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, root: Path) -> Pairs:
+def open_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase | str, root: Path) -> Pairs:
     """The examples of `config`, with an encoder that is fitted once and then lies in `root`.
 
     All of the data is read once, and a fitted encoder reads the training part again. UserError, with nothing written,
@@ -157,6 +159,8 @@ def open_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, root: Pa
         which, many = ("seen", "unseen") if not len(seen) else ("unseen", "seen")
         what = f"none of {len(held):,} pictures is {which}, all are {many}"
         raise UserError(what, at=f"val_fraction={config.val_fraction}", hint="more pictures, or another part of them")
+    if isinstance(tokenizer, str):
+        tokenizer = _tokenizer(tokenizer, pictures)
     rows = {"train": [], "validation": []} if not config.text else _text(config, tokenizer)
     chosen = _choose(config, pictures, seen, unseen, rows)
     with within("source"):
@@ -176,7 +180,16 @@ def open_pairs(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, root: Pa
     digest = hashlib.blake2b(repr([content.hexdigest(), encoder.digest, said]).encode(), digest_size=16)
     for array in [*prompts.values(), *answers.values(), *rows["train"], *rows["validation"]]:
         digest.update(repr(array.tolist()).encode())
-    return Pairs(pictures, encoder, seen, unseen, prompts, answers, rows, chosen, digest.hexdigest())
+    return Pairs(pictures, encoder, tokenizer, seen, unseen, prompts, answers, rows, chosen, digest.hexdigest())
+
+
+def _tokenizer(spec: str, pictures: Pictures) -> PreTrainedTokenizerBase:
+    """One that `spec` names, or trained on what is said of the pictures."""
+    size = bpe_vocab_size(spec)
+    if not size:
+        return load_tokenizer(spec)
+    said = [f"{a}{b}" for a, b in itertools.zip_longest(pictures.questions, pictures.answers, fillvalue="")]
+    return train_bpe([*pictures.texts, *said], size)
 
 
 def _check(config: PairsConfig) -> None:

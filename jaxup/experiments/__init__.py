@@ -17,10 +17,17 @@ if TYPE_CHECKING:
     from jaxup.experiments.common import Experiment
 
 KINDS = {  # where the class is: naming the kinds imports none of them
+    "continuous": "continuous.Continuous",
     "heal": "heal.Heal",
     "inherit": "inherit.Inherit",
     "pretrain": "pretrain.Pretrain",
 }
+
+# What a loss is the mean over.
+UNITS = {
+    "continuous": "token of text, and the head's loss of a value", "heal": "loss token", "inherit": "token",
+    "pretrain": "token",
+}  # fmt: skip
 
 
 def kind_of(config: ConfigDict) -> type[Experiment]:

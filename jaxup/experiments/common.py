@@ -39,6 +39,7 @@ from jaxup.progress import printable, say
 from jaxup.together import told
 from jaxup.training.in_common import in_common
 from jaxup.training.loop import as_argument, evaluate, random_params, train_model
+from jaxup.training.objective import TEXT, Objective
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Result, Run, Settings, Stage, check_digest, describe_model, read_result, write_result
 from jaxup.training.sharding import BATCH_AXES, check_heads, check_host_memory, check_length
@@ -276,7 +277,9 @@ def _builder(plan: DepthPlan, wide: ModelConfig, model: ModelConfig, mesh: Mesh)
     return jax.jit(made, out_shardings=param_shardings(model, mesh))
 
 
-def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Callable[[], Params]) -> Result:
+def measured(
+    run: Run, name: str, model: ModelConfig, *, origin: str, params: Callable[[], Params], objective: Objective = TEXT
+) -> Result:
     """What a model that is there reaches, and a sample of it; kept, so that resuming does not load it again."""
     directory = run.directory / "checkpoints" / name
     stored = read_result(directory)
@@ -285,7 +288,7 @@ def measured(run: Run, name: str, model: ModelConfig, *, origin: str, params: Ca
     loaded = params()
     result = Result(
         name=name, kind=name, origin=origin, layers=model.num_layers, params=count_params(model), steps=0, tokens=0,
-        val_loss=evaluate(run, name, model, loaded), seconds=0.0, sample=run.sample(model, loaded),
+        val_loss=evaluate(run, name, model, loaded, objective), seconds=0.0, sample=run.sample(model, loaded),
         val_rows=run.val_rows,
     )  # fmt: skip
     print(f"{name}: {origin}; validation loss {result.val_loss:.4f}", flush=True)

@@ -23,6 +23,7 @@ Condition = dict[str, bool | tuple[str, ...]]
 _PARTS = ("first", "middle", "last")
 _BEGINS = ("inherited", "half_width")  # with something of the reference
 _ASKED: tuple[Condition, ...] = ({"inherit.start": _BEGINS}, {"inherit.distill.alpha": True})
+_SETS: tuple[Condition, ...] = ({"continuous.layout": ("sets",)}, {"continuous.spatial.layers": True})
 _TRAINED = tuple({"reference.path": False, **asked} for asked in _ASKED)
 READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "optimizer.end_learning_rate": {"optimizer.schedule": _DECAYS},
@@ -30,7 +31,10 @@ READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "step.spike_window": {"step.spike_factor": True},
     "sample.temperature": {"sample.tokens": True},
     "sample.top_k": {"sample.temperature": True},
-    "model": {"reference.path": False, "pretrain.steps": True},
+    "model": (
+        {"reference.path": False, "pretrain.steps": True},
+        {"experiment": ("continuous",), "base.path": False},  # of random values
+    ),
     "model.alpha": {"model.placement": ("mix",)},
     "model.scaled_init": {"model.placement": ("pre", "post", "peri", "mix")},  # LayerNorm scaling damps enough
     "reference.revision": {"reference.path": True},
@@ -59,6 +63,34 @@ READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "inherit: data.format": {"data.layout": True},  # of these kinds alone: a healing detects its layouts
     "pretrain: data.format": {"data.layout": True},
     "pretrain.data.format": {"pretrain.data.layout": True},
+    "continuous: data.tokenizer": {"base.path": False, "pretrain.steps": False},
+    "data.captions": {"data.encoder": ("features",)},
+    "data.corpus": {"data.text": True},
+    "data.text_tokens": {"data.text": True},
+    "continuous.see": {"continuous.layout": ("raster",)},
+    "continuous.scales": {"continuous.layout": ("scales",)},
+    "continuous.spatial": {"continuous.layout": ("frames",)},
+    "continuous.spatial.width": {"continuous.spatial.layers": True},
+    "continuous.spatial.heads": {"continuous.spatial.layers": True},
+    "continuous.scale_shift": {"continuous.spatial.layers": True},
+    "continuous.sets": _SETS,
+    "continuous.schedule": _SETS,
+    "continuous.least_deviation": {"continuous.head": ("gaussian",)},
+    "continuous.bins": {"continuous.head": ("categorical",)},
+    "continuous.limit": {"continuous.head": ("categorical", "diffusion")},
+    **dict.fromkeys(
+        (f"continuous.{key}" for key in ("net", "width", "depth", "draws", "head_steps")),
+        Condition({"continuous.head": ("diffusion", "flow")}),
+    ),
+    "continuous.heads": {"continuous.net": ("decoder",)},
+    "continuous.train_steps": {"continuous.head": ("diffusion",)},
+    "continuous.times": {"continuous.head": ("flow",)},
+    "continuous.stages": {"continuous.head": ("flow",)},
+    "continuous.jump": {"continuous.stages": True},
+    "continuous.temperature": {"continuous.head": ("gaussian", "categorical", "diffusion", "flow")},
+    "text": {"text.source": True},
+    "text.format": {"text.layout": True},
+    "text.val_fraction": {"text.val_files": False},
     "train.grown_by": {"train.grow": True},
     "train.grow_recipe": {"train.grow": True},
     "train.restart": {"train.grow": True},
@@ -231,21 +263,52 @@ def _inherit(c: ConfigDict) -> None:
     c.data = text_data()
 
 
-def _heal(c: ConfigDict) -> None:
-    c.base = ConfigDict()
-    c.base.path = ""  # directory, Hub id or URL of the model
-    c.base.revision = ""
-    c.base.models = ()  # NAME=DIR for the models that a plan file names
-    c.base.dtype = ""  # of the parameters that do not train, and of the export; "" = as stored
-    c.base.allow_pickle = False
-    c.plan = ""  # one line, or a file; "" = the base as it is
+def base() -> ConfigDict:
+    """The model that is begun from."""
+    c = ConfigDict()
+    c.path = ""  # directory, Hub id or URL of the model
+    c.revision = ""
+    c.models = ()  # NAME=DIR for the models that a plan file names
+    c.dtype = ""  # of the parameters that do not train, and of the export; "" = as stored
+    c.allow_pickle = False
+    return c
 
-    # A base that is trained here, if no path is given.
-    c.pretrain = ConfigDict()
-    c.pretrain.steps = 0
-    c.pretrain.batch_size = 16
-    c.pretrain.data = text_data()
-    c.pretrain.optimizer = optimizer()
+
+def pretraining() -> ConfigDict:
+    """A base that is trained here, if no path is given."""
+    c = ConfigDict()
+    c.steps = 0
+    c.batch_size = 16
+    c.data = text_data()
+    c.optimizer = optimizer()
+    return c
+
+
+def trained() -> ConfigDict:
+    """What of the plan's result trains."""
+    c = ConfigDict()
+    c.layers = "all"  # all, copies, originals, new, or layers such as 9:12,20
+    c.parameters = ""  # a regular expression: only what has such a path
+    c.freeze = ""  # of these layers, those to leave out: originals, 0:9, ...
+    # Times the learning rate; `beside`: what stands beside the model.
+    c.rates = ConfigDict({"copies": 1.0, "originals": 1.0, "new": 1.0, "ends": 1.0, "beside": 1.0})
+    return c
+
+
+def adapters() -> ConfigDict:
+    """LoRA."""
+    c = ConfigDict()
+    c.rank = 0  # 0 = no adapters
+    c.alpha = 0.0  # 0 = twice the rank
+    c.quantize = ""  # nf4, int4, int8: what blocks are stored as while training
+    c.tile_size = 64  # values that share a scale
+    return c
+
+
+def _heal(c: ConfigDict) -> None:
+    c.base = base()
+    c.plan = ""  # one line, or a file; "" = the base as it is
+    c.pretrain = pretraining()  # of a base that is trained here, if no path is given
 
     c.data = ConfigDict()
     c.data.files = ""  # "a.jsonl*2,b.parquet*0.5"
@@ -267,19 +330,86 @@ def _heal(c: ConfigDict) -> None:
 
     c.heal = ConfigDict()
     c.heal.control = False  # also the base itself, trained on the same batches
-    c.train = ConfigDict()
-    c.train.layers = "all"  # all, copies, originals, new, or layers such as 9:12,20
-    c.train.parameters = ""  # a regular expression: only what has such a path
-    c.train.freeze = ""  # of these layers, those to leave out: originals, 0:9, ...
-    c.train.rates = ConfigDict({"copies": 1.0, "originals": 1.0, "new": 1.0, "ends": 1.0, "beside": 1.0})  # times lr
-    c.lora = ConfigDict()
-    c.lora.rank = 0  # 0 = no adapters
-    c.lora.alpha = 0.0  # 0 = twice the rank
-    c.lora.quantize = ""  # nf4, int4, int8: what blocks are stored as while training
-    c.lora.tile_size = 64  # values that share a scale
+    c.train = trained()
+    c.lora = adapters()
     c.export = ConfigDict()
     c.export.dtype = ""  # "" = that of the base
     c.optimizer.end_learning_rate = 0.0  # 1e-4 is more than what most models are healed with to begin with
+
+
+def _continuous(c: ConfigDict) -> None:
+    c.base = base()  # without a path and with pretrain.steps=0, a model of section `model` with random values
+    c.plan = ""  # one line, or a file; "" = the base as it is
+    c.pretrain = pretraining()  # of a base that is trained here, if no path is given
+
+    c.data = ConfigDict()
+    # digits | moving_digits:FRAMES | shapes | xor, which are there; a .jsonl or .parquet file with paths or arrays; a
+    # dataset with a column of images; or stored features, .npy or .zarr.
+    c.data.source = "digits"
+    # What pictures become continuous tokens by: patches:K (K x K pixels as they are), pca:K:C (their first C principal
+    # components), or features (they are such already).
+    c.data.encoder = "patches:2"
+    c.data.size = 0  # pixels of a side that all pictures are made; 0 = they must be of one size
+    c.data.columns = ""  # "image=img,text=caption": what the columns of a file are called
+    c.data.captions = ""  # of stored features: a .jsonl with a line for each; "" = the one beside them
+    c.data.pairs = -1  # training examples that draw; -1 = all that there are
+    c.data.tell = -1  # training examples that ask of a picture; -1 = all that something is asked of
+    c.data.text = 0  # training rows of text alone
+    c.data.corpus = ""  # where these are from
+    c.data.text_tokens = 128  # of one of them at most
+    c.data.seq_len = 0  # positions of a row; 0 = as many as the longest example needs
+    # What an example is: rows x columns x channels, such as 8x8x1152, frames before them of clips; "" = what is found.
+    c.data.shape = ""
+    c.data.tokenizer = "bpe:512"  # of a base with random values: bpe:N = trained here on what is said of the pictures
+    c.data.val_fraction = 0.1  # of the pictures, which are never trained on
+    c.data.seed = 2357  # of which pictures `pairs` and `tell` take
+    c.data.store = ""  # where a fitted encoder is kept; "" = beside the run directory
+
+    c.continuous = ConfigDict()
+    c.continuous.control = False  # also the base itself, trained on the same batches
+    # How values stand in a row: raster (one after the other, among words) | scales (map by map, each from coarser ones)
+    # | frames (frame by frame) | sets (some of them are fed, the others predicted).
+    c.continuous.layout = "raster"
+    c.continuous.see = False  # raster: the values of pictures that are asked about are predicted as well
+    c.continuous.scales = ""  # scales: sides of the maps, "1,2,4"; "" = 1, doubled up to that of the grid
+    c.continuous.drop = 0.1  # the share of prompts that are hidden in training, for guidance
+    # Which distribution is predicted: cosine (a direction) | gaussian | categorical | diffusion | flow.
+    c.continuous.head = "cosine"
+    c.continuous.least_deviation = 0.01  # gaussian: of a prediction
+    c.continuous.bins = 64  # categorical: of each channel
+    c.continuous.limit = 4.0  # categorical and diffusion: deviations within which values are drawn
+    c.continuous.net = "mlp"  # diffusion and flow: each token by itself, or decoder: all tokens of a map together
+    c.continuous.width = 128  # of that net
+    c.continuous.depth = 3
+    c.continuous.heads = 4  # decoder: of its attention
+    c.continuous.draws = 4  # of time and noise for each token in a step of training
+    c.continuous.train_steps = 1000  # diffusion: from clean to noise
+    c.continuous.times = "uniform"  # flow: of training, or logit-normal
+    c.continuous.stages = 0  # flow: of growing resolution, each of which goes a part of the way; 0 = one
+    c.continuous.jump = "corrected"  # between stages noise is made white again; plain: it is not
+    # A second decoder, which draws the tokens of a frame set by set from what the first says of it; 0 layers = none.
+    c.continuous.spatial = ConfigDict({"layers": 0, "width": 64, "heads": 4})
+    c.continuous.scale_shift = True  # its frames are told apart by a scale and shift of what the first frame was told
+    c.continuous.weight = 1.0  # of the loss of values beside that of text
+    # How pictures are drawn: steps of a diffusion or flow, sets of a frame, what multiplies the noise, and by how much
+    # the prompt counts (1 = as it was learned).
+    c.continuous.head_steps = 25
+    c.continuous.sets = 8
+    c.continuous.temperature = 1.0
+    c.continuous.guidance = 1.0
+    c.continuous.schedule = "nova"  # of sets: how many tokens each has; or mar
+    # In the end so many pictures are drawn for prompts of validation and judged, by their own prompts and by others',
+    # and so many are asked of; 0 = none.
+    c.continuous.drawn = 200
+
+    # Text on which the loss is measured before and after: what pretrain.data is, or this; "" = that or none.
+    c.text = text_data()
+    c.text.source = ""
+    c.train = trained()
+    c.lora = adapters()
+    c.export = ConfigDict()
+    c.export.dtype = ""  # "" = that of the base
+    c.optimizer.end_learning_rate = 0.0
 
 
 def _pretrain(c: ConfigDict) -> None:
@@ -297,4 +427,4 @@ def _pretrain(c: ConfigDict) -> None:
     c.measure = ConfigDict({"rows": 0})
 
 
-SECTIONS = {"inherit": _inherit, "heal": _heal, "pretrain": _pretrain}
+SECTIONS = {"inherit": _inherit, "heal": _heal, "pretrain": _pretrain, "continuous": _continuous}

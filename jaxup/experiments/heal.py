@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxup.data.chat_formats import end_ids, prompt_ids
-from jaxup.data.open import check_config, check_files, no_data, open_data
+from jaxup.data.open import Data, check_config, check_files, no_data, open_data
 from jaxup.experiments import report
 from jaxup.experiments.common import chats
 from jaxup.experiments.on_base import OnBase
@@ -17,8 +17,8 @@ HEALED = "healed"
 class Heal(OnBase):
     sections = ("base", "pretrain", "heal", "train", "lora", "export")
     scored = made = HEALED
+    data: Data
     control = "heal.control"
-    unit = "loss token"
 
     def _read_sections(self) -> None:
         self._chat = chats(self._config.data, epochs=self._config.epochs)
@@ -29,6 +29,7 @@ class Heal(OnBase):
         if self._recipe is None:
             check_files(self._chat, root)  # before a vocabulary is trained
         tokenizer = self._open_base(root)
+        assert tokenizer is not None  # a base that is healed is never of random values
         self.data = open_data(self._chat, tokenizer=tokenizer, root=root, vocab_size=self._model.vocab_size)
         self._count_steps()
         tokenizer = self.data.tokenizer

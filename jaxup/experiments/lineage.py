@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
+from jaxup.experiments import UNITS
 from jaxup.experiments.report import tokens
 from jaxup.hub.card import without_paths
 from jaxup.text import kinds_of, read_json
@@ -19,6 +20,9 @@ _KINDS = {
     ("heal", "healed"): "healed: fine-tuned after its depth was changed",
     ("heal", "before"): "its depth was changed, and it was not fine-tuned since",
     ("heal", "control"): "control: the base itself, fine-tuned as the healed model was",
+    ("continuous", "taught"): "taught to see and draw: trained on words and continuous tokens",
+    ("continuous", "before"): "its depth was changed, and it was not trained since",
+    ("continuous", "control"): "control: the base itself, trained as the taught model was",
     ("inherit", "reference"): "reference: what the target inherits from",
     ("inherit", "target"): "target: begun from layers of the reference, then trained",
     ("inherit", "half"): "half: of half the target's layers, which the target begins with twice",
@@ -59,7 +63,7 @@ def lineage(
         what = f"target: begun from {begun}, then trained"
     else:
         what = _KINDS.get((experiment, kind), "")
-    said = {"kind": what, "recipe": of("plan") if experiment == "heal" else ""}
+    said = {"kind": what, "recipe": of("plan")}
     if step and kind != "pretrained":  # which has data and settings of its own
         data = str(of("data", "files") or of("data", "source")).split(",")
         said |= {
@@ -76,7 +80,7 @@ def lineage(
         if step:
             part = healed is not None and mine.trained is not None and f"{mine.trained:,} ({chosen(**healed)})"
             said |= {"tokens": tokens(mine), "parameters trained": part or "all"}
-        said["validation loss"] = f"{mine.val_loss:.4f} nats per {'loss token' if experiment == 'heal' else 'token'}"
+        said["validation loss"] = f"{mine.val_loss:.4f} nats per {UNITS.get(experiment, 'token')}"
         for other in results.values():
             # On other rows a loss cannot be compared.
             if other is not mine and other.kind != "pretrained" and other.val_rows == mine.val_rows:

@@ -29,6 +29,7 @@ from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.depth.result import result_config
 from jaxup.errors import UserError, suggest, within
+from jaxup.experiments import UNITS
 from jaxup.experiments.common import (
     Experiment,
     build,
@@ -51,15 +52,16 @@ from jaxup.hub.reader import open_checkpoint, stored_dtypes
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.sharding import param_shardings
-from jaxup.model.spec import flatten, unflatten
+from jaxup.model.spec import flatten, unflatten, without_beside
 from jaxup.progress import tell
 from jaxup.recipes import line as recipe_line
 from jaxup.recipes.open import Recipe, open_recipe, parse_places
 from jaxup.text import parse_json, read_json, write_atomically
 from jaxup.together import told
 from jaxup.training.checkpoint import Checkpoints
-from jaxup.training.loop import abstract_params, load_trained, train_model
+from jaxup.training.loop import abstract_params, load_trained, random_params, train_model
 from jaxup.training.lora import LoraConfig
+from jaxup.training.objective import TEXT, Objective
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Dtypes, Result, Run, Settings, Stage, check_digest, describe_model, read_result
 from jaxup.training.selection import Selection, TrainConfig, select
@@ -77,8 +79,8 @@ BASE, PRETRAINED, BEFORE, MERGED, CONTROL = "base", "pretrained", "before", "mer
 class OnBase(Experiment):
     made: ClassVar[str]
     control: ClassVar[str]  # the key that says whether there is one
-    unit: ClassVar[str]  # what a loss is the mean over
-    data: Data
+    may_be_random: ClassVar[bool] = False  # a base, if neither a path is given nor steps to train one
+    data: Any  # what experiments ask of a `Data`
     _vocabulary: dict[str, Any]  # what an export has of it
     _ends: tuple[int, ...]  # tokens that end a text
 
@@ -91,7 +93,8 @@ class OnBase(Experiment):
         for key, dtype, known in (("base", config.base.dtype, LOADED), ("export", config.export.dtype, SAVED)):
             if dtype and dtype not in known:
                 raise UserError(f"{key}.dtype={dtype!r}: not known{suggest(dtype, known)}")
-        self._recipe = None if not config.base.path and config.pretrain.steps else self._open_recipe()
+        own = not config.base.path and (config.pretrain.steps or self.may_be_random)
+        self._recipe = None if own else self._open_recipe()
         # Where the models of the recipe are, and what says whether they still are what they were.
         self._places: dict[str, str] = {}
         self._watched: dict[str, Callable[[], None]] = {}
@@ -101,11 +104,8 @@ class OnBase(Experiment):
         if self._recipe is None:
             self._plan = self._own_plan()
             self._models = {BASE: new_model(config.model)}
-            with within("pretrain."):
-                optimizer = section(OptimizerConfig, config.pretrain.optimizer)
-                learning_rate(optimizer, config.pretrain.steps)
-                check_length("data.seq_len", config.pretrain.data.seq_len, mesh)
-            self._pretrain = dataclasses.replace(settings, batch_size=config.pretrain.batch_size, optimizer=optimizer)
+            if config.pretrain.steps:
+                self._pretrain = self._pretraining()
         else:
             self._plan = self._recipe.plan
             self._models = self._recipe.configs
@@ -117,12 +117,36 @@ class OnBase(Experiment):
         if self._wants_control and len(self._models) > 1:
             raise UserError(f"{self.control}: the plan takes from {len(self._models)} models; there is no one base")
 
+    def _pretraining(self) -> Settings:
+        """Those by which a base is trained here."""
+        c = self._config.pretrain
+        with within("pretrain."):
+            optimizer = section(OptimizerConfig, c.optimizer)
+            learning_rate(optimizer, c.steps)
+            check_length("data.seq_len", c.data.seq_len, self._mesh)
+        return dataclasses.replace(self._settings, batch_size=c.batch_size, optimizer=optimizer)
+
     def _read_sections(self) -> None:
         """Those of the kind's own, as far as nothing has to be opened for it."""
 
     @property
     def _wants_control(self) -> bool:
         return bool(get(self._config, self.control))
+
+    # ---- what of the models is the kind's own
+
+    @property
+    def _objective(self) -> Objective:
+        """What they train for, once the data is opened."""
+        return TEXT
+
+    def _with_own(self, model: ModelConfig) -> ModelConfig:
+        """The model with what stands beside it."""
+        return model
+
+    def _given_own(self, model: ModelConfig, params: Params) -> Params:
+        """Params of a `model` that has nothing beside it, with first values of what does stand there."""
+        return params
 
     # ---- the plan and the models
 
@@ -164,7 +188,8 @@ class OnBase(Experiment):
     @property
     def _origin(self) -> str:
         if self._recipe is None:
-            return f"a model trained here for {self._config.pretrain.steps} steps"
+            steps = self._config.pretrain.steps
+            return f"a model trained here for {steps} steps" if steps else f"random, seed {self._settings.seed}"
         return ", ".join(f"{m.path}{f' at {m.revision}' if m.revision else ''}" for m in self._recipe.models.values())
 
     def _select(self, model: ModelConfig, plan: DepthPlan, train: TrainConfig | None = None) -> Selection:
@@ -173,9 +198,13 @@ class OnBase(Experiment):
 
     # ---- data
 
-    def _open_base(self, root: str) -> PreTrainedTokenizerBase:
-        """The base, as far as it is known before it is loaded or trained; its tokenizer."""
+    def _open_base(self, root: str) -> PreTrainedTokenizerBase | None:
+        """The base, as far as it is known before it is loaded or trained; its tokenizer, which one with random values
+        has not."""
         c = self._config
+        if self._recipe is None and not c.pretrain.steps:
+            self._model = result_config(self._plan, self._models)
+            return None
         if self._recipe is None:
             check_batch("pretrain.batch_size", c.pretrain.batch_size, self._mesh, self._settings.step.accumulation)
             with within("pretrain."):
@@ -205,10 +234,10 @@ class OnBase(Experiment):
 
     def _base_without_data(self) -> None:
         c = self._config
-        if self._recipe is None:
+        if self._recipe is None and c.pretrain.steps:
             self._text = no_data(corpus(c.pretrain.data))
             self._models = {BASE: new_model(c.model, bpe_vocab_size(c.pretrain.data.tokenizer))}
-        else:
+        elif self._recipe is not None:
             hf = self._recipe.models[self._recipe.base].hf
             self._dtype = c.base.dtype or hf.get("dtype") or hf.get("torch_dtype") or self._dtype
         self._model = result_config(self._plan, self._models)
@@ -223,13 +252,14 @@ class OnBase(Experiment):
     # ---- the run
 
     def stages(self, *, most: bool = False) -> list[Stage]:
-        base, plan = next(iter(self._models.values())), self._plan
-        stage = functools.partial(Stage, data=self.data, settings=self._settings)
+        alone, plan = next(iter(self._models.values())), self._plan
+        base = self._with_own(alone)
+        stage = functools.partial(Stage, data=self.data, settings=self._settings, objective=self._objective)
         found, whole = [], identity(plan.rows[0].source, base.num_layers)
         if self._text is not None:
             steps = self._config.pretrain.steps
             found.append(
-                Stage(name=PRETRAINED, model=base, steps=steps, data=self._text, settings=self._pretrain, fresh=True)
+                Stage(name=PRETRAINED, model=alone, steps=steps, data=self._text, settings=self._pretrain, fresh=True)
             )
         if len(self._models) == 1 and plan.rows != whole.rows:
             found.append(stage(name=BASE, model=base))
@@ -246,7 +276,7 @@ class OnBase(Experiment):
 
     def carry_out(self, run: Run, title: str) -> None:
         """What is finished is not done again."""
-        plan, model = self._plan, self._model
+        plan, model, objective = self._plan, self._model, self._objective
         if jax.process_index() == 0:
             write_atomically(run.directory / "plan.yaml", plan.to_yaml())
             (run.directory / "plots").mkdir(exist_ok=True)
@@ -259,17 +289,19 @@ class OnBase(Experiment):
         ends = frozenset(itertools.takewhile(lambda n: n <= self.steps, ended))
         results, control, base = [], None, None
         if source is not None:
-            base_model = next(iter(self._models.values()))
-            base = functools.partial(unchanged, run, BASE, base_model, source)
+            alone = next(iter(self._models.values()))
+            base_model = self._with_own(alone)
+            given = lambda: self._given_own(alone, source())  # noqa: E731
+            base = functools.partial(unchanged, run, BASE, base_model, given)
             if BASE in of:
-                results.append(measured(run, BASE, base_model, origin=self._origin, params=base))
+                results.append(measured(run, BASE, base_model, origin=self._origin, params=base, objective=objective))
         before = functools.partial(self._before, run, base)
-        results.append(measured(run, BEFORE, model, origin=origin, params=before))
+        results.append(measured(run, BEFORE, model, origin=origin, params=before, objective=objective))
         selection = of[self.made].selection
         part = {"train": dataclasses.asdict(self._train), "lora": dataclasses.asdict(self._lora)}
         made = train_model(
             run, self.made, model, steps=self.steps, origin=origin, initialise=before, plan=plan,
-            selection=selection, milestones=ends,
+            selection=selection, milestones=ends, objective=objective,
             about={"before": BEFORE, **part, "seed": self._settings.seed},
         )  # fmt: skip
         results.append(made)
@@ -277,20 +309,30 @@ class OnBase(Experiment):
             control = train_model(
                 dataclasses.replace(run, evaluated=ends), CONTROL, base_model, steps=self.steps, initialise=base,
                 origin=f"{self._origin}, trained on the same batches", selection=of[CONTROL].selection,
+                objective=objective,
             )  # fmt: skip
         trained = load_trained(run, made, model, selection)
         with jax.set_mesh(run.mesh):
             params = jax.jit(selection.merge, out_shardings=param_shardings(model, run.mesh))(trained, before())
         if MERGED in of:
             merged = f"{self.made} at step {made.steps}, its adapters merged into {BEFORE}"
-            results.append(measured(run, MERGED, model, origin=merged, params=lambda: params))
+            results.append(measured(run, MERGED, model, origin=merged, params=lambda: params, objective=objective))
         results += [] if control is None else [control]
         export = {"dtype": self._config.export.dtype or None, "source": self._origin}
+        notes = ["", self._what_trained(made), *self._measured(run, params, before)]
         self._finish(
-            run, title, results, model, params, plan, made=made, healed=part, plan_title="The plan",
-            loss_of=self.unit, finding=self._finding, notes=["", self._what_trained(made)],
-            export=export | self._vocabulary,
+            run, title, results, model.alone(), without_beside(params), plan, made=made, healed=part,
+            plan_title="The plan", loss_of=UNITS[self._config.experiment], finding=self._finding, notes=notes,
+            export=export | self._vocabulary | self._beside_files(params),
         )  # fmt: skip
+
+    def _measured(self, run: Run, params: Params, before: Callable[[], Params]) -> list[str]:
+        """Of the model that was made, and of what it was `before`, what is no loss: lines for the summary."""
+        return []
+
+    def _beside_files(self, params: Params) -> dict[str, Any]:
+        """What an export has of what stands beside the model."""
+        return {}
 
     @abc.abstractmethod
     def _finding(self, results: Sequence[Result], unit: str) -> str:
@@ -300,7 +342,8 @@ class OnBase(Experiment):
         """How to get the model that the plan begins from; None if it takes from several."""
         if self._recipe is not None:
             return functools.partial(self._load, None) if len(self._models) == 1 else None
-        assert self._text is not None
+        if self._text is None:
+            return functools.partial(random_params, run, self._models[BASE])
         model, run = self._models[BASE], dataclasses.replace(run, data=self._text, settings=self._pretrain)
         result = train_fresh(run, PRETRAINED, model, steps=self._config.pretrain.steps)
         return functools.partial(load_trained, run, result, model)
@@ -320,7 +363,7 @@ class OnBase(Experiment):
     def _before(self, run: Run, base: Callable[[], Params] | None) -> Params:
         """The model before training, from the run if it is there, else built and put there."""
         directory = run.directory / "checkpoints" / BEFORE
-        advice = f"remove {directory} to have it built again"
+        advice, alone = f"remove {directory} to have it built again", self._model.alone()
         with jax.set_mesh(run.mesh), Checkpoints(directory, keep=1, advice=advice) as checkpoints:
             if checkpoints.latest is not None:
                 kinds = {"dtypes": Dtypes | None}
@@ -332,13 +375,14 @@ class OnBase(Experiment):
                     0, unflatten({path: leaf.update(dtype=dtypes[path]) for path, leaf in wanted.items()})
                 )
             if self._recipe is None and base is not None:
-                params = build(run, self._plan, self._model, base)
+                params = build(run, self._plan, alone, lambda: without_beside(base()))
             else:
                 if base is not None and not self._loaded and read_result(directory.parent / BASE) is not None:
                     base()  # an earlier start has measured it: is it the same?
                 params = self._load(self._plan)
-                if self._plan == identity(self._plan.rows[0].source, self._plan.num_layers):
-                    check_digest(directory.parent / BASE, params)  # which the control begins from
+            params = self._given_own(alone, params)
+            if self._recipe is not None and self._plan == identity(self._plan.rows[0].source, self._plan.num_layers):
+                check_digest(directory.parent / BASE, params)  # which the control begins from
             if jax.process_index() == 0:
                 dtypes = {path: leaf.dtype.name for path, leaf in flatten(params).items()}
                 describe_model(directory, run, BEFORE, self._model, self._plan, dtypes=dtypes)

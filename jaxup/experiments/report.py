@@ -18,8 +18,8 @@ from jaxup.text import backticks, write_atomically
 from jaxup.training.run import Result
 
 _PACKAGES = ("jax", "flax", "optax", "transformers")
-_ONE_SEED = "One seed: by how much another one's numbers differ is not measured."
-_PLOTS = ("validation_loss", "loss_by_layers", "training", "gradients", "difference", "plan")
+ONE_SEED = "One seed: by how much another one's numbers differ is not measured."
+_PLOTS = ("samples", "validation_loss", "loss_by_layers", "training", "gradients", "difference", "plan")
 
 
 def inherited(results: Sequence[Result], unit: str, *, sweep: bool) -> str:
@@ -46,7 +46,7 @@ def inherited(results: Sequence[Result], unit: str, *, sweep: bool) -> str:
     text += f"in {target.steps:,} steps{': ' * bool(against)}{', '.join(against)}."
     if behind and behind.steps:
         text += f" It has the {behind.kind}'s {behind.steps:,} steps of training behind it, too."
-    return f"{text} {_ONE_SEED}"
+    return f"{text} {ONE_SEED}"
 
 
 def healed(results: Sequence[Result], unit: str) -> str:
@@ -66,7 +66,7 @@ def healed(results: Sequence[Result], unit: str) -> str:
         last = merged or after
         text += f"; the control, which is the base trained on the same batches, reaches {control.val_loss:.4f}, "
         text += f"and the healed model is {_than(last, control)} it"
-    return f"{text}. {_ONE_SEED}"
+    return f"{text}. {ONE_SEED}"
 
 
 def trained(results: Sequence[Result], unit: str) -> str:
@@ -76,7 +76,7 @@ def trained(results: Sequence[Result], unit: str) -> str:
     steps = (b - a for a, b in itertools.pairwise([0, *(r.steps for r in smaller)]))
     fewer = [f"{n:,} with {r.layers} layer{'s' * (r.layers > 1)}" for r, n in zip(smaller, steps)]
     grown = f", of them {' and '.join(fewer)}" if fewer else ""
-    return f"{text}steps from random values{grown}. {_ONE_SEED}"
+    return f"{text}steps from random values{grown}. {ONE_SEED}"
 
 
 def _sized(result: Result) -> str:

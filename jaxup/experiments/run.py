@@ -190,7 +190,7 @@ def _take_share() -> None:
 def _stores(config: ConfigDict, workdir: Path) -> dict[str, Path]:
     """Where tokens lie; UserError if that is in the run's directory, in which no run could begin then."""
     directory, stores = Path(str(workdir)).absolute(), dict[str, Path]()
-    for key in ("data.store", "pretrain.data.store"):
+    for key in ("data.store", "pretrain.data.store", "text.store"):
         store = str(get(config, key) or _data(workdir))
         if directory in ((path := Path(store).expanduser().absolute()), *path.parents):
             raise UserError("lies in the run's directory", at=f"{key}={path}", hint="choose another --workdir")

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from jaxup.continuous import files
 from jaxup.data.store import Store
+from jaxup.data.tokenizer import load_tokenizer
 from jaxup.errors import UserError
 from jaxup.experiments.lineage import lineage
 from jaxup.files.bucket import place
 from jaxup.files.names import split_run
 from jaxup.hub.directory import TOKEN_IDS, carried_files
 from jaxup.hub.save import write_model
+from jaxup.model.spec import without_beside
 from jaxup.text import read_json
+from jaxup.training.rundir import TOKENIZER
 from jaxup.training.stored import choose, restore
 
 
@@ -40,9 +44,12 @@ def export(
       dtype: of the tensors; None = as they are.
     """
     name, step, stored = choose(run, name, step)
+    params, beside = restore(run, name, step, stored), {}
+    if stored.model.beside:
+        beside = files.contents(files.of_run(run), params["beside"])
     write_model(
-        out, stored.model, restore(run, name, step, stored), title=out.name, plan=stored.plan, dtype=dtype,
-        falls_back=True, source=f"{name} at step {step} of the run {run.resolve().name}",
+        out, stored.model.alone(), without_beside(params), title=out.name, plan=stored.plan, dtype=dtype,
+        falls_back=True, extra_files=beside, source=f"{name} at step {step} of the run {run.resolve().name}",
         **vocabulary(run, stored.store), **how,
         **lineage(run, name, step, kind=stored.kind, plan=stored.plan, healed=stored.healed and _part(stored.healed)),
     )  # fmt: skip
@@ -54,6 +61,8 @@ def vocabulary(run: Path, store: str) -> dict[str, Any]:
     if (config := read_json(exported / "config.json", {"model_type": str}, f"remove {exported}")) is not None:
         ids = {key: config[key] for key in TOKEN_IDS if key in config}
         return {"carried": carried_files(exported), "hf_extra": ids, "model_type": config["model_type"]}
+    if (run / TOKENIZER).is_dir():
+        return {"tokenizer": load_tokenizer(str(run / TOKENIZER))}
     if "://" not in store and not Path(store).is_dir():
         raise UserError(f"{run}: its tokenizer is gone with its token store {store}")
     opened = Store(store)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxup.errors import NonFinite, UserError, within
-from jaxup.experiments import resuming
+from jaxup.experiments import UNITS, resuming
 from jaxup.experiments.cells import configured, seeds
 from jaxup.experiments.outcomes import Outcome, read_outcome
 from jaxup.experiments.report import made_by
@@ -277,7 +277,7 @@ def _report(
         control = _control(config)
         text = write_study(
             workdir, title, outcomes, control, made_by(resuming.starts(workdir)),
-            unit="loss token" if config.experiment == "heal" else "token", rule=rule, changes=config.study.cells,
+            unit=UNITS[config.experiment], rule=rule, changes=config.study.cells,
         )  # fmt: skip
         print(text, flush=True)
         rundir.write_json(workdir / "finished.json", {"runs": [run.name for run in runs], "control": control})

@@ -62,7 +62,8 @@ def load(
     """The model of a directory, a run, a Hub id, or a gs://, s3:// or https:// directory.
 
     Calling the result on int32 tokens [batch, seq] gives logits [batch, seq, vocab]. It computes in
-    bfloat16 if its params are bfloat16, else in float32.
+    bfloat16 if its params are bfloat16, else in float32. Of one that was taught to see and draw,
+    `jaxup.load` without a plan puts back what was left beside it: `model.beside` and `model.task`.
 
     Args:
       path_or_id: a local directory if there is one, or RUN, RUN@NAME or RUN@NAME/STEP (of a run the

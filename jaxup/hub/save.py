@@ -84,7 +84,8 @@ def save(
 def write_model(
     out: str | os.PathLike, config: ModelConfig, params: Params, *, title: str, source: str,
     plan: DepthPlan | None = None, base_models: Iterable[str] = (), training: Mapping[str, str] = MappingProxyType({}),
-    dtype: str | None = None, falls_back: bool = False, model_type: str | None = None, **how: Any,
+    dtype: str | None = None, falls_back: bool = False, model_type: str | None = None,
+    extra_files: Mapping[str, str | bytes] = MappingProxyType({}), **how: Any,
 ) -> None:  # fmt: skip
     """`writer.save` with a card, of which see `model_card` for the arguments, and with the plan.
 
@@ -101,5 +102,5 @@ def write_model(
         config, title=title, dtype=dtype or writer.main_dtype(params), plan=plan, source=source,
         base_models=base_models, training=training, native=model_type == NATIVE.model_type,
     )  # fmt: skip
-    extra = {CARD: card} if plan is None else {CARD: card, PLAN: plan.to_yaml()}
+    extra = {CARD: card, **({} if plan is None else {PLAN: plan.to_yaml()}), **extra_files}
     writer.save(place(os.fspath(out)), config, params, dtype=dtype, model_type=model_type, extra_files=extra, **how)

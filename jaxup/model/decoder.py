@@ -67,6 +67,7 @@ class Decoder(nnx.Module):
     """
 
     origin: Any = None  # where the params came from: set by whoever loads them
+    task: Any = None  # what it was taught beside words, `jaxup.continuous.task.Task`: likewise
 
     def __init__(self, config: ModelConfig, params: Params, compute: Compute | None = None):
         """`params` is a tree such as `init` gives, of arrays or of ShapeDtypeStructs."""

@@ -18,6 +18,7 @@ from jaxup.files.lock import hold
 from jaxup.text import read_json, remote, write_atomically
 
 FORMAT = 2
+TOKENIZER = "tokenizer"  # a directory of the run, where no store of tokens holds its models' tokenizer
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

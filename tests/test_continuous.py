@@ -1,0 +1,141 @@
+"""A model that is taught to see and draw, from end to end: trained, measured, exported, loaded and asked."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+
+import jaxup
+from jaxup import generate, train
+from jaxup.continuous import files
+from jaxup.continuous.drawing import draw
+from jaxup.errors import UserError
+from jaxup.hub.load import load
+
+pytest.importorskip("sklearn")
+TINY = [
+    "--config=metamorph.py:smoke", "--config.pretrain.steps=0", "--config.model.hidden_size=16",
+    "--config.model.intermediate_size=24", "--config.model.num_heads=2", "--config.model.num_kv_heads=1",
+    "--config.steps=4", "--config.batch_size=8", "--config.optimizer.warmup_steps=2", "--config.eval.interval=4",
+    "--config.eval.rows=16", "--config.eval.batch_size=8", "--config.log.interval=1", "--config.sample.tokens=2",
+    "--config.compute.unroll=1", "--config.data.tokenizer=bpe:300", "--config.data.encoder=patches:4",
+    "--config.continuous.drawn=12",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("continuous") / "run"
+    with runs.devices(1):
+        train.main(["train", *TINY, f"--workdir={directory}"])
+    return directory
+
+
+def test_a_run_leaves_a_language_model_and_what_is_beside_it(taught):
+    tasks = json.loads((taught / "tasks.json").read_text())
+    assert {"judged", "judged_shuffled", "diversity", "told", "draw_seconds"} <= tasks.keys()
+    assert tasks["diversity"] == 0  # a cosine head knows no noise
+    summary = (taught / "SUMMARY.md").read_text()
+    assert "drawn pictures that the judge takes for what was asked" in summary
+    assert (taught / "plots" / "samples.png").is_file()
+    model, alone = jaxup.load(taught / "export"), load(taught / "export")
+    assert not alone.config.beside
+    assert model.config.alone() == alone.config
+    assert {"connector", "head", "vectors", "places"} == model.beside.keys()
+    for path in ("embed_tokens",):
+        np.testing.assert_array_equal(model.params[path], alone.params[path])
+    side = files.read(taught / "export")
+    how = {**side.drawing, "seed": 0}
+    first, again = (draw(each, side.task, [[1, 2]], **how) for each in (model, jaxup.load(taught)))
+    np.testing.assert_array_equal(first, again)
+    assert model.task == side.task
+
+
+def test_pictures_are_drawn_and_asked_of_by_the_command(taught, tmp_path, capsys):
+    out = tmp_path / "grid.png"
+    generate.main(["generate", str(taught), "--image", "draw 7", "--image", "draw 3", f"--out={out}"])
+    assert Image.open(out).size == (64 * 2 + 2, 64)
+    generate.main(["generate", f"{taught}@taught", "--image", "draw 7", f"--out={tmp_path / 'values.npy'}"])
+    assert np.load(tmp_path / "values.npy").shape == (1, 4, 16)
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "digit.png")
+    capsys.readouterr()
+    asked = ["--prompt", "which digit?", "--max-tokens", "2"]
+    generate.main(["generate", str(taught), f"--image-in={tmp_path / 'digit.png'}", *asked])
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image", "draw 7"], "--out=grid.png"),
+        (["--image", "draw 7", "--out=x.jpg"], "a .png of the pictures, or a .npy"),
+        (["--image", "draw 7", "--out=x.png", "--prompt", "a"], "--prompt goes with text"),
+        (["--guidance=2", "--prompt", "a"], "--guidance goes with --image"),
+        (["--image-in=x.png"], "--image-in goes with --prompt"),
+        (["--image-in=x.png", "--prompt", "a", "--temperature=1"], "--temperature"),
+        (["--image", "draw 7", "--out=x.png", "--sets=0"], "--sets must be at least 1"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, message):
+    with pytest.raises(UserError) as error:
+        generate.parse_args(["generate", "model", *flags])
+    assert message in str(error.value)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        (files.ARRAYS, _cut, "damaged"),
+        (files.ENCODER, _cut, "not an encoder"),
+        (files.DESCRIPTION, lambda p: p.write_text(p.read_text().replace('"format": 1', '"format": 9')), "format 9"),
+        (files.DESCRIPTION, lambda p: p.write_text(p.read_text().replace("Cosine", "Sine")), "unknown 'Sine'"),
+        (files.DESCRIPTION, lambda p: p.write_text(p.read_text().replace('"rows": 2', '"rows": 4')), "the task needs"),
+        (files.ARRAYS, lambda path: path.unlink(), "is not"),
+    ],
+)
+def test_what_is_damaged_beside_a_model_is_one_line(taught, tmp_path, file, damage, message):
+    copy = shutil.copytree(taught / "export", tmp_path / "model")
+    damage(copy / file)
+    with pytest.raises(UserError, match="manifest" if (copy / file).exists() else message):
+        jaxup.load(copy)
+    (copy / "jaxup_manifest.json").unlink()
+    with pytest.raises(UserError) as error:
+        jaxup.load(copy)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.continuous.layout=rastre"], "did you mean 'raster'"),
+        (["--config.continuous.layout=sets", "--config.data.tell=5"], "data.tell=5"),
+        (["--config.data.encoder=patches:3"], "do not divide"),
+        (["--config.data.seq_len=5"], "data.seq_len=5"),
+        (["--config.data.shape=3x3x4"], "data.shape=3x3x4"),
+    ],
+)
+def test_what_cannot_be_taught_is_one_line_and_writes_nothing(overrides, message, tmp_path):
+    with pytest.raises(UserError) as error:
+        train.main(["train", *TINY, *overrides, f"--workdir={tmp_path / 'run'}"])
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["head=flow,upscaled", "head=diffusion,lora"])
+def test_a_base_that_is_trained_here_keeps_its_text(variant, tmp_path):
+    with runs.devices(1):
+        train.main(["train", f"--config=metamorph.py:smoke,{variant}", f"--workdir={tmp_path / 'run'}"])
+    tasks = json.loads((tmp_path / "run" / "tasks.json").read_text())
+    assert {"text_before", "text_after"} <= tasks.keys()
+    assert tasks["diversity"] > 0
+    assert jax.tree.leaves(jaxup.load(tmp_path / "run").beside)
