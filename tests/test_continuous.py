@@ -10,10 +10,12 @@ import runs
 from PIL import Image
 
 import jaxup
-from jaxup import generate, train
+from jaxup import train
 from jaxup.continuous import files
 from jaxup.continuous.drawing import draw
 from jaxup.errors import UserError
+from jaxup.generate import main as generate
+from jaxup.generate import parse_args
 from jaxup.hub.load import load
 
 pytest.importorskip("sklearn")
@@ -35,6 +37,7 @@ def taught(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_language_model_and_what_is_beside_it(taught):
     tasks = json.loads((taught / "tasks.json").read_text())
     assert {"judged", "judged_shuffled", "diversity", "told", "draw_seconds"} <= tasks.keys()
@@ -46,8 +49,7 @@ def test_a_run_leaves_a_language_model_and_what_is_beside_it(taught):
     assert not alone.config.beside
     assert model.config.alone() == alone.config
     assert {"connector", "head", "vectors", "places"} == model.beside.keys()
-    for path in ("embed_tokens",):
-        np.testing.assert_array_equal(model.params[path], alone.params[path])
+    np.testing.assert_array_equal(model.params["embed_tokens"], alone.params["embed_tokens"])
     side = files.read(taught / "export")
     how = {**side.drawing, "seed": 0}
     first, again = (draw(each, side.task, [[1, 2]], **how) for each in (model, jaxup.load(taught)))
@@ -55,16 +57,18 @@ def test_a_run_leaves_a_language_model_and_what_is_beside_it(taught):
     assert model.task == side.task
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_and_asked_of_by_the_command(taught, tmp_path, capsys):
     out = tmp_path / "grid.png"
-    generate.main(["generate", str(taught), "--image", "draw 7", "--image", "draw 3", f"--out={out}"])
-    assert Image.open(out).size == (64 * 2 + 2, 64)
-    generate.main(["generate", f"{taught}@taught", "--image", "draw 7", f"--out={tmp_path / 'values.npy'}"])
+    generate(["generate", str(taught), "--image", "draw 7", "--image", "draw 3", f"--out={out}"])
+    with Image.open(out) as sheet:
+        assert sheet.size == (64 * 2 + 2, 64)
+    generate(["generate", f"{taught}@taught", "--image", "draw 7", f"--out={tmp_path / 'values.npy'}"])
     assert np.load(tmp_path / "values.npy").shape == (1, 4, 16)
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "digit.png")
     capsys.readouterr()
     asked = ["--prompt", "which digit?", "--max-tokens", "2"]
-    generate.main(["generate", str(taught), f"--image-in={tmp_path / 'digit.png'}", *asked])
+    generate(["generate", str(taught), f"--image-in={tmp_path / 'digit.png'}", *asked])
     assert capsys.readouterr().out
 
 
@@ -82,7 +86,7 @@ def test_pictures_are_drawn_and_asked_of_by_the_command(taught, tmp_path, capsys
 )
 def test_flags_that_do_not_go_together_are_refused(flags, message):
     with pytest.raises(UserError) as error:
-        generate.parse_args(["generate", "model", *flags])
+        parse_args(["generate", "model", *flags])
     assert message in str(error.value)
 
 
@@ -90,6 +94,7 @@ def _cut(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
