@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 
 from jaxup.building.vocabulary import with_template
+from jaxup.continuous.files import DESCRIPTION as TAUGHT_BY
 from jaxup.data.open import Data, no_data
 from jaxup.data.tokenizer import bpe_vocab_size, load_tokenizer
 from jaxup.depth import picture
@@ -53,7 +54,7 @@ from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.sharding import param_shardings
 from jaxup.model.spec import flatten, unflatten, without_beside
-from jaxup.progress import tell
+from jaxup.progress import say, tell
 from jaxup.recipes import line as recipe_line
 from jaxup.recipes.open import Recipe, open_recipe, parse_places
 from jaxup.text import parse_json, read_json, write_atomically
@@ -219,6 +220,8 @@ class OnBase(Experiment):
                 opened = open_checkpoint(model.path, revision=model.revision, allow_pickle=c.base.allow_pickle)
                 if opened.hf != model.hf:
                     raise UserError("config.json has been replaced while the run was going on", at=model.path)
+                if opened.storage.exists(TAUGHT_BY) and jax.process_index() == 0:
+                    say(f"{model.path}: the language model alone is taken, without what it sees and draws by")
                 self._places[name], self._watched[name] = opened.storage.place, opened.watch()
                 self._dtype = c.base.dtype or stored_dtypes({name: opened})(name, "embed_tokens", None)
         self._model = result_config(self._plan, self._models)
