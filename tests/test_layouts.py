@@ -4,7 +4,21 @@ import numpy as np
 import pytest
 
 from jaxup.continuous.examples import Example
-from jaxup.continuous.layouts import BEGIN, END, FIRST, LAYOUTS, MASK, NULL, Frames, Raster, Scales, Sets, down, up
+from jaxup.continuous.layouts import (
+    BEGIN,
+    END,
+    FIRST,
+    LAYOUTS,
+    MASK,
+    NULL,
+    Frames,
+    Raster,
+    Scales,
+    Sets,
+    down,
+    uniforms,
+    up,
+)
 from jaxup.continuous.sets import masked, sizes
 from jaxup.errors import UserError
 
@@ -149,6 +163,22 @@ def test_prompts_are_hidden_as_often_as_is_asked():
     # 400 draws of .25: a deviation of 8.7 around 100.
     assert 65 < hidden.sum() < 135
     assert ((batch["tokens"][:, :3] == -1).all(1) == hidden).all()
+
+
+def test_random_numbers_of_a_draw_are_those_of_splitmix64():
+    """From the seed 0, as its authors' code prints them."""
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert uniforms(np.zeros(1, np.uint32), 3).tolist() == [[(each >> 11) / 2**53 for each in expected]]
+    of_many = uniforms(np.asarray([7, 0, 2**32 - 1], np.uint32), 2)
+    assert of_many[1].tolist() == uniforms(np.zeros(1, np.uint32), 2)[0].tolist()
+    assert len(set(of_many.ravel().tolist())) == 6
+
+
+def test_rows_of_text_alone_are_a_batch_of_any_layout():
+    for layout in MADE.values():
+        batch = layout.pack([example(layout, "text", answer=(3, 4))], [1])
+        assert batch["tokens"][0, :5].tolist() == [5, 6, 7, 3, 4]
+        assert not batch["value_weights"].any()
 
 
 def test_schedules_of_sets():

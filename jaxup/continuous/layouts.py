@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
 
@@ -52,6 +53,7 @@ class Layout(abc.ABC):
 
     name: ClassVar[str]
     tells: ClassVar[bool] = False  # whether text may follow an image
+    hides: ClassVar[bool] = False  # whether MASK stands where a value is to be predicted
 
     def __post_init__(self):
         for field in ("rows", "columns", "channels", "length"):
@@ -133,74 +135,82 @@ class Layout(abc.ABC):
         none = lambda: np.full((B, S), -1, np.int32)  # noqa: E731
         batch = {
             "tokens": np.zeros((B, S), np.int32), "targets": np.zeros((B, S), np.int32),
-            "loss_weights": np.zeros((B, S), np.float32), "steps": np.zeros((B, S), np.int32),
-            "values": np.zeros((B, M, C), np.float32), "fed": none(), "vectors": none(), "places": none(),
-            "spots": np.zeros((B, M), np.int32), "value_targets": np.zeros((B, M, C), np.float32),
-            "value_weights": np.zeros((B, M), np.float32), "noise": np.asarray(draws_B, np.uint32),
+            "loss_weights": np.zeros((B, S), np.float32), "values": np.zeros((B, M, C), np.float32), "fed": none(),
+            "vectors": none(), "places": none(), "spots": np.zeros((B, M), np.int32),
+            "value_targets": np.zeros((B, M, C), np.float32), "value_weights": np.zeros((B, M), np.float32),
+            "noise": np.asarray(draws_B, np.uint32),
         }  # fmt: skip
-        for index, (example, draw) in enumerate(zip(examples, batch["noise"], strict=True)):
-            row = _Row({name: array[index] for name, array in batch.items() if name != "noise"})
-            # Raw numbers of Philox are the same in every version of numpy.
-            raw = np.random.Philox(key=int(draw)).random_raw(2 + 2 * self.count)
-            uniform = (raw >> np.uint64(11)) * 2.0**-53
-            if example.kind == "text":
-                row.text(example.prompt)
-                row.text(example.answer, learned=True)
-            else:
-                values = np.asarray(example.values, np.float32).reshape(self.count, C)
-                self._lay(row, example, values, hidden=bool(uniform[0] < self.drop), uniform=uniform[1:])
-            row.pad()
+        uniform_BU = uniforms(batch["noise"], 1 + self._chances)
+        for index, example in enumerate(examples):
+            hidden = example.kind == "draw" and bool(uniform_BU[index, 0] < self.drop)
+            self._write({name: batch[name][index] for name in _WORDS}, example, hidden)
+        # Of images all rows at once: it is the calls that take the time.
+        rows = np.asarray([index for index, example in enumerate(examples) if example.kind != "text"], np.int64)
+        drawn = np.asarray([examples[row].kind == "draw" for row in rows], bool)[:, None]
+        at = drawn * np.asarray([len(examples[row].prompt) for row in rows], np.int64)[:, None]
+        block, own = self._block, (rows[:, None], at + np.arange(self.image))
+        predicted = self._predicted(uniform_BU[rows, 1:])
+        fed, vectors = block.fed[None], block.vectors[None]
+        if self.hides:
+            fed, vectors = np.where(predicted, -1, fed), np.where(predicted, MASK, vectors)
+        batch["tokens"][own], batch["fed"][own], batch["vectors"][own] = -1, fed, vectors
+        batch["places"][own], batch["spots"][rows] = block.places, at + block.spots
+        batch["value_weights"][rows] = predicted & (drawn | getattr(self, "see", False))
+        if rows.size:
+            values = np.stack([np.reshape(examples[row].values, (self.count, C)) for row in rows], dtype=np.float32)
+            batch["values"][rows], batch["value_targets"][rows] = self._maps(values)
+        if block.steps is not None:
+            index_S = np.arange(S, dtype=np.int32)
+            batch["steps"] = np.repeat(index_S[None], B, axis=0)
+            # After an image as many steps are missing as its positions are more than its steps.
+            batch["steps"][rows] -= np.where(index_S < at + self.image, 0, self.image - 1 - block.steps[-1])
+            batch["steps"][own] = at + block.steps
         return batch
 
-    @abc.abstractmethod
-    def _lay(self, row: _Row, example: Example, values: np.ndarray, *, hidden: bool, uniform: np.ndarray) -> None:
-        """An example with values [count, C] into its row, whose prompt is `hidden`; `uniform` are [1 + 2 * count]."""
-
-
-class _Row:
-    """The arrays of one row of a batch as it is written, from left to right."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
-        self.arrays, self.at, self.step = arrays, 0, 0
-
-    def _next(self, count: int, *, together: bool = False) -> slice:
-        span = slice(self.at, self.at + count)
-        self.arrays["steps"][span] = self.step if together else self.step + np.arange(count)
-        self.at, self.step = span.stop, self.step + (1 if together else count)
-        return span
-
-    def text(self, ids: np.ndarray, *, learned: bool = False, hidden: bool = False) -> None:
-        """Tokens; if `learned`, each is the target of the position before it, which the first of a row has not."""
-        ids = np.asarray(ids, np.int32)
-        span, first = self._next(len(ids)), int(self.at == len(ids))
-        self.arrays["tokens"][span] = -1 if hidden else ids
+    def _write(self, row: Mapping[str, np.ndarray], example: Example, hidden: bool) -> None:
+        """The words of an example into its row: a prompt, before which or after which its image is, and an answer."""
+        begin = self.image if example.kind == "tell" else 0
+        end = len(example.prompt) + self.image * (example.kind != "text")
+        prompt, answer = slice(begin, begin + len(example.prompt)), slice(end, end + len(example.answer))
+        row["tokens"][prompt] = -1 if hidden else example.prompt
         if hidden:
-            self.arrays["vectors"][span] = NULL
-        if learned and len(ids):
-            before = slice(span.start - 1 + first, span.stop - 1)
-            self.arrays["targets"][before], self.arrays["loss_weights"][before] = ids[first:], 1
+            row["vectors"][prompt] = NULL
+        if len(example.answer):
+            row["tokens"][answer] = example.answer
+            # Each is the target of the position before it, which the first of a row has not.
+            first = int(end == 0)
+            before = slice(end - 1 + first, answer.stop - 1)
+            row["targets"][before], row["loss_weights"][before] = example.answer[first:], 1
 
-    def vector(self, which: int, count: int = 1, *, together: bool = False) -> slice:
-        """Learned vectors."""
-        span = self._next(count, together=together)
-        self.arrays["tokens"][span], self.arrays["vectors"][span] = -1, which
-        return span
+    @property
+    @abc.abstractmethod
+    def _block(self) -> _Block: ...
 
-    def values(self, fed: np.ndarray, *, together: bool) -> slice:
-        """Values by their index; those of -1 are MASK."""
-        span = self._next(len(fed), together=together)
-        self.arrays["tokens"][span], self.arrays["fed"][span] = -1, fed
-        self.arrays["vectors"][span] = np.where(fed < 0, MASK, -1)
-        return span
+    @property
+    def _chances(self) -> int:
+        """U: how many random numbers it takes to choose what of a row is to be predicted."""
+        return 0
 
-    def predict(self, spots: slice, targets: np.ndarray, weights: Any = 1.0, first: int = 0) -> None:
-        """These positions predict these values, which are those from `first` on of the row."""
-        span = slice(first, first + len(targets))
-        self.arrays["spots"][span] = np.arange(spots.start, spots.stop)
-        self.arrays["value_targets"][span], self.arrays["value_weights"][span] = targets, weights
+    def _predicted(self, uniform_RU: np.ndarray) -> np.ndarray:
+        """bool [R, M]: which values are to be predicted."""
+        return np.ones((len(uniform_RU), self.predicted), bool)
 
-    def pad(self) -> None:
-        self._next(len(self.arrays["steps"]) - self.at)
+    def _maps(self, values_RNC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[R, M, C]: what is fed of images, and what is predicted."""
+        return values_RNC, values_RNC
+
+
+_WORDS = ("tokens", "targets", "loss_weights", "vectors")  # what an example's words are written into
+
+
+class _Block(NamedTuple):
+    """The positions of an image or a clip, from its first on."""
+
+    steps: np.ndarray | None  # from 0; None: each is its own
+    fed: np.ndarray  # indices of values
+    vectors: np.ndarray
+    places: np.ndarray
+    spots: np.ndarray  # which of them predict the M values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,24 +231,13 @@ class Raster(Layout):
     def image(self) -> int:
         return self.count + 2
 
-    def pack(self, examples: Sequence[Example], draws_B: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        batch = super().pack(examples, draws_B)
-        del batch["steps"]
-        return batch
-
-    def _lay(self, row, example, values, *, hidden, uniform):
-        if example.kind == "draw":
-            row.text(example.prompt, hidden=hidden)
-        begin = row.vector(BEGIN)
-        span = row.values(np.arange(self.count), together=False)
-        row.arrays["places"][span] = np.arange(self.count)
-        row.vector(END)
-        row.arrays["values"][:] = values
-        predicted = example.kind == "draw" or self.see
-        row.predict(slice(begin.start, span.stop - 1), values, float(predicted))
-        if example.kind == "tell":
-            row.text(example.prompt)
-        row.text(example.answer, learned=True)
+    @functools.cached_property
+    def _block(self):
+        value = np.arange(-1, self.count + 1)
+        value[-1] = -1
+        vectors = np.full(self.image, -1)
+        vectors[[0, -1]] = BEGIN, END
+        return _Block(None, fed=value, vectors=vectors, places=value, spots=np.arange(self.count))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,7 +265,7 @@ class Scales(Layout):
             if small < 1 or large % small or (small == large and large > 1):
                 raise UserError(f"scales={self.scales}: {large} is no larger multiple of {small}", at=self.name)
 
-    @property
+    @functools.cached_property
     def spans(self) -> tuple[slice, ...]:
         """Where the values of each map are among the M."""
         ends = np.cumsum([side * side for side in self.scales]).tolist()
@@ -280,19 +279,17 @@ class Scales(Layout):
     def places(self) -> int:
         return self.predicted
 
-    def _lay(self, row, example, values, *, hidden, uniform):
-        row.text(example.prompt, hidden=hidden)
-        coarser = None
-        for side, span in zip(self.scales, self.spans):
-            own = down(values, side)
-            if coarser is None:
-                where = row.vector(BEGIN, side * side, together=True)
-            else:
-                where = row.values(np.arange(span.start, span.stop), together=True)
-                row.arrays["values"][span] = up(coarser, side)
-            row.arrays["places"][where] = np.arange(span.start, span.stop)
-            row.predict(where, own, first=span.start)
-            coarser = own
+    @functools.cached_property
+    def _block(self):
+        index = np.arange(self.predicted)
+        first = index < self.spans[0].stop
+        steps = np.repeat(np.arange(len(self.scales)), [side * side for side in self.scales])
+        return _Block(steps, np.where(first, -1, index), np.where(first, BEGIN, -1), places=index, spots=index)
+
+    def _maps(self, values_RNC):
+        maps = [down(values_RNC, side) for side in self.scales]
+        fed = [up(coarser, side) for coarser, side in zip(maps, self.scales[1:])]
+        return np.concatenate([np.zeros_like(maps[0]), *fed], axis=1), np.concatenate(maps, axis=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,19 +313,20 @@ class Frames(Layout):
     def places(self) -> int:
         return self.rows * self.columns
 
-    def _lay(self, row, example, values, *, hidden, uniform):
-        row.text(example.prompt, hidden=hidden)
-        row.arrays["values"][:] = values
-        N = self.places
-        for frame in range(self.frames):
-            own = slice(frame * N, (frame + 1) * N)
-            if frame:
-                where = row.values(np.arange(own.start - N, own.start), together=True)
-            else:
-                where = row.vector(FIRST, N, together=True)
-            row.arrays["places"][where] = np.arange(N)
-            weights = _masked(uniform[frame * (N + 1) :], N) if self.sets else 1.0
-            row.predict(where, values[own], weights, first=own.start)
+    @functools.cached_property
+    def _block(self):
+        index, N = np.arange(self.count), self.places
+        vectors = np.where(index < N, FIRST, -1)
+        return _Block(index // N, fed=np.maximum(index - N, -1), vectors=vectors, places=index % N, spots=index)
+
+    @property
+    def _chances(self):
+        return self.frames * (1 + self.places) if self.sets else 0
+
+    def _predicted(self, uniform_RU):
+        if not self.sets:
+            return super()._predicted(uniform_RU)
+        return _masked(uniform_RU, self.frames).reshape(len(uniform_RU), self.count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,23 +334,30 @@ class Sets(Layout):
     """All values at one step, some of them fed, the others predicted (MAR, arXiv 2406.11838); of a clip all frames."""
 
     name: ClassVar[str] = "sets"
+    hides: ClassVar[bool] = True
 
-    def _lay(self, row, example, values, *, hidden, uniform):
-        row.text(example.prompt, hidden=hidden)
-        row.arrays["values"][:] = values
-        mask = _masked(uniform, self.count)
-        where = row.values(np.where(mask, -1, np.arange(self.count)), together=True)
-        row.arrays["places"][where] = np.arange(self.count)
-        row.predict(where, values, mask)
+    @functools.cached_property
+    def _block(self):
+        index = np.arange(self.count)
+        return _Block(0 * index, fed=index, vectors=0 * index - 1, places=index, spots=index)
+
+    @property
+    def _chances(self):
+        return 1 + self.count
+
+    def _predicted(self, uniform_RU):
+        return _masked(uniform_RU, 1)[:, 0]
 
 
 LAYOUTS: Mapping[str, type[Layout]] = {layout.name: layout for layout in (Raster, Scales, Frames, Sets)}
 
 
 def down(values: np.ndarray, side: int) -> np.ndarray:
-    """Values [n * n, C] of a square map as one of `side * side`: the means of its blocks."""
-    each = round(len(values) ** 0.5) // side
-    return values.reshape(side, each, side, each, -1).mean((1, 3)).reshape(side * side, -1)
+    """Values [..., n * n, C] of a square map as one of `side * side`: the means of its blocks."""
+    *batch, count, channels = values.shape
+    each = round(count**0.5) // side
+    blocks = values.reshape(*batch, side, each, side, each, channels)
+    return values if each == 1 else blocks.mean(axis=(-4, -2)).reshape(*batch, side * side, channels)
 
 
 def up(values: Any, side: int) -> Any:
@@ -364,8 +369,20 @@ def up(values: Any, side: int) -> Any:
     return (blocks.repeat(each, axis=-4).repeat(each, axis=-2)).reshape(*batch, side * side, channels)
 
 
-def _masked(uniform: np.ndarray, count: int) -> np.ndarray:
-    return masked(float(uniform[0]), np.argsort(uniform[1 : 1 + count], kind="stable"))
+def uniforms(draws_B: np.ndarray, count: int) -> np.ndarray:
+    """float64 [B, count] from 0 to 1, of each draw by itself: the n-th is SplitMix64's (Steele et al. 2014) after
+    draw * 2^32 + n steps. numpy's generators begin anew for each draw, which takes longer than all else of a row."""
+    x: Any = (draws_B.astype(np.uint64)[:, None] << np.uint64(32)) + np.arange(1, count + 1, dtype=np.uint64)
+    x *= np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+def _masked(uniform_RU: np.ndarray, images: int) -> np.ndarray:
+    """bool [R, images, N]: of each image one number says how many of its values are masked, and N which."""
+    uniform = uniform_RU.reshape(len(uniform_RU), images, uniform_RU.shape[1] // images)
+    return masked(uniform[..., 0], np.argsort(uniform[..., 1:], axis=-1, kind="stable"))
 
 
 def _shape(shape: tuple[int, ...]) -> str:

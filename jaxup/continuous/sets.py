@@ -37,14 +37,15 @@ def sizes(count: int, sets: int, schedule: str) -> tuple[int, ...]:
     return tuple(size for size in found if size)
 
 
-def masked(uniform: float, order: np.ndarray) -> np.ndarray:
-    """bool [N]: the tokens to be predicted from the others: the first of `order`, a random permutation of the N.
+def masked(uniform: float | np.ndarray, order: np.ndarray) -> np.ndarray:
+    """bool [..., N]: the tokens to be predicted from the others: the first of `order`, random permutations of the N.
 
-    Their share is normal around 1 with deviation .25, of which what lies in [.7, 1] is kept (MAR's): `uniform`, from 0
-    to 1, is how much of that lies below it. At least one is masked.
+    Their share is normal around 1 with deviation .25, of which what lies in [.7, 1] is kept (MAR's): `uniform`, [...]
+    from 0 to 1, is how much of that lies below it. At least one is masked.
     """
     low, high = _RATIO.cdf(_LOWEST), _RATIO.cdf(_HIGHEST)
-    share = _RATIO.inv_cdf(low + uniform * (high - low))
-    mask = np.zeros(len(order), bool)
-    mask[order[: math.ceil(share * len(order))]] = True
+    shares = [_RATIO.inv_cdf(low + each * (high - low)) for each in np.ravel(uniform).tolist()]
+    count = np.ceil(np.reshape(shares, (*np.shape(uniform), 1)) * order.shape[-1])
+    mask = np.zeros(order.shape, bool)
+    np.put_along_axis(mask, order, np.arange(order.shape[-1]) < count, axis=-1)
     return mask
