@@ -227,8 +227,15 @@ def test_rows_hold_every_conversation_once(config, opened, monkeypatch, packing)
         data.train.batch(np.array([len(data.train)]))
 
 
-@pytest.mark.parametrize("packing", [BEST_FIT, ONE])
-@pytest.mark.parametrize("phases", ["files", "difficulty"])
+@pytest.mark.parametrize(
+    ("phases", "packing"),
+    [
+        ("files", BEST_FIT),
+        ("difficulty", ONE),
+        pytest.param("files", ONE, marks=pytest.mark.slow),
+        pytest.param("difficulty", BEST_FIT, marks=pytest.mark.slow),
+    ],
+)
 def test_rows_of_phases_are_those_of_all_mixed(config, opened, monkeypatch, phases, packing):
     monkeypatch.setattr(store, "SHARD_ROWS", 5)
     rows, of = rows_of(COUNT), [slice(30), slice(30, None)]
