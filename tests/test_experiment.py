@@ -323,6 +323,7 @@ HEAL = [
 ]
 TUNGUSKA = ["", "quick", "smoke", "one_duplicate", "five_duplicates,quick", "interleaved,whole", "lr=1e-4", "epochs=3"]
 TUNGUSKA += ["lora", "quick,qlora", "freeze_originals", "freeze_base=19:41", "quick,freeze_base=0:1+4:6", "undercook=5"]
+SMOKE = {"inherit_gpt2.py": GPT2, "inherit_llama.py": LLAMA, "heal.py": HEAL, "heal_tunguska.py": TUNGUSKA}
 
 
 def a_mesh():
@@ -331,7 +332,20 @@ def a_mesh():
     return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
 
 
-@pytest.mark.parametrize("spec", [*(f"inherit_gpt2.py:{v}" for v in GPT2), *(f"inherit_llama.py:{v}" for v in LLAMA)])
+def shipped(*files):
+    """The variants of these files; those by name are among the default tests, as each is traced by itself."""
+    named = {
+        "inherit_gpt2.py:", "inherit_gpt2.py:xl,control=2,depth_scaled", "inherit_llama.py:sweep", "heal.py:qlora",
+        "heal.py:steps=5,layers=originals,freeze=0:4", "heal_tunguska.py:", "heal_tunguska.py:one_duplicate",
+        "heal_tunguska.py:interleaved,whole", "heal_tunguska.py:quick,freeze_base=0:1+4:6",
+    }  # fmt: skip
+    specs = [f"{file}:{variant}" for file in files for variant in SMOKE[file]]
+    return pytest.mark.parametrize(
+        "spec", [pytest.param(spec, marks=[pytest.mark.slow] * (spec not in named)) for spec in specs]
+    )
+
+
+@shipped("inherit_gpt2.py", "inherit_llama.py")
 def test_every_shipped_variant_builds_its_settings(spec):
     """Shapes and optimizers of all variants are traced, without allocating anything."""
     from jaxup.depth.result import result_config
@@ -350,7 +364,7 @@ def test_every_shipped_variant_builds_its_settings(spec):
     trace(model, settings, EVERYTHING, config.data.seq_len)
 
 
-@pytest.mark.parametrize("spec", [*(f"heal.py:{v}" for v in HEAL), *(f"heal_tunguska.py:{v}" for v in TUNGUSKA)])
+@shipped("heal.py", "heal_tunguska.py")
 def test_every_shipped_healing_builds_its_settings(spec, tmp_path):
     import jax
 
@@ -402,7 +416,6 @@ def test_all_cells_of_the_recipe_can_begin(study, count):
 # ---- options that nothing reads
 
 ROOT = Path(find("heal.py")).parent.parent
-SMOKE = {"inherit_gpt2.py": GPT2, "inherit_llama.py": LLAMA, "heal.py": HEAL, "heal_tunguska.py": TUNGUSKA}
 
 
 def flat(config, prefix=""):
