@@ -56,7 +56,10 @@ def whole(config, compute):
     return jax.jit(jax.value_and_grad(function))
 
 
-@pytest.mark.parametrize("case", CASES)
+# Rows of two kinds one by one are in the interleaved case as well, and `full` in `test_lora`.
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "originals")) for case in CASES]
+)
 def test_loss_and_gradients_are_those_of_the_whole_model(case):
     config, roles, select, compute = CASES[case]
     config, plan = deep(config, len(roles)), plan_of(roles)
