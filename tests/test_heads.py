@@ -95,7 +95,7 @@ ALL = {
 
 
 SLOW = pytest.mark.slow  # more of the same
-SOME = [pytest.param(name, marks=SLOW if name in ("categorical", "gaussian") else ()) for name in ALL]
+SOME = [pytest.param(name, marks=SLOW if name not in ("cosine", "diffusion") else ()) for name in ALL]
 
 
 def drawn(table, seed=0, zeros=0.3):
