@@ -58,13 +58,14 @@ def test_no_input_up_to_a_step_depends_on_what_that_step_predicts(name):
     kinds = ["draw", "tell"] if layout.tells else ["draw"]
     for kind in kinds:
         own = example(layout, kind, answer=(8, 9) if layout.tells else ())
+        one = layout.pack([own], [7])
         for token in range(layout.count):
             changed = own.values.copy().reshape(layout.count, -1)
             changed[token] += 1
             if name == "scales":  # its neighbour in the block makes up for it
                 changed[token ^ 1] -= 1
             other = Example(kind=kind, prompt=own.prompt, values=changed.reshape(layout.shape), answer=own.answer)
-            one, two = (layout.pack([each], [7]) for each in (own, other))
+            two = layout.pack([other], [7])
             differs = (one["value_targets"] != two["value_targets"]).any(-1) & (one["value_weights"] > 0)
             steps_S = steps_of(one)[0]
             # What is fed and not predicted may stand anywhere.
