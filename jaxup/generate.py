@@ -41,7 +41,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--image", metavar="TEXT", action="append", help="draw a picture for it; may be given several times")
     add("--out", metavar="FILE", help="with --image: PNG of all pictures, or .npy of their continuous tokens")
     add("--guidance", metavar="G", type=float, help="with --image: how much the text counts; 1 = as it was learned")
-    add("--head-steps", metavar="N", type=int, help="with --image: steps of a diffusion or flow")
+    add(
+        "--head-steps", metavar="N", type=int, help="with --image: steps of a diffusion or flow, for each map of scales"
+    )
     add("--sets", metavar="N", type=int, help="with --image: sets that the tokens of a picture or frame are drawn in")
     add("--image-in", metavar="FILE", help="with --prompt: the picture that it asks of")
     add_flags(parser, DEFAULTS)

@@ -1,5 +1,6 @@
 """A model that is taught to see and draw, from end to end: trained, measured, exported, loaded and asked."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,9 +15,14 @@ from jaxup import train
 from jaxup.continuous import files
 from jaxup.continuous.drawing import draw
 from jaxup.errors import UserError
+from jaxup.experiments.cells import configured
+from jaxup.experiments.common import read_settings
+from jaxup.experiments.config import load as load_config
+from jaxup.experiments.continuous import Continuous
 from jaxup.generate import main as generate
 from jaxup.generate import parse_args
 from jaxup.hub.load import load
+from jaxup.training.sharding import MeshConfig, make_mesh
 
 pytest.importorskip("sklearn")
 TINY = [
@@ -133,6 +139,43 @@ def test_what_cannot_be_taught_is_one_line_and_writes_nothing(overrides, message
         train.main(["train", *TINY, *overrides, f"--workdir={tmp_path / 'run'}"])
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_stages_and_one_flow_draw_in_as_many_steps():
+    """What the cells of the study of E-CAR's claim have in common, and what they do not."""
+    config = load_config("ecar.py", [("data.shape", "4x4x4"), ("data.seq_len", "32")])
+    jobs = {}
+    for cell in config.study.cells:
+        made = configured(config, cell, 0)
+        jobs[cell] = Continuous(made, read_settings(made), make_mesh(MeshConfig(data=1, fsdp=1, tensor=1)))
+        jobs[cell].without_data()
+        assert made.steps == config.steps
+        assert made.continuous.stages * made.continuous.head_steps == 24
+    stages = {cell: next(stage for stage in job.stages() if stage.steps) for cell, job in jobs.items()}
+    assert stages["staged"].objective.stages.levels == ((1, 2 / 3), (0.8, 1 / 3), (0.5, 0))
+    assert stages["plain"].objective.stages.levels == ((1, 2 / 3), (2 / 3, 1 / 3), (1 / 3, 0))
+    assert stages["single"].objective.stages is None
+    flops = {
+        cell: stage.objective.head_flops(stage.model, made.continuous.head_steps)
+        for (cell, stage), made in zip(stages.items(), (configured(config, cell, 0) for cell in stages), strict=True)
+    }
+    # Attention, of which smaller maps have less, makes it less than .4375; where tokens are alone it is that.
+    assert 0.3 < flops["staged"] / flops["single"] < 0.4375
+    task = stages["tokens"].objective
+    alone = dataclasses.replace(
+        task, head=dataclasses.replace(task.head, stages=1), layout=dataclasses.replace(task.layout, scales=(4,))
+    )
+    base = stages["tokens"].model
+    assert np.isclose(task.head_flops(base, 8) / alone.head_flops(base, 24), 0.4375)
+
+
+@pytest.mark.slow
+def test_an_image_scale_by_scale_from_end_to_end(tmp_path):
+    with runs.devices(1):
+        train.main(["train", "--config=ecar.py:smoke", f"--workdir={tmp_path / 'run'}"])
+    tasks = json.loads((tmp_path / "run" / "tasks.json").read_text())
+    assert {"judged", "judged_shuffled", "frechet", "head_flops", "draw_seconds"} <= tasks.keys()
+    assert (tmp_path / "run" / "plots" / "samples.png").is_file()
 
 
 @pytest.mark.slow

@@ -435,6 +435,7 @@ def test_what_a_target_needs(flags, said, monkeypatch, tmp_path):
         ("inherit_gpt2.py:large", "", "v5e:4x4"),
         ("inherit_gpt2.py:xl", "", "v5e:4x4"),
         ("inherit_llama.py", "", "v5e:4x4"),
+        ("ecar.py:paper", "", "v5e:4x4"),
     ],
 )
 def test_shipped_configurations_fit(name, changes, where):

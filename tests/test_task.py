@@ -359,3 +359,6 @@ def test_flops_count_what_is_computed():
     draws = dataclasses.replace(TASKS["sets"], head=dataclasses.replace(FLOW, draws=4))
     extra = (draws.flops(BASE, row) - TASKS["sets"].flops(BASE, row)) * row
     assert np.isclose(extra, 3 * 3 * 16 * FLOW.flops(16, 16))
+    sets = TASKS["sets"]
+    assert sets.head_flops(BASE, 5) == 5 * 16 * FLOW.flops(16, 16)
+    assert TASKS["raster"].head_flops(BASE, 5) == 16 * TASKS["raster"].head.flops(16, 1)

@@ -44,7 +44,7 @@ def draw(
     of the padding that they bring; at most `batch` are drawn at once.
 
     Args:
-      head_steps, temperature: of the head; see `Head.sample`.
+      head_steps, temperature: of the head, whose steps are those of each token or map; see `Head.sample`.
       guidance: how far what is drawn is moved from what would be drawn without a prompt (Ho & Salimans, arXiv
         2207.12598); 1 = not. Of sets it grows with the share that is drawn, from 1 to this, as MAR's does.
       sets, schedule: of layouts that draw tokens in sets; see `jaxup.continuous.sets`.

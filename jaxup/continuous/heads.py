@@ -223,7 +223,9 @@ class Categorical(_Direct):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Iterative(Head):
+class Iterative(Head):
+    """By a net that is asked again and again on the way from noise to tokens."""
+
     net: Net
     draws: int  # of time and noise for each token and step of training, for which z is made once; MAR has 4
 
@@ -272,7 +274,7 @@ class _Iterative(Head):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Diffusion(_Iterative):
+class Diffusion(Iterative):
     """Denoising diffusion that predicts the noise, by the cosine schedule, with a learned variance.
 
     The loss is the squared error of the noise plus the variational bound in bits, in which the mean carries no gradient
@@ -341,7 +343,7 @@ class Diffusion(_Iterative):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Flow(_Iterative):
+class Flow(Iterative):
     """Flow matching (Lipman et al., arXiv 2210.02747) along straight lines: from a token to noise, or from the end of a
     stage to its start (`jaxup.continuous.stages`).
 

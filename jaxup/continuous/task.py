@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from jaxup.continuous.examples import Example
-from jaxup.continuous.heads import Flow, Head, noise
+from jaxup.continuous.heads import Flow, Head, Iterative, noise
 from jaxup.continuous.layouts import VECTORS, Frames, Layout, Scales
 from jaxup.continuous.nets import dense, linear
 from jaxup.continuous.stages import Stages
@@ -226,6 +226,13 @@ class Task(Objective):
             tokens = span.stop - span.start
             total += 3.0 * getattr(self.head, "draws", 1) * tokens * self.head.flops(width, tokens)
         return total / seq_len
+
+    def head_flops(self, model: ModelConfig, head_steps: int) -> float:
+        """Of the head alone, to draw an image or a clip in so many steps of each map or token, without guidance."""
+        width = model.hidden_size if self.spatial is None else self.spatial.hidden_size
+        sizes = [span.stop - span.start for span in self.spans]
+        steps = head_steps if isinstance(self.head, Iterative) else 1
+        return steps * sum(tokens * self.head.flops(width, tokens) for tokens in sizes)
 
     def _chained(self, batch: Batch, key_B: Key[Array, " batch"]) -> tuple[Array, Any]:
         """(what is fed, start and end of each stage of a flow in stages): noise goes on from stage to stage."""

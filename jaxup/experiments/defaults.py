@@ -393,7 +393,7 @@ def _continuous(c: ConfigDict) -> None:
     c.continuous.weight = 1.0  # of the loss of values beside that of text
     # How pictures are drawn: steps of a diffusion or flow, sets of a frame, what multiplies the noise, and by how much
     # the prompt counts (1 = as it was learned).
-    c.continuous.head_steps = 25
+    c.continuous.head_steps = 25  # of each token; of scales, of each map: 3 stages of 8 take 24 in all
     c.continuous.sets = 8
     c.continuous.temperature = 1.0
     c.continuous.guidance = 1.0

@@ -46,6 +46,7 @@ _WORDS = {
     "text_before": "loss of text before, nats per token",
     "text_after": "loss of text after",
     "draw_seconds": "seconds to draw a picture, of many at once",
+    "head_flops": "FLOPs of the head to draw a picture",
 }
 
 
@@ -90,6 +91,7 @@ class _Drawing:
             began = time.monotonic()
             values = self._drawn([example.prompt for example in self._draw])
             found["draw_seconds"] = (time.monotonic() - began) / len(values)
+            found["head_flops"] = self._side.task.head_flops(self._decoder.config, self._side.drawing["head_steps"])
             found |= self._diversity(sheet)
             if self._side.encoder.decodes:
                 found |= self._judged(self._side.pictures(values))
