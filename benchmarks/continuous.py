@@ -1,7 +1,7 @@
 """Continuous tokens: what training and drawing them cost, each beside the plain way.
 
     python benchmarks/continuous.py            # under four minutes on two cores
-    python benchmarks/continuous.py --quick    # fewer rounds, and the peer without `torch.compile`
+    python benchmarks/continuous.py --quick    # under one: smaller, fewer turns, and no `torch.compile`
 
 1. A step of training on rows of `raster` beside one on as many tokens of text, by the same decoder, through the program
    that runs have. FLOPs say what the connector and the head cost; what is left is what feeding vectors costs. Aim:
@@ -35,9 +35,10 @@ from typing import Any
 import numpy as np
 
 AIM = 0.9  # of the tokens/s of text
-SIDE, CHANNELS, PROMPT, ROWS, SEQ = 8, 16, 30, 8, 128
+QUICK = "--quick" in sys.argv
+SIDE, CHANNELS, PROMPT, SEQ = 8, 16, 30, 128
+ROWS, HEAD_STEPS = (4, 8) if QUICK else (8, 16)
 WIDTH, DEPTH, DRAWS, TRAIN_STEPS, LIMIT = 384, 3, 4, 1000, 5.0  # of the diffusion head
-HEAD_STEPS = 16
 
 
 def arguments() -> argparse.Namespace:
@@ -230,7 +231,7 @@ def staged(rounds: int) -> None:
     sides = (4, 8, 16)
     size = grid() | {"rows": sides[-1], "columns": sides[-1], "length": 512}
     row = table("Three stages beside one", "net", "3 stages, s", "1 stage, s", "FLOPs of the net", "time")
-    for name in ("mlp", "decoder"):
+    for name in ("mlp",) if QUICK else ("mlp", "decoder"):
         flops, contestants = [], {}
         for stages in (3, 1):
             # One stage has the whole image at once.
@@ -255,7 +256,7 @@ class Peer:
     """A process that computes by PyTorch: each line that it is sent is a task, which it answers when it is done."""
 
     def __init__(self, given: Path):
-        command = [sys.executable, __file__, f"--worker={given}"]
+        command = [sys.executable, __file__, f"--worker={given}", *["--quick"] * QUICK]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, what: str) -> dict[str, float]:
@@ -470,7 +471,7 @@ def main() -> None:
         return worker(a.worker)
     import jax
 
-    rounds = a.rounds or (2 if a.quick else 7)
+    rounds = a.rounds or (2 if QUICK else 7)
     c = base()
     print(
         f"{c.num_layers} layers of {c.hidden_size}, {c.vocab_size} tokens, {ROWS} rows of {SEQ} positions, images of "
@@ -479,7 +480,7 @@ def main() -> None:
     )
     parts = {
         "1": lambda: training(rounds), "2": lambda: drawing(rounds), "3": lambda: staged(rounds),
-        "4": lambda: beside_torch(rounds, ["eager"] if a.quick else ["eager", "compiled"]), "5": packing,
+        "4": lambda: beside_torch(rounds, ["eager"] if QUICK else ["eager", "compiled"]), "5": packing,
     }  # fmt: skip
     for part, measure in parts.items():
         if part in a.parts:
