@@ -1,6 +1,37 @@
-"""Draw digits scale by scale, each scale a stage of one flow: the multistage flow of E-CAR against a plain one.
+"""Draw digits scale by scale, each scale a stage of one flow: E-CAR's multistage flow against a plain one.
 
-DOCSTRING
+    python -m jaxup.train --config=ecar.py          # a study: four cells, three seeds
+    python -m jaxup.train --config=ecar.py:one
+    python -m jaxup.generate runs/ecar-one --image "draw 7" --out grid.png
+
+After E-CAR (Yuan et al. 2024, arXiv 2412.14170): a decoder says of maps of growing size what is on them, all tokens of
+a map at once, and a flow turns each map into a picture that the next one goes on from: noise to 2/3, .8 to 1/3, .5 to
+0. The first stages have few tokens, so that they are cheap. The decoder has random values here; the pictures are
+scikit-learn's digits in patches of 2 x 2 pixels, so that the maps have 1, 4 and 16 tokens.
+
+What the cells are: `staged` is the above, with 8 steps of the head for each map; `single` has one flow, from noise to
+the 16 tokens in 24 steps; `plain` has stages between which a map is only upsampled, with no noise for its new tokens;
+`tokens` has stages whose net sees each token by itself, as MAR's does, and not the whole map. All are trained for 500
+steps of 32 pictures, of which one costs FLOPS_TRAIN.
+
+@RESULTS@
+
+Variants, after a colon and separated by commas:
+
+    one           one run of `staged`
+    smoke         the same path as `one` in half a minute, for tests
+    paper         256 x 256 pixels, for a pod; see below
+    seed=N        of initialisation and batches
+
+Published is of `paper` that E-CAR is as good as DiT at 256 x 256 with a tenth of the FLOPs and in a fifth of the time.
+There is no code; the number of stages, the sizes of both nets and the recipe are not confirmed. So the decoder is that
+of VAR's smallest (16 layers of 1,024; arXiv 2404.02905), with its optimizer (AdamW, .9 and .95, 1e-4 for 256 pictures,
+decay .05, 200 epochs of ImageNet in batches of 768; warm-up, schedule and guidance from memory), the flow's net is a
+DiT-B (12 layers of 768, without its modulation), and there are three stages, of 4 x 4, 8 x 8 and 16 x 16 tokens of 16
+channels, which is what FlowAR (arXiv 2412.15205) and MAR have of a VAE: `jaxup.features --vae` stores what one of
+diffusers makes, with captions beside. Compiled for v5e:4x4 (`--target=v5e:4x4`): 310 million parameters, whole on each
+chip, in 3 micro-batches 13.6 of 15.75 GiB, and at least .34 s a step, 49% MFU: 31 hours in all. None of it has been
+run.
 """
 
 from ml_collections import ConfigDict

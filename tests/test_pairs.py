@@ -584,6 +584,7 @@ def test_the_judge_knows_real_digits_and_distances_are_scipys(opened):
     assert judge.frechet(real, real) < 1e-9
     assert judge.frechet(real, one.features(unseen)) < judge.frechet(real, one.features(some(165, 8, 8)))
     refused("have no such distance", judge.frechet, real, real[:, :4])
+    assert judge.alike(np.array([2, 0, 2, 2]), np.array([0, 1, 2, 0, 2])).tolist() == [2, 0, 4, 2]
     refused("pictures of one class", judge.judge, seen, 0 * labels[pairs.seen], unseen, labels[pairs.unseen])
     assert judge.diversity(seen[:1].repeat(4, 0)) == 0
     assert judge.diversity(np.array([[0.0, 0.0], [3.0, 3.0], [0.0, 0.0]])) == pytest.approx(2)

@@ -77,6 +77,17 @@ def frechet(first_ND: np.ndarray, second_ND: np.ndarray) -> float:
     return float(max(0.0, apart @ apart + np.trace(one) + np.trace(two) - 2 * shared))
 
 
+def alike(labels: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """int [N], int [M] -> int [N]: for each label the place of one in `among` that is the same, each time another one.
+
+    A distance between sets of which one has other classes is that of the classes, too.
+    """
+    index = np.zeros(len(labels), int)
+    for label in np.unique(labels):
+        index[labels == label] = np.resize(np.flatnonzero(among == label), int((labels == label).sum()))
+    return index
+
+
 def diversity(samples: np.ndarray) -> float:
     """The mean distance of two samples of one prompt, [K, ...], as the root of the mean squared difference; 0: one."""
     flat = np.asarray(samples, np.float64).reshape(len(samples), -1)

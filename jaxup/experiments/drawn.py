@@ -36,7 +36,7 @@ _WORDS = {
     "judged_shuffled": "the same, of pictures drawn for another prompt",
     "judge": "unseen real pictures whose class the judge finds",
     "frechet": "Fréchet distance of drawn to unseen real pictures, in what the judge sees",
-    "frechet_real": "the same of as many seen real pictures",
+    "frechet_real": "the same of as many seen real pictures, of the same classes",
     "diversity": "distance of two pictures of one prompt",
     "diversity_real": "the same of real pictures",
     "valid_pairs": "pairs of cells in drawn textures of which one is bright",
@@ -159,7 +159,7 @@ class _Drawing:
         real = judge.features(last(pairs.look(numbers)))
         if len(numbers) > real.shape[1]:  # else its covariance has no full rank
             found["frechet"] = judges.frechet(judge.features(shown), real)
-            others = judge.features(last(pairs.look(seen[: len(numbers)])))
+            others = judge.features(last(pairs.look(seen[judges.alike(labels, known.labels[seen])])))
             found["frechet_real"] = judges.frechet(others, real)
         return found
 
