@@ -37,6 +37,11 @@ def sizes(count: int, sets: int, schedule: str) -> tuple[int, ...]:
     return tuple(size for size in found if size)
 
 
+def drawn_together(count: int, sets: int, schedule: str) -> float:
+    """How likely two of `count` tokens, in a random order, are in one set: then they are drawn independently."""
+    return sum(size * (size - 1) for size in sizes(count, sets, schedule)) / (count * max(1, count - 1))
+
+
 def masked(uniform: float | np.ndarray, order: np.ndarray) -> np.ndarray:
     """bool [..., N]: the tokens to be predicted from the others: the first of `order`, random permutations of the N.
 

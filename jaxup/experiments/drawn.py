@@ -14,8 +14,10 @@ from flax import nnx
 from jaxup.continuous import judge as judges
 from jaxup.continuous.drawing import draw, tell
 from jaxup.continuous.files import Side
+from jaxup.continuous.layouts import Sets
 from jaxup.continuous.pairs import Examples, Pairs
-from jaxup.continuous.showing import grid
+from jaxup.continuous.sets import drawn_together
+from jaxup.continuous.showing import sheet
 from jaxup.data.open import Data
 from jaxup.experiments.measures import keep_tasks
 from jaxup.experiments.report import ONE_SEED
@@ -29,6 +31,7 @@ from jaxup.training.run import Result, Run
 
 _AT_ONCE = 64  # pictures that are drawn
 _PROMPTS, _SAMPLES = 12, 8  # of the sheet, and pictures of each of them
+_SETS = (1, 2, 4, 8, 16)  # that textures are drawn in
 _JUDGED_BY = 2000  # real pictures at most that the judge is made of
 # What each is, in words.
 _WORDS = {
@@ -39,6 +42,8 @@ _WORDS = {
     "frechet_real": "the same of as many seen real pictures, of the same classes",
     "diversity": "distance of two pictures of one prompt",
     "diversity_real": "the same of real pictures",
+    "position_error_late": "the same, over the second half of the frames",
+    "position_error_late_shuffled": "the same, by the places that another prompt says",
     "valid_pairs": "pairs of cells in drawn textures of which one is bright",
     "valid": "textures of which all pairs are such",
     "told": "questions about unseen pictures answered as they should be",
@@ -87,26 +92,28 @@ class _Drawing:
     def measured(self) -> dict[str, float]:
         found: dict[str, float] = {}
         if len(self._draw):
-            sheet = self._sheet()
+            samples = self._sheet()
             began = time.monotonic()
             values = self._drawn([example.prompt for example in self._draw])
             found["draw_seconds"] = (time.monotonic() - began) / len(values)
             found["head_flops"] = self._side.task.head_flops(self._decoder.config, self._side.drawing["head_steps"])
-            found |= self._diversity(sheet)
+            found |= self._diversity(samples)
             if self._side.encoder.decodes:
                 found |= self._judged(self._side.pictures(values))
         return found | self._told()
 
-    def _drawn(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
+    def _drawn(self, prompts: Sequence[np.ndarray], **other: int) -> np.ndarray:
         """[n, N, C], or of clips [n, F, N, C]."""
-        how: Any = {**self._side.drawing, "batch": self._size}
+        how: Any = {**self._side.drawing, "batch": self._size, **other}
         return draw(self._decoder, self._side.task, prompts, seed=self._run.settings.seed, **how)
 
     def _sheet(self) -> dict[bytes, np.ndarray]:
-        """Some pictures for each of the first prompts, [samples, ...]: drawn as a sheet, if they are pictures."""
-        prompts = dict[bytes, np.ndarray]()
-        for example in self._draw:
+        """Some pictures for each of the first prompts, [samples, ...]: a sheet beside real ones, if they are pictures;
+        of clips one for each."""
+        prompts, numbers = dict[bytes, np.ndarray](), dict[bytes, int]()
+        for example, (_, number) in zip(self._draw, self._draw.chosen):
             prompts.setdefault(example.prompt.tobytes(), example.prompt)
+            numbers.setdefault(example.prompt.tobytes(), number)
         shown = dict(sorted(prompts.items(), key=lambda item: self._said(item[1]))[:_PROMPTS])
         clips = bool(self._side.task.layout.frames)
         each = [prompt for prompt in shown.values() for _ in range(_SAMPLES)]
@@ -115,23 +122,24 @@ class _Drawing:
         values = self._drawn(each)
         by_prompt = values.reshape(len(shown), _SAMPLES, *values.shape[1:])
         if self._side.encoder.decodes:
-            pictures = self._side.pictures(by_prompt[:, 0] if clips else values)
-            write_atomically(
-                self._run.directory / "plots" / "samples.png", grid(pictures, columns=_SAMPLES, clips=clips)
-            )
+            real = self._pairs.look([numbers[prompt] for prompt in shown])
+            drawn = self._side.pictures(by_prompt[:, 0] if clips else by_prompt)
+            texts = [self._said(prompt) for prompt in shown.values()]
+            content = sheet(texts, real if clips else real[:, None], drawn)
+            write_atomically(self._run.directory / "plots" / "samples.png", content)
         return dict(zip(shown, by_prompt))
 
     def _said(self, prompt: np.ndarray) -> str:
         return str(self._pairs.tokenizer.decode(prompt))
 
-    def _diversity(self, sheet: Mapping[bytes, np.ndarray]) -> dict[str, float]:
+    def _diversity(self, drawn: Mapping[bytes, np.ndarray]) -> dict[str, float]:
         """Of values: pictures may have more of it by what an encoder leaves out."""
         real: dict[bytes, list[np.ndarray]] = {}
         for example in self._draw:
             if len(some := real.setdefault(example.prompt.tobytes(), [])) < _SAMPLES:
                 some.append(np.asarray(example.values))
         apart = [judges.diversity(np.stack(some)) for some in real.values() if len(some) > 1]
-        found = {"diversity": float(np.mean([judges.diversity(samples) for samples in sheet.values()]))}
+        found = {"diversity": float(np.mean([judges.diversity(samples) for samples in drawn.values()]))}
         return found | ({"diversity_real": float(np.mean(apart))} if apart else {})
 
     def _judged(self, pictures: np.ndarray) -> dict[str, float]:
@@ -141,8 +149,13 @@ class _Drawing:
         if known.paths is not None:
             errors = judges.position_error(pictures, known.paths[numbers]).mean(0)
             found |= {f"position_error_{frame}": float(error) for frame, error in enumerate(errors) if frame}
+            late = slice(len(errors) // 2, None)
+            others = judges.position_error(pictures, known.paths[numbers][_shuffled(len(numbers))]).mean(0)
+            found["position_error_late"] = float(errors[late].mean())
+            found["position_error_late_shuffled"] = float(others[late].mean())
         if self._textures:
             found["valid_pairs"], found["valid"] = judges.valid_textures(pictures)
+            found |= self._by_sets()
         if known.labels is None:
             return found
         # Of a clip its last frame is judged, by others' last frames.
@@ -161,6 +174,19 @@ class _Drawing:
             found["frechet"] = judges.frechet(judge.features(shown), real)
             others = judge.features(last(pairs.look(seen[judges.alike(labels, known.labels[seen])])))
             found["frechet_real"] = judges.frechet(others, real)
+        return found
+
+    def _by_sets(self) -> dict[str, float]:
+        """Pairs that are valid in other numbers of sets, of tokens of a cell each. Those of one set are drawn
+        independently of each other, so a pair that is in one set is valid half of the time."""
+        task, found = self._side.task, dict[str, float]()
+        if not (isinstance(task.layout, Sets) or task.spatial is not None):
+            return found
+        for sets in (number for number in _SETS if number <= task.layout.count):
+            values = self._drawn([example.prompt for example in self._draw], sets=sets)
+            found[f"valid_pairs_in_{sets}"] = judges.valid_textures(self._side.pictures(values))[0]
+            together = drawn_together(task.layout.count, sets, self._side.drawing["schedule"])
+            found[f"valid_pairs_in_{sets}_at_best"] = 1 - together / 2
         return found
 
     def _told(self) -> dict[str, float]:
@@ -193,8 +219,11 @@ def table(found: Mapping[str, float]) -> list[str]:
         return []
 
     def words(name: str) -> str:
-        kind, _, frame = name.rpartition("_")
-        return f"pixels that frame {frame} is from its place" if kind == "position_error" else _WORDS[name]
+        kind, _, which = name.removesuffix("_at_best").rpartition("_")
+        if kind == "valid_pairs_in":
+            best = ", if what is drawn before is heeded" if name.endswith("_at_best") else ""
+            return f"pairs of which one is bright, drawn in {which} set{'s' * (which != '1')}{best}"
+        return f"pixels that frame {which} is from its place" if which.isdecimal() else _WORDS[name]
 
     lines = [f"| {words(name)} | {value:.4g} |" for name, value in found.items()]
     return ["", "| what is measured | |", "|---|---:|", *lines]
@@ -215,8 +244,10 @@ def said(results: Sequence[Result], made: str, found: Mapping[str, float]) -> st
                      f"asked ({chance}; it finds the class of {found['judge']:.1%} of real ones)")  # fmt: skip
     if "valid" in found:
         parts.append(f"of the textures that it draws {found['valid']:.1%} are valid")
-    if errors := [value for name, value in found.items() if name.startswith("position_error")]:
-        parts.append(f"the last frame of a clip is {errors[-1]:.2f} pixels from its place")
+    if "position_error_late" in found:
+        late, shuffled = found["position_error_late"], found["position_error_late_shuffled"]
+        parts.append(f"late frames of a clip are {late:.2f} pixels from their places ({shuffled:.2f} from those that "
+                     "another prompt says)")  # fmt: skip
     if "told" in found:
         parts.append(f"it answers {found['told']:.1%} of the questions about unseen pictures "
                      f"({found['told_shuffled']:.1%} about another one)")  # fmt: skip
