@@ -81,6 +81,8 @@ def test_values_may_have_spaces_and_names_are_those_of_directories():
     ("batch_size: 8 16", (("study.seeds", "0,0"),), "study.seeds=0,0"),
     ("batch_size: 8 16", (("study.seeds", "one"),), "study.seeds=one: are whole numbers"),
     ("batch_size: 8 16", (("study.control", "batch_size=9"),), "study.control=batch_size=9: is no cell; did you mean"),
+    ("batch_size: 8 16", (("study.also", "batch_size=8: batch_size=9"),), "'batch_size=9' is no cell; did you mean"),
+    ("batch_size: 8 16", (("study.also", "batch_size=8"),), "two cells with a colon between them"),
     ("", (("study.control", "a"),), "study.control=a: goes with study.cells"),
     ("", (("study.cells", "{'a': {}, 'b': {'batch_size': 16}}"),), "study: 'a' and 'b' are the same"),
     ("", (("study.cells", "{'a/b': {}}"),), "'a/b': is a directory's name, too"),

@@ -170,3 +170,17 @@ def test_tasks_are_compared_as_losses_are(tmp_path):
     assert [d["verdict"] for d in numbers["tasks"]["far"]["differences"]] == ["no difference"] * 2
     assert numbers["runs"][0]["tasks"] == {"judged": 0.5}
     assert "judged" not in written(tmp_path, study(3))[0]
+
+
+def test_other_pairs_than_those_with_the_control_are_compared_too(tmp_path):
+    outcomes = [dataclasses.replace(o, tasks={"judged": o.score / 10}) for o in study(4)]
+    text, numbers = written(tmp_path, outcomes, also=[("cell_3", "cell_0")])
+    section = text[text.index("## Other pairs of cells") : text.index("## What it cost")]
+    rows = [line for line in section.splitlines() if "cell_3" in line]
+    assert ["validation loss" in rows[0], "judged" in rows[1], len(rows)] == [True, True, 2]
+    for pair, task in zip(numbers["also"], ("", "judged"), strict=True):
+        direct = difference(outcomes, "cell_3", "cell_0", task)
+        assert (pair["task"], pair["less"], pair["cell"]) == (task, "cell_0", "cell_3")
+        assert pair["values"] == [*direct.values]
+        assert pair["verdict"] == direct.verdict
+    assert "Other pairs" not in written(tmp_path, outcomes)[0]

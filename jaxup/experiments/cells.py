@@ -80,6 +80,7 @@ def check(config: ConfigDict, files: Sequence[Mapping[str, Any]] | None) -> None
     s = config.study
     if s.control and s.control not in s.cells:
         raise UserError(f"is no cell{suggest(s.control, s.cells)}", at=f"study.control={s.control}")
+    also(config)
     if (count := len(s.cells) * max(1, len(s.seeds))) > s.max_cells:
         raise _too_many(config, count)
     seen: dict[str, str] = {}
@@ -126,6 +127,18 @@ def again(config: ConfigDict, changed: Sequence[str]) -> None:
 def seeds(config: ConfigDict) -> tuple[int, ...]:
     """Those that each cell has a run of."""
     return tuple(config.study.seeds) or (config.seed,)
+
+
+def also(config: ConfigDict) -> list[tuple[str, str]]:
+    """Pairs of cells to compare, besides each with the control."""
+    found = []
+    for pair in config.study.also:
+        cell, colon, other = (part.strip() for part in str(pair).partition(":"))
+        if unknown := [name for name in (cell, other) if name not in config.study.cells]:
+            what = f"{unknown[0]!r} is no cell{suggest(unknown[0], config.study.cells)}"
+            raise UserError(what, at=f"study.also={pair}", hint="" if colon else "two cells with a colon between them")
+        found.append((cell, other))
+    return found
 
 
 def _parse(text: str) -> dict[str, list[str]]:

@@ -99,6 +99,7 @@ READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "lora.tile_size": {"lora.quantize": True},
     "study.seeds": {"study.cells": True},
     "study.control": {"study.cells": True},
+    "study.also": {"study.cells": True},
     "study.max_cells": {"study.cells": True},
     "study.stop": {"study.cells": True},
     "study.stop_from": {"study.stop": True},
@@ -194,6 +195,7 @@ def study() -> ConfigDict:
     c.cells = {}  # {name: {key: value}}: what a cell changes of this configuration
     c.seeds = ()  # of which each cell has a run; () = the configuration's own
     c.control = ""  # the cell that the others are compared with; "" = the first
+    c.also = ()  # "a: b": pairs of cells whose difference is told besides those to the control
     c.max_cells = 64  # more runs, cells times seeds, are refused
     # Poor runs are stopped early, of those of one batch size and seed. norms: what has a gradient norm that is high and
     # a training loss that is low; halving: what has the higher validation loss.
@@ -354,6 +356,7 @@ def _continuous(c: ConfigDict) -> None:
     c.data.captions = ""  # of stored features: a .jsonl with a line for each; "" = the one beside them
     c.data.pairs = -1  # training examples that draw; -1 = all that there are
     c.data.tell = -1  # training examples that ask of a picture; -1 = all that something is asked of
+    c.data.balance = False  # the fewer of the two are repeated until there are about as many of them in an epoch
     c.data.text = 0  # training rows of text alone
     c.data.corpus = ""  # where these are from
     c.data.text_tokens = 128  # of one of them at most
@@ -362,7 +365,9 @@ def _continuous(c: ConfigDict) -> None:
     c.data.shape = ""
     c.data.tokenizer = "bpe:512"  # of a base with random values: bpe:N = trained here on what is said of the pictures
     c.data.val_fraction = 0.1  # of the pictures, which are never trained on
-    c.data.seed = 2357  # of which pictures `pairs` and `tell` take
+    c.data.seed = (
+        2357  # of which pictures `pairs` and `tell` take; -1 = the run's, so that seeds of a study differ in it
+    )
     c.data.store = ""  # where a fitted encoder is kept; "" = beside the run directory
 
     c.continuous = ConfigDict()

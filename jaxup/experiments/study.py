@@ -16,11 +16,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxup.errors import NonFinite, UserError, within
 from jaxup.experiments import UNITS, resuming
-from jaxup.experiments.cells import configured, seeds
+from jaxup.experiments.cells import also, configured, seeds
 from jaxup.experiments.outcomes import Outcome, read_outcome
 from jaxup.experiments.report import made_by
 from jaxup.experiments.rounds import limits, pauses
@@ -172,8 +172,13 @@ def _look(config: ConfigDict, workdir: Path, runs: Sequence[Planned]) -> list[st
 
 def _reported(config: ConfigDict, workdir: Path, runs: Sequence[Planned]) -> bool:
     """Whether what came of these runs has been written, compared with the same control."""
-    mark = read_json(workdir / "finished.json", {"runs": list[str], "control": str}, "delete it")
-    return mark is not None and mark == {"runs": [run.name for run in runs], "control": _control(config)}
+    kinds = {"runs": list[str], "control": str, "also": list[str] | None}
+    return read_json(workdir / "finished.json", kinds, "delete it") == _mark(config, runs)
+
+
+def _mark(config: ConfigDict, runs: Sequence[Planned]) -> dict[str, Any]:
+    mark = {"runs": [run.name for run in runs], "control": _control(config)}
+    return mark | ({"also": [*config.study.also]} if config.study.also else {})
 
 
 def _control(config: ConfigDict) -> str:
@@ -277,10 +282,10 @@ def _report(
         control = _control(config)
         text = write_study(
             workdir, title, outcomes, control, made_by(resuming.starts(workdir)),
-            unit=UNITS[config.experiment], rule=rule, changes=config.study.cells,
+            unit=UNITS[config.experiment], rule=rule, changes=config.study.cells, also=also(config),
         )  # fmt: skip
         print(text, flush=True)
-        rundir.write_json(workdir / "finished.json", {"runs": [run.name for run in runs], "control": control})
+        rundir.write_json(workdir / "finished.json", _mark(config, runs))
 
 
 def _patiently(what: str) -> Callable[[str], None]:

@@ -40,7 +40,7 @@ _NAMED = 6  # cells in a sentence
 def write_study(
     directory: Path, title: str, outcomes: Sequence[Outcome], control: str, how: Sequence[str], *,
     notes: Sequence[str] = (), unit: str = "token", rule: Rule | None = None,
-    changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}), also: Sequence[tuple[str, str]] = (),
 ) -> str:  # fmt: skip
     """Writes STUDY.md, study.json and plots/ into `directory`, and returns the text.
 
@@ -52,6 +52,7 @@ def write_study(
       unit: what a loss is the mean over.
       rule: that by which runs are stopped; one that stops nobody is tested as well. None: nothing is said of it.
       changes: what each cell changes of the configuration, by key.
+      also: cells that are compared with another one than the control.
     """
     cells = sorted(summarise(outcomes), key=lambda cell: (not cell.seeds, cell.mean))
     differences = {c.name: difference(outcomes, c.name, control) for c in cells if c.name != control}
@@ -68,6 +69,11 @@ def write_study(
     for name in drawn:
         lines += ["", f"![{name.replace('_', ' ')}](plots/{name}.png)"]
     lines += _tasks(tasks, control)
+    pairs = [
+        {"less": other, "task": task, **difference(outcomes, cell, other, task)._asdict()}
+        for cell, other in also for task in ("", *tasks)
+    ]  # fmt: skip
+    lines += _also(pairs)
     lines += ["", "## What it cost", "", *_cost(outcomes, cells)]
     lines += _ended(outcomes)
     if rule is not None:
@@ -82,7 +88,7 @@ def write_study(
     numbers = {
         "format": FORMAT, "title": title, "control": control, "level": LEVEL, "unit": unit,
         "cells": [cell._asdict() | {"stopped": [o.seed for o in cell.stopped]} for cell in cells],
-        "differences": [*differences.values()], "tasks": tasks, "runs": [_run(o) for o in outcomes],
+        "differences": [*differences.values()], "tasks": tasks, "also": pairs, "runs": [_run(o) for o in outcomes],
         "cost": dict(zip(("tokens", "flops"), cost(outcomes))), "stopping": tested, "changes": changes,
     }  # fmt: skip
     write_atomically(directory / JSON, json.dumps(_json(numbers), indent=1, allow_nan=False) + "\n")
@@ -192,6 +198,17 @@ def _tasks(tasks: Mapping[str, Mapping[str, Any]], control: str) -> Iterator[str
             yield f"| {' | '.join([_name(cell['name']), *numbers, *compared])} |"
         if found["missing"]:
             yield from ("", f"Without a value, and left out: {', '.join(map(_name, found['missing']))}.")
+
+
+def _also(pairs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if pairs:
+        yield from ("", "## Other pairs of cells", "", "What the first has more than the second, seed by seed.", "")
+        yield "| cell | less | of | mean | bootstrap 95% | t 95% |  |"
+        yield "|---|---|---|---:|---|---|---|"
+    for pair in pairs:
+        d = Difference(**{name: pair[name] for name in Difference._fields})
+        what = _name(pair["task"]) if pair["task"] else "validation loss"
+        yield f"| {' | '.join([_name(d.cell), _name(pair['less']), what, *_compared(d, '+.4g')])} |"
 
 
 def _explained(cells: Sequence[Cell], differences: Mapping[str, Difference], unit: str) -> Iterator[str]:
