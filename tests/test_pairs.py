@@ -6,6 +6,7 @@ import json
 import struct
 import zipfile
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -152,6 +153,18 @@ def test_few_pairs_are_among_more_of_them_and_each_class_has_as_many(opened):
     assert pairs.encoder.digest == more.encoder.digest  # or their losses could not be compared
     assert len(pairs.validation.of("draw")) == len(pairs.validation.of("tell")) == len(pairs.unseen)
     assert {kind for kind, _ in opened("digits", "patches:2", pairs=0, tell=5).train.chosen} == {"tell"}
+
+
+def test_what_there_is_little_of_is_repeated_until_there_is_as_much_of_it(opened):
+    for few, many in (("pairs", "tell"), ("tell", "draw")):
+        plain, even = (opened("digits", "patches:2", balance=balance, **{few: 20}).train for balance in (False, True))
+        few = "draw" if few == "pairs" else few
+        assert even.of(many).chosen == plain.of(many).chosen
+        counts = Counter(even.of(few).chosen)
+        assert counts == dict.fromkeys(plain.of(few).chosen, round(len(plain.of(many)) / 20))
+        assert len(counts) == 20
+    alone = opened("digits", "patches:2", pairs=20, tell=0, balance=True).train
+    assert alone.chosen == opened("digits", "patches:2", pairs=20, tell=0).train.chosen
 
 
 def test_text_alone_comes_from_a_corpus(opened, tokenizer, tmp_path):
@@ -589,6 +602,18 @@ def test_the_judge_knows_real_digits_and_distances_are_scipys(opened):
     assert judge.diversity(seen[:1].repeat(4, 0)) == 0
     assert judge.diversity(np.array([[0.0, 0.0], [3.0, 3.0], [0.0, 0.0]])) == pytest.approx(2)
     refused("cannot differ", judge.diversity, seen[:1])
+
+
+def test_cosines_are_of_tokens_at_the_same_places():
+    drawn, real = (np.random.default_rng(seed).normal(size=(count, 2, 3, 4)) for seed, count in ((0, 3), (1, 5)))
+    which = np.random.default_rng(2).random((3, 5)) < 0.5
+    plain = [
+        np.mean([a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in zip(x.reshape(6, 4), y.reshape(6, 4))])
+        for x, row in zip(drawn, which) for y, counts in zip(real, row) if counts
+    ]  # fmt: skip
+    assert judge.cosine(drawn, real, which) == pytest.approx(np.mean(plain), rel=1e-12)
+    assert judge.cosine(real, 3 * real, np.eye(5, dtype=bool)) == pytest.approx(1, rel=1e-12)
+    assert np.isnan(judge.cosine(drawn, real, np.zeros((3, 5), bool)))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3), (4, 8, 8), (4, 8, 8, 3)])

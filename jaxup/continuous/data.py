@@ -70,8 +70,12 @@ class PairData:
         kinds: dict[Kind, str] = {"draw": "to draw", "tell": "to tell", "text": "of text"}
 
         def counted(examples: Examples) -> str:
-            counts = {said: len(examples.of(kind)) for kind, said in kinds.items()}
-            return ", ".join(f"{count:,} {said}" for said, count in counts.items() if count)
+            found = {said: examples.of(kind).chosen for kind, said in kinds.items()}
+            counts = {said: (len(set(chosen)), len(chosen)) for said, chosen in found.items() if chosen}
+            return ", ".join(
+                f"{own:,} {said}" + f", each {rows // own} times an epoch" * (rows > own)
+                for said, (own, rows) in counts.items()
+            )
 
         rows, columns = self.layout.rows, self.layout.columns
         shape = f"{rows} x {columns} tokens of {self.layout.channels} channels"

@@ -88,6 +88,23 @@ def alike(labels: np.ndarray, among: np.ndarray) -> np.ndarray:
     return index
 
 
+def cosine(values: np.ndarray, real: np.ndarray, which: np.ndarray) -> float:
+    """The mean cosine of drawn tokens to those at the same places of real pictures; NaN of no pairs.
+
+    Args:
+      values: [N, ..., C].
+      real: [M, ..., C].
+      which: bool [N, M], the pairs that count.
+    """
+    shares = []
+    for each in (values, real):
+        tokens = np.asarray(each, np.float64).reshape(len(each), -1, np.shape(each)[-1])
+        lengths = np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-9)
+        shares.append((tokens / lengths).reshape(len(each), -1))
+    cosines = shares[0] @ shares[1].T / (values[0].size // values.shape[-1])
+    return float(cosines[which].mean()) if which.any() else float("nan")
+
+
 def diversity(samples: np.ndarray) -> float:
     """The mean distance of two samples of one prompt, [K, ...], as the root of the mean squared difference; 0: one."""
     flat = np.asarray(samples, np.float64).reshape(len(samples), -1)

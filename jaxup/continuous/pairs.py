@@ -47,6 +47,7 @@ class PairsConfig:
     captions: str = ""  # of stored features: a .jsonl with a line for each; "" = the one beside them
     pairs: int = -1  # training examples that draw; -1 = all seen pictures
     tell: int = -1  # training examples that ask of a picture; -1 = all that something is asked of
+    balance: bool = False  # whether those that draw or those that ask are repeated, if they are fewer than the others
     text: int = 0  # training rows of text alone
     corpus: str = ""  # where that text is from: a corpus as in DataConfig.files
     text_tokens: int = 128  # of such a row at most
@@ -261,6 +262,10 @@ def _choose(
         order = _order(pictures, usable, f"{config.seed}\0{kind}") if count >= 0 else usable.tolist()
         train += [(kind, number) for number in (order if count < 0 else order[:count])]
         validation += [(kind, number) for number in unseen[fit[unseen]].tolist()]
+    counts = [sum(one[0] == kind for one in train) for kind, _, _ in kinds]
+    if config.balance and all(counts):
+        times = {kind: round(max(counts) / count) for (kind, _, _), count in zip(kinds, counts)}
+        train = [one for one in train for _ in range(times[one[0]])]
     train += [("text", number) for number in range(len(rows["train"]))]
     validation += [("text", len(rows["train"]) + number) for number in range(len(rows["validation"]))]
     if not train:

@@ -35,6 +35,11 @@ _SETS = (1, 2, 4, 8, 16)  # that textures are drawn in
 _JUDGED_BY = 2000  # real pictures at most that the judge is made of
 # What each is, in words.
 _WORDS = {
+    "val_values": "loss of a value of unseen pictures, each predicted from the real ones before it",
+    "val_text": "loss of answers about unseen pictures, nats per token",
+    "cosine": "cosine of drawn values to those of unseen real pictures of the same prompt",
+    "cosine_shuffled": "the same, to pictures of another prompt",
+    "cosine_real": "the same, of the unseen real pictures of a prompt among themselves",
     "judged": "drawn pictures that the judge takes for what was asked",
     "judged_shuffled": "the same, of pictures drawn for another prompt",
     "judge": "unseen real pictures whose class the judge finds",
@@ -56,15 +61,17 @@ _WORDS = {
 
 
 def measured(
-    run: Run, side: Side, pairs: Pairs, validation: Examples, model: ModelConfig, params: Params,
+    run: Run, side: Side, pairs: Pairs, validation: Examples, made: str, model: ModelConfig, params: Params,
     before: Callable[[], Params], *, texts: Data | None, count: int, ends: tuple[int, ...], textures: bool,
 ) -> dict[str, float]:  # fmt: skip
     """Measures what the model comes to, draws `plots/samples.png`, and keeps all that is found by its name.
 
-    `count`: of validation as many pictures are drawn, and asked of. `before` gives the model before training, `ends`
-    are the tokens that end an answer, and `textures` says that pictures are those of the source xor.
+    `made`: its name in the log, which has the parts of its loss. `count`: of validation as many pictures are drawn, and
+    asked of. `before` gives the model before training, `ends` are the tokens that end an answer, and `textures` says
+    that pictures are those of the source xor.
     """
-    found: dict[str, float] = {}
+    losses = [record for record in run.log.read() if record["model"] == made and "val_loss" in record][-1:]
+    found = {name: record[name] for record in losses for name in ("val_values", "val_text") if name in record}
     if texts is not None:
         on_text = dataclasses.replace(run, data=texts)
         for name, of in (("text_before", before), ("text_after", lambda: params)):
@@ -97,7 +104,7 @@ class _Drawing:
             values = self._drawn([example.prompt for example in self._draw])
             found["draw_seconds"] = (time.monotonic() - began) / len(values)
             found["head_flops"] = self._side.task.head_flops(self._decoder.config, self._side.drawing["head_steps"])
-            found |= self._diversity(samples)
+            found |= self._diversity(samples) | self._cosines(values)
             if self._side.encoder.decodes:
                 found |= self._judged(self._side.pictures(values))
         return found | self._told()
@@ -141,6 +148,14 @@ class _Drawing:
         apart = [judges.diversity(np.stack(some)) for some in real.values() if len(some) > 1]
         found = {"diversity": float(np.mean([judges.diversity(samples) for samples in drawn.values()]))}
         return found | ({"diversity_real": float(np.mean(apart))} if apart else {})
+
+    def _cosines(self, values: np.ndarray) -> dict[str, float]:
+        """Finer than what a judge says of a few prompts, for each of which a head without noise has one picture."""
+        real = np.stack([np.asarray(example.values) for example in self._draw])
+        _, prompts = np.unique([example.prompt.tobytes() for example in self._draw], return_inverse=True)
+        same, others = prompts[:, None] == prompts, prompts[_shuffled(len(prompts)), None] == prompts
+        found = {"cosine": judges.cosine(values, real, same), "cosine_shuffled": judges.cosine(values, real, others)}
+        return found | {"cosine_real": judges.cosine(real, real, same & ~np.eye(len(real), dtype=bool))}
 
     def _judged(self, pictures: np.ndarray) -> dict[str, float]:
         known, pairs = self._pairs.pictures, self._pairs
