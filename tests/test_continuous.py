@@ -1,5 +1,6 @@
 """A model that is taught to see and draw, from end to end: trained, measured, exported, loaded and asked."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,6 +14,7 @@ import jaxup
 from jaxup import train
 from jaxup.continuous import files
 from jaxup.continuous.drawing import draw
+from jaxup.continuous.pairs import PairsConfig, open_pairs
 from jaxup.errors import UserError
 from jaxup.experiments.cells import configured
 from jaxup.experiments.common import read_settings
@@ -30,7 +32,7 @@ TINY = [
     "--config.steps=4", "--config.batch_size=8", "--config.optimizer.warmup_steps=2", "--config.eval.interval=4",
     "--config.eval.rows=16", "--config.eval.batch_size=8", "--config.log.interval=1", "--config.sample.tokens=2",
     "--config.compute.unroll=1", "--config.data.tokenizer=bpe:300", "--config.data.encoder=patches:4",
-    "--config.continuous.drawn=12",
+    "--config.continuous.drawn=12", "--config.data.pairs=10", "--config.data.tell=10",
 ]  # fmt: skip
 
 
@@ -43,9 +45,10 @@ def taught(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_language_model_and_what_is_beside_it(taught):
+def test_a_run_leaves_a_language_model_and_what_is_beside_it(taught, tmp_path):
     tasks = json.loads((taught / "tasks.json").read_text())
     assert {"judged", "judged_shuffled", "diversity", "told", "draw_seconds"} <= tasks.keys()
+    assert {"cosine", "cosine_shuffled", "val_text", "val_values"} <= tasks.keys()
     assert tasks["diversity"] == 0  # a cosine head knows no noise
     summary = (taught / "SUMMARY.md").read_text()
     assert "drawn pictures that the judge takes for what was asked" in summary
@@ -60,6 +63,12 @@ def test_a_run_leaves_a_language_model_and_what_is_beside_it(taught):
     first, again = (draw(each, side.task, [[1, 2]], **how) for each in (model, jaxup.load(taught)))
     np.testing.assert_array_equal(first, again)
     assert model.task == side.task
+    # Epochs of few examples may be shorter than a step, and are no milestones where steps are given.
+    assert sorted(path.name for path in (taught / "checkpoints" / "taught").iterdir() if path.name.isdigit()) == ["4"]
+    # Which few pictures are drawn the seed of the run says.
+    few = PairsConfig(source="digits", encoder="patches:4", pairs=10, tell=10, balance=True)
+    own, other = (open_pairs(dataclasses.replace(few, seed=seed), "bpe:300", tmp_path).digest for seed in (0, 1))
+    assert json.loads((taught / "inputs.json").read_text())["data"] == own != other
 
 
 @pytest.mark.slow

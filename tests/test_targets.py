@@ -398,9 +398,12 @@ def test_sizes_that_come_along(capsys):
     target.stand_in(stood)
     assert "published" in capsys.readouterr().err
     assert load_config(stood.reference.path) == new_model(config.model)
-    sums = {"Mistral-Small-Instruct-2409": 22_247_282_688, "Mistral-7B-v0.1": 7_241_732_096}
+    sums = {
+        "mistralai/Mistral-Small-Instruct-2409": 22_247_282_688, "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+        "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    }  # fmt: skip
     for name, params in sums.items():
-        config = load("heal.py", [("base.path", f"mistralai/{name}")])
+        config = load("heal.py", [("base.path", name)])
         target.stand_in(config)
         assert count_params(load_config(config.base.path)) == params
 

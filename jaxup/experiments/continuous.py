@@ -149,6 +149,8 @@ class Continuous(OnBase):
         values = {key: value for key, value in c.items() if key not in _OWN}
         if not LAYOUTS[self._config.continuous.layout].tells:
             values["tell"] = 0
+        if c.seed < 0:
+            values["seed"] = self._settings.seed
         return section(PairsConfig, values)
 
     def report(self) -> str:
@@ -240,9 +242,13 @@ class Continuous(OnBase):
                 write_atomically(run.directory / TOKENIZER / name, content)
         super().carry_out(run, title)
 
+    def _milestones(self) -> frozenset[int]:
+        # Few pairs are seen many times: of steps that are given each might be an epoch's end.
+        return super()._milestones() if self._config.epochs else frozenset()
+
     def _measured(self, run: Run, params: Params, before: Callable[[], Params]) -> list[str]:
         self._found = drawn.measured(
-            run, self._side, self._pairs, self.data.validation.examples, self._model, params, before,
+            run, self._side, self._pairs, self.data.validation.examples, TAUGHT, self._model, params, before,
             texts=self._texts, count=self._config.continuous.drawn, ends=self._ends,
             textures=self._config.data.source == "xor",
         )  # fmt: skip

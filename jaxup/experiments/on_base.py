@@ -288,8 +288,7 @@ class OnBase(Experiment):
         run, of = on_course(run, stages), {stage.name: stage for stage in stages}
         source = self._base(run)
         origin = f"{self._config.plan or 'identity'} of {self._origin}"
-        ended = (-(-rows // self._settings.batch_size) for rows in self.data.ends())
-        ends = frozenset(itertools.takewhile(lambda n: n <= self.steps, ended))
+        ends = self._milestones()
         results, control, base = [], None, None
         if source is not None:
             alone = next(iter(self._models.values()))
@@ -328,6 +327,11 @@ class OnBase(Experiment):
             plan_title="The plan", loss_of=UNITS[self._config.experiment], finding=self._finding, notes=notes,
             export=export | self._vocabulary | self._beside_files(params),
         )  # fmt: skip
+
+    def _milestones(self) -> frozenset[int]:
+        """The steps after which a checkpoint stays: at the end of each epoch or phase."""
+        ended = (-(-rows // self._settings.batch_size) for rows in self.data.ends())
+        return frozenset(itertools.takewhile(lambda n: n <= self.steps, ended))
 
     def _measured(self, run: Run, params: Params, before: Callable[[], Params]) -> list[str]:
         """Of the model that was made, and of what it was `before`, what is no loss: lines for the summary."""
