@@ -71,7 +71,9 @@ def measured(
     that pictures are those of the source xor.
     """
     losses = [record for record in run.log.read() if record["model"] == made and "val_loss" in record][-1:]
-    found = {name: record[name] for record in losses for name in ("val_values", "val_text") if name in record}
+    found: dict[str, float] = {}
+    for record in losses:
+        found |= {name: record[name] for name in ("val_values", "val_text") if name in record}
     if texts is not None:
         on_text = dataclasses.replace(run, data=texts)
         for name, of in (("text_before", before), ("text_after", lambda: params)):
