@@ -83,4 +83,5 @@ def get_config(arg: str = "") -> ConfigDict:
             c.continuous.drawn = 20
     if v["size"] == "quick" and not v["one"]:
         c.study.cells, c.study.seeds, c.study.control = CELLS, (0, 1, 2), "staged"
+        c.study.finding = ("judged", "frechet")
     return c

@@ -110,6 +110,7 @@ def get_config(arg: str = "") -> ConfigDict:
         }
         c.study.seeds = tuple(range(v["seeds"]))
         c.study.control = "draw"
+        c.study.finding = ("cosine", "told")
         to_joint = ("see", "flow", "copies", "lora")
         c.study.also = ("tell_joint: tell", *(f"joint_{name}: joint" for name in to_joint))
     return c

@@ -98,6 +98,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "spatial": {**alone, "continuous.sets": FRAMES * SETS},
         }
         c.study.control = "nova"
+        c.study.finding = ("position_error_late",)
     if v["what"] != "one" and not smoke:
         c.study.seeds = (0, 1, 2)
     return c

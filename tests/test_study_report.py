@@ -170,6 +170,12 @@ def test_tasks_are_compared_as_losses_are(tmp_path):
     assert [d["verdict"] for d in numbers["tasks"]["far"]["differences"]] == ["no difference"] * 2
     assert numbers["runs"][0]["tasks"] == {"judged": 0.5}
     assert "judged" not in written(tmp_path, study(3))[0]
+    led = written(tmp_path, outcomes, of=["judged", "near"])[0].splitlines()[2]
+    assert "`judged`: `cell_0` 0.6, `cell_2` 0.305, `cell_1` 0.3033." in led
+    higher = f"Than the control `cell_1`, seed by seed: higher `cell_0` ({values.mean():+.3g}); no difference shown for"
+    assert f"{higher} `cell_2`." in led
+    assert "No run says what it reaches on `near`." in led
+    assert "lowest mean validation loss" not in led
 
 
 def test_other_pairs_than_those_with_the_control_are_compared_too(tmp_path):

@@ -100,6 +100,7 @@ READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "study.seeds": {"study.cells": True},
     "study.control": {"study.cells": True},
     "study.also": {"study.cells": True},
+    "study.finding": {"study.cells": True},
     "study.max_cells": {"study.cells": True},
     "study.stop": {"study.cells": True},
     "study.stop_from": {"study.stop": True},
@@ -196,6 +197,8 @@ def study() -> ConfigDict:
     c.seeds = ()  # of which each cell has a run; () = the configuration's own
     c.control = ""  # the cell that the others are compared with; "" = the first
     c.also = ()  # "a: b": pairs of cells whose difference is told besides those to the control
+    # What STUDY.md begins with: tasks, where cells learn different things; () = the validation loss.
+    c.finding = ()
     c.max_cells = 64  # more runs, cells times seeds, are refused
     # Poor runs are stopped early, of those of one batch size and seed. norms: what has a gradient norm that is high and
     # a training loss that is low; halving: what has the higher validation loss.

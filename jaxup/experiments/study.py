@@ -172,13 +172,13 @@ def _look(config: ConfigDict, workdir: Path, runs: Sequence[Planned]) -> list[st
 
 def _reported(config: ConfigDict, workdir: Path, runs: Sequence[Planned]) -> bool:
     """Whether what came of these runs has been written, compared with the same control."""
-    kinds = {"runs": list[str], "control": str, "also": list[str] | None}
+    kinds = {"runs": list[str], "control": str, "also": list[str] | None, "finding": list[str] | None}
     return read_json(workdir / "finished.json", kinds, "delete it") == _mark(config, runs)
 
 
 def _mark(config: ConfigDict, runs: Sequence[Planned]) -> dict[str, Any]:
     mark = {"runs": [run.name for run in runs], "control": _control(config)}
-    return mark | ({"also": [*config.study.also]} if config.study.also else {})
+    return mark | {key: [*config.study[key]] for key in ("also", "finding") if config.study[key]}
 
 
 def _control(config: ConfigDict) -> str:
@@ -283,6 +283,7 @@ def _report(
         text = write_study(
             workdir, title, outcomes, control, made_by(resuming.starts(workdir)),
             unit=UNITS[config.experiment], rule=rule, changes=config.study.cells, also=also(config),
+            of=tuple(config.study.finding),
         )  # fmt: skip
         print(text, flush=True)
         rundir.write_json(workdir / "finished.json", _mark(config, runs))

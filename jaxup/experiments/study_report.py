@@ -41,6 +41,7 @@ def write_study(
     directory: Path, title: str, outcomes: Sequence[Outcome], control: str, how: Sequence[str], *,
     notes: Sequence[str] = (), unit: str = "token", rule: Rule | None = None,
     changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}), also: Sequence[tuple[str, str]] = (),
+    of: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Writes STUDY.md, study.json and plots/ into `directory`, and returns the text.
 
@@ -53,6 +54,7 @@ def write_study(
       rule: that by which runs are stopped; one that stops nobody is tested as well. None: nothing is said of it.
       changes: what each cell changes of the configuration, by key.
       also: cells that are compared with another one than the control.
+      of: tasks that it begins with; none: it begins with the loss.
     """
     cells = sorted(summarise(outcomes), key=lambda cell: (not cell.seeds, cell.mean))
     differences = {c.name: difference(outcomes, c.name, control) for c in cells if c.name != control}
@@ -64,7 +66,8 @@ def write_study(
     )  # fmt: skip
     names, seeds = [cell.name for cell in cells], sorted({o.seed for o in outcomes})
     tasks = {task: _task(outcomes, names, control, task) for o in outcomes for task in o.tasks}
-    lines = [f"# {_plain(title)}", "", finding(cells, differences, control, unit), "", *how, "", *notes, ""]
+    found = finding_of_tasks(of, tasks, control) if of else finding(cells, differences, control, unit)
+    lines = [f"# {_plain(title)}", "", found, "", *how, "", *notes, ""]
     lines += [*_table(cells, differences, control), "", *_explained(cells, differences, unit)]
     for name in drawn:
         lines += ["", f"![{name.replace('_', ' ')}](plots/{name}.png)"]
@@ -132,6 +135,27 @@ def finding(cells: Sequence[Cell], differences: Mapping[str, Difference], contro
     if runs == 1:
         text += " One seed: by how much another one's numbers differ is not measured, and no difference can be told."
     return text
+
+
+def finding_of_tasks(of: Sequence[str], tasks: Mapping[str, Mapping[str, Any]], control: str) -> str:
+    """The same of tasks, for cells whose losses are of different things."""
+    said = []
+    for task in of:
+        means = {c["name"]: c["mean"] for c in tasks.get(task, {}).get("cells", ()) if c["seeds"]}
+        if not means:
+            said.append(f"No run says what it reaches on {_name(task)}.")
+            continue
+        listed = ", ".join(f"{_name(cell)} {mean:.4g}" for cell, mean in sorted(means.items(), key=lambda c: -c[1]))
+        said.append(f"{_name(task)}: {listed}.")
+        found: dict[str, list[str]] = {}
+        for d in tasks[task]["differences"]:
+            shown = _name(d.cell) if d.verdict == SAME else f"{_name(d.cell)} ({d.mean:+.3g})"
+            found.setdefault(d.verdict, []).append(shown)
+        words = {HIGHER: "higher", LOWER: "lower", SAME: "no difference shown for", OPEN: "of one seed"}
+        parts = [f"{words[verdict]} {', '.join(names)}" for verdict, names in found.items() if verdict]
+        if parts:
+            said.append(f"Than the control {_name(control)}, seed by seed: {'; '.join(parts)}.")
+    return " ".join([*said, "Losses are below: those of cells that learn different things say nothing of each other."])
 
 
 def _table(cells: Sequence[Cell], differences: Mapping[str, Difference], control: str) -> Iterator[str]:
