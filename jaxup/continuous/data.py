@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -26,8 +26,9 @@ class PairRows:
 
     draws = True
 
-    def __init__(self, examples: Examples, layout: Layout):
-        self.examples, self._layout = examples, layout
+    def __init__(self, examples: Sequence[Example], layout: Layout):
+        # Without data there is one example, for its shapes, and nobody asks which kinds there are.
+        self.examples, self._layout = cast(Examples, examples), layout
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -136,9 +136,8 @@ class Continuous(OnBase):
         self._set_task(layout)
         nothing = np.zeros(0, np.int32)
         example = Example(kind="draw", prompt=nothing, values=np.zeros(layout.shape, np.float32), answer=nothing)
-        examples: Any = [example]
         tokenizer: Any = None
-        one = PairRows(examples, layout)
+        one = PairRows([example], layout)
         self.data = PairData(
             pairs=None, layout=layout, train=one, validation=one, tokenizer=tokenizer, vocab_size=1, store=""
         )  # fmt: skip

@@ -44,7 +44,7 @@ _WORDS = {
     "judged_shuffled": "the same, of pictures drawn for another prompt",
     "judge": "unseen real pictures whose class the judge finds",
     "frechet": "Fréchet distance of drawn to unseen real pictures, in what the judge sees",
-    "frechet_real": "the same of as many seen real pictures, of the same classes",
+    "frechet_real": "the same of as many real pictures of the same classes that the judge was made of",
     "diversity": "distance of two pictures of one prompt",
     "diversity_real": "the same of real pictures",
     "position_error_late": "the same, over the second half of the frames",
