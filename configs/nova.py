@@ -19,6 +19,22 @@ What the cells are: `nova` as above, with two layers each. `unscaled` tells the 
 the frame itself. `spatial` is one decoder of four layers that sees the whole clip, and draws its 32 tokens in as many
 sets as the others do for all frames together, in one random order over all of them.
 
+Pixels by which frames are from their places, three seeds (9 runs, 555 seconds of processor time on 2 cores of an AMD
+EPYC, Python 3.11, jax 0.10.2), of 64 clips for the prompts of unseen digits, and over the last four frames by seed:
+
+    frame      1     2     3     4     5     6     7     late  by seed           to nova (95% t interval)
+    nova       0.84  1.14  1.46  1.81  2.21  2.63  3.17  2.45  2.00, 2.90, 2.45
+    unscaled   0.63  0.90  1.07  1.32  1.61  1.93  2.35  1.80  1.50, 2.09, 1.82  -0.65 [-1.04, -0.26]
+    spatial    3.33  3.30  3.85  4.44  5.47  6.52  7.36  5.95  6.22, 5.80, 5.82  +3.50 [+1.84, +5.15]
+
+By the places that other prompts say, a fourth of which have the same direction, late frames are off by 6.68, 6.89 and
+5.96. So what goes frame by frame follows the prompt's direction after 180 steps of 16 clips, and all frames at once do
+not: as published, though none of them is done learning. The paper's other claim does not hold here: without scale and
+shift, by which all that is said of a later frame goes through 24 numbers a token, late frames are better, and so is the
+loss (0.637 against 0.669: -0.032 [-0.056, -0.008]); that errors add up less has but eight frames to show in. Which
+digit was asked for is learned by none: a judge that finds the class of 39% of real ones takes 11%, 11% and 14% of the
+last frames for it, and 14% with shuffled prompts. A clip takes 0.03 s to draw, and 0.06 s with all frames at once.
+
 Variants, after a colon and separated by commas:
 
     one               one run of `nova`
