@@ -3,7 +3,7 @@
     python -m jaxup.train --config=nova.py             # the study
     python -m jaxup.train --config=nova.py:xor         # textures, drawn in more and fewer sets
     python -m jaxup.train --config=nova.py:one         # one model, for
-    python -m jaxup.generate runs/nova --image "draw 7 moving left" --out strip.png
+    python -m jaxup.generate runs/nova-one --image "draw 7 moving left" --out strip.png
 
 After NOVA (Deng et al. 2024, arXiv 2412.14169). A first decoder goes from frame to frame: all tokens of a frame are
 one step, and what it is fed is the frame before. A second one fills each frame in, set by set in a random order, by a
