@@ -34,6 +34,40 @@ The sizes were chosen before anything was compared: by the time there is, and so
 comes near to its end (after 200 steps the judge took 165 of 165 drawings for what was asked, and 80% of the questions
 were answered). Nothing was tuned after the comparison.
 
+Measured on 2 cores, Python 3.11, jax 0.10.2 (24 runs; 17 minutes of processor time on a machine that was busy with
+others): means of three seeds. `cosine` is that of drawn values to unseen pictures of the class, 0.698 of these among
+themselves; the judge finds the class of all unseen real pictures; unseen pictures are asked about; the loss of text
+was 4.02 before. Shuffled: another prompt's pictures, another class, another picture than the one shown.
+
+                  cosine  shuffled  judged  shuffled  told  shuffled  diversity  text after
+    draw           0.724     0.521     93%        8%    0%        0%       0.00        4.50
+    joint          0.733     0.533     89%        9%   97%        9%       0.00        9.50
+    joint_see      0.743     0.528    100%        8%   96%        9%       0.00        8.99
+    tell          -0.050    -0.059     10%        9%   44%       10%       0.00       12.63
+    tell_joint     0.823     0.570    100%        8%   48%       13%       0.00        9.03
+    joint_flow     0.696     0.510     97%        9%   98%        9%       0.42        8.96
+    joint_copies   0.731     0.546     89%       10%   20%        3%       0.00        5.21
+    joint_lora     0.734     0.530     96%        9%   25%        3%       0.00        5.39
+
+With 95% t intervals of the differences seed by seed:
+
+- Joint training against generation alone: no difference is shown. Cosine +0.010 [-0.010, +0.029], judged
+  -0.038 [-0.204, +0.127], loss of unseen values +0.008 [-0.019, +0.035]. With the visual loss on pictures
+  that are asked about as well (`joint_see`) that loss is lower, -0.065 [-0.103, -0.027]; of what is drawn freely
+  no difference is shown, cosine +0.019 [-0.042, +0.081], judged +0.073 [-0.240, +0.386].
+- The reverse: all pairs beside 20 questions add +0.042 [-0.012, +0.097] to the share that is answered. Questions
+  add -0.081 more [-0.267, +0.105] to what is judged right than pairs add to what is answered: that understanding
+  helps more is not shown, and the sign is the other one.
+- Diversity: none of a cosine head, whose draws know no noise; of a flow 0.42, where real pictures have 0.73.
+- Text: by training everything its loss goes from 4.02 to 9.50, with copies only to 5.21 and with adapters to
+  5.39 (to `joint` -4.288 [-5.795, -2.781] and -4.106 [-5.905, -2.307]): both lose far less. No difference is shown of
+  what they draw (cosine -0.003 [-0.024, +0.019] and +0.000 [-0.016, +0.016]), nor by three seeds of what they answer
+  (-0.766 [-1.644, +0.112] and -0.721 [-1.791, +0.348]): of one seed 61% and 74%, of the others nothing.
+- Shuffled prompts fall to chance, a tenth.
+
+So neither ordering of the paper is reproduced at this size. It may be that a model of 261,000 parameters that has seen
+no picture before has nothing that questions could unlock: which digit a picture shows does not say how it is drawn.
+
 Variants, after a colon and separated by commas:
 
     one                   one run, of the cell `joint`
