@@ -1,9 +1,9 @@
 """Teach a language model to see and draw: digits as continuous tokens among words, one after the other.
 
     python -m jaxup.train --config=metamorph.py                             # a study: does seeing help drawing?
-    python -m jaxup.train --config=metamorph.py:one --workdir=runs/metamorph
-    python -m jaxup.generate runs/metamorph --image "draw 7" --out grid.png
-    python -m jaxup.generate runs/metamorph --image-in digit.png --prompt "which digit?"
+    python -m jaxup.train --config=metamorph.py:one
+    python -m jaxup.generate runs/metamorph-one --image "draw 7" --out grid.png
+    python -m jaxup.generate runs/metamorph-one --image-in digit.png --prompt "which digit?"
 
 After MetaMorph (Tong et al. 2024, arXiv 2412.14164): a decoder is fed continuous tokens through a small connector,
 and predicts the next one by a small head; both kinds of pairs, pictures to be drawn and pictures that are asked about,
