@@ -74,17 +74,19 @@ initial = functools.cache(jax.jit(init, static_argnums=(0, 1)))  # step by step 
 def program(accumulation, compute=Compute()):  # noqa: B008 frozen
     optimizer = make_optimizer(OPTIMIZER)
     config = StepConfig(accumulation=accumulation, loss_chunk=5, z_loss=1e-3)
-    return optimizer, jax.jit(make_train_step(MODEL, compute, optimizer, config))
+    return jax.jit(make_train_step(MODEL, compute, optimizer, config))
 
 
-def fresh(optimizer):
+@functools.cache
+def fresh():
     params = initial(MODEL, 0)
-    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.bool_(False))
+    state = TrainState(params, make_optimizer(OPTIMIZER).init(params), jnp.int32(0), jnp.bool_(False))
+    return jax.device_get(state)  # of no mesh
 
 
 def run(accumulation, steps=2, compute=Compute()):  # noqa: B008 frozen
-    optimizer, step = program(accumulation, compute)
-    state = fresh(optimizer)
+    step = program(accumulation, compute)
+    state = fresh()
     for i in range(steps):
         state, metrics = step(state, make_batch(i), RATE)
     return state, metrics
@@ -95,7 +97,8 @@ def assert_close(a, b, rtol=2e-5, atol=2e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("accumulation", [2, pytest.param(4, marks=pytest.mark.slow), 16])
+# In more of them the two tests below are as well.
+@pytest.mark.parametrize("accumulation", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 16))])
 def test_accumulation_does_not_change_the_gradient(accumulation):
     one, many = run(1, steps=1), run(accumulation, steps=1)
     # Adam's first moment after one step is (1 - b1) times the clipped gradient itself.
@@ -110,8 +113,8 @@ def test_a_teacher_is_an_argument_of_the_step_and_changes_what_is_optimised_alon
     step = functools.partial(make_train_step, MODEL, Compute(), optimizer, objective=teacher)
     whole, cut = (jax.jit(step(config)) for config in configs)
     known = initial(WIDE, 1)
-    (first, one), (second, two) = (step(fresh(optimizer), make_batch(), RATE, known) for step in (whole, cut))
-    _, surer = whole(fresh(optimizer), make_batch(), RATE, jax.tree.map(lambda a: 5 * a, known))
+    (first, one), (second, two) = (step(fresh(), make_batch(), RATE, known) for step in (whole, cut))
+    _, surer = whole(fresh(), make_batch(), RATE, jax.tree.map(lambda a: 5 * a, known))
     assert_close(first.opt_state[1].mu, second.opt_state[1].mu, rtol=1e-5, atol=1e-7)
     assert_close(one, two)
     plain = run(1, steps=1)[1]
@@ -179,10 +182,10 @@ def test_norms_of_micro_batches_by_hand(mesh_config):
             mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp"), mesh_config)), tensor=1))
             stack.enter_context(jax.set_mesh(mesh))
             placed = place_batch(placed, ROWS, mesh)
-        _, metrics = jax.jit(step(compute=compute, config=config))(fresh(optimizer), placed, RATE)
+        _, metrics = jax.jit(step(compute=compute, config=config))(fresh(), placed, RATE)
     alone = jax.jit(step(compute=Compute(), config=dataclasses.replace(config, accumulation=1, noise_scale=False)))
     rows = np.arange(ROWS).reshape(*((4, 4) if mesh_config is None else (2, 4, 2))).swapaxes(-1, -2).reshape(4, 4)
-    state, each = fresh(optimizer), []
+    state, each = fresh(), []
     for micro in rows:
         after, of = alone(state, {key: value[micro] for key, value in make_batch().items()}, RATE)
         each.append(float(of["gradient_norm"]))
@@ -212,7 +215,7 @@ def test_mesh_does_not_change_the_step(mesh_config, capfd):
     compute = Compute(batch_axes=BATCH_AXES)
     optimizer = make_optimizer(OPTIMIZER)
     params = param_shardings(MODEL, mesh)
-    state = fresh(optimizer)
+    state = fresh()
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shardings = TrainState(params, state_shardings(optimizer, state.opt_state, params, mesh), replicated, replicated)
     with jax.set_mesh(mesh):
@@ -262,7 +265,7 @@ def test_sums_over_data_with_the_kernel_for_tpus(mesh_config):
     optimizer = make_optimizer(OPTIMIZER)
     with jax.set_mesh(mesh):
         step = jax.jit(make_train_step(MODEL, compute, optimizer, config))
-        _, metrics = step(fresh(optimizer), place_batch(make_batch(), ROWS, mesh), RATE)
+        _, metrics = step(fresh(), place_batch(make_batch(), ROWS, mesh), RATE)
     assert_close(run(2, steps=1)[1], metrics)
 
 
@@ -385,7 +388,7 @@ def test_gradient_norms_per_layer():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing(bad):
-    _, step = program(2)
+    step = program(2)
     state, _ = run(2, steps=1)
     batch = make_batch(1)
     batch["loss_weights"] = batch["loss_weights"] * np.float32(1)
@@ -651,8 +654,7 @@ def test_averages_are_those_of_the_updates_that_are_made(monkeypatch):
 
 
 def test_a_step_left_out_moves_the_schedule_alone():
-    optimizer, _ = program(1)
-    state = fresh(optimizer)
+    state = fresh()
     after = skip_step(state)
     assert (after.step, after.opt_state[-1].count, after.opt_state[1].count) == (1, 1, 0)
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state[1]), (after.params, after.opt_state[1]))
