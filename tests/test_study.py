@@ -96,11 +96,16 @@ def test_mistakes_are_one_line(axes, more, said):
     assert "\n" not in str(error.value)
 
 
+SMALL = [
+    "--config.model.num_layers=2", "--config.inherit.control=0", "--config.steps=4", "--config.sample.tokens=0",
+    "--config.checkpoint.interval=100",
+]  # fmt: skip
+
+
 def train_study(corpus, workdir, *more):
     """Two cells of one shape: a target of one layer, the first or the last of a reference of two."""
     axes = "--config.study.axes=inherit.which: first last"
-    small = ["--config.model.num_layers=2", "--config.inherit.control=0", "--config.steps=4"]
-    train.main(["train", *runs.arguments(corpus, workdir, *small, axes, *more)])
+    train.main(["train", *runs.arguments(corpus, workdir, *SMALL, axes, *more)])
 
 
 @pytest.mark.usefixtures("one_device")
@@ -125,9 +130,8 @@ def test_a_study_shares_programs_and_references_and_takes_more_seeds(corpus, tmp
 
     # A run of the study is what a run by itself is, to the bit, and goes on by itself.
     cell, alone = study / "cells" / "which=last-1", tmp_path / "alone"
-    small = ["--config.model.num_layers=2", "--config.inherit.control=0", "--config.steps=4"]
     more = ["--config.inherit.which=last", "--config.seed=1"]
-    train.main(["train", *runs.arguments(corpus, alone, *small, *more)])
+    train.main(["train", *runs.arguments(corpus, alone, *SMALL, *more)])
     assert runs.losses(cell) == runs.losses(alone)
     for name in ("reference", "target_1"):
         assert runs.result(cell, name)["val_loss"] == runs.result(alone, name)["val_loss"]
