@@ -277,7 +277,8 @@ def test_inheriting_from_a_hugging_face_directory(finished, corpus, tmp_path, ca
         "--config.log.trackers=tensorboard", "--config.mesh.fsdp=2", "--config.steps=4",
         "--config.checkpoint.interval=100", "--config.sample.tokens=0",
     ]  # fmt: skip
-    run(*arguments(corpus, tmp_path / "run", *more))
+    with devices(2):
+        run(*arguments(corpus, tmp_path / "run", *more))
     summary = (tmp_path / "run" / "SUMMARY.md").read_text()
     assert [m for m in re.findall(r"^\| (\w+) \|", summary, re.M)][1:] == [
         "reference",
