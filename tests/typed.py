@@ -4,6 +4,7 @@ import functools
 import inspect
 import threading
 import types
+import typing
 
 import beartype
 import jaxtyping
@@ -11,6 +12,7 @@ import jaxtyping
 _whole = jaxtyping.jaxtyped
 _made: dict = {}  # what checks the calls of a function inside of another, by its code
 _called = threading.local()
+_checked = beartype.beartype(conf=beartype.BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
 def install(package):
@@ -27,7 +29,7 @@ def check(function):
     def call(*args, **kwargs):
         nonlocal checked
         if checked is None:
-            checked = beartype.beartype(function)
+            checked = _checked(function)
         return checked(*args, **kwargs)
 
     return call
@@ -42,8 +44,11 @@ def jaxtyped(*, typechecker):
     decorate = _whole(typechecker=typechecker)
 
     def decorated(function):
-        if not isinstance(function, types.FunctionType) or "<locals>" not in function.__qualname__:
+        if not isinstance(function, types.FunctionType):
             return decorate(function)
+        if "<locals>" not in function.__qualname__:
+            shaped = any(map(_of_shapes, function.__annotations__.values()))
+            return decorate(function) if shaped else typechecker(function)
         key = function.__module__, function.__code__
         if key not in _made:
             _made[key] = decorate(_any_like(function))
@@ -62,6 +67,13 @@ def jaxtyped(*, typechecker):
         return call
 
     return decorated
+
+
+def _of_shapes(hint):
+    """Whether there is a type of arrays in it, or may be. The shapes of others need not be remembered at each call."""
+    if isinstance(hint, str) or type(hint).__module__.startswith("jaxtyping"):
+        return True
+    return any(map(_of_shapes, hint if isinstance(hint, list) else typing.get_args(hint)))
 
 
 def _any_like(function):
