@@ -91,6 +91,10 @@ class PairData:
         return self.layout.length
 
     @property
+    def stepwise(self) -> bool:
+        return self.layout.stepwise
+
+    @property
     def train_rows(self) -> int:
         return len(self.train)
 

@@ -183,6 +183,11 @@ class Layout(abc.ABC):
             row["targets"][before], row["loss_weights"][before] = example.answer[first:], 1
 
     @property
+    def stepwise(self) -> bool:
+        """Whether some positions are one step."""
+        return self._block.steps is not None
+
+    @property
     @abc.abstractmethod
     def _block(self) -> _Block: ...
 

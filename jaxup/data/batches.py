@@ -66,6 +66,9 @@ class TrainingData(Protocol):
     def packed(self) -> bool: ...  # whether a row has parts that do not see each other
 
     @property
+    def stepwise(self) -> bool: ...  # whether rows come with steps, as `Decoder.hidden` takes them
+
+    @property
     def train_rows(self) -> int: ...  # those that are used
 
     @property

@@ -17,7 +17,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -62,6 +62,8 @@ class Data:
     chat_template: str | None  # for the tokenizer of an exported model; None: it has none, and needed none
     format: Format | None  # None: a corpus, in which all text is trained on
     phases: Phases | None = None  # None: all rows mixed
+
+    stepwise: ClassVar[bool] = False
 
     def __str__(self) -> str:
         train, validation = (self.statistics[split] for split in SPLITS)

@@ -63,7 +63,7 @@ def lower(name: str, config: ConfigDict, stage: Stage, mesh: Mesh) -> tuple[jax.
     with jax.set_mesh(mesh):
         kernel = described(
             s.compute.attention, dtype=s.compute.dtype, seq_len=None if name == "decode" else stage.data.seq_len,
-            head_dim=model.head_dim, packed=stage.data.packed, stepwise="steps" in shape,
+            head_dim=model.head_dim, packed=stage.data.packed, stepwise=stage.data.stepwise,
         )  # fmt: skip
     facts: dict[str, Any] = {
         "stage": stage.name, "mesh": dict(mesh.shape), "layers": model.num_layers, "parameters": count_params(model),

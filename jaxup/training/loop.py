@@ -309,7 +309,7 @@ def train_model(
         label = f"{name} (model {which})" if which else name
         attention = described(
             run.settings.compute.attention, dtype=run.settings.compute.dtype, seq_len=run.data.seq_len,
-            head_dim=model.head_dim, packed=run.data.packed,
+            head_dim=model.head_dim, packed=run.data.packed, stepwise=run.data.stepwise,
         )  # fmt: skip
         trained = None
         if selection.partition is not None:
