@@ -43,10 +43,15 @@ and values and with all positions computed anew, and by how much they differ whe
     without                                    0.0053  0.0122  0.0205  0.0472
     largest difference of a value              1.0e-5  1.5e-5  2.3e-5  2.8e-5
 
-Textures: after 180 steps of 16 by four layers, where the loss is .590, 52%, 52%, 46%, 49% and 48% of the pairs were
-valid in 1, 2, 4, 8 and 16 sets, and 50%, 73%, 87%, 95% and 99% can be: cells do not heed their neighbours yet. With 32
-a step and two layers, as `xor` has them, it falls from .583 after 172 steps to .541 after 343, and stays there (one
-seed each).
+More sets draw more valid textures. Of `xor` at step 750 of 1,000 (seed 0), 64 textures: pairs of which one is bright,
+and what can be if cells of one set do not know of each other and all that is drawn before is heeded:
+
+    sets           1     2     4     8     16
+    valid pairs    51%   72%   86%   94%   97%
+    at best        50%   73%   87%   95%   99%
+
+That comes late: the loss falls from .583 after 172 steps to .541 after 343. After 180 steps of 16 textures (four layers
+and a loss of .590) it was 46% to 52% whatever the sets.
 
 Variants, after a colon and separated by commas:
 
