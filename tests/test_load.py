@@ -459,7 +459,8 @@ def test_nan_is_a_warning_and_with_strict_an_error(models, tmp_path):
 @settings(max_examples=200)
 def test_is_finite_by_bits(data, dtype):
     array = np.frombuffer(data[: len(data) // 4 * 4], jnp.dtype(dtype))
-    assert is_finite(array) == np.isfinite(array.astype(np.float64)).all()
+    with np.errstate(invalid="ignore"):  # a cast of a signalling NaN says so
+        assert is_finite(array) == np.isfinite(array.astype(np.float64)).all()
 
 
 def test_a_manifest_is_checked_while_loading(models, tmp_path):

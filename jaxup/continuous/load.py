@@ -33,6 +33,7 @@ def load(
     allow_pickle: bool = False,
     progress: bool = False,
 ) -> Decoder:
+    hub.check_dtype(dtype)  # before anything is looked for
     how: Any = {"dtype": dtype, "mesh": mesh, "revision": revision, "strict": strict, "allow_pickle": allow_pickle}
     how["progress"] = progress
     if isinstance(path_or_id, DepthPlan | Mapping) or plan is not None:

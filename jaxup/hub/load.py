@@ -48,6 +48,11 @@ class Origin:
         return self.plan or identity(self.place, config.num_layers)
 
 
+def check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} cannot be loaded{suggest(dtype, DTYPES)}")
+
+
 def load(
     path_or_id: str | os.PathLike | DepthPlan | Mapping[str, str | os.PathLike],
     *,
@@ -87,8 +92,7 @@ def load(
         describes, or that is none. After reading, if a file is not the one that its jaxup manifest
         describes (looked at where one process loads a local directory).
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} cannot be loaded{suggest(dtype, DTYPES)}")
+    check_dtype(dtype)
     if isinstance(path_or_id, DepthPlan):
         if plan is not None:
             raise UserError("load: two plans; give the models of the second")
