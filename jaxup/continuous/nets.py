@@ -28,6 +28,7 @@ from jaxup.model.spec import is_kernel, spec
 
 Table = tuple[Beside, ...]
 _FREQUENCIES = 256  # of the embedding of times, as DiT and MAR have
+_UNROLLED = 4  # blocks of a net that are no loop: a fifth faster on CPUs, and few to compile
 
 
 def dense(path: str, inputs: int, outputs: int, *, std: float | None = None, depth: int = 0) -> Table:
@@ -133,7 +134,8 @@ class MLP(Net):
             inner_BSW = jax.nn.silu(linear(own["up"], _normed(x_BSW) * (1 + scale) + shift))
             return x_BSW + gate * linear(own["down"], inner_BSW), None
 
-        x_BSW, _ = jax.lax.scan(block, linear(params["token"], y_BSC.astype(z_BSD.dtype)), params["blocks"])
+        x_BSW = linear(params["token"], y_BSC.astype(z_BSD.dtype))
+        x_BSW, _ = jax.lax.scan(block, x_BSW, params["blocks"], unroll=_UNROLLED)
         scale, shift = jnp.split(linear(params["modulation"], condition_BSW), 2, axis=-1)
         return linear(params["output"], _normed(x_BSW) * (1 + scale) + shift).astype(jnp.float32)
 
