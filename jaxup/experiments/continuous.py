@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -43,9 +43,6 @@ from jaxup.training.loop import as_argument
 from jaxup.training.run import Result, Run
 from jaxup.training.rundir import TOKENIZER
 from jaxup.training.sharding import check_length
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 TAUGHT = "taught"
