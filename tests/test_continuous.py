@@ -76,7 +76,7 @@ def test_pictures_are_drawn_and_asked_of_by_the_command(taught, tmp_path, capsys
     out = tmp_path / "grid.png"
     generate(["generate", str(taught), "--image", "draw 7", "--image", "draw 3", f"--out={out}"])
     with Image.open(out) as sheet:
-        assert sheet.size == (64 * 2 + 2, 64)
+        assert sheet.size == (4 + 2 * (48 + 4), 4 + 15 + 48 + 4)  # each below what was asked for
     generate(["generate", f"{taught}@taught", "--image", "draw 7", f"--out={tmp_path / 'values.npy'}"])
     assert np.load(tmp_path / "values.npy").shape == (1, 4, 16)
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "digit.png")

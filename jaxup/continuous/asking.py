@@ -13,9 +13,8 @@ import numpy as np
 from jaxup.continuous import files
 from jaxup.continuous.drawing import draw, tell
 from jaxup.continuous.files import Side
-from jaxup.continuous.images import read_picture
+from jaxup.continuous.images import grid_png, read_picture
 from jaxup.continuous.pairs import prompt_ids
-from jaxup.continuous.showing import grid
 from jaxup.errors import UserError, storage_error, within
 from jaxup.files.names import in_run, split_run
 from jaxup.model.decoder import Decoder
@@ -69,8 +68,8 @@ def draw_to(
         np.save(content, values)
         written = content.getvalue()
     else:
-        pictures, clips = side.pictures(values), bool(side.task.layout.frames)
-        written = grid(pictures, columns=math.ceil(math.sqrt(len(texts))), clips=clips)
+        columns = 1 if side.task.layout.frames else math.ceil(math.sqrt(len(texts)))
+        written = grid_png(side.pictures(values), columns, texts)
     try:
         write_atomically(path, written)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Pictures and clips that were drawn, as a PNG file of many."""
+"""What a run's model draws, beside what was asked for and real pictures, as a PNG."""
 
 from __future__ import annotations
 
@@ -9,17 +9,6 @@ import numpy as np
 
 _SIDE = 64  # pixels that a small picture is enlarged to, at least
 _GAP, _APART, _LINE = 2, 14, 20  # pixels between pictures, between columns of a sheet, and of a line of text
-
-
-def grid(pictures: np.ndarray, columns: int, *, clips: bool) -> bytes:
-    """A PNG of pictures, so many in a row; of clips each is a row, its frames from left to right.
-
-    Args:
-      pictures: uint8 [n, H, W] or [n, H, W, 3]; of clips [n, F, H, W] or [n, F, H, W, 3].
-    """
-    if clips:
-        columns, pictures = pictures.shape[1], pictures.reshape(-1, *pictures.shape[2:])
-    return _png(_tiled(pictures, min(columns, len(pictures))))
 
 
 def sheet(texts: Sequence[str], real: np.ndarray, drawn: np.ndarray) -> bytes:
