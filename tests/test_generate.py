@@ -28,7 +28,8 @@ from jaxup.hub.writer import save
 from jaxup.model import sampling
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import abstract, init
-from jaxup.model.sampling import Session, generate, restrict
+from jaxup.model.decoding import restrict
+from jaxup.model.sampling import Session, generate
 from jaxup.model.sharding import param_shardings
 from jaxup.training.sharding import MeshConfig, make_mesh
 

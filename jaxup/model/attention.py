@@ -37,7 +37,7 @@ def attention(
     k_BTKH: Float[Array, "batch keys kv_heads head_dim"],
     v_BTKH: Float[Array, "batch keys kv_heads head_dim"],
     *,
-    q_start: int | Int[Array, ""] = 0,
+    q_start: int | Int[Array, ""] | Int[Array, " batch"] = 0,
     window: int | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
     first: Int[Array | np.ndarray, " batch"] | None = None,
@@ -48,9 +48,9 @@ def attention(
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Causal attention of `softmax(q k^T) v`; the caller has scaled `q` already.
 
-    Query i stands at position `q_start + i` of the keys and sees the keys up to it, the last `window` of
-    them if given, those of its own segment if `segment_ids` is given (then S == T), and none before its
-    row's `first`. Softmax is float32; a query that sees nothing gets some average.
+    Query i stands at position `q_start + i` of the keys, where `q_start` may be each row's own, and sees the keys up to
+    it, the last `window` of them if given, those of its own segment if `segment_ids` is given (then S == T), and none
+    before its row's `first`. Softmax is float32; a query that sees nothing gets some average.
 
     With `steps` (then S == T) a query sees the keys of its own step and of lower ones instead, wherever they stand, and
     of a window those that are nearer than it on either side. Queries that are `together` see each other, and the keys
@@ -73,9 +73,9 @@ def attention(
         stepwise=steps is not None,
     )  # fmt: skip
     if not itself:
-        index_S, index_T = q_start + jnp.arange(S), jnp.arange(T)
-        block = (jnp.zeros((1, S), bool), (index_T >= q_start + S)[None]) if together else None
-        return _dense(q_BSNH, k_BTKH, v_BTKH, _mask(index_S, index_T, window, _pair(segment_ids, S), first, block))
+        index_BS, index_T = jnp.reshape(q_start, (-1, 1)) + jnp.arange(S)[None], jnp.arange(T)
+        block = (jnp.zeros((1, S), bool), index_T[None] > index_BS[:, -1:]) if together else None
+        return _dense(q_BSNH, k_BTKH, v_BTKH, _mask(index_BS, index_T, window, _pair(segment_ids, S), first, block))
     if chosen == "splash":
         return _splash(q_BSNH, k_BTKH, v_BTKH, window, segment_ids, batch_axes)
     run = {"cudnn": _cudnn, "blocked": _blocked, "xla": _whole}[chosen]
@@ -375,12 +375,15 @@ def _pair(x_BT, queries):
     return None if x_BT is None else (x_BT[:, -queries:], x_BT)
 
 
-def _mask(q_index_S, k_index_T, window, segments=None, first_B=None, steps=None):
-    """Boolean [1 or B, 1, 1, S, T]: may query s see key t? Segments and steps are (of the queries, of the keys)."""
-    distance_ST = q_index_S[:, None] - k_index_T[None, :]
-    mask = (distance_ST >= 0)[None] if steps is None else steps[1][:, None, :] <= steps[0][:, :, None]
+def _mask(q_index, k_index_T, window, segments=None, first_B=None, steps=None):
+    """Boolean [1 or B, 1, 1, S, T]: may query s see key t? Segments and steps are (of the queries, of the keys).
+
+    `q_index` is [S], or [1 or B, S].
+    """
+    distance_BST = jnp.atleast_2d(q_index)[:, :, None] - k_index_T[None, None, :]
+    mask = distance_BST >= 0 if steps is None else steps[1][:, None, :] <= steps[0][:, :, None]
     if window is not None:
-        mask &= ((distance_ST if steps is None else jnp.abs(distance_ST)) < window)[None]
+        mask &= (distance_BST if steps is None else jnp.abs(distance_BST)) < window
     if segments is not None:
         mask = mask & (segments[0][:, :, None] == segments[1][:, None, :])
     if first_B is not None:

@@ -37,7 +37,7 @@ class KVCache(NamedTuple):
 
     k_LBTKH: Array
     v_LBTKH: Array
-    length: Array  # int32 scalar: how many positions are filled
+    length: Array  # int32: how many positions are filled, of all rows as a scalar or of each [B]
 
     @classmethod
     def empty(
@@ -165,26 +165,27 @@ class Decoder(nnx.Module):
 
         All of them see what is in the cache; of each other those before them or, `together`, all: a step of `hidden`.
         Rows of several lengths are padded on the left, so that they end together; `first_B` is how
-        many slots of each are padding. Tokens and runs for which the cache has no room are an error; their
-        output is NaN under `jit`, where it is not known how full the cache is.
+        many slots of each are padding. Or each row has a length of its own, and its tokens go on from there: a slot
+        beyond its length is not seen, whatever lies there. Tokens and runs for which the cache has no room are an
+        error; their output is NaN under `jit`, where it is not known how full the cache is.
         """
         layers, _, room = cache.k_LBTKH.shape[:3]
         runs = self.config.num_layers if order is None else (jnp.asarray(order) >= 0).sum()  # -1 needs no place
         new, fits = tokens_BS.shape[1], (runs <= layers) & (cache.length + tokens_BS.shape[1] <= room)
-        filled = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
+        filled = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length.max())
         if not isinstance(runs, jax.core.Tracer) and runs > layers:
             raise UserError(f"the cache is for {layers} runs of a layer, not {runs}", hint="KVCache.empty(layers=...)")
         if filled + new > room:
             raise UserError(f"the cache holds {room} tokens, and {filled} are in it: no room for {new} more")
         if first_B is None:
             self._check_positions(filled + new)
-        positions_BS = cache.length + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
+        positions_BS = jnp.reshape(cache.length, (-1, 1)) + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
         if first_B is not None:
             positions_BS = jnp.maximum(positions_BS - first_B[:, None], 0)
         x_BSD = self.embed(tokens_BS, positions_BS, inputs_BSD)
         x_BSD, (k, v) = self.run(x_BSD, positions_BS, cache=cache, first_B=first_B, order=order, together=together)
         if isinstance(fits, jax.core.Tracer):
-            x_BSD = jnp.where(fits, x_BSD, jnp.nan)
+            x_BSD = jnp.where(jnp.reshape(fits, (-1, 1, 1)), x_BSD, jnp.nan)
         return self.norm(x_BSD), KVCache(k, v, cache.length + tokens_BS.shape[1])
 
     def _check_positions(self, count: int) -> None:

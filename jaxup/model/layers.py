@@ -166,8 +166,7 @@ class Attention(nnx.Module):
         q, k = self._queries_keys(x_BSD, kind, positions_BS)
         v = self.v_proj(x_BSD)
         if cache is not None:
-            cache = tuple(jax.lax.dynamic_update_slice(c, y.astype(c.dtype)[None], (layer, 0, start, 0, 0))
-                          for c, y in zip(cache, (k, v), strict=True))  # fmt: skip
+            cache = tuple(_written(c, y.astype(c.dtype), layer, start) for c, y in zip(cache, (k, v), strict=True))
             k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
 
         def attend(window: int | None, q: Array, k: Array, v: Array) -> Array:
@@ -200,6 +199,20 @@ class Attention(nnx.Module):
         """`run(window, *arrays)`: the window decides which program runs, so it is chosen among those of the model."""
         programs = [functools.partial(run, window) for window in self.config.windows]
         return jax.lax.switch(kind["window"], programs, *arrays) if len(programs) > 1 else programs[0](*arrays)
+
+
+def _written(
+    cache_LBTKH: Float[Array, "layers batch room heads head_dim"],
+    y_BSKH: Float[Array, "batch seq heads head_dim"],
+    layer: Any,
+    start: Int[Array, ""] | Int[Array, " batch"],
+) -> Float[Array, "layers batch room heads head_dim"]:
+    """The cache with these from slot `start` on, of all rows or of each; what has no room is not written."""
+    if start.ndim == 0:
+        return jax.lax.dynamic_update_slice(cache_LBTKH, y_BSKH[None], (layer, 0, start, 0, 0))
+    slot_BS = start[:, None] + jnp.arange(y_BSKH.shape[1])[None]
+    row_B1 = jnp.arange(len(start))[:, None]
+    return cache_LBTKH.at[layer, row_B1, slot_BS].set(y_BSKH, mode="drop", unique_indices=True)
 
 
 ACTIVATIONS = {
