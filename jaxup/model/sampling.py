@@ -5,6 +5,7 @@ Shape suffixes: as in `jaxup.model.decoding`.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -79,14 +80,15 @@ class Sampler:
             check_numbers("layer", self._order, config.num_layers, first=-1)
         self._refill = max(1, slots // _REFILL)
         self._how = (dtype, temperature, top_k, top_p, vocab_size)
-        self._states: dict[int, Any] = {}  # of texts of up to so many tokens
-        self.with_params(params)
+        self._states: dict[int, Any] = {}  # of texts of up to so many tokens, while no call has them
+        self._params, where = _placed(params)
+        self._programs = programs(config, *self._how, slots, where)
 
     def with_params(self, params: Params) -> Sampler:
-        """Itself, with other parameters of the same shapes: programs stay."""
-        self._params, where = _placed(params)
-        self._programs = programs(self.config, *self._how, self.slots, where)
-        return self
+        """The same with other parameters of the same shapes and places, by the same programs; it goes on counting."""
+        other = copy.copy(self)
+        other._params, _ = _placed(params)
+        return other
 
     def __call__(
         self,
