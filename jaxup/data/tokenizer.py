@@ -288,6 +288,33 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
 
 
+def train_characters(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A token for each character that occurs, in the order of Unicode, after <pad>, <bos>, <eos> and <unk>.
+
+    A text of these characters comes back from its ids unchanged; every other character becomes <unk>, which decoding
+    shows. For small models of small alphabets, such as arithmetic.
+    """
+    with _torch_later():
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    characters = sorted(set().union(*texts))
+    if not characters or any("\ud800" <= c <= "\udfff" for c in characters):
+        raise UserError("no text, or halves of characters (lone surrogates), to make tokens of", at="tokenizer")
+    tokens = {token: i for i, token in enumerate([*special.values(), *characters])}
+    backend = Tokenizer(models.WordLevel(tokens, unk_token=special["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+
+def unknown_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str:
+    """Those of the texts' characters that a tokenizer has no token for, in the order of Unicode."""
+    unknown = tokenizer.unk_token_id
+    return "".join(c for c in sorted(set().union(*texts)) if unknown in encoder(tokenizer)([c])[0])
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex hash of all that decides the ids of a text: vocabulary, merges, normaliser, added tokens, EOS.
 

@@ -20,10 +20,19 @@ class Problem:
 class Task(Protocol):
     """Problems of one kind and what answers to them are worth. Answers are parsed and never executed."""
 
-    name: str
-    step: str  # what ends a step of an answer, such as a line's end; "": an answer is one step
-    train: Sequence[Problem]
-    test: Sequence[Problem]  # of which none is in `train`, by its id
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def step(self) -> str:
+        """What ends a step of an answer, such as a line's end; "": an answer is one step."""
+
+    @property
+    def train(self) -> Sequence[Problem]: ...
+
+    @property
+    def test(self) -> Sequence[Problem]:
+        """Of which none is in `train`, by its id."""
 
     def verify(self, problem: Problem, text: str) -> float | None:
         """What an answer is worth, from 0 to 1 (right); None if that cannot be said. Pure and total."""
