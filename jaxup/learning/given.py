@@ -1,6 +1,6 @@
 """Problems of a file, a JSON object with `prompt` and `answer` a line, and how an answer is found in a text.
 
-A problem is known by its prompt, in lower case and with single blanks. Which are the test's a hash of that and of the
+A problem is known by its prompt with single blanks. Which are the test's a hash of that and of the
 seed decides, unless the file has `split`; so a row that is added moves no other from one side to the other.
 """
 
@@ -31,7 +31,7 @@ _AFTER = re.compile(r"####(.*)")
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}])(?P<sign>[-+]))?(?<![\w.])"
     r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,100}(?![0-9])|(?=\.[0-9]))"
-    r"(?:\.(?P<decimals>[0-9]{1,100}))?(?:[eE](?P<power>[-+]?[0-9]{1,3}))?(?![0-9])"
+    r"(?:\.(?P<decimals>[0-9]{1,100}))?(?:[eE](?P<power>[-+]?[0-9]{1,3}))?(?![0-9]|[eE][-+]?[0-9])"
     r"(?: ?/ ?(?P<below>[0-9]{1,100})(?![0-9]))?"
 )
 _LETTER = (  # of these the first that is found, where it is last
@@ -157,7 +157,7 @@ def _problem(row: Any, fault: str, place: str, match: Callable[[str], str] | Non
         if any("\ud800" <= c <= "\udfff" for c in row.get(key, "")):
             raise UserError(f"{key} has half of a character (a lone surrogate)", at=place)
     prompt, answer, split = row.get("prompt", ""), row.get("answer", ""), row.get("split", "")
-    if not exact(prompt):
+    if not prompt.strip():
         raise UserError("an empty prompt", at=place)
     if not (match or exact)(answer):
         what = "no number" if match is numeric else "no letter of a choice" if match is choice else "empty"
@@ -166,7 +166,7 @@ def _problem(row: Any, fault: str, place: str, match: Callable[[str], str] | Non
         raise UserError(f"unknown split {split[:50]!r}{suggest(split, SPLITS)}", at=place)
     if _bare(_end(prompt)) == _bare(answer):
         raise UserError(f"the prompt ends with the answer {answer[:50]!r}", at=place, hint="a model would only copy it")
-    return Problem(exact(prompt), prompt, row.get("solution", ""), answer), split
+    return Problem(" ".join(prompt.split()), prompt, row.get("solution", ""), answer), split
 
 
 def _end(prompt: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ class Problem:
     answer: str = ""  # what is compared with, where a task compares
 
 
+@runtime_checkable
 class Task(Protocol):
     """Problems of one kind and what answers to them are worth. Answers are parsed and never executed."""
 
@@ -62,6 +63,7 @@ class Written(NamedTuple):
     stopped: bool  # by `until`
 
 
+@runtime_checkable
 class Writer(Protocol):
     """A policy, as search sees it."""
 

@@ -26,7 +26,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxup.errors import UserError, suggest, within
 from jaxup.learning.guarded import DOTTED, finite, own_function
@@ -97,7 +97,7 @@ class Reward:
         paid = self._said(term, lambda: [self._whole(term, problem, text)])
         return None if paid is None or paid[0] is None else [paid[0]]
 
-    def _whole(self, term: Term, problem: Problem, text: str) -> float | None:
+    def _whole(self, term: Term, problem: Problem, text: str) -> Any:
         if term.own:
             return term.own(problem, text)
         if term.kind == "format":
@@ -111,7 +111,7 @@ class Reward:
             return float(_drawn(term, problem, text) < term.numbers[verdict != 1.0])
         return verdict
 
-    def _said(self, term: Term, values: Callable[[], Sequence[float | None]]) -> list[float | None] | None:
+    def _said(self, term: Term, values: Callable[[], Sequence[Any]]) -> list[float | None] | None:
         """Each as a finite number or None; None for all of them where there are none to be had."""
         try:
             return [finite(term.name, self.failed, value) for value in values()]

@@ -5,7 +5,7 @@
 | `countdown:N`, `countdown:N:steps` | 2 to 5 numbers: an expression that makes the target; its operations, one a line |
 | `addition:DIGITS`, `addition:DIGITS:steps` | a sum of two numbers of up to so many digits; column by column |
 | `brackets:LENGTH` | a string of so many brackets, half of them holes |
-| `FILE.jsonl`, `FILE.jsonl:MATCH` | `prompt` and `answer` a line; MATCH is `exact` (the default), `numeric` or `choice` |
+| `FILE.jsonl[:MATCH]` | `prompt` and `answer` a line; MATCH is `exact` (the default), `numeric` or `choice` |
 | `FILE.jsonl:package.module:function` | the same, verified by a function (problem, text) -> a number or None |
 | `package.module:function` | what that function (train, test, seed) gives: an object with `train`, `test`, `verify` |
 
