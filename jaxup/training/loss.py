@@ -1,4 +1,4 @@
-"""Cross-entropy and distillation in chunks: [batch, seq, vocab] logits never exist at once.
+"""Cross-entropy, distillation and log-probabilities in chunks: [batch, seq, vocab] logits never exist at once.
 
 Shape suffixes: B batch, S sequence, C positions of one chunk, D hidden, E hidden of the teacher, V vocabulary,
 T all positions of a chunk (B * C).
@@ -24,6 +24,7 @@ class _Weighing(NamedTuple):
     z_loss: float
     alpha: float = 0.0  # the teacher's share; where it is 0 there is none
     temperature: float = 1.0
+    divisor: float = 1.0  # what the model's logits are divided by before anything else
 
 
 def cross_entropy(
@@ -80,13 +81,74 @@ def distillation(
     return _loss(heads, targets_BS, weights_BS, chunk, _Weighing(z_loss, alpha, temperature), batch_axes)
 
 
-def _loss(heads, targets_BS, weights_BS, chunk, weighing, batch_axes):
-    """`heads`: what the head is applied to and its kernel, of the model and maybe of its teacher."""
+def log_probs(
+    x_BSD: Float[Array, "batch seq hidden"],
+    kernel_DV: Float[Array, "hidden vocab"],
+    targets_BS: Int[Array, "batch seq"],
+    *,
+    chunk: int,
+    temperature: float,
+    batch_axes: tuple[str, ...] = (),
+) -> tuple[Float[Array, "batch seq"], Float[Array, "batch seq"]]:
+    """(log-probability of each target, entropy), both float32 [B, S], in nats, under softmax(logits / temperature).
+
+    This is what the tokens of an answer were drawn from at that temperature, without top-k and top-p. Only the first
+    carries a gradient. `batch_axes`: as those of `cross_entropy`.
+    """
+    logp_BS, entropy_BS = _log_probs(x_BSD, kernel_DV, targets_BS, chunk, temperature, _axes(batch_axes))
+    return logp_BS, jax.lax.stop_gradient(entropy_BS)
+
+
+# Each position has a cotangent of its own, which is not known before the log-probabilities are: a ratio to older ones
+# is made of them. So the gradients of the logits cannot be formed in the same pass, and a chunk's logits are computed
+# twice: four products with the vocabulary, where the sum that `cross_entropy` minimises needs three. Keeping them would
+# be B * S * V numbers.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _log_probs(x_BSD, kernel_DV, targets_BS, chunk, temperature, axes):
+    def local(heads, targets_BS, _):
+        ((x_BSD, kernel_DV),) = heads
+
+        def body(_, inputs):
+            x_BCD, targets_BC = inputs
+            logp_BCV = jax.nn.log_softmax(_logits(x_BCD, kernel_DV) / temperature)
+            taken_BC1 = jnp.take_along_axis(logp_BCV, targets_BC[..., None], axis=-1)
+            entropy_BC = -jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1)
+            return None, (taken_BC1[..., 0], entropy_BC)
+
+        found = jax.lax.scan(body, None, _split(chunk, x_BSD, targets_BS))[1]
+        return tuple(_joined(a, targets_BS.shape[1]) for a in found)
+
+    weights_BS = jnp.zeros(targets_BS.shape, jnp.float32)
+    return _on_own_rows(local, axes, ((x_BSD, kernel_DV),), targets_BS, weights_BS, gives="rows")
+
+
+def _log_probs_forward(x_BSD, kernel_DV, targets_BS, chunk, temperature, axes):
+    return _log_probs(x_BSD, kernel_DV, targets_BS, chunk, temperature, axes), (x_BSD, kernel_DV, targets_BS)
+
+
+def _log_probs_backward(chunk, temperature, axes, residuals, cotangents):
+    """The gradient of sum(g * logp) is that of a cross-entropy with the weights -g."""
+    x_BSD, kernel_DV, targets_BS = residuals
+    local = functools.partial(_with_gradients, chunk, _Weighing(0.0, divisor=temperature))
+    heads, weights_BS = ((x_BSD, kernel_DV),), -cotangents[0]
+    _, (dx_BSD, dkernel_DV) = _on_own_rows(local, axes, heads, targets_BS, weights_BS, gives="gradients")
+    return dx_BSD, dkernel_DV.astype(kernel_DV.dtype), None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
+def _axes(batch_axes):
+    """Those along which each device takes its own rows, or its part of them."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
-    if seq := seq_axis(batch_axes):
-        axes += (seq,)
-    loss, plain = _sums(heads, targets_BS, weights_BS, chunk, weighing, axes)
+    seq = seq_axis(batch_axes)
+    return (*axes, seq) if seq else axes
+
+
+def _loss(heads, targets_BS, weights_BS, chunk, weighing, batch_axes):
+    """`heads`: what the head is applied to and its kernel, of the model and maybe of its teacher."""
+    loss, plain = _sums(heads, targets_BS, weights_BS, chunk, weighing, _axes(batch_axes))
     return loss, jax.lax.stop_gradient(plain)
 
 
@@ -106,12 +168,13 @@ def _sums(heads, targets_BS, weights_BS, chunk, weighing, axes):
 
 def _forward(heads, targets_BS, weights_BS, chunk, weighing, axes):
     local = functools.partial(_with_gradients, chunk, weighing)
-    sums, (dx_BSD, dkernel_DV) = _on_own_rows(local, axes, heads, targets_BS, weights_BS, gradients=True)
+    sums, (dx_BSD, dkernel_DV) = _on_own_rows(local, axes, heads, targets_BS, weights_BS, gives="gradients")
     return sums, (dx_BSD, dkernel_DV.astype(heads[0][1].dtype), (None,) * (len(heads) - 1))
 
 
-def _on_own_rows(local, axes, heads, targets_BS, weights_BS, gradients=False):
-    """`local` of each device's rows and whole kernels: the sums of all, each its dx, and the sum of all dkernel."""
+def _on_own_rows(local, axes, heads, targets_BS, weights_BS, gives="sums"):
+    """`local` of each device's rows and whole kernels: the sums of all; or these, each its dx, and the sum of all
+    dkernel ("gradients"); or two numbers for each position ("rows")."""
     if not axes:
         return local(heads, targets_BS, weights_BS)
     mesh = jax.sharding.get_abstract_mesh()
@@ -124,8 +187,8 @@ def _on_own_rows(local, axes, heads, targets_BS, weights_BS, gradients=False):
             for (x, kernel), over in zip(heads, split)
         )
         found = local(heads, targets_BS, weights_BS)
-        if not gradients:
-            return jax.lax.psum(found, axes)
+        if gives != "gradients":
+            return found if gives == "rows" else jax.lax.psum(found, axes)
         sums, (dx_BSD, dkernel_DV) = found
         if split[0]:
             dkernel_DV = jax.lax.psum_scatter(dkernel_DV, split[0], scatter_dimension=0, tiled=True)
@@ -136,9 +199,10 @@ def _on_own_rows(local, axes, heads, targets_BS, weights_BS, gradients=False):
     rows = PartitionSpec(tuple(axis for axis in axes if axis != seq), seq)
     kernels = [PartitionSpec(over) for over in split]
     sums = (PartitionSpec(), PartitionSpec())
+    specs = {"sums": sums, "gradients": (sums, (rows, kernels[0])), "rows": (rows, rows)}
     return jax.shard_map(
         collective, in_specs=(tuple((rows, kernel) for kernel in kernels), rows, rows),
-        out_specs=(sums, (rows, kernels[0])) if gradients else sums, axis_names={*axes}, check_vma=False,
+        out_specs=specs[gives], axis_names={*axes}, check_vma=False,
     )(heads, targets_BS, weights_BS)  # fmt: skip
 
 
@@ -146,7 +210,7 @@ def _with_gradients(chunk, weighing, heads, targets_BS, weights_BS):
     """The sums, and what the first of them has as gradients: dx, and float32 dkernel."""
     (x_BSD, kernel_DV), *_ = heads
     xs, kernels = zip(*heads)
-    z_loss, alpha, temperature = weighing
+    z_loss, alpha, temperature, divisor = weighing
 
     def body(carry, inputs):
         sums, dkernel_DV = carry
@@ -160,7 +224,7 @@ def _with_gradients(chunk, weighing, heads, targets_BS, weights_BS):
         if soft is not None:
             student_BCV, teacher_BCV = map(jnp.exp, soft)
             dlogits_BCV += (alpha * temperature * weights_BC1) * (student_BCV - teacher_BCV)
-        dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+        dlogits_BCV = (dlogits_BCV / divisor).astype(x_BCD.dtype)
         dlogits_TV, x_TD = _flat(dlogits_BCV), _flat(x_BCD)
         dx_BCD = (dlogits_TV @ kernel_DV.astype(x_BCD.dtype).T).reshape(x_BCD.shape)
         dkernel_DV += jnp.dot(x_TD.T, dlogits_TV, preferred_element_type=jnp.float32)
@@ -168,9 +232,7 @@ def _with_gradients(chunk, weighing, heads, targets_BS, weights_BS):
 
     zeros = ((jnp.float32(0), jnp.float32(0)), jnp.zeros(kernel_DV.shape, jnp.float32))
     (sums, dkernel_DV), dx = jax.lax.scan(body, zeros, _split(chunk, xs, targets_BS, weights_BS))
-    B, S, D = x_BSD.shape
-    dx_BSD = jnp.moveaxis(dx, 0, 1).reshape(B, -1, D)[:, :S]
-    return sums, (dx_BSD, dkernel_DV)
+    return sums, (_joined(dx, x_BSD.shape[1]), dkernel_DV)
 
 
 def _backward(chunk, weighing, axes, residuals, cotangents):
@@ -194,6 +256,11 @@ def _split(chunk, *arrays):
     return jax.tree.map(split, arrays)
 
 
+def _joined(a, length):
+    """The inverse of `_split`: [S / chunk, B, chunk, ...] -> [B, S, ...]."""
+    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :length]
+
+
 def _flat(a):
     """[B, C, ...] -> [B * C, ...]: XLA's CPU backend is faster on plain matrix products."""
     return a.reshape(-1, a.shape[-1])
@@ -202,6 +269,7 @@ def _flat(a):
 def _chunk(kernels, weighing, xs, targets_BC, weights_BC):
     """(logits, their logsumexp, log-probabilities at the temperature of model and teacher if there is one), sums."""
     logits_BCV, *teacher = (_logits(x, kernel) for x, kernel in zip(xs, kernels))
+    logits_BCV = logits_BCV / weighing.divisor
     lse_BC1 = jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
     target_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)
     plain = jnp.sum(weights_BC * (lse_BC1 - target_BC1)[..., 0])

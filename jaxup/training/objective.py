@@ -85,7 +85,7 @@ class Text(Objective):
     def sums(
         self, decoder: Decoder, hidden: Callable[..., jax.Array], batch: Batch, how: Mapping[str, Any], *teacher: Params
     ) -> tuple[jax.Array, Sums]:
-        x_BSD = hidden(batch["tokens"], **_where(batch))
+        x_BSD = hidden(batch["tokens"], **placed(batch))
         targets = batch["targets"], batch["loss_weights"]
         loss, plain = cross_entropy(x_BSD, decoder.head_kernel(), *targets, **how)
         return loss, {"text": (plain, jnp.sum(batch["loss_weights"]))}
@@ -126,7 +126,7 @@ class Taught(Text):
         self, decoder: Decoder, hidden: Callable[..., jax.Array], batch: Batch, how: Mapping[str, Any], *teacher: Params
     ) -> tuple[jax.Array, Sums]:
         known = nnx.merge(abstract(self.model, decoder.compute)[0], *teacher)
-        x_BSD, known_BSE = (run(batch["tokens"], **_where(batch)) for run in (hidden, known.hidden))
+        x_BSD, known_BSE = (run(batch["tokens"], **placed(batch)) for run in (hidden, known.hidden))
         loss, plain = distillation(
             x_BSD, decoder.head_kernel(), known_BSE, known.head_kernel(), batch["targets"], batch["loss_weights"],
             alpha=self.alpha, temperature=self.temperature, **how,
@@ -138,6 +138,6 @@ class Taught(Text):
         return super().flops(model, seq_len) + flops_per_token(self.model, seq_len) / 3
 
 
-def _where(batch: Batch) -> dict[str, Any]:
+def placed(batch: Batch) -> dict[str, Any]:
     """Where the tokens of packed rows stand, and what they belong to."""
     return {"positions_BS": batch.get("positions"), "segment_ids_BS": batch.get("segment_ids")}
