@@ -123,9 +123,8 @@ def group(method: Method, rewards_PG: Rewards, scored_PG: Scored, texts: Texts) 
     `scale` is group; without it Dr. GRPO (arXiv 2503.20783)."""
     centred_PG = rewards_PG - _mean(rewards_PG, scored_PG)
     # To the bit 0 where all are equal, whatever their mean is rounded to.
-    least, most = (f(np.where(scored_PG, rewards_PG, fill), axis=1, keepdims=True)
-                   for f, fill in ((np.min, np.inf), (np.max, -np.inf)))  # fmt: skip
-    return np.where(most > least, centred_PG, 0.0) / _deviation(method, rewards_PG, scored_PG)
+    spread_P1 = spread(rewards_PG, scored_PG)[:, None]
+    return np.where(spread_P1, centred_PG, 0.0) / _deviation(method, rewards_PG, scored_PG)
 
 
 ADVANTAGES: dict[str, Callable[..., np.ndarray]] = {
