@@ -473,7 +473,9 @@ GRPO_STEP = PolicyLoss(
 
 
 @pytest.mark.parametrize(
-    "loss", [GRPO_STEP, PreferenceLoss(beta=0.3), VerdictLoss()], ids=lambda loss: type(loss).__name__
+    "loss",
+    [GRPO_STEP, PreferenceLoss(beta=0.3), pytest.param(VerdictLoss(), marks=pytest.mark.slow)],
+    ids=lambda loss: type(loss).__name__,
 )
 def test_micro_batches_and_devices_change_nothing(loss):
     """Of two devices and two micro-batches on each, one has a row that counts for nothing."""

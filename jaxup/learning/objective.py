@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +187,7 @@ class PreferenceLoss(Objective):
 
     beta: float
     vocab_size: int = 0
-    temperature: float = 1.0
+    temperature: ClassVar[float] = 1.0
 
     def __post_init__(self):
         if not 0 < self.beta < math.inf:

@@ -30,14 +30,15 @@ class Method:
     """
 
     kind: str = "policy"  # or preference, verdict
-    advantage: str = ""  # a name in ADVANTAGES; "": by another way, as `gae` or `pairs`
+    advantage: str = ""  # a name in ADVANTAGES; "": by another way, as `of_tokens` or `pairs`
     normaliser: str = "tokens"
     ratio: str = "none"
     clip_low: float = 0.0
     clip_high: float = 0.0
     clip_dual: float = 0.0
     beta: float = 0.0
-    # Advantages are divided by the standard deviation of the rewards of a group or of the batch, plus `eps`.
+    # Advantages are divided by the standard deviation, plus `eps`, of the rewards of a group or of the batch; those of
+    # tokens (`of_tokens`) by their own in the batch, less their mean.
     scale: str = "none"
     eps: float = 0.0
     cap: int = 0  # answers kept of one problem, at most
@@ -53,6 +54,8 @@ class Method:
                 raise UserError(f"is not one of {', '.join(known)}", at=f"{name}={value}")
         if self.advantage and self.advantage not in ADVANTAGES:
             raise UserError(f"not known{suggest(self.advantage, ADVANTAGES)}", at=f"advantage={self.advantage}")
+        if self.scale == "group" and not self.advantage:
+            raise UserError("tokens have no group", at="scale=group", hint="scale=batch, or none")
         if self.scale != "none" and self.eps <= 0:
             raise UserError("must be above 0 where advantages are divided by a deviation", at=f"eps={self.eps:g}")
         if self.advantage == "leave_one_out" and self.scale != "none":
@@ -205,15 +208,18 @@ def gae(
     return advantages, np.where(mask, advantages + values, 0.0)
 
 
-def whitened(
-    advantages_BS: Float[np.ndarray, "batch seq"], mask_BS: np.ndarray, eps: float
-) -> Float[np.ndarray, "batch seq"]:
-    """Of mean 0 and deviation 1 over all tokens, as PPO has them."""
+def of_tokens(
+    method: Method,
+    rewards_BS: Float[np.ndarray, "batch seq"],
+    values_BS: Float[np.ndarray, "batch seq"],
+    mask_BS: np.ndarray,
+) -> tuple[Float[np.ndarray, "batch seq"], Float[np.ndarray, "batch seq"]]:
+    """(advantages, returns) of PPO: those of `gae`, the advantages with mean 0 and deviation 1 if `scale` is batch."""
+    found, returns = gae(rewards_BS, values_BS, mask_BS, gamma=method.gamma, lam=method.lam)
     mask = np.asarray(mask_BS) > 0
-    if not mask.any():
-        return np.zeros(mask.shape)
-    inside = advantages_BS[mask]
-    return np.where(mask, (advantages_BS - inside.mean()) / (inside.std() + eps), 0.0)
+    if method.scale == "batch" and mask.any():
+        found = np.where(mask, (found - found[mask].mean()) / (found[mask].std() + method.eps), 0.0)
+    return found, returns
 
 
 # ---- pairs
