@@ -17,7 +17,7 @@ from jaxup.errors import UserError
 LEVEL = 0.95  # of an interval
 
 
-def pass_at_k(n: int, c: Int[np.ndarray, "*shape"] | int, k: int) -> Float[np.ndarray, "*shape"]:
+def pass_at_k(n: int, c: Int[np.ndarray, "*shape"], k: int) -> Float[np.ndarray, "*shape"]:
     """The share of the subsets of k out of n samples, c of them right, that have a right one: 1 - C(n-c,k)/C(n,k).
 
     Its mean over c ~ Binomial(n, p) is 1 - (1-p)^k exactly (Chen et al. 2021, 2107.03374), which that of
@@ -30,7 +30,7 @@ def pass_at_k(n: int, c: Int[np.ndarray, "*shape"] | int, k: int) -> Float[np.nd
         raise UserError(f"pass@{k} of {n} samples: from 1 to {n}")
     factors = np.maximum(0.0, 1 - k / np.arange(1, n + 1))  # one of them is 0 where fewer than k are wrong
     missed = np.append(np.cumprod(factors[::-1])[::-1], 1.0)  # [n + 1], by the number of wrong ones
-    return 1 - missed[n - np.asarray(c)]
+    return 1 - missed[n - c]
 
 
 def best_of(
