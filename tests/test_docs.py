@@ -22,8 +22,9 @@ def rows(page, heading):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
-@pytest.mark.parametrize("page", ["gallery", "from_mergekit", "from_trl", "from_inheritune", "lens"])
-def test_a_page_runs(page, tmp_path):
+@pytest.mark.parametrize("page", ["gallery", "from_mergekit", "from_trl", "from_inheritune", "lens", "search"])
+def test_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` does with the directory that one is in
     if page != "gallery":
         test_build.make(tmp_path / "base", layers=32)
         tokenizer().save_pretrained(tmp_path / "base")

@@ -99,6 +99,7 @@ def test_what_cannot_be_said():
         "list": [1],
         "numpy": np.float32(0.5),
         "bool": True,
+        "big": 1e308,
     }
     task = SimpleNamespace(
         name="any", step="", train=[PROBLEM], test=[], verify=lambda _, text: said[text],
@@ -106,8 +107,13 @@ def test_what_cannot_be_said():
     )  # fmt: skip
     reward = open_reward("outcome+0.5*format", task)
     values = {text: score.value for text, score in zip([*said, "raise"], reward.score(PROBLEM, [*said, "raise"]))}
-    assert values == dict.fromkeys(["none", "nan", "inf", "text", "list", "raise"]) | {"numpy": 1.0, "bool": 1.5}
+    assert values == dict.fromkeys(["none", "nan", "inf", "text", "list", "raise"]) | {
+        "numpy": 1.0,
+        "bool": 1.5,
+        "big": 1e308,
+    }
     assert reward.failed == {"outcome: not a finite number": 3, "outcome: TypeError": 1, "outcome: KeyError": 1}
+    assert open_reward("9*outcome", task).score(PROBLEM, ["big"])[0].value is None
     assert reward.score(PROBLEM, ["none"])[0].parts == {"outcome": None, "format": 1}
     reward = open_reward("process", task)
     assert [score.value for score in reward.score(PROBLEM, ["none", "nan", "raise", "numpy"])] == [

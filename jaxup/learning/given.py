@@ -30,7 +30,7 @@ _AFTER = re.compile(r"####(.*)")
 # A sign counts where it is no minus between two numbers, and figures inside of words are no numbers.
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}])(?P<sign>[-+]))?(?<![\w.])"
-    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,100}(?![0-9])|(?=\.[0-9]))"
+    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3}){1,33}(?![0-9])|[0-9]{1,100}(?![0-9])|(?=\.[0-9]))"
     r"(?:\.(?P<decimals>[0-9]{1,100}))?(?:[eE](?P<power>[-+]?[0-9]{1,3}))?(?![0-9]|[eE][-+]?[0-9])"
     r"(?: ?/ ?(?P<below>[0-9]{1,100})(?![0-9]))?"
 )
@@ -129,6 +129,9 @@ def read_problems(path: str, match: Callable[[str], str] | None) -> dict[str, li
         raise storage_error(error, path) from None
     if not first:
         raise UserError("no problems: the file is empty", at=path)
+    off = [place for place, each, _ in first.values() if match and match(each.solution) != match(each.answer)]
+    if off:
+        say(f"{path}: of {len(off)} problems the solution does not give the answer; the first is that of {off[0]}")
     if again:
         say(f"{path}: {again} of {again + len(first)} lines are problems that came before, and are left out")
     if unread:
@@ -166,7 +169,7 @@ def _problem(row: Any, fault: str, place: str, match: Callable[[str], str] | Non
         raise UserError(f"unknown split {split[:50]!r}{suggest(split, SPLITS)}", at=place)
     if _bare(_end(prompt)) == _bare(answer):
         raise UserError(f"the prompt ends with the answer {answer[:50]!r}", at=place, hint="a model would only copy it")
-    return Problem(" ".join(prompt.split()), prompt, row.get("solution", ""), answer), split
+    return Problem(" ".join(prompt.split()), prompt, row.get("solution") or answer, answer), split
 
 
 def _end(prompt: str) -> str:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxup.errors import UserError, suggest, within
-from jaxup.learning.guarded import DOTTED, finite, own_function
+from jaxup.learning.guarded import DOTTED, finite, judged, own_function
 from jaxup.learning.problem import Problem, Task
 from jaxup.learning.tasks import Own
 
@@ -73,14 +73,15 @@ class Reward:
         known = {name: by_step for name, by_step in paid.items() if by_step is not None}
         if len(known) < len(paid):
             return Score(None, parts, None)
-        value = math.fsum(term.weight * math.fsum(known[term.name]) for term in self.terms)
-        if not any(term.kind in BY_STEP for term in self.terms):
+        sums = [term.weight * math.fsum(known[term.name]) for term in self.terms]
+        value = judged("the sum", self.failed, lambda: math.fsum(sums))
+        if value is None or not any(term.kind in BY_STEP for term in self.terms):
             return Score(value, parts, None)
         count = max(map(len, known.values()))
         steps = [0.0] * count
         for term in self.terms:
-            for place, each in enumerate(known[term.name], count - len(known[term.name])):
-                steps[place] += term.weight * each
+            for place, pay in enumerate(known[term.name], count - len(known[term.name])):
+                steps[place] += term.weight * pay
         return Score(value, parts, steps)
 
     def _paid(self, term: Term, problem: Problem, text: str) -> list[float] | None:
