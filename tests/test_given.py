@@ -73,6 +73,7 @@ ROW = {"prompt": "2+2?", "answer": "4"}
         ([{**ROW, "prompt": "x"}, {**ROW, "split": "test"}], "a.jsonl:2: `split`, which others have not"),
         ([{**ROW, "prompt": "2+2? Answer: 4"}], "a.jsonl:1: the prompt ends with the answer '4'"),
         ([{**ROW, "prompt": "2+2?\n#### 4."}], "a.jsonl:1: the prompt ends with the answer '4'"),
+        ([{**ROW, "prompt": "1+1?\nAnswer: 2\n2+2?\nThe answer is 4"}], "the prompt ends with the answer '4'"),
         ([{"prompt": "2*500?\n\n1,000", "answer": "1000"}], "a.jsonl:1: the prompt ends with the answer '1000'"),
     ],
 )  # fmt: skip
@@ -122,7 +123,8 @@ def test_the_last_number(text, number):
         ("A", "A"), ("b", "B"), ("(C)", "C"), ("(c).", "C"), ("D.", "D"), ("B: because", "B"),
         ("B) because it is", "B"), ("The answer is B", "B"), ("the answer is (b)", "B"),
         ("Answer: C, since A is wrong", "C"), ("answer: **D**", "D"),
-        ("The answer is a dog", ""), ("A man walks", ""), ("\\boxed{B}", "B"), ("Not (A) but (B)", "B"), ("", ""),
+        ("The answer is a dog", ""), ("A man walks", ""), ("\\boxed{B}", "B"),
+        ("\\boxed{\\text{(B)}}", "B"), ("Not (A) but (B)", "B"), ("", ""),
         ("The answer is A. No: the answer is C.", "C"), ("The answer is Bob", ""), ("The answer is A's", ""), ("٣", ""),
     ],
 )  # fmt: skip
@@ -199,3 +201,9 @@ def test_a_solution_gives_its_answer(tmp_path, capsys):
         f"of 1 problems the solution does not give the answer; the first is that of {path}:2" in capsys.readouterr().err
     )
     assert {each.solution for each in task.train} == {"2 and 2 make #### 4", "It is 7.", "2"}
+
+
+def test_an_answer_may_be_of_signs_alone(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "(", "answer": ")"}, {"prompt": "2?3=6", "answer": "*"})
+    task = open_task(path, train=2, test=0, seed=0)
+    assert [task.verify(each, each.solution) for each in task.train] == [1, 1]

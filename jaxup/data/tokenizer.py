@@ -311,8 +311,9 @@ def train_characters(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def unknown_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str:
     """Those of the texts' characters that a tokenizer has no token for, in the order of Unicode."""
-    unknown = tokenizer.unk_token_id
-    return "".join(c for c in sorted(set().union(*texts)) if unknown in encoder(tokenizer)([c])[0])
+    characters = sorted(set().union(*texts))
+    ids = encoder(tokenizer)(characters) if characters else []
+    return "".join(c for c, of in zip(characters, ids) if tokenizer.unk_token_id in of)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -26,6 +26,7 @@ LONGEST = 100_000  # characters of a text whose end is looked at
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\{((?:[^{}]|\{[^{}]*\})*)\}")
 _FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
 _AFTER = re.compile(r"####(.*)")
 # A sign counts where it is no minus between two numbers, and figures inside of words are no numbers.
 _NUMBER = re.compile(
@@ -39,7 +40,7 @@ _LETTER = (  # of these the first that is found, where it is last
     re.compile(r"(?i:\b(?:answer|choice|option)(?: is)?)[\s:*]*(?:\(([A-Za-z])\)|([A-Z])(?![\w']))"),
     re.compile(r"\(([A-Z])\)|^([A-Z])[).:](?=\s)", re.M),
 )
-_MARKED = re.compile(r"(?:####|(?:\banswer|\bsolution)(?: is)?\s*[:=])\s*(.*)\Z", re.I | re.S)
+_MARKED = re.compile(r"####|\b(?:answer|solution)(?:\s*[:=]|\s+is\b)", re.I)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def exact(text: str) -> str:
 
 
 def numeric(text: str) -> str:
-    """Its last number, exactly: of `\boxed{}` or after `####` if there is one. `1,000`, `3/4`, `-.5`, `2e3` and
+    r"""Its last number, exactly: of `\boxed{}` or after `####` if there is one. `1,000`, `3/4`, `-.5`, `2e3` and
     `\frac{3}{4}` are numbers; units and a percent sign are not looked at, so that 50% is 50."""
     text = _FRACTION.sub(r"\1/\2", text[-LONGEST:].replace("\u2212", "-").replace("\\!", "").replace("$", ""))
     for where in (_BOXED, _AFTER):
@@ -86,8 +87,8 @@ def numeric(text: str) -> str:
 
 
 def choice(text: str) -> str:
-    """The letter of the choice that it names, as `B`, `(B)`, `B. because`, `the answer is B` or `\boxed{B}`."""
-    text = text[-LONGEST:]
+    r"""The letter of the choice that it names, as `B`, `(B)`, `B. because`, `the answer is B` or `\boxed{B}`."""
+    text = _TEXT.sub(r"\1", text[-LONGEST:])
     if boxed := _BOXED.findall(text):
         text = boxed[-1]
     for pattern in _LETTER:
@@ -167,15 +168,15 @@ def _problem(row: Any, fault: str, place: str, match: Callable[[str], str] | Non
         raise UserError(f"the answer {answer[:50]!r} is {what}", at=place)
     if "split" in row and split not in SPLITS:
         raise UserError(f"unknown split {split[:50]!r}{suggest(split, SPLITS)}", at=place)
-    if _bare(_end(prompt)) == _bare(answer):
+    if _bare(_end(prompt)) == _bare(answer) != "":
         raise UserError(f"the prompt ends with the answer {answer[:50]!r}", at=place, hint="a model would only copy it")
     return Problem(" ".join(prompt.split()), prompt, row.get("solution") or answer, answer), split
 
 
 def _end(prompt: str) -> str:
     """Where an answer would stand that somebody forgot: after the last `answer:` or `####`, or on a last line."""
-    if marked := _MARKED.search(prompt.rstrip()):
-        return marked[1]
+    if marked := list(_MARKED.finditer(prompt)):
+        return prompt[marked[-1].end() :]
     *before, last = prompt.rstrip().split("\n")
     return last if before else ""
 
