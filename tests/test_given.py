@@ -174,7 +174,8 @@ def test_a_task_of_ones_own(spec, tmp_path, monkeypatch):
     said = {text: task.verify(problem, text) for text in (problem.answer, "x", "none", "raise", "nan", "text")}
     assert said == {problem.answer: 1, "x": 0, "none": None, "raise": None, "nan": None, "text": None}
     assert task.failed == {f"{spec}: ZeroDivisionError": 1, f"{spec}: not a finite number": 2}
-    assert (task.steps(problem, "none"), task.final(problem, " A  b")) == ([0.0], "a b")
+    assert (task.steps(problem, "none"), task.final(problem, " A  b")) == ([], "a b")
+    assert task.steps(problem, problem.answer) == [1.0]
 
 
 @pytest.mark.usefixtures("own")

@@ -141,6 +141,7 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     reward = open_reward("outcome", task)
     assert [score.value for score in reward.score(Problem("a", "a"), ["ab", ""])] == [0.5, None]
     assert reward.failed == {"own_rewards:task: ZeroDivisionError": 1}
+    assert [score.value for score in open_reward("process", task).score(Problem("a", "a"), ["ab", ""])] == [0.5, None]
 
 
 @given(st.text())

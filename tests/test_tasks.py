@@ -217,6 +217,12 @@ def test_addition_carries():
     assert task.verify(problem, wrong) == 1  # its sum is right: what happened on the way `process` sees
     for text in ("132", "\n".join([lines[0], *lines]), "\n".join([*lines[:2], "0132"]), "\n".join([*lines[:2], "131"])):
         assert task.verify(problem, text) == 0
+    assert task.final(problem, "0132") == task.final(problem, "1 32") == task.final(problem, "-1") == ""
+    for problem in TASKS["addition:3:steps"].train:  # what each column writes, and the last carries, is the sum
+        *columns, total = problem.solution.split("\n")
+        last, *others = (column.partition("=")[2] for column in reversed(columns))
+        whole = last + "".join(each[-1] for each in others)
+        assert int(whole) == int(total) == sum(map(int, problem.id.split("+")))
 
 
 def test_brackets_of_four():

@@ -76,7 +76,7 @@ class Countdown(Generated):
         numbers, target = _parts(problem)
         lines = text.strip().split("\n")
         good: list[bool] = []
-        for line in lines[: self.size]:  # more steps than numbers are wrong from there on
+        for line in lines:
             after = _after(numbers, line)
             if after is None or target not in _reachable(after):
                 break
@@ -88,7 +88,7 @@ class Countdown(Generated):
         """What is made, and of which numbers: `26 of 3 5 7`."""
         if self.step:
             numbers, _ = _parts(problem)
-            for line in text.strip().split("\n")[: self.size]:
+            for line in text.strip().split("\n"):
                 if (after := _after(numbers, line)) is None:
                     return ""
                 numbers = after

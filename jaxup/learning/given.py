@@ -54,8 +54,7 @@ class Given:
     step: str = ""
 
     def verify(self, problem: Problem, text: str) -> float | None:
-        said = self.match(text)
-        return float(said != "" and said == self.match(problem.answer))
+        return float(self.match(text) == self.match(problem.answer))
 
     def steps(self, problem: Problem, text: str) -> list[float]:
         return [self.verify(problem, text) or 0.0]

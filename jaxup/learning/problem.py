@@ -39,7 +39,7 @@ class Task(Protocol):
         """What an answer is worth, from 0 to 1 (right); None if that cannot be said. Pure and total."""
 
     def steps(self, problem: Problem, text: str) -> list[float]:
-        """For each step of an answer, from 0 to 1, what is good about it."""
+        """For each step of an answer, from 0 to 1, what is good about it; none if that cannot be said."""
 
     def final(self, problem: Problem, text: str) -> str:
         """What votes count: equal for answers that say the same; "" for none."""

@@ -59,13 +59,15 @@ class Own:
 
     def steps(self, problem: Problem, text: str) -> list[float]:
         if not hasattr(self.task, "steps"):
-            return [self.verify(problem, text) or 0.0]
-        try:
-            values = [finite(f"{self.name}.steps", self.failed, each) for each in self.task.steps(problem, text)]
-        except Exception as error:
-            self.failed[f"{self.name}.steps: {type(error).__name__}"] += 1
-            return [0.0]
-        return [value or 0.0 for value in values] or [0.0]
+            values = [self.verify(problem, text)]
+        else:
+            try:
+                values = [finite(f"{self.name}.steps", self.failed, each) for each in self.task.steps(problem, text)]
+            except Exception as error:
+                self.failed[f"{self.name}.steps: {type(error).__name__}"] += 1
+                return []
+        known = [value for value in values if value is not None]
+        return known if len(known) == len(values) else []
 
     def final(self, problem: Problem, text: str) -> str:
         try:
