@@ -205,7 +205,9 @@ def test_dpo_is_trls():
         "reference_rejected": (second["mask"] * second["reference"]).sum(1),
     }  # fmt: skip
     x = np.stack([first["x"], second["x"]], axis=1).reshape(inputs["x"].shape)
-    (loss, means), (dx, dkernel, _) = loss_and_gradients(PreferenceLoss(beta=0.4), x, inputs["kernel"], batch)
+    (loss, means), (dx, dkernel, _) = loss_and_gradients(
+        PreferenceLoss(beta=0.4, temperature=1.0), x, inputs["kernel"], batch
+    )
     wanted = want["x"].reshape(2, 2, *want["x"].shape[1:]).swapaxes(0, 1).reshape(dx.shape)
     assert abs(loss - want["loss"]) < 2e-6
     assert abs(means["margin"] - want["rewards/margins"]) < 2e-6
@@ -356,7 +358,7 @@ def test_dpo_where_the_policy_is_the_reference():
         "rejected_tokens": np.zeros((2, 6), np.int32), "rejected_targets": targets[1::2],
         "rejected_weights": mask[1::2], "reference_chosen": sums[::2], "reference_rejected": sums[1::2],
     }  # fmt: skip
-    (loss, means), (dx, _, _) = loss_and_gradients(PreferenceLoss(beta=0.4), x, kernel, batch)
+    (loss, means), (dx, _, _) = loss_and_gradients(PreferenceLoss(beta=0.4, temperature=1.0), x, kernel, batch)
     np.testing.assert_allclose(loss, math.log(2), rtol=1e-6)
     assert abs(means["margin"]) < 1e-6
     sign = np.array([1, -1, 1, -1])[:, None]
@@ -474,7 +476,7 @@ GRPO_STEP = PolicyLoss(
 
 @pytest.mark.parametrize(
     "loss",
-    [GRPO_STEP, PreferenceLoss(beta=0.3), pytest.param(VerdictLoss(), marks=pytest.mark.slow)],
+    [GRPO_STEP, PreferenceLoss(beta=0.3, temperature=1.0), pytest.param(VerdictLoss(), marks=pytest.mark.slow)],
     ids=lambda loss: type(loss).__name__,
 )
 def test_micro_batches_and_devices_change_nothing(loss):
@@ -509,7 +511,7 @@ def test_a_z_loss_is_refused():
 def test_flops():
     plain = flops_per_token(WITH_HEADS, SEQ)
     assert GRPO_STEP.flops(WITH_HEADS, SEQ) == plain
-    assert PreferenceLoss(beta=1.0).flops(WITH_HEADS, SEQ) == 2 * plain
+    assert PreferenceLoss(beta=1.0, temperature=1.0).flops(WITH_HEADS, SEQ) == 2 * plain
     # A head of one number in the place of one of 32.
     assert VerdictLoss().flops(WITH_HEADS, SEQ) == plain - 6 * 16 * 31
 
@@ -535,9 +537,13 @@ def test_what_is_no_loss_is_refused(changed, message):
 def test_each_method_has_an_objective():
     losses = {name: objective(method, temperature=0.8, max_tokens=9, vocab_size=30) for name, method in METHODS.items()}
     assert losses["verdict"] == VerdictLoss()
-    assert losses["dpo"] == PreferenceLoss(beta=0.1, vocab_size=30)
+    assert losses["dpo"] == PreferenceLoss(beta=0.1, temperature=0.8, vocab_size=30)
     assert losses["drgrpo"].max_tokens == 9
-    assert {loss.temperature for name, loss in losses.items() if METHODS[name].kind == "policy"} == {0.8}
+    # Cloning is the cross-entropy of text, whatever is sampled.
+    drawn = {name: (loss.temperature, loss.vocab_size) for name, loss in losses.items() if isinstance(loss, PolicyLoss)}
+    cloned = {"sft", "reject"}
+    assert {name for name, how in drawn.items() if how == (1.0, 0)} == cloned
+    assert {how for name, how in drawn.items() if name not in cloned} == {(0.8, 30)}
 
 
 # ---- scores of rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -182,16 +182,18 @@ class PreferenceLoss(Objective):
 
     A pair is one row: the chosen answer by the plain names, the other as `rejected_tokens`, `rejected_targets` and
     `rejected_weights` [B, S], and what the reference says of both, `reference_chosen` and `reference_rejected` float32
-    [B]. Reported are the loss, beta * margin and the share of pairs whose margin is above 0.
+    [B], of the distribution that `PolicyLoss` speaks of. Reported are the loss, beta * margin and the share of pairs
+    whose margin is above 0.
     """
 
     beta: float
+    temperature: float
     vocab_size: int = 0
-    temperature: ClassVar[float] = 1.0
 
     def __post_init__(self):
-        if not 0 < self.beta < math.inf:
-            raise UserError("must be a positive number", at=f"beta={self.beta:g}")
+        for name in ("beta", "temperature"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise UserError("must be a positive number", at=f"{name}={value:g}")
 
     @property
     def evaluated(self) -> Objective:
@@ -250,11 +252,16 @@ class VerdictLoss(Objective):
 
 
 def objective(method: Method, *, temperature: float, max_tokens: int, vocab_size: int = 0) -> Objective:
-    """What trains by a method, which takes of these what it needs: they are those of sampling."""
+    """What trains by a method, which takes of these what it needs: they are those of sampling.
+
+    What is cloned was not drawn at a temperature, or is learned as if it were not: that is the cross-entropy of text.
+    """
+    if method.positive and method.ratio == "none" and not method.beta:
+        temperature, vocab_size = 1.0, 0
     if method.kind == "verdict":
         return VerdictLoss()
     if method.kind == "preference":
-        return PreferenceLoss(beta=method.beta, vocab_size=vocab_size)
+        return PreferenceLoss(beta=method.beta, temperature=temperature, vocab_size=vocab_size)
     return PolicyLoss(
         normaliser=method.normaliser, ratio=method.ratio, temperature=temperature, clip_low=method.clip_low,
         clip_high=method.clip_high, clip_dual=method.clip_dual, beta=method.beta, value=method.value,

@@ -30,7 +30,7 @@ class Method:
     """
 
     kind: str = "policy"  # or preference, verdict
-    advantage: str = ""  # a name in ADVANTAGES; "": by another way, as `of_tokens` or `pairs`
+    advantage: str = ""  # a name in ADVANTAGES; "": by another way, as `gae` or `pairs`
     normaliser: str = "tokens"
     ratio: str = "none"
     clip_low: float = 0.0
@@ -38,7 +38,7 @@ class Method:
     clip_dual: float = 0.0
     beta: float = 0.0
     # Advantages are divided by the standard deviation, plus `eps`, of the rewards of a group or of the batch; those of
-    # tokens (`of_tokens`) by their own in the batch, less their mean.
+    # tokens (`gae`) by their own in the batch, less their mean.
     scale: str = "none"
     eps: float = 0.0
     cap: int = 0  # answers kept of one problem, at most
@@ -208,18 +208,15 @@ def gae(
     return advantages, np.where(mask, advantages + values, 0.0)
 
 
-def of_tokens(
-    method: Method,
-    rewards_BS: Float[np.ndarray, "batch seq"],
-    values_BS: Float[np.ndarray, "batch seq"],
-    mask_BS: np.ndarray,
-) -> tuple[Float[np.ndarray, "batch seq"], Float[np.ndarray, "batch seq"]]:
-    """(advantages, returns) of PPO: those of `gae`, the advantages with mean 0 and deviation 1 if `scale` is batch."""
-    found, returns = gae(rewards_BS, values_BS, mask_BS, gamma=method.gamma, lam=method.lam)
+def whitened(
+    advantages_BS: Float[np.ndarray, "batch seq"], mask_BS: np.ndarray, eps: float
+) -> Float[np.ndarray, "batch seq"]:
+    """Of mean 0 and deviation 1 over all tokens of the mask, as PPO has them."""
     mask = np.asarray(mask_BS) > 0
-    if method.scale == "batch" and mask.any():
-        found = np.where(mask, (found - found[mask].mean()) / (found[mask].std() + method.eps), 0.0)
-    return found, returns
+    if not mask.any():
+        return np.zeros(mask.shape)
+    inside = advantages_BS[mask]
+    return np.where(mask, (advantages_BS - inside.mean()) / (inside.std() + eps), 0.0)
 
 
 # ---- pairs
