@@ -59,7 +59,11 @@ EXPRESSIONS = st.recursive(
 
 @given(st.one_of(EXPRESSIONS, st.text("0123 +-*/()", max_size=12)))
 def test_arithmetic_is_as_python_reads_it(text):
-    assert arithmetic(text) == as_python(text)
+    said = arithmetic(text)
+    assert (said and said[:2]) == as_python(text)
+    if said and said.operations:
+        name, left, right = said.operations[-1]
+        assert OPERATIONS[type(ast.parse(f"1{name}1", mode="eval").body.op)](left, right) == said.value
 
 
 @pytest.mark.parametrize(
@@ -74,8 +78,8 @@ def test_what_is_no_arithmetic(text):
 
 def test_long_and_deep_arithmetic():
     deep = (LONGEST - 1) // 2
-    assert arithmetic("(" * deep + "7" + ")" * deep) == (7, (7,))
-    assert arithmetic("-" * (LONGEST - 1) + "7") == (-7, (7,))
+    assert arithmetic("(" * deep + "7" + ")" * deep) == (7, (7,), ())
+    assert arithmetic("-" * (LONGEST - 1) + "7")[:2] == (-7, (7,))
     assert arithmetic("9*" * deep + "9").value == 9 ** (deep + 1)
     fractions = arithmetic("+".join(f"1/{n}" for n in range(1, 150)))
     assert fractions.value == sum(Fraction(1, n) for n in range(1, 150))
@@ -124,9 +128,7 @@ def test_any_text_is_judged(text):
         assert task.verify(problem, text) in (0, 1)
         assert set(task.steps(problem, text)) <= {0, 1}
         assert len(task.steps(problem, text)) == (text.strip().count("\n") + 1 if task.step else 1)
-        # What votes count decides whether it is right.
-        if task.verify(problem, text):
-            assert task.final(problem, text) == task.final(problem, problem.solution) or "brackets" in task.name
+        assert task.final(problem, text) or not task.verify(problem, text)
 
 
 # Countdown -----------------------------------------------------------------------------------------------------------
@@ -174,7 +176,15 @@ def test_numbers_are_used_once_each():
     right = {"2*3*4": 1, "4*3*2": 1, "(2*3)*4": 1, "3 * 4 * 2": 1, "4/(1/6)": 0, "2*3*4*1": 0, "12*2": 0, "4*3*2/1": 0,
              "24": 0, "2*3*4=24": 0, "2*12": 0, "-2*3*-4": 1, "4*3*2+2-2": 0, "٢*3*4": 0, "2*3*4 ok": 0}  # fmt: skip
     assert {text: task.verify(problem, text) for text in right} == right
-    assert task.final(problem, "4*3*2") == task.final(problem, "2*3*4") != task.final(problem, "24")
+    same = {
+        "2*3*4": "2*3 4*6",
+        "4*(3*2)": "2*3 4*6",
+        "4*3*2": "2*12 3*4",
+        "24": "24",
+        "-2": "0-2",
+        "(4-2)/3": "2/3 4-2",
+    }
+    assert {text: task.final(problem, text) for text in same} == same
 
 
 def test_a_step_is_good_while_the_target_is_in_reach():
@@ -200,6 +210,8 @@ def test_a_step_is_good_while_the_target_is_in_reach():
                     assert task.verify(problem, f"{first}\n{second}") == right
                     assert task.steps(problem, f"{first}\n{second}") == [open_, right]
     assert task.steps(problem, f"{problem.solution}\n1+1=2")[2] == 0
+    assert task.final(problem, "7+3=9\n5-9=2") == task.final(problem, "3+7=9\n5-9=2") == "3+7=9 5-9=2"
+    assert task.final(problem, "7+3=10\nso") == task.final(problem, "7+3") == ""
     assert task.verify(problem, f"{problem.solution}\n{target[0]}*1={target[0]}") == 0
 
 

@@ -21,6 +21,7 @@ _BINARY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operato
 class Arithmetic(NamedTuple):
     value: Fraction
     numbers: tuple[int, ...]  # those that are written in it, from left to right
+    operations: tuple[tuple[str, Fraction, Fraction], ...]  # as they are carried out; -a is 0 - a
 
 
 def arithmetic(text: str) -> Arithmetic | None:
@@ -34,6 +35,7 @@ def arithmetic(text: str) -> Arithmetic | None:
     values: list[Fraction] = []
     waiting: list[str] = []  # operators and parentheses whose right side is not there yet
     numbers: list[int] = []
+    done: list[tuple[str, Fraction, Fraction]] = []
     wants_value = True
     try:
         for token in tokens:
@@ -46,20 +48,20 @@ def arithmetic(text: str) -> Arithmetic | None:
             elif wants_value or token == "(" or token.isdigit():
                 return None
             elif token == ")":
-                _carry_out(values, waiting, least=1)
+                _carry_out(values, waiting, done, least=1)
                 if not waiting:
                     return None
                 waiting.pop()
             else:
-                _carry_out(values, waiting, least=_RANK[token])
+                _carry_out(values, waiting, done, least=_RANK[token])
                 waiting.append(token)
                 wants_value = True
         if wants_value:
             return None
-        _carry_out(values, waiting, least=1)
+        _carry_out(values, waiting, done, least=1)
     except ZeroDivisionError:
         return None
-    return None if waiting else Arithmetic(values[0], tuple(numbers))
+    return None if waiting else Arithmetic(values[0], tuple(numbers), tuple(done))
 
 
 def _tokens(text: str) -> list[str] | None:
@@ -74,8 +76,12 @@ def _tokens(text: str) -> list[str] | None:
     return tokens
 
 
-def _carry_out(values: list[Fraction], waiting: list[str], *, least: int) -> None:
+def _carry_out(
+    values: list[Fraction], waiting: list[str], done: list[tuple[str, Fraction, Fraction]], *, least: int
+) -> None:
     """What waits on top and binds at least so tightly."""
     while waiting and _RANK[waiting[-1]] >= least:
         name, right = waiting.pop(), values.pop()
-        values.append(-right if name == "negative" else _BINARY[name](values.pop(), right))
+        name, left = ("-", Fraction(0)) if name == "negative" else (name, values.pop())
+        values.append(_BINARY[name](left, right))
+        done.append((name, left, right))

@@ -14,6 +14,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import ClassVar, NamedTuple
 
 from jaxup.learning.arithmetic import arithmetic
@@ -85,16 +86,19 @@ class Countdown(Generated):
         return good + [False] * (len(lines) - len(good)), numbers
 
     def final(self, problem: Problem, text: str) -> str:
-        """What is made, and of which numbers: `26 of 3 5 7`."""
+        """What is done, however it is written: `3*7 5+21` of `5+7*3`; with its results, of an answer by steps."""
         if self.step:
-            numbers, _ = _parts(problem)
-            for line in text.strip().split("\n"):
-                if (after := _after(numbers, line)) is None:
-                    return ""
-                numbers = after
-            return " ".join(map(str, numbers)) if len(numbers) == 1 else ""
+            found = [_OPERATION.fullmatch(line) for line in text.strip().split("\n")]
+            lines = [f"{_either_way(each[2], int(each[1]), int(each[3]))}={each[4]}" for each in found if each]
+            return " ".join(lines) if len(lines) == len(found) else ""
         said = arithmetic(text.strip())
-        return "" if said is None else f"{said.value} of {' '.join(map(str, sorted(said.numbers)))}"
+        if said is None:
+            return ""
+        return " ".join(sorted(_either_way(*each) for each in said.operations)) or str(said.value)
+
+
+def _either_way(name: str, a: int | Fraction, b: int | Fraction) -> str:
+    return f"{min(a, b)}{name}{max(a, b)}" if name in "+*" else f"{a}{name}{b}"
 
 
 def _parts(problem: Problem) -> tuple[tuple[int, ...], int]:
