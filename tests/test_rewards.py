@@ -27,7 +27,7 @@ def value(spec, text, task=TASK, problem=PROBLEM):
 
 def test_each_reward():
     assert [value("outcome", text) for text in (RIGHT, LATE, "")] == [1, 0, 0]
-    assert [value("process", text) for text in (RIGHT, LATE, "", LINES[0])] == [1, pytest.approx(2 / 3), 0, 1]
+    assert [value("process", text) for text in (RIGHT, LATE, "", LINES[0])] == pytest.approx([1, 2 / 3, 0, 1 / 3])
     assert [value("format", text) for text in (RIGHT, LATE, "")] == [1, 1, 0]
     assert [value("length:-0.01", text) for text in ("", "a" * 50)] == [0, -0.5]
     assert {value("shaped", text) for text in (RIGHT, LATE, "", "x\n" * 9)} == {-1}

@@ -3,7 +3,7 @@
 | term | is |
 |---|---|
 | `outcome` | what the task says of the whole answer, 0 to 1 |
-| `process` | the mean of what it says of each step |
+| `process` | the mean of what it says of each step; steps that only the problem's solution has count 0 |
 | `format` | 1 for an answer from which something can be read, right or wrong; else 0 |
 | `length:C` | C times the number of characters, such as `length:-0.01` |
 | `noisy:TPR:FPR` | the verdict 1 with probability TPR if the answer is right, FPR if it is not; else 0 |
@@ -92,7 +92,9 @@ class Reward:
                 return None
             good = [each for each in judgements if each is not None]
             if term.kind == "process":
-                return [each / len(good) for each in good]
+                # Else an answer that stops after a good beginning would be worth most.
+                solved = problem.solution.count(self.task.step) + 1 if self.task.step and problem.solution else 1
+                return [each / max(len(good), solved) for each in good]
             phi = [1.0, *itertools.accumulate(good[:-1], min), 0.0]
             return [after - before for before, after in itertools.pairwise(phi)]
         paid = self._said(term, lambda: [self._whole(term, problem, text)])
