@@ -207,10 +207,9 @@ def test_diverse_trees_do_not_compete():
 
     class Apart(Letters):  # the first tree's samples begin with a, the second's with b
         def one(self, ask):
-            path = ask.key[3:]
-            if len(path) > 1:
+            if len(ask.prefix) > 2:
                 return super().one(ask)
-            letter = path[0] % 2
+            letter = ask.key[-1] % 2
             return Written(np.array([letter], np.int32), np.zeros(1, np.float32), np.zeros(1, np.float32),
                            LETTERS[letter], False, True)  # fmt: skip
 

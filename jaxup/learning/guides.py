@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from jaxup.errors import UserError, suggest
-from jaxup.learning.problem import Ask, Problem, Task
+from jaxup.learning.problem import Problem, Task
 from jaxup.learning.tree import ROLLOUT, Node, Scores, Search, Talk
 
 UNKNOWN = 0.5  # what is said of a beginning by a guide of whole answers
@@ -132,12 +132,7 @@ def _rollouts(name: str, k: float) -> Guide:
     def values(search: Search, nodes: Sequence[Node]) -> Talk[list[float]]:
         # The first of each, then the second of each: where the budget is short it is so for all alike.
         asked = [(node, number) for number in range(int(k)) for node in nodes if not node.done]
-        asks = [
-            Ask(
-                node.prompt + node.tokens, search.key(ROLLOUT, *node.path, number), search.max_tokens - len(node.tokens)
-            )
-            for node, number in asked
-        ]
+        asks = [search.ask(ROLLOUT, node, number) for node, number in asked]
         verdicts: dict[int, list[float]] = {id(node): [] for node in nodes}
         for (node, number), written in zip(asked, (yield from search.budget.write(asks)), strict=True):
             if written is not None:

@@ -138,6 +138,10 @@ class Node:
             yield from child.walk()
 
 
+def _digest(text: str) -> int:
+    return zlib.crc32(text.encode()) & 0x7FFFFFFF
+
+
 EXPAND, ROLLOUT = 0, 1  # what a draw is for: part of its key
 
 
@@ -158,19 +162,22 @@ class Search:
     def __post_init__(self):
         self.root = Node(prompt=tuple(self.writer.prefix(self.problem)))
 
-    def key(self, purpose: int, *numbers: int) -> tuple[int, ...]:
-        return self.seed, zlib.crc32(self.problem.id.encode()) & 0x7FFFFFFF, purpose, *numbers
+    def key(self, purpose: int, node: Node, number: int) -> tuple[int, ...]:
+        """Of the draw of that number after a node. All have as many numbers, so that all may be drawn together."""
+        return self.seed, _digest(self.problem.id), purpose, _digest(str(node.path)), number
+
+    def ask(self, purpose: int, node: Node, number: int, until: str = "") -> Ask:
+        most = self.max_tokens - len(node.tokens)
+        return Ask(node.prompt + node.tokens, self.key(purpose, node, number), most, until)
 
     def expand(self, nodes: Sequence[Node], until: str = "") -> Talk[list[Node | None]]:
         """The children drawn for these nodes, one for each time that a node is named: the same one again if it is drawn
         again, None where the budget is short. Those that are done are among `finished`."""
         asks, places = [], []
         for node in nodes:
-            path = (*node.path, node.draws)
+            places.append((*node.path, node.draws))
+            asks.append(self.ask(EXPAND, node, node.draws, until))
             node.draws += 1
-            places.append(path)
-            most = self.max_tokens - len(node.tokens)
-            asks.append(Ask(node.prompt + node.tokens, self.key(EXPAND, *path), most, until))
         written = yield from self.budget.write(asks)
         return [
             None if text is None else self._child(node, path, text)
