@@ -41,7 +41,6 @@ from jaxup.model.sharding import param_shardings
 from jaxup.text import write_atomically
 from jaxup.training.loop import as_argument
 from jaxup.training.run import Result, Run
-from jaxup.training.rundir import TOKENIZER
 from jaxup.training.sharding import check_length
 
 T = TypeVar("T")
@@ -232,10 +231,7 @@ class Continuous(OnBase):
         if jax.process_index() == 0:  # for the run's models, before there is an export
             for name, content in files.contents(self._side, None).items():
                 write_atomically(run.directory / name, content)
-            (run.directory / TOKENIZER).mkdir(exist_ok=True)
-            for name, content in self._vocabulary["carried"].items():
-                (run.directory / TOKENIZER / name).parent.mkdir(exist_ok=True)
-                write_atomically(run.directory / TOKENIZER / name, content)
+            self._keep_tokenizer(run)
         super().carry_out(run, title)
 
     def _milestones(self) -> frozenset[int]:

@@ -23,7 +23,7 @@ import jax
 
 from jaxup.building.vocabulary import with_template
 from jaxup.continuous.files import DESCRIPTION as TAUGHT_BY
-from jaxup.data.open import Data, no_data
+from jaxup.data.open import no_data
 from jaxup.data.tokenizer import bpe_vocab_size, load_tokenizer
 from jaxup.depth import picture
 from jaxup.depth.plan import DepthPlan
@@ -65,6 +65,7 @@ from jaxup.training.lora import LoraConfig
 from jaxup.training.objective import TEXT, Objective
 from jaxup.training.optimizer import OptimizerConfig, learning_rate
 from jaxup.training.run import Dtypes, Result, Run, Settings, Stage, check_digest, describe_model, read_result
+from jaxup.training.rundir import TOKENIZER
 from jaxup.training.selection import Selection, TrainConfig, select
 from jaxup.training.sharding import check_batch, check_length
 
@@ -101,7 +102,7 @@ class OnBase(Experiment):
         self._watched: dict[str, Callable[[], None]] = {}
         self._loaded = False  # the base, in this process
         self._dtype = config.base.dtype or "float32"
-        self._text: Data | None = None  # that a base is trained on here
+        self._text: Any = None  # that a base is trained on here
         if self._recipe is None:
             self._plan = self._own_plan()
             self._models = {BASE: new_model(config.model)}
@@ -199,6 +200,10 @@ class OnBase(Experiment):
 
     # ---- data
 
+    def _open_text(self, root: str) -> Any:
+        """What a base is trained on here."""
+        return open_text(corpus(self._config.pretrain.data), root=root)
+
     def _open_base(self, root: str) -> PreTrainedTokenizerBase | None:
         """The base, as far as it is known before it is loaded or trained; its tokenizer, which one with random values
         has not."""
@@ -209,7 +214,7 @@ class OnBase(Experiment):
         if self._recipe is None:
             check_batch("pretrain.batch_size", c.pretrain.batch_size, self._mesh, self._settings.step.accumulation)
             with within("pretrain."):
-                self._text = open_text(corpus(c.pretrain.data), root=root)
+                self._text = self._open_text(root)
             tokenizer = self._text.tokenizer
             self._models = {BASE: new_model(c.model, self._text.vocab_size)}
         else:
@@ -279,7 +284,7 @@ class OnBase(Experiment):
 
     def carry_out(self, run: Run, title: str) -> None:
         """What is finished is not done again."""
-        plan, model, objective = self._plan, self._model, self._objective
+        plan, model, objective = self._plan, self._model, self._objective.evaluated
         if jax.process_index() == 0:
             write_atomically(run.directory / "plan.yaml", plan.to_yaml())
             (run.directory / "plots").mkdir(exist_ok=True)
@@ -301,17 +306,14 @@ class OnBase(Experiment):
         results.append(measured(run, BEFORE, model, origin=origin, params=before, objective=objective))
         selection = of[self.made].selection
         part = {"train": dataclasses.asdict(self._train), "lora": dataclasses.asdict(self._lora)}
-        made = train_model(
-            run, self.made, model, steps=self.steps, origin=origin, initialise=before, plan=plan,
-            selection=selection, milestones=ends, objective=objective,
-            about={"before": BEFORE, **part, "seed": self._settings.seed},
-        )  # fmt: skip
+        about = {"before": BEFORE, **part, "seed": self._settings.seed}
+        made = self._fit(run, origin=origin, initialise=before, selection=selection, milestones=ends, about=about)
         results.append(made)
         if base is not None and CONTROL in of:
             control = train_model(
                 dataclasses.replace(run, evaluated=ends), CONTROL, base_model, steps=self.steps, initialise=base,
                 origin=f"{self._origin}, trained on the same batches", selection=of[CONTROL].selection,
-                objective=objective,
+                objective=self._objective,
             )  # fmt: skip
         trained = load_trained(run, made, model, selection)
         with jax.set_mesh(run.mesh):
@@ -327,6 +329,11 @@ class OnBase(Experiment):
             plan_title="The plan", loss_of=UNITS[self._config.experiment], finding=self._finding, notes=notes,
             export=export | self._vocabulary | self._beside_files(params),
         )  # fmt: skip
+
+    def _fit(self, run: Run, **how: Any) -> Result:
+        """Trains what was made; `how` as of `train_model`."""
+        model, plan, objective = self._model, self._plan, self._objective
+        return train_model(run, self.made, model, steps=self.steps, plan=plan, objective=objective, **how)
 
     def _milestones(self) -> frozenset[int]:
         """The steps after which a checkpoint stays: at the end of each epoch or phase."""
@@ -397,6 +404,13 @@ class OnBase(Experiment):
             return params
 
     # ---- what it leaves
+
+    def _keep_tokenizer(self, run: Run) -> None:
+        """For the run's models, before there is an export, where no store of tokens has it."""
+        (run.directory / TOKENIZER).mkdir(exist_ok=True)
+        for name, content in self._vocabulary["carried"].items():
+            (run.directory / TOKENIZER / name).parent.mkdir(exist_ok=True)
+            write_atomically(run.directory / TOKENIZER / name, content)
 
     def _what_trained(self, made: Result) -> str:
         if made.trained is None:

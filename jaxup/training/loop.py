@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxup.data.batches import Batches
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import NonFinite, UserError
 from jaxup.model.attention import described
@@ -43,6 +44,7 @@ from jaxup.training.run import (
     Part,
     Paused,
     Result,
+    Rounds,
     Run,
     Update,
     check_digest,
@@ -257,6 +259,7 @@ def train_model(
     kind: str | None = None, plan: DepthPlan | None = None, selection: Selection = EVERYTHING,
     milestones: frozenset[int] = frozenset(), about: dict[str, Any] | None = None,
     objective: Objective = TEXT, teacher: Callable[[], Params] | None = None, part: Part | None = None,
+    rounds: Rounds | None = None,
 ) -> Result:  # fmt: skip
     """Trains to `steps` updates and returns the result; raises Stopped after saving on a signal, and Paused.
 
@@ -264,7 +267,8 @@ def train_model(
     is what `initialise` gives, each time the same. After the steps in `milestones` the model is evaluated
     and a checkpoint stays. `about` goes into model.json. The default of `kind` is the name. `teacher` gives the
     params of the objective's, if it has one, each time the same. With a `part` it goes on from the state at its first
-    step, which `initialise` gives, and `steps` are those of the whole until its end.
+    step, which `initialise` gives, and `steps` are those of the whole until its end. `rounds` make the batches, and not
+    the run's data.
     """
     whole = part or Part(curve=name, first=0, seconds=0.0, schedule=(0, steps))
     directory, kind = run.directory / "checkpoints" / name, kind or name
@@ -336,6 +340,7 @@ def train_model(
             state, val_loss = _train(
                 run, name, model, steps, program, schedule, state, frozen, start, checkpoints, milestones,
                 corrections.skip, progress, objective, (teacher(),) if teacher else (), part,
+                rounds,
             )  # fmt: skip
         if frozen and digest(frozen) != before:
             raise RuntimeError(f"{name}: parameters that do not train have changed: a fault of memory or device")
@@ -363,13 +368,15 @@ def _train(
     run: Run, name: str, model: ModelConfig, steps: int, program: Program,
     schedule: Callable[[jax.Array], jax.Array], state: TrainState, frozen: tuple[Params, ...], start: int,
     checkpoints: Checkpoints, milestones: frozenset[int], skip: tuple[int, ...], progress: Progress,
-    objective: Objective, known: tuple[Params, ...], part: Part | None,
+    objective: Objective, known: tuple[Params, ...], part: Part | None, rounds: Rounds | None,
 ) -> tuple[TrainState, float]:  # fmt: skip
     s, curve, first = run.settings, name, 0
     said: dict[str, int] = {}
     if part is not None:
         curve, first, said = part.curve, part.first, {"layers": model.num_layers}
     batches = run.data.batches(batch_size=s.batch_size, seed=s.seed)
+    rounds = rounds if start < steps else None
+    begins = lambda step: rounds is not None and (step == start or step % rounds.length == 0)  # noqa: E731
 
     def logged() -> list[tuple[int, float]]:
         run.log.rewind(curve, start, **said)
@@ -392,7 +399,13 @@ def _train(
     def read_batch(step: int) -> dict[str, jax.Array]:
         return place_batch(batches(step, mine), s.batch_size, run.mesh)
 
+    def begin(step: int) -> Batches:
+        assert rounds is not None
+        with run.processes.long_work():
+            return rounds(step, program.join(state.params, *frozen))
+
     with run.processes.steps(), ThreadPoolExecutor(1) as reader:
+        batches = begin(step) if begins(step) else batches
         ahead = reader.submit(read_batch, step) if step < steps else None
         if ahead and not s.step.accumulation:
             inputs = state, ahead.result(), schedule(updates_made(state.opt_state)), *frozen, *known
@@ -423,6 +436,10 @@ def _train(
                     return state, losses[step]
                 if step == pause:
                     raise Paused(curve, step)
+                if begins(step) and step != start:
+                    meter.check(pending, batches)
+                    batches = begin(step)
+                    meter.restart()
                 batch = (ahead or reader.submit(read_batch, step)).result()
                 if step + 1 in skip:
                     state, metrics = program.skip_step(state), None
@@ -435,7 +452,7 @@ def _train(
                         compiled = True
                 step += 1
                 run.processes.deferred = True  # from here on there is something to save
-                ahead = reader.submit(read_batch, step) if step < steps else None
+                ahead = reader.submit(read_batch, step) if step < steps and not begins(step) else None
                 # Read one step late: the device already works on the next one.
                 meter.check(pending, batches)
                 pending = (step, metrics)

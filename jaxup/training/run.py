@@ -8,12 +8,12 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 from jax.sharding import Mesh
 
-from jaxup.data.batches import TrainingData
+from jaxup.data.batches import Batches, TrainingData
 from jaxup.depth.plan import DepthPlan
 from jaxup.errors import UserError
 from jaxup.model.config import Compute, ModelConfig
@@ -94,6 +94,16 @@ class Part:
     first: int  # steps that were taken before
     seconds: float  # that they took
     schedule: tuple[int, int]  # the step before which the schedule of its learning rate begins, and how long it is
+
+
+class Rounds(Protocol):
+    """Batches that are made while a model trains, of what it is at the beginning of each round."""
+
+    length: int  # steps of a round
+
+    def __call__(self, step: int, params: Params) -> Batches:
+        """From the first step of a round on, or from `step` within one, where a training goes on: then they have to be
+        what they were, and `params` are not those that they were made of."""
 
 
 @dataclasses.dataclass(frozen=True)
