@@ -20,13 +20,14 @@ KINDS = {  # where the class is: naming the kinds imports none of them
     "continuous": "continuous.Continuous",
     "heal": "heal.Heal",
     "inherit": "inherit.Inherit",
+    "learn": "learn.Learn",
     "pretrain": "pretrain.Pretrain",
 }
 
 # What a loss is the mean over.
 UNITS = {
     "continuous": "token of text, and the head's loss of a value", "heal": "loss token", "inherit": "token",
-    "pretrain": "token",
+    "learn": "token of the test problems' solutions", "pretrain": "token",
 }  # fmt: skip
 
 

@@ -25,6 +25,15 @@ _BEGINS = ("inherited", "half_width")  # with something of the reference
 _ASKED: tuple[Condition, ...] = ({"inherit.start": _BEGINS}, {"inherit.distill.alpha": True})
 _SETS: tuple[Condition, ...] = ({"continuous.layout": ("sets",)}, {"continuous.spatial.layers": True})
 _TRAINED = tuple({"reference.path": False, **asked} for asked in _ASKED)
+_SAMPLED = (
+    "reject",
+    "reinforce",
+    "rloo",
+    "grpo",
+    "drgrpo",
+    "ppo",
+    "dpo",
+)  # methods that learn from the model's answers
 READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "optimizer.end_learning_rate": {"optimizer.schedule": _DECAYS},
     "optimizer.decay_fraction": {"optimizer.schedule": ("wsd",)},
@@ -63,6 +72,17 @@ READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "inherit: data.format": {"data.layout": True},  # of these kinds alone: a healing detects its layouts
     "pretrain: data.format": {"data.layout": True},
     "pretrain.data.format": {"pretrain.data.layout": True},
+    "learn.samples": {"learn.method": _SAMPLED},
+    "learn.problems": {"learn.method": _SAMPLED},
+    "learn.reward": {"learn.method": _SAMPLED},
+    "learn.clone_rounds": {"learn.method": _SAMPLED},
+    "learn.search": {"learn.method": ("reject", "dpo")},
+    "learn.guide": {"learn.search": True},
+    "learn.budget": {"learn.search": True},
+    "learn.eval_problems": {"learn.eval_every": True},
+    "learn.eval_samples": {"learn.eval_every": True},
+    "learn.final_problems": {"learn.final_samples": True},
+    "learn.compare": {"learn.final_samples": True},
     "continuous: data.tokenizer": {"base.path": False, "pretrain.steps": False},
     "data.captions": {"data.encoder": ("features",)},
     "data.corpus": {"data.text": True},
@@ -435,4 +455,57 @@ def _pretrain(c: ConfigDict) -> None:
     c.measure = ConfigDict({"rows": 0})
 
 
-SECTIONS = {"inherit": _inherit, "heal": _heal, "pretrain": _pretrain, "continuous": _continuous}
+def _learn(c: ConfigDict) -> None:
+    c.base = base()
+    c.plan = ""  # one line, or a file; "" = the base as it is
+    c.pretrain = pretraining()  # of a base that is trained here, if no path is given
+    # task = the solutions of the training problems, whose rows have the length of the run's; or text, as elsewhere.
+    c.pretrain.data.source = "task"
+    c.pretrain.data.tokenizer = "chars"  # chars = the characters of the task; of text bpe:N as elsewhere
+    c.data = ConfigDict()
+    c.data.seq_len = 0  # positions of a row; 0 = as many as the longest prompt with an answer needs
+
+    c.learn = ConfigDict()
+    c.learn.task = "countdown:3"  # countdown:N[:steps], addition:DIGITS, brackets:LENGTH, FILE.jsonl, module:function
+    c.learn.train = 4000  # problems to learn from; -1 = all that there are
+    c.learn.test = 200  # problems that are never learned from
+    c.learn.seed = 2357  # of the problems; -1 = the run's
+    c.learn.chat = False  # a prompt is a turn of a user, by the tokenizer's chat template
+    # How samples are made weights: sft (solutions are cloned, nothing is sampled) | reject (expert iteration) |
+    # reinforce | rloo | grpo | drgrpo | ppo | dpo; and what of the method is another: "beta=0.1,clip_high=0.28".
+    c.learn.method = "grpo"
+    c.learn.options = ""
+    c.learn.reward = "outcome"  # outcome, process, format, length:-0.01, random, noisy:TPR:FPR; "outcome+0.2*format"
+    c.learn.clone_rounds = 0  # rounds before the others in which the solutions are cloned
+    c.learn.updates = 1  # steps of a round: each has new samples
+    c.learn.problems = 32  # of a round
+    c.learn.samples = 8  # of each of them
+    c.learn.max_tokens = 0  # of an answer; 0 = as many as the longest solution has
+    c.learn.temperature = 1.0  # of all sampling
+    c.learn.top_k = 0  # 0 = from all; else only of what clones its own answers
+    c.learn.top_p = 1.0
+    c.learn.slots = 128  # answers that are written at once
+    # Answers are found by a search: beam, mcts, ...; "" = sampled. It is guided by `guide`, and has so many tokens for
+    # a problem.
+    c.learn.search = ""
+    c.learn.guide = "rollouts:4"
+    c.learn.budget = 1024
+    # Every so many rounds the first so many test problems have so many answers each, and a checkpoint stays; 0 = none.
+    c.learn.eval_every = 10
+    c.learn.eval_problems = 100
+    c.learn.eval_samples = 4
+    # In the end, of the model as it began and as it became: test problems, 0 = all, and answers to each, 0 = none.
+    c.learn.final_problems = 0
+    c.learn.final_samples = 64
+    c.learn.compare = False  # also beams with Monte-Carlo values, beside best-of-N of as many tokens
+
+    c.train = trained()
+    c.lora = adapters()
+    c.export = ConfigDict()
+    c.export.dtype = ""  # "" = that of the base
+    c.optimizer.end_learning_rate = 0.0
+    c.optimizer.weight_decay = 0.0
+    c.sample.prompt = ""  # "" = that of the first test problem
+
+
+SECTIONS = {"inherit": _inherit, "heal": _heal, "pretrain": _pretrain, "continuous": _continuous, "learn": _learn}

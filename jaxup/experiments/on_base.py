@@ -202,7 +202,12 @@ class OnBase(Experiment):
 
     def _open_text(self, root: str) -> Any:
         """What a base is trained on here."""
-        return open_text(corpus(self._config.pretrain.data), root=root)
+        with within("pretrain."):
+            return open_text(corpus(self._config.pretrain.data), root=root)
+
+    def _no_text(self) -> Any:
+        """Its shapes."""
+        return no_data(corpus(self._config.pretrain.data))
 
     def _open_base(self, root: str) -> PreTrainedTokenizerBase | None:
         """The base, as far as it is known before it is loaded or trained; its tokenizer, which one with random values
@@ -213,8 +218,7 @@ class OnBase(Experiment):
             return None
         if self._recipe is None:
             check_batch("pretrain.batch_size", c.pretrain.batch_size, self._mesh, self._settings.step.accumulation)
-            with within("pretrain."):
-                self._text = self._open_text(root)
+            self._text = self._open_text(root)
             tokenizer = self._text.tokenizer
             self._models = {BASE: new_model(c.model, self._text.vocab_size)}
         else:
@@ -243,7 +247,7 @@ class OnBase(Experiment):
     def _base_without_data(self) -> None:
         c = self._config
         if self._recipe is None and c.pretrain.steps:
-            self._text = no_data(corpus(c.pretrain.data))
+            self._text = self._no_text()
             self._models = {BASE: new_model(c.model, bpe_vocab_size(c.pretrain.data.tokenizer))}
         elif self._recipe is not None:
             hf = self._recipe.models[self._recipe.base].hf

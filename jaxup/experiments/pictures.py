@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 # By the kind of a model, see `Result`. As in the picture of a plan, blue is what was there, and green what is not
 # taken from it.
 COLORS = {
-    "reference": BLUE, "base": BLUE, "pretrained": BLUE, "target": RED, "healed": RED, "taught": RED, "control": GREEN,
-    "before": SKY, "half": SKY, "merged": PURPLE, "model": RED,
+    "reference": BLUE, "base": BLUE, "pretrained": BLUE, "target": RED, "healed": RED, "taught": RED, "learned": RED,
+    "control": GREEN, "before": SKY, "half": SKY, "merged": PURPLE, "model": RED,
 }  # fmt: skip
 _PRETRAINED = ("base", "before")  # kinds that a run begins with: what it trains starts as good as they are
 _MARKERS = "osD^v"

@@ -36,7 +36,7 @@ class Rows:
         return {name: array[indices] for name, array in self.fields.items()}
 
 
-def rows(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], seq_len: int) -> dict[str, np.ndarray]:
+def rows(prompts: Sequence[Sequence[int]], answers: Sequence[Any], seq_len: int) -> dict[str, np.ndarray]:
     """tokens, targets int32 [N, S], and loss_weights float32 [N, S], which are 1 where the target is of the answer.
 
     ValueError if a prompt is empty, or with its answer longer than seq_len + 1 tokens.
@@ -59,17 +59,15 @@ def along(prompts: Sequence[Sequence[int]], values: Sequence[np.ndarray], seq_le
     return found_NS
 
 
-class From:
-    """Batches that begin with a step of the training: `batches(0)` is that of step `first`."""
+class From(Batches):
+    """Batches of a round: those of its rows, the first of them at step `first` of the training."""
 
-    def __init__(self, batches: Batches, first: int):
-        self._batches, self._first = batches, first
-
-    def __call__(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-        return self._batches(step - self._first, rows)
+    def __init__(self, rows: Rows, *, batch_size: int, seed: int, first: int):
+        super().__init__(rows, batch_size=batch_size, seed=seed)
+        self._first = first
 
     def rows_of(self, step: int) -> np.ndarray:
-        return self._batches.rows_of(step - self._first)
+        return super().rows_of(step - self._first)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +78,7 @@ class TaskData:
       problems: those of `train`, row by row.
       store: a name for what decides the rows; nothing is kept there.
       longest: tokens of the longest prompt, and of the longest solution with its end.
+      sampled: rows that are made while it trains, in the place of these; 0 = none.
     """
 
     task: Task
@@ -91,6 +90,7 @@ class TaskData:
     store: str
     seq_len: int
     longest: tuple[int, int]
+    sampled: int = 0
 
     phases = None  # rows are seen all mixed
     packed = False  # a row is one answer
@@ -105,11 +105,11 @@ class TaskData:
 
     @property
     def train_rows(self) -> int:
-        return len(self.train)
+        return self.sampled or len(self.train)
 
     @property
     def epoch_rows(self) -> int:
-        return len(self.train)
+        return self.train_rows
 
     @property
     def validation_tokens(self) -> int:
@@ -146,34 +146,47 @@ def solved(problem: Problem) -> str:
 
 def task_data(
     task: Task, tokenizer: PreTrainedTokenizerBase, *, prompts: Mapping[str, Sequence[int]], end: int | None,
-    vocab_size: int, seq_len: int, store: str,
+    vocab_size: int, seq_len: int, answer: int, store: str,
 ) -> TaskData:  # fmt: skip
     """The problems that have a solution as rows.
 
     Args:
       prompts: the tokens of each problem's prompt, by its id.
       end: the token that ends an answer; None: nothing does.
-      seq_len: of rows; 0 = as many positions as the longest prompt and solution need.
+      seq_len: of rows; 0 = as many positions as the longest prompt and answer need.
+      answer: tokens that an answer may have; 0 = as many as the longest solution.
 
     Raises:
       UserError: no problem to train or to test with has a solution, or one is longer than a row.
     """
-    split, longest = [], [0, 0]
+    split = []
     for name, problems in (("training", task.train), ("test", task.test)):
         known = [problem for problem in problems if solved(problem)]
         if not known:
             what = f"no {name} problem has a solution, and the loss is that of solutions"
             raise UserError(what, at=task.name, hint="give some of them a solution")
         texts = tokenizer([solved(problem) for problem in known], add_special_tokens=False)["input_ids"]
-        answers = [[*ids, *([] if end is None else [end])] for ids in texts]
-        split.append((known, [prompts[problem.id] for problem in known], answers))
-        longest = [max(longest[0], *map(len, split[-1][1])), max(longest[1], *map(len, answers))]
+        split.append(
+            (known, [prompts[each.id] for each in known], [[*ids, *([] if end is None else [end])] for ids in texts])
+        )
+    longest = max(map(len, prompts.values())), max(len(ids) for _, _, answers in split for ids in answers)
     needed = max(len(p) + len(a) - 1 for _, many, answers in split for p, a in zip(many, answers))
     if seq_len and seq_len < needed:
         what = f"a prompt and its solution have {needed + 1} tokens"
         raise UserError(what, at=f"data.seq_len={seq_len}", hint=f"{needed} is the least")
-    train, test = (Rows(rows(many, answers, seq_len or needed)) for _, many, answers in split)
+    seq_len = seq_len or max(needed, longest[0] + (answer or longest[1]) - 1)
+    train, test = (Rows(rows(many, answers, seq_len)) for _, many, answers in split)
     return TaskData(
         task=task, problems=split[0][0], tokenizer=tokenizer, vocab_size=vocab_size, train=train, validation=test,
-        store=store, seq_len=seq_len or needed, longest=(longest[0], longest[1]),
+        store=store, seq_len=seq_len, longest=longest,
+    )  # fmt: skip
+
+
+def no_task_data(seq_len: int) -> TaskData:
+    """One row of that length, for what is compiled without data."""
+    nothing: Any = None
+    one = Rows(rows([[0]], [[0] * seq_len], seq_len))
+    return TaskData(
+        task=nothing, problems=[], tokenizer=nothing, vocab_size=1, train=one, validation=one, store="",
+        seq_len=seq_len, longest=(1, seq_len),
     )  # fmt: skip

@@ -85,11 +85,17 @@ def _initialiser(model: ModelConfig, mesh: Mesh) -> Callable[[np.int32], Params]
     return jax.jit(functools.partial(init, model), out_shardings=param_shardings(model, mesh))
 
 
-def load_trained(run: Run, result: Result, model: ModelConfig, selection: Selection = EVERYTHING) -> Params:
-    """The parameters of a finished model of this run that trained: their averages, where such are kept."""
+def load_trained(
+    run: Run, result: Result, model: ModelConfig, selection: Selection = EVERYTHING, *, step: int | None = None
+) -> Params:
+    """The parameters of a finished model of this run that trained: their averages, where such are kept.
+
+    `step`: one of an earlier checkpoint that stays; the model need not be finished then.
+    """
     shardings = selection.shardings(param_shardings(model, run.mesh), run.mesh)
-    with _last_of(run, result) as checkpoints:
-        return checkpoints.restore_params(result.steps, laid_out(selection.trained(abstract(model)[1]), shardings))
+    with _last_of(run, result, step) as checkpoints:
+        wanted = laid_out(selection.trained(abstract(model)[1]), shardings)
+        return checkpoints.restore_params(result.steps if step is None else step, wanted)
 
 
 def restore_trained(run: Run, result: Result, model: ModelConfig) -> TrainState:
@@ -100,10 +106,10 @@ def restore_trained(run: Run, result: Result, model: ModelConfig) -> TrainState:
 
 
 @contextlib.contextmanager
-def _last_of(run: Run, result: Result) -> Iterator[Checkpoints]:
+def _last_of(run: Run, result: Result, step: int | None = None) -> Iterator[Checkpoints]:
     directory = run.directory / "checkpoints" / result.name
     with Checkpoints(directory, keep=run.settings.keep_checkpoints) as checkpoints:
-        if checkpoints.latest != result.steps:
+        if step is None and checkpoints.latest != result.steps:
             raise _gone(directory, result.steps, checkpoints.latest)
         yield checkpoints
 

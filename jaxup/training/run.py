@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
@@ -96,6 +96,7 @@ class Part:
     schedule: tuple[int, int]  # the step before which the schedule of its learning rate begins, and how long it is
 
 
+@runtime_checkable
 class Rounds(Protocol):
     """Batches that are made while a model trains, of what it is at the beginning of each round."""
 

@@ -1,0 +1,232 @@
+"""What happens in the rounds of a run that learns from its own answers: rounds/, rounds.jsonl and ROUNDS.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxup.data.batches import Batches
+from jaxup.errors import UserError
+from jaxup.learning.data import From, Rows, TaskData
+from jaxup.learning.problem import Task
+from jaxup.learning.rewards import Reward
+from jaxup.learning.rounds import REFERENCE, VALUES, Samples, described, fitted, problems_of, sample, searched
+from jaxup.learning.scoring import score
+from jaxup.learning.weights import Method
+from jaxup.model.config import ModelConfig
+from jaxup.model.decoder import Params
+from jaxup.progress import tell
+from jaxup.text import backticks, escaped, parse_json, write_atomically
+from jaxup.together import told
+from jaxup.training.run import Run
+
+ROUNDS = "rounds"  # a directory of the run
+# What a key's second number is, where that is no round.
+TEST, FINAL = 2**32 - 1, 2**32 - 2
+_SHOWN = 3  # problems whose answers are shown
+_LONGEST = 160  # characters of what is shown of one
+# Of ROUNDS.md and rounds.jsonl: name, column, how it is written.
+COLUMNS = {
+    "round": ("round", "{}"), "step": ("step", "{}"), "by": ("learns by", "{}"), "reward": ("reward", "{:.3f}"),
+    "right": ("right", "{:.1%}"), "test": ("pass@1, test", "{:.1%}"), "flat": ("no spread", "{:.0%}"),
+    "kl": ("KL to start", "{:.4f}"), "entropy": ("entropy", "{:.3f}"), "length": ("length", "{:.1f}"),
+    "ended": ("ended", "{:.0%}"), "unique": ("unique", "{:.0%}"), "unscored": ("unscorable", "{}"),
+    "rows": ("rows", "{}"), "tokens": ("tokens sampled", "{:,}"), "sampling": ("sampling, s", "{:.2f}"),
+    "scoring": ("scoring, s", "{:.2f}"), "fitting": ("fitting, s", "{:.2f}"),
+}  # fmt: skip
+_ABOUT = """Each row is of the model at the beginning of a round. `right`: of its answers to training problems, by the \
+verifier; `pass@1, test`: the same of test problems. `no spread`: problems whose answers all have one reward. `KL to \
+start`: nats a token, estimated on the answers. `unique`: of the answers to a problem those that differ. `unscorable`: \
+answers whose reward cannot be said. `tokens sampled`: for learning, until then. `fitting` has what is evaluated and \
+saved in it."""
+
+
+class Learning:
+    """The rounds, as `train_model` asks for them; see `jaxup.training.run.Rounds`.
+
+    Args:
+      settings: the section `learn` of the configuration.
+      policy: makes one of params.
+      prompts: the tokens of each problem's prompt, by its id.
+      start: the model before it learns of its answers; None where nothing asks for it.
+    """
+
+    def __init__(
+        self, run: Run, data: TaskData, task: Task, reward: Reward, settings: Any, method: Method, model: ModelConfig,
+        policy: Callable[[Params], Any], *, prompts: Mapping[str, Sequence[int]], max_tokens: int, vocab_size: int,
+        start: Params | None,
+    ):  # fmt: skip
+        self.length = settings.updates
+        self._run, self._data, self._task, self._reward, self._settings = run, data, task, reward, settings
+        self._method, self._model, self._make_policy, self._policy = method, model, policy, None
+        self._prompts, self._max_tokens, self._vocab_size, self._start = prompts, max_tokens, vocab_size, start
+        self._rows: list[dict[str, Any]] = told(self._read, "read the rounds")
+        self._began = math.nan
+        self._last: Samples | None = None
+
+    def __call__(self, step: int, params: Params) -> Batches:
+        run = self._run
+        number, within = divmod(step, self.length)
+        self._ended(number)
+        clones = number < self._settings.clone_rounds or self._method.advantage == "ones"
+        before, known = self._rows[:number], self._rows[number:]
+        if clones:
+            row: dict[str, Any] = known[0] if within and known else {"by": "cloning", **self._tested(number, params)}
+            rows, first = self._data.train, 0
+        else:
+            samples = self._samples(number, params, whole=not within)
+            prompts = self._prompts_of(samples)
+            rows = Rows(fitted(self._method, samples, prompts, self._data.seq_len))
+            first, self._last = step - within, samples
+            row = {"by": self._settings.method, **described(samples), **samples.facts, "rows": len(rows)}
+            row["unscored"] = int(np.isnan(samples.rewards_N).sum())
+            row["tokens"] = samples.facts["tokens"] + (before[-1].get("tokens", 0) if before else 0)
+        self._rows = [*before, {"round": number, "step": step - within, **row}]
+        self._write()
+        tell(self._line(self._rows[-1]))
+        self._began = time.monotonic()
+        return From(rows, batch_size=run.settings.batch_size, seed=run.settings.seed, first=first)
+
+    def finish(self) -> None:
+        """After the last round."""
+        self._ended(len(self._rows))
+        self._write()
+
+    def _samples(self, number: int, params: Params, whole: bool) -> Samples:
+        """Those of a round, from its file if it is there. `whole`: the params are those at its beginning."""
+        path = self._run.directory / ROUNDS / f"{number:05}.npz"
+        if told(path.exists, "look for the round's samples"):
+            return Samples.load(path)
+        if not whole:
+            what = "what was sampled in the round is gone, and the model is not any more what sampled it"
+            raise UserError(what, at=str(path), hint="remove the later checkpoints, or begin another run")
+        s, seed, task = self._settings, self._run.settings.seed, self._task
+        numbers = problems_of(len(task.train), s.problems, seed, number)
+        policy = self._with(params)
+        how = {"key": (seed, number), "count": s.samples, "max_tokens": self._max_tokens}
+        if s.search:
+            how |= {"method": s.search, "guide": s.guide, "budget": s.budget}
+        samples = (searched if s.search else sample)(policy, task, self._reward, task.train, numbers, **how)
+        tested = self._tested(number, params)
+        self._look(samples, params, kl=bool(tested))
+        samples.facts.update(tested)
+        if jax.process_index() == 0:
+            samples.save(path)
+        return samples
+
+    def _look(self, samples: Samples, params: Params, kl: bool) -> None:
+        """What the model at the start, and a head of values, say of the samples."""
+        prompts, method, run = self._prompts_of(samples), self._method, self._run
+        asked: list[tuple[str, Params, str]] = []
+        if self._start is not None and (kl or method.beta or method.kind == "preference"):
+            asked.append((REFERENCE, self._start, ""))
+        if method.value:
+            asked.append((VALUES, params, "value"))
+        plain = samples.rows(prompts, self._data.seq_len) if asked else {}
+        for name, of, head in asked:
+            found = score(
+                self._model, of, plain, compute=run.settings.compute, temperature=self._settings.temperature,
+                chunk=run.settings.step.loss_chunk, batch_size=run.settings.eval_batch_size, mesh=run.mesh, head=head,
+                vocab_size=self._vocab_size,
+            )  # fmt: skip
+            samples.learn(name, found.values if head else found.logp, prompts)  # type: ignore[arg-type]
+
+    def _tested(self, number: int, params: Params) -> dict[str, float]:
+        """Every so many rounds: of the first test problems, of which each time the same is drawn."""
+        s = self._settings
+        if not s.eval_every or number % s.eval_every:
+            return {}
+        problems = self._task.test[: s.eval_problems]
+        tried = sample(
+            self._with(params), self._task, self._reward, problems, np.arange(len(problems)),
+            key=(self._run.settings.seed, TEST), count=s.eval_samples, max_tokens=self._max_tokens,
+        )  # fmt: skip
+        return {"test": float(np.nanmean(tried.right_N)) if np.isfinite(tried.right_N).any() else math.nan}
+
+    def _with(self, params: Params) -> Any:
+        self._policy = self._make_policy(params) if self._policy is None else self._policy.with_params(params)
+        return self._policy
+
+    def _prompts_of(self, samples: Samples) -> list[Sequence[int]]:
+        return [self._prompts[self._task.train[number].id] for number in samples.numbers_P]
+
+    # ---- what is kept of them
+
+    def _ended(self, number: int) -> None:
+        """The round before has been fitted."""
+        if math.isfinite(self._began) and 0 < number <= len(self._rows):
+            self._rows[number - 1]["fitting"] = time.monotonic() - self._began
+
+    def _read(self) -> list[dict[str, Any]]:
+        path = self._run.directory / f"{ROUNDS}.jsonl"
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        rows = [parse_json(line, f"{path}:{number}: damaged", constants=True) for number, line in enumerate(lines, 1)]
+        if [row.get("round") for row in rows] != [*range(len(rows))]:
+            raise UserError("damaged: its rounds are not in order", at=str(path), hint="delete it")
+        return rows
+
+    def _write(self) -> None:
+        if jax.process_index() != 0:
+            return
+        write_atomically(self._run.directory / f"{ROUNDS}.jsonl", "".join(f"{json.dumps(r)}\n" for r in self._rows))
+        write_atomically(self._run.directory / "ROUNDS.md", self._page())
+
+    def _page(self) -> str:
+        names = [name for name in COLUMNS if any(_known(row.get(name)) for row in self._rows)]
+        lines = ["# Rounds", "", _ABOUT, "", f"| {' | '.join(COLUMNS[name][0] for name in names)} |"]
+        lines.append(f"|{'|'.join('---' if name == 'by' else '---:' for name in names)}|")
+        lines += [f"| {' | '.join(_cell(row, name) for name in names)} |" for row in self._rows]
+        failed: dict[str, int] = {}
+        for row in self._rows:
+            for name, count in row.get("unscorable", {}).items():
+                failed[name] = failed.get(name, 0) + count
+        if failed:
+            lines += ["", "Unscorable: " + ", ".join(f"{_quoted(name)} {count:,}" for name, count in failed.items())]
+        return "\n".join([*lines, *self._answers(), ""])
+
+    def _answers(self) -> list[str]:
+        """Of some problems of the last round the best, the worst and the middle one of its answers."""
+        if self._last is None:
+            return []
+        samples = self._last
+        lines = [
+            "",
+            "## Answers of the last round",
+            "",
+            "| problem | | answer | reward | right |",
+            "|---|---|---|---:|---:|",
+        ]
+        groups = zip(*(samples.grouped(values) for values in (samples.texts, samples.rewards_N, samples.right_N)))
+        for number, (texts, rewards_G, right_G) in zip(samples.numbers_P[:_SHOWN], groups):
+            order = np.argsort(np.where(np.isfinite(rewards_G), rewards_G, -np.inf), kind="stable")
+            for name, place in (("best", order[-1]), ("middle", order[len(order) // 2]), ("worst", order[0])):
+                shown = f"{_quoted(self._task.train[number].prompt)} | {name} | {_quoted(texts[place])}"
+                lines.append(f"| {shown} | {rewards_G[place]:.3g} | {right_G[place]:.3g} |")
+        return lines
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        shown = [
+            f"{COLUMNS[name][0]} {_cell(row, name)}" for name in COLUMNS if name != "round" and _known(row.get(name))
+        ]
+        return f"round {row['round']}: {', '.join(shown)}"
+
+
+def _known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    return COLUMNS[name][1].format(row[name]) if _known(row.get(name)) else ""
+
+
+def _quoted(text: str) -> str:
+    """A text that nobody vouches for, as code in a cell of a table."""
+    short = escaped(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...").replace("|", "\\|")
+    ticks = backticks(short, least=1)
+    return f"{ticks} {short or ' '} {ticks}"
