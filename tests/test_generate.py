@@ -156,7 +156,7 @@ def test_a_text_by_turns_is_what_generate_draws_of_each_with_two_programs(params
     assert compiled() == []
     assert list(itertools.islice(session(turns[0], max_tokens=50), 3)) == replies[0][:3]
     next(iter(session(other, max_tokens=6)))  # broken off, here and above
-    session._state[0].k_LBTKH.delete()  # as what is broken off inside of a step leaves it
+    session._state[0].k_LBKTH.delete()  # as what is broken off inside of a step leaves it
     again = list(session(turns[0], max_tokens=6, eos_ids=replies[0][2:3]))
     assert again == replies[0][:3]
     assert list(session(turns[1], max_tokens=6)) == replies[1]

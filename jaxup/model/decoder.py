@@ -35,8 +35,8 @@ Params = dict[str, Any]  # nested dict of arrays: the pure form of a Decoder's n
 class KVCache(NamedTuple):
     """Keys and values of the tokens decoded so far, for all layers."""
 
-    k_LBTKH: Array
-    v_LBTKH: Array
+    k_LBKTH: Array
+    v_LBKTH: Array
     length: Array  # int32: how many positions are filled, of all rows as a scalar or of each [B]
 
     @classmethod
@@ -44,7 +44,7 @@ class KVCache(NamedTuple):
         cls, config: ModelConfig, batch: int, length: int, dtype: DTypeLike, *, layers: int | None = None
     ) -> KVCache:
         """For `layers` runs of a layer: as many as an order has, by default as the model has."""
-        shape = (layers or config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        shape = (layers or config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
 
 
@@ -169,7 +169,7 @@ class Decoder(nnx.Module):
         beyond its length is not seen, whatever lies there. Tokens and runs for which the cache has no room are an
         error; their output is NaN under `jit`, where it is not known how full the cache is.
         """
-        layers, _, room = cache.k_LBTKH.shape[:3]
+        layers, _, _, room, _ = cache.k_LBKTH.shape
         runs = self.config.num_layers if order is None else (jnp.asarray(order) >= 0).sum()  # -1 needs no place
         new, fits = tokens_BS.shape[1], (runs <= layers) & (cache.length + tokens_BS.shape[1] <= room)
         filled = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length.max())
@@ -303,7 +303,7 @@ class Decoder(nnx.Module):
             # Only where no loop is left could XLA take the first computation's values for the second's.
             step = jax.checkpoint(step, policy=policy, prevent_cse=unroll == length)
         # Carried, not scanned over: XLA writes to a carry in place, where each step would copy the cache.
-        kv = None if cache is None else (cache.k_LBTKH, cache.v_LBTKH)
+        kv = None if cache is None else (cache.k_LBKTH, cache.v_LBKTH)
         return jax.lax.scan(step, (x_BSD, kv), runs, unroll=unroll)[0]
 
 

@@ -69,19 +69,19 @@ def programs(
         batch, length = tokens_PS.shape
         cache = KVCache.empty(config, batch, length, jnp.dtype(dtype), layers=layers)
         _, cache = nnx.merge(graphdef, params).decode_block(tokens_PS, cache, order=order, together=False)
-        return cache.k_LBTKH, cache.v_LBTKH
+        return cache.k_LBKTH, cache.v_LBKTH
 
-    def place(state, k_LPSKH, v_LPSKH, *, rows_R, sources_R, tokens_R, keys_RK, lengths_R, left_R, ends_R):
+    def place(state, k_LPKSH, v_LPKSH, *, rows_R, sources_R, tokens_R, keys_RK, lengths_R, left_R, ends_R):
         def put(old, new):
             return old.at[rows_R].set(new, mode="drop")
 
-        def copied(cache_LBTKH, x_LPSKH):
+        def copied(cache_LBKTH, x_LPKSH):
             # All of a row: no number that is not finite may be left in it, as 0 times it is none either.
-            fill = ((0, 0), (0, 0), (0, cache_LBTKH.shape[2] - x_LPSKH.shape[2]), (0, 0), (0, 0))
-            return cache_LBTKH.at[:, rows_R].set(jnp.pad(x_LPSKH[:, sources_R], fill), mode="drop")
+            fill = ((0, 0), (0, 0), (0, 0), (0, cache_LBKTH.shape[3] - x_LPKSH.shape[3]), (0, 0))
+            return cache_LBKTH.at[:, rows_R].set(jnp.pad(x_LPKSH[:, sources_R], fill), mode="drop")
 
         k, v, length_B = state.cache
-        cache = KVCache(copied(k, k_LPSKH), copied(v, v_LPSKH), put(length_B, lengths_R))
+        cache = KVCache(copied(k, k_LPKSH), copied(v, v_LPKSH), put(length_B, lengths_R))
         return Rows(cache, *map(put, state[1:], (tokens_R, keys(keys_RK), left_R, ends_R)))
 
     def decode(params, *, state, ends_EV, alive_B, least, order, most):
@@ -121,8 +121,8 @@ def programs(
         heads = splits("kv_heads", config.num_kv_heads, where.mesh) or None
         over = tuple(axis for axis in ("data", "fsdp") if axis in where.mesh.shape)
         over = () if slots % math.prod(where.mesh.shape[axis] for axis in over) else over
-        stored = NamedSharding(where.mesh, PartitionSpec(None, None, None, heads))
-        rows = NamedSharding(where.mesh, PartitionSpec(None, over or None, None, heads))
+        stored = NamedSharding(where.mesh, PartitionSpec(None, None, heads))
+        rows = NamedSharding(where.mesh, PartitionSpec(None, over or None, heads))
     states: Any = Rows(*[where] * 5)._replace(cache=KVCache(rows, rows, where))  # type: ignore[arg-type]
     return Programs(
         jax.jit(empty, static_argnames=("room", "layers"), out_shardings=states),

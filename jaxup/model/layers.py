@@ -167,7 +167,7 @@ class Attention(nnx.Module):
         v = self.v_proj(x_BSD)
         if cache is not None:
             cache = tuple(_written(c, y.astype(c.dtype), layer, start) for c, y in zip(cache, (k, v), strict=True))
-            k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
+            k, v = (jnp.swapaxes(jax.lax.dynamic_index_in_dim(c, layer, keepdims=False), 1, 2) for c in cache)
 
         def attend(window: int | None, q: Array, k: Array, v: Array) -> Array:
             return attention(
@@ -202,17 +202,17 @@ class Attention(nnx.Module):
 
 
 def _written(
-    cache_LBTKH: Float[Array, "layers batch room heads head_dim"],
+    cache_LBKTH: Float[Array, "layers batch heads room head_dim"],
     y_BSKH: Float[Array, "batch seq heads head_dim"],
     layer: Any,
     start: Int[Array, ""] | Int[Array, " batch"],
-) -> Float[Array, "layers batch room heads head_dim"]:
+) -> Float[Array, "layers batch heads room head_dim"]:
     """The cache with these from slot `start` on, of all rows or of each; what has no room is not written."""
     if start.ndim == 0:
-        return jax.lax.dynamic_update_slice(cache_LBTKH, y_BSKH[None], (layer, 0, start, 0, 0))
+        return jax.lax.dynamic_update_slice(cache_LBKTH, jnp.swapaxes(y_BSKH, 1, 2)[None], (layer, 0, 0, start, 0))
     slot_BS = start[:, None] + jnp.arange(y_BSKH.shape[1])[None]
     row_B1 = jnp.arange(len(start))[:, None]
-    return cache_LBTKH.at[layer, row_B1, slot_BS].set(y_BSKH, mode="drop", unique_indices=True)
+    return cache_LBKTH.at[layer, row_B1, :, slot_BS].set(y_BSKH, mode="drop", unique_indices=True)
 
 
 ACTIVATIONS = {

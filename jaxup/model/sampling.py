@@ -308,7 +308,7 @@ class Session:
         if not 0 < len(ids) <= self._context - max_tokens:
             raise UserError(f"{len(ids)} tokens and {max_tokens} new ones, and the context holds {self._context}")
         _check_tokens([ids], self._config)
-        if self._state is None or self._state[0].k_LBTKH.is_deleted():  # or a step was broken off
+        if self._state is None or self._state[0].k_LBKTH.is_deleted():  # or a step was broken off
             self._fed, self._state = [], self._empty()
         pairs = enumerate(zip(self._fed, ids[:-1]))
         same = next((i for i, (old, new) in pairs if old != new), min(len(self._fed), len(ids) - 1))
