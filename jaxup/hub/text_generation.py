@@ -88,7 +88,7 @@ class Writing:
         self._texts = [Detokenizer(tokenizer, row if isinstance(p, str) else []) for row, p in zip(ids, prompts)]
         self._steps = sampling.generate(
             model.config, model.params, ids, order=order, eos_ids=tuple(eos_ids),
-            vocab_size=_vocab_size(model, tokenizer), dtype=model.compute.dtype, **options,
+            vocab_size=drawable(model, tokenizer), dtype=model.compute.dtype, **options,
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -138,7 +138,7 @@ class Chat:
         self._max_tokens = options.pop("max_tokens")
         self._session = sampling.Session(
             model.config, model.params, context=self.context,
-            vocab_size=_vocab_size(model, tokenizer), dtype=model.compute.dtype, **options,
+            vocab_size=drawable(model, tokenizer), dtype=model.compute.dtype, **options,
         )  # fmt: skip
 
     def reply(self, text: str) -> Generator[str, None, None]:
@@ -193,7 +193,7 @@ def check_options(options: Mapping[str, Any], spelt: Callable[[str], str] = "gen
             raise UserError(f"{spelt(name)} goes with a temperature above 0: nothing is drawn at 0")
 
 
-def _vocab_size(model: Decoder, tokenizer: PreTrainedTokenizerBase) -> int:
+def drawable(model: Decoder, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that may be drawn: a table may be padded beyond its tokenizer."""
     return min(max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size)
 

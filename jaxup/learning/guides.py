@@ -25,22 +25,24 @@ class Guide:
       among: what it says of an answer depends on the other answers: it is asked again when all are there, and a value
         of 1 is not the best that there can be.
       samples: it draws text of its own.
+      verifies: it asks the task what is right.
     """
 
     name: str
     value: Callable[[Search, Sequence[Node]], Talk[list[float]]]
     among: bool = False
     samples: bool = False
+    verifies: bool = False
 
 
-def _at_once(name: str, value: Callable[[Search, Node], float]) -> Guide:
+def _at_once(name: str, value: Callable[[Search, Node], float], *, verifies: bool = True) -> Guide:
     """One that asks nobody, and says of each node by itself."""
 
     def values(search: Search, nodes: Sequence[Node]) -> Talk[list[float]]:
         return [value(search, node) for node in nodes]
         yield  # what makes it a generator
 
-    return Guide(name, values)
+    return Guide(name, values, verifies=verifies)
 
 
 def verdict(task: Task, problem: Problem, text: str) -> float:
@@ -148,7 +150,7 @@ def _rollouts(name: str, k: float) -> Guide:
 
         return [share(node) for node in nodes]
 
-    return Guide(name, values, samples=True)
+    return Guide(name, values, samples=True, verifies=True)
 
 
 def learned(name: str, score: Callable[[Sequence[tuple[int, ...]]], Sequence[float]]) -> Guide:
@@ -168,7 +170,7 @@ def learned(name: str, score: Callable[[Sequence[tuple[int, ...]]], Sequence[flo
 _GUIDES: dict[str, tuple[Callable[..., Guide], int, int]] = {  # and how many numbers it has, at least and at most
     "verifier": (lambda name: _at_once(name, _verified), 0, 0),
     "noisy": (_noisy, 2, 2),
-    "logp": (lambda name: _at_once(name, _likely), 0, 0),
+    "logp": (lambda name: _at_once(name, _likely, verifies=False), 0, 0),
     "consistency": (_consistency, 0, 0),
     "rollouts": (_rollouts, 1, 1),
     "length": (_length, 1, 3),

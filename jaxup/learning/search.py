@@ -240,6 +240,18 @@ def open_method(spec: str, *, revision: str = REVISION) -> Method:
     return Method(spec, lambda search, guide: function(search, guide, *numbers), steps, guided, votes)
 
 
+def check(task: Task, method: Method, guide: Guide | None, budget: int, max_tokens: int) -> None:
+    """UserError for what `run` cannot do, before there is a model."""
+    if max_tokens < 1:
+        raise UserError(f"an answer of {max_tokens} tokens", hint="at least 1")
+    if budget < max_tokens:
+        raise UserError(f"a budget of {budget} tokens is smaller than one answer of up to {max_tokens}")
+    if method.steps and not task.step:
+        raise UserError("it goes over steps, and an answer to this task is one step", at=f"search {method.name}")
+    if method.guided and guide is None:
+        raise UserError("it needs a guide", at=f"search {method.name}")
+
+
 def run(
     writer: Writer, task: Task, problems: Sequence[Problem], method: Method, guide: Guide | None, *, budget: int,
     max_tokens: int, seed: int, told: Callable[[int], None] = lambda done: None,
@@ -254,16 +266,9 @@ def run(
       told: hears how many problems are done.
 
     Raises:
-      UserError: a budget smaller than one answer, steps of answers that have none, a guide that is missing.
+      UserError: as `check`: a budget smaller than one answer, steps of answers that have none, a guide that is missing.
     """
-    if max_tokens < 1:
-        raise UserError(f"an answer of {max_tokens} tokens", hint="at least 1")
-    if budget < max_tokens:
-        raise UserError(f"a budget of {budget} tokens is smaller than one answer of up to {max_tokens}")
-    if method.steps and not task.step:
-        raise UserError("it goes over steps, and an answer to this task is one step", at=f"search {method.name}")
-    if method.guided and guide is None:
-        raise UserError("it needs a guide", at=f"search {method.name}")
+    check(task, method, guide, budget, max_tokens)
     searches = [Search(task, problem, writer, Budget(budget), max_tokens, seed) for problem in problems]
     return drive(writer, [_whole(search, method, guide) for search in searches], told)
 
