@@ -24,10 +24,10 @@ from jaxup.experiments import answered, learned
 from jaxup.experiments.on_base import OnBase
 from jaxup.hub.text_generation import encode
 from jaxup.learning.data import Rows, TaskData, no_task_data, solved, task_data
+from jaxup.learning.guides import open_guide
 from jaxup.learning.objective import VALUE, head, objective
 from jaxup.learning.policy import Policy
 from jaxup.learning.rewards import open_reward
-from jaxup.learning.guides import open_guide
 from jaxup.learning.rounds import template
 from jaxup.learning.search import open_method
 from jaxup.learning.tasks import open_task, tokenizer_for

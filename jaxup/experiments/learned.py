@@ -16,9 +16,9 @@ from jaxup.errors import UserError
 from jaxup.learning.data import From, Rows, TaskData
 from jaxup.learning.problem import Task
 from jaxup.learning.rewards import Reward
-from jaxup.learning.rounds import REFERENCE, VALUES, Samples, described, fitted, problems_of, sample, searched
+from jaxup.learning.rounds import REFERENCE, VALUES, Samples, described, fitted, problems_of, sample, searched, template
 from jaxup.learning.scoring import score
-from jaxup.learning.weights import Method
+from jaxup.learning.weights import METHODS, Method
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.progress import tell
@@ -69,6 +69,8 @@ class Learning:
         self._rows: list[dict[str, Any]] = told(self._read, "read the rounds")
         self._began = math.nan
         self._last: Samples | None = None
+        plain = {name: data.train.fields[name] for name in ("tokens", "targets", "loss_weights")}
+        self._solutions = Rows(template(METHODS["sft"], plain))
 
     def __call__(self, step: int, params: Params) -> Batches:
         run = self._run
@@ -78,7 +80,7 @@ class Learning:
         before, known = self._rows[:number], self._rows[number:]
         if clones:
             row: dict[str, Any] = known[0] if within and known else {"by": "cloning", **self._tested(number, params)}
-            rows, first = self._data.train, 0
+            rows, first = self._solutions, 0
         else:
             samples = self._samples(number, params, whole=not within)
             prompts = self._prompts_of(samples)
