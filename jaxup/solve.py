@@ -192,7 +192,7 @@ def _longer(opened: Opened, problems: Sequence[Problem], max_tokens: int, args: 
 
     template = REVISION if args.template is None else args.template
     texts = [
-        encode(opened.tokenizer, revised(template, problem, "", value)) for problem in problems for value in (0, 1)
+        encode(opened.tokenizer, revised(template, problem, "", value)) for problem in problems for value in (0.0, 1.0)
     ]
     if any(opened.tokenizer.unk_token_id in ids for ids in texts):
         say(f"{args.model}: its tokenizer does not know all characters of the template; --template is another")

@@ -81,9 +81,9 @@ def drawn(found: Curves, title: str) -> Figure:
     palette = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
     for number, (name, band) in enumerate(found.bands.items()):
         color, marker = palette[number % len(palette)], "osD^vP"[number // len(palette) % 6]
-        first = number == 0  # what bounds the others lies above them, in dashes, as it may be the same
-        line = {"linestyle": (0, (4, 2)), "zorder": 3} if first else {}
-        axes.plot(found.sizes, 100 * band.mean, color=color, marker=marker, markersize=4, label=escaped(name), **line)
+        (line,) = axes.plot(found.sizes, 100 * band.mean, color=color, marker=marker, markersize=4, label=escaped(name))
+        if number == 0:  # what bounds the others lies above them, in dashes, as it may be the same
+            line.set(linestyle=(0, (4, 2)), zorder=3)
         axes.fill_between(found.sizes, 100 * band.low, 100 * band.high, color=color, alpha=0.07, linewidth=0)
         for edge in (band.low, band.high):
             axes.plot(found.sizes, 100 * edge, color=color, linewidth=0.5, alpha=0.5)
