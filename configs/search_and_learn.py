@@ -61,7 +61,7 @@ DEPTHS = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    v = variants(arg, size=("quick", "one", "search", "depth", "smoke", "paper"), seed=0)
+    v = variants(arg, size=("quick", "one", "search", "depth", "verifier", "smoke", "paper"), seed=0)
     if v["size"] == "paper":
         return _paper(v["seed"])
     smoke = v["size"] == "smoke"
@@ -88,6 +88,9 @@ def get_config(arg: str = "") -> ConfigDict:
     if v["size"] == "search":
         c.learn.update(task="countdown:3:steps", method="reject", search="beam", budget=512, compare=True)
         c.learn.final_problems = 100
+    if v["size"] == "verifier":
+        c.learn.update(method="verdict", problems=64, updates=4, final_problems=100)
+        c.optimizer.learning_rate = 1e-3
     if v["size"] == "depth":
         c.learn.clone_rounds = 20
         c.steps = STEPS + 20 * UPDATES

@@ -61,7 +61,11 @@ def main(argv: list[str]) -> None:
     out = None if args.out is None else Path(args.out)
     there = {} if out is None else samples.kept(out, settings)
 
-    policy = open_policy(open_model(args), how, task.test, args)
+    opened = open_model(args)
+    for guide in guides:
+        with within("--guide"):
+            guide.check(opened.tokenizer)
+    policy = open_policy(opened, how, task.test, args)
     searches = samples.searches(task, task.test, policy, args.n, how["max_tokens"], how["seed"], there)
     if missing := sum(args.n - len(search.finished) for search in searches):
         if there:

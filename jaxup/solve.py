@@ -2,7 +2,8 @@
 
 MODEL is as for `jaxup.generate`. The problems are those that the task tests with; or one of your own, with --prompt.
 Each has a budget of generated tokens, whatever they are for. SEARCH is best_of, vote, majority, greedy, beam, dvts,
-mcts or revise, and GUIDE verifier, noisy:TPR:FPR, logp, consistency, rollouts:K, steps or length:WEIGHT.
+mcts or revise, and GUIDE verifier, noisy:TPR:FPR, logp, consistency, rollouts:K, steps,
+length:WEIGHT or learned:RUN, which is a verifier that the run trained.
 """
 
 from __future__ import annotations
@@ -147,6 +148,8 @@ def main(argv: list[str]) -> None:
         check(task, method, guide, args.budget, limit)
 
     opened = open_model(args)
+    with within("--guide"):
+        guide.check(opened.tokenizer)
     how = drawing(args, opened.run, DEFAULTS, own=())
     policy = open_policy(opened, how, problems, args, _longer(opened, problems, limit, args) if revises else 0)
     began = time.monotonic()

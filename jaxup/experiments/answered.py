@@ -24,7 +24,7 @@ from jaxup.learning.problem import Task
 from jaxup.learning.rewards import open_reward
 from jaxup.learning.rounds import LOGP, Samples, described, sample
 from jaxup.learning.search import open_method, run
-from jaxup.learning.statistics import Band, best_of, bootstrap, pass_at_k, vote
+from jaxup.learning.statistics import Band, auc, best_of, bootstrap, pass_at_k, vote
 from jaxup.model.decoder import Params
 from jaxup.text import write_atomically
 from jaxup.together import told
@@ -41,9 +41,9 @@ BUDGETS = (4, 8, 16)  # of searches that are compared: times the longest answer
 _COLORS = {BEFORE: SKY, AFTER: RED}
 # Guides of best-of-N: in words, and as they are drawn.
 GUIDES = {
-    "perfect": ("the verifier", BLUE), "noisy": (f"a verifier with TPR {TPR:g} and FPR {FPR:g}", GREEN),
+    "perfect": ("the task's verifier", BLUE), "noisy": (f"a verifier with TPR {TPR:g} and FPR {FPR:g}", GREEN),
     "length": ("the same, which likes long answers", RED), "logp": ("the mean log-probability", PURPLE),
-    "majority": ("the majority", ORANGE),
+    "majority": ("the majority", ORANGE), "learned": ("the learned verifier", SKY),
 }  # fmt: skip
 
 
@@ -56,25 +56,41 @@ class Answers(NamedTuple):
     chosen: dict[str, np.ndarray]  # [P, sizes]: how right the best of so many is, by the name of a guide
 
 
+class Judged(NamedTuple):
+    """How well a verifier tells right answers from others; NaN where there are none of a kind."""
+
+    auc: float  # of all answers to all problems
+    auc_within: float  # the mean of that of each problem, which is what the best of N is chosen by
+    accuracy: float  # on which side of 1/2 it is
+    brier: float  # the mean squared error; saying to each the share of right ones, p, it is p * (1 - p)
+    right: float  # that share
+
+
 class Measured(NamedTuple):
-    answers: dict[str, Answers]  # before and after; none where nothing was asked for
+    answers: dict[str, Answers]  # before and after; none where nothing was asked for. With a verifier before alone
     compared: dict[
         str, tuple[int, Band, float]
     ]  # of searches by name: budget, how right what they find is, tokens used
+    judged: Judged | None = None
 
 
 def measured(
     run_: Run, task: Task, settings: Any, policy: Callable[[Params], Any], params: Params, before: Callable[[], Params],
-    *, max_tokens: int,
+    *, max_tokens: int, judge: Callable[[Samples], np.ndarray] | None,
 ) -> Measured:  # fmt: skip
-    """Asks both models the test problems, and keeps and draws what comes of it."""
+    """Asks both models the test problems, and keeps and draws what comes of it.
+
+    `judge`: what a verifier, which the model became, says of each answer: only the model before is asked.
+    """
     if not settings.final_samples:
         keep_tasks(run_, {})
         return Measured({}, {})
     problems = task.test[: settings.final_problems or None]
     reward, answers = open_reward("outcome", task), {}
     compared: dict[str, tuple[int, Band, float]] = {}
-    for name, of in ((BEFORE, before), (AFTER, lambda: params)):
+    judged: Judged | None = None
+    models = ((BEFORE, before), (AFTER, lambda: params))
+    for name, of in models if judge is None else models[:1]:
         path = run_.directory / ROUNDS / f"{name}.npz"
         there = told(path.exists, "look for answers")
         writer = None if there and not settings.compare else policy(of())
@@ -87,14 +103,16 @@ def measured(
             )  # fmt: skip
             if jax.process_index() == 0:
                 samples.save(path)
-        answers[name] = answered(task, samples, max_tokens)
+        said_PN = None if judge is None else samples.grouped(judge(samples))
+        answers[name] = answered(task, samples, max_tokens, said_PN)
+        judged = None if said_PN is None else judged_by(said_PN, samples.grouped(samples.right_N))
         if settings.compare:
             for method in ("best_of", "beam"):
                 for times in BUDGETS:
                     budget, seed = times * max_tokens, run_.settings.seed
                     of_search = searched_by(task, problems, writer, method, budget, max_tokens, seed)
                     compared[f"{method} {times} {name}"] = budget, *of_search
-    found = Measured(answers, compared)
+    found = Measured(answers, compared, judged)
     keep_tasks(run_, _tasks(found))
     if jax.process_index() == 0:
         rights = {name: one.samples.grouped(one.samples.right_N) for name, one in answers.items()}
@@ -105,8 +123,20 @@ def measured(
     return found
 
 
-def answered(task: Task, samples: Samples, max_tokens: int) -> Answers:
-    """What is said of the answers by their number; what cannot be verified is wrong."""
+def judged_by(said_PN: np.ndarray, right_PN: np.ndarray) -> Judged:
+    """What cannot be verified does not count."""
+    known_PN, right_PN = np.isfinite(right_PN), right_PN >= 1
+    each = [auc(said[known], right[known]) for said, right, known in zip(said_PN, right_PN, known_PN)]
+    said_N, right_N = said_PN[known_PN], right_PN[known_PN]
+    mean = lambda values: float(np.mean(values)) if len(values) else math.nan  # noqa: E731
+    return Judged(
+        auc(said_N, right_N), mean([one for one in each if math.isfinite(one)]), mean((said_N > 0.5) == right_N),
+        mean((said_N - right_N) ** 2), mean(right_N),
+    )  # fmt: skip
+
+
+def answered(task: Task, samples: Samples, max_tokens: int, said_PN: np.ndarray | None) -> Answers:
+    """What is said of the answers by their number; what cannot be verified is wrong. `said_PN`: by a verifier."""
     right_PN = np.nan_to_num(samples.grouped(samples.right_N))
     problems = [task.test[number] for number in samples.numbers_P]
     texts, count = samples.grouped(samples.texts), samples.count
@@ -118,6 +148,7 @@ def answered(task: Task, samples: Samples, max_tokens: int) -> Answers:
         "perfect": right_PN, "noisy": noisy, "length": noisy + LENGTH * lengths,
         "logp": samples.grouped(np.array([float(np.mean(logp)) for logp in samples.known[LOGP]])),
     }  # fmt: skip
+    scores |= {} if said_PN is None else {"learned": said_PN}
     chosen = {
         name: np.stack([best_of(of, right_PN, int(size)) for size in sizes], axis=1) for name, of in scores.items()
     }
@@ -148,14 +179,17 @@ def _band(values_PK: np.ndarray) -> Band:
 
 def _tasks(found: Measured) -> dict[str, float]:
     tasks: dict[str, float] = {}
-    for name, end in ((AFTER, ""), (BEFORE, f"_{BEFORE}")):
-        of = found.answers[name]
+    for name, of in found.answers.items():
+        end = "" if name == AFTER else f"_{name}"
         tasks |= {f"pass_{k}{end}": float(of.passed[:, at].mean()) for at, k in enumerate(of.sizes) if k in SIZES}
-    after = found.answers[AFTER]
-    about = described(after.samples)
+    last = found.answers[AFTER if AFTER in found.answers else BEFORE]
+    about = described(last.samples)
     tasks |= {key: about[key] for key in ("length", "ended", "unique", "entropy")}
-    guided = {name: values for name, values in after.chosen.items() if name != "perfect"}  # which is pass@N
-    tasks |= {f"best_of_{after.sizes[-1]}_{name}": float(values[:, -1].mean()) for name, values in guided.items()}
+    guided = {name: values for name, values in last.chosen.items() if name != "perfect"}  # which is pass@N
+    tasks |= {f"best_of_{last.sizes[-1]}_{name}": float(values[:, -1].mean()) for name, values in guided.items()}
+    if found.judged is not None:
+        tasks |= {f"verifier_{name}": value for name, value in found.judged._asdict().items() if name != "right"}
+        tasks |= {f"best_of_{k}_learned": float(v) for k, v in zip(last.sizes, guided["learned"].mean(0)) if k in SIZES}
     return tasks | {name.replace(" ", "_"): float(band.mean[0]) for name, (_, band, _) in found.compared.items()}
 
 
@@ -168,7 +202,8 @@ def table(found: Measured) -> list[str]:
     lines = ["", f"| test problems answered | {' | '.join(f'pass@{sizes[at]}' for at in shown)} |"]
     lines.append(f"|---|{'---:|' * len(shown)}")
     bands = {name: _band(of.passed) for name, of in found.answers.items()}
-    bands["difference"] = _band(found.answers[AFTER].passed - found.answers[BEFORE].passed)
+    if AFTER in found.answers:
+        bands["difference"] = _band(found.answers[AFTER].passed - found.answers[BEFORE].passed)
     lines += [f"| {name} | {' | '.join(_told(band, at, name) for at in shown)} |" for name, band in bands.items()]
     lines += ["", f"| best of N, chosen by | {' | '.join(f'N={sizes[at]}' for at in shown)} |"]
     lines.append(f"|---|{'---:|' * len(shown)}")
@@ -176,6 +211,11 @@ def table(found: Measured) -> list[str]:
         for guide, values in of.chosen.items():
             cells = " | ".join(_told(_band(values), at) for at in shown)
             lines.append(f"| {GUIDES[guide][0]}, {name} | {cells} |")
+    if found.judged is not None:
+        j, of = found.judged, found.answers[BEFORE]
+        lines += ["", f"The verifier, of {len(of.samples.texts):,} answers of which {j.right:.1%} are right: AUC "
+                  f"{j.auc:.3f}, within a problem {j.auc_within:.3f}; accuracy {j.accuracy:.1%}; "
+                  f"Brier score {j.brier:.4f}, and {j.right * (1 - j.right):.4f} by that share alone."]  # fmt: skip
     if found.compared:
         lines += ["", "| search, with values of 4 rollouts | tokens a problem | right |", "|---|---:|---:|"]
         for name, (budget, band, tokens) in found.compared.items():
@@ -195,7 +235,14 @@ def said(results: Sequence[Result], found: Measured, method: str) -> str:
     before, after = by_kind["before"], by_kind["learned"]
     text = f"In {after.steps:,} steps of {method} the loss of solutions went from {before.val_loss:.4f} to "
     text += f"{after.val_loss:.4f}"
-    if found.answers:
+    if found.judged is not None:
+        by, sizes = found.answers[BEFORE].chosen, found.answers[BEFORE].sizes
+        learned, perfect = by["learned"].mean(0), by["perfect"].mean(0)
+        best = int(np.argmax(learned))
+        text = f"After {after.steps:,} steps of {method} the AUC on answers to test problems is {found.judged.auc:.3f}"
+        text += f"; of the best of N by it most are right, {learned[best]:.1%}, for N={sizes[best]}, and "
+        text += f"{learned[-1]:.1%} for N={sizes[-1]}; by the task's verifier {perfect[best]:.1%} and {perfect[-1]:.1%}"
+    elif found.answers:
         sizes = found.answers[AFTER].sizes
         bands = [(name, _band(found.answers[name].passed)) for name in (BEFORE, AFTER)]
         for at in (0, len(sizes) - 1):
@@ -240,29 +287,25 @@ def best(found: Measured) -> Figure:
 
 def rounds(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """What was reported of the rounds."""
-    names = {"reward": "reward", "right": "right, training", "test": "pass@1, test", "kl": "KL to start, nats a token",
-             "entropy": "entropy, nats a token", "length": "length, tokens"}  # fmt: skip
-    figure, (first, *others) = _figure(4, wide=2)
-    colors = {"reward": GREEN, "right": BLUE, "test": RED, "kl": PURPLE, "entropy": ORANGE, "length": BLUE}
-    places = {
-        "reward": first,
-        "right": first,
-        "test": first,
-        "kl": others[0],
-        "entropy": others[1],
-        "length": others[2],
-    }
+    first = {"reward": ("reward", GREEN), "right": ("right, training", BLUE), "test": ("pass@1, test", RED)}
     if all(row.get("reward") == row.get("right") for row in rows):
-        del places["reward"]
-    for name, axes in places.items():
-        points = [(row["round"], row[name]) for row in rows if _finite(row.get(name))]
-        if points:
-            axes.plot(*zip(*points), color=colors[name], label=names[name], marker="." if len(points) < 30 else "")
-        axes.set(xlabel="round")
-        if axes is not first:
-            axes.set_ylabel(names[name])
-    if first.lines:
-        first.legend(frameon=False, fontsize=8)
+        del first["reward"]
+    judges = any("auc" in row for row in rows)
+    panels = {
+        "": first,
+        "AUC of the verifier": {"auc": ("training", BLUE), "test_auc": ("test", RED)} if judges else {},
+        "KL to start, nats a token": {} if judges else {"kl": ("", PURPLE)},
+        "entropy, nats a token": {"entropy": ("", ORANGE)}, "length, tokens": {"length": ("", BLUE)},
+    }  # fmt: skip
+    figure, all_axes = _figure(4, wide=2)
+    for axes, (label, curves) in zip(all_axes, filter(lambda panel: panel[1], panels.items()), strict=True):
+        for name, (said, color) in curves.items():
+            points = [(row["round"], row[name]) for row in rows if _finite(row.get(name))]
+            if points:
+                axes.plot(*zip(*points), color=color, label=said, marker="." if len(points) < 30 else "")
+        axes.set(xlabel="round", ylabel=label)
+        if len(curves) > 1 and axes.lines:
+            axes.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -72,10 +72,12 @@ READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "inherit: data.format": {"data.layout": True},  # of these kinds alone: a healing detects its layouts
     "pretrain: data.format": {"data.layout": True},
     "pretrain.data.format": {"pretrain.data.layout": True},
-    "learn.samples": {"learn.method": _SAMPLED},
-    "learn.problems": {"learn.method": _SAMPLED},
-    "learn.reward": {"learn.method": _SAMPLED},
+    "learn.samples": {"learn.method": (*_SAMPLED, "verdict")},
+    "learn.problems": {"learn.method": (*_SAMPLED, "verdict")},
+    "learn.reward": {"learn.method": (*_SAMPLED, "verdict")},
     "learn.clone_rounds": {"learn.method": _SAMPLED},
+    "learn.options": {"learn.method": ("sft", *_SAMPLED)},
+    "learn.labels": {"learn.method": ("verdict",)},
     "learn.search": {"learn.method": ("reject", "dpo")},
     "learn.guide": {"learn.search": True},
     "learn.budget": {"learn.search": True},
@@ -472,10 +474,14 @@ def _learn(c: ConfigDict) -> None:
     c.learn.seed = 2357  # of the problems; -1 = the run's
     c.learn.chat = False  # a prompt is a turn of a user, by the tokenizer's chat template
     # How samples are made weights: sft (solutions are cloned, nothing is sampled) | reject (expert iteration) |
-    # reinforce | rloo | grpo | drgrpo | ppo | dpo; and what of the method is another: "beta=0.1,clip_high=0.28".
+    # reinforce | rloo | grpo | drgrpo | ppo | dpo; and what of the method is another: "beta=0.1,clip_high=0.28". Or
+    # verdict: a head learns to tell right answers of the model at the beginning from wrong ones.
     c.learn.method = "grpo"
     c.learn.options = ""
     c.learn.reward = "outcome"  # outcome, process, format, length:-0.01, random, noisy:TPR:FPR; "outcome+0.2*format"
+    # verdict: what is to be said, by the reward: outcome = of a whole answer; rollouts:K = also after each step the
+    # mean of K answers that go on from there.
+    c.learn.labels = "outcome"
     c.learn.clone_rounds = 0  # rounds before the others in which the solutions are cloned
     c.learn.updates = 1  # steps of a round: each has new samples
     c.learn.problems = 32  # of a round

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from jaxup.data.chat_formats import end_ids
 from jaxup.data.store import default_path
@@ -25,12 +26,13 @@ from jaxup.experiments.on_base import OnBase
 from jaxup.hub.text_generation import encode
 from jaxup.learning.data import Rows, TaskData, no_task_data, solved, task_data
 from jaxup.learning.guides import open_guide
-from jaxup.learning.objective import VALUE, head, objective
+from jaxup.learning.objective import VALUE, VERDICT, head, objective
 from jaxup.learning.policy import Policy
 from jaxup.learning.rewards import open_reward
-from jaxup.learning.rounds import template
+from jaxup.learning.rounds import Samples, template
 from jaxup.learning.search import open_method
 from jaxup.learning.tasks import open_task, tokenizer_for
+from jaxup.learning.verifier import Verifier, left_out, rollouts_of
 from jaxup.learning.weights import METHODS, Method
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params, init
@@ -83,12 +85,15 @@ class Learn(OnBase):
         if not 0 < learn.top_p <= 1:
             raise UserError("must be above 0, and at most 1", at=f"learn.top_p={learn.top_p}")
         limited = [f"learn.{key}={learn[key]}" for key, all_ in (("top_k", 0), ("top_p", 1.0)) if learn[key] != all_]
-        if limited and not (method.positive or method.kind == "preference"):
+        if limited and not method.positive and method.kind == "policy":
             what = f"{learn.method} weighs the probabilities that the trainer computes, which are of all tokens"
             raise UserError(what, at=limited[0], hint=f"{limited[0].partition('=')[0]}={0 if 'k' in limited[0] else 1}")
         if learn.samples < 2 and (method.advantage in ("group", "leave_one_out") or method.kind == "preference"):
             what = f"{learn.method} compares the answers to a problem with each other"
             raise UserError(what, at=f"learn.samples={learn.samples}", hint="at least 2")
+        if self._judges and learn.clone_rounds:
+            what = "a verifier judges answers of the model as it begins, and clones none"
+            raise UserError(what, at=f"learn.clone_rounds={learn.clone_rounds}", hint="0")
 
     def _check_search(self) -> None:
         """UserError for one that does not go with the task; nothing is said of what nothing reads."""
@@ -99,8 +104,8 @@ class Learn(OnBase):
             if open_method(spec).steps and not self._task.step:
                 what = f"it goes over steps, and an answer to {learn.task} is one step"
                 raise UserError(what, at=f"{key}={learn[key]}", hint="such as task=countdown:3:steps")
-        if learn.search and open_method(learn.search).guided:
-            open_guide(learn.guide)
+        self._guide = open_guide(learn.guide) if learn.search and open_method(learn.search).guided else None
+        self._rollouts = rollouts_of(learn.labels, self._reward, self._task.step) if self._judges else 0
 
     # ---- data
 
@@ -114,6 +119,9 @@ class Learn(OnBase):
         self._check_problems()
         tokenizer = self._open_base(root)
         assert tokenizer is not None
+        if self._guide is not None:
+            with within("learn."):
+                self._guide.check(tokenizer)
         data = self._text if isinstance(self._text, TaskData) else self._task_data(tokenizer, self._model.vocab_size)
         self._tokens = learn.max_tokens or data.longest[1]  # of an answer
         self._check_length(data)
@@ -170,6 +178,7 @@ class Learn(OnBase):
         return task_data(
             self._task, tokenizer, prompts=self._prompts, end=self._ends[0], seq_len=c.data.seq_len,
             answer=learn.max_tokens, vocab_size=min(vocab_size, len(tokenizer)), store=name.lstrip("/"),
+            read=self._judges,
         )  # fmt: skip
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -183,9 +192,10 @@ class Learn(OnBase):
             raise UserError(
                 what, at="learn.max_tokens", hint=f"at most {most - prompt} fit" if prompt < most else "none fits"
             )
-        if prompt + self._tokens > data.seq_len + 1:
+        spare = not self._judges  # the last token is no input
+        if prompt + self._tokens > data.seq_len + spare:
             what = f"a prompt of {prompt} tokens and an answer of {self._tokens} are longer than a row"
-            raise UserError(what, at=f"data.seq_len={data.seq_len}", hint=f"{prompt + self._tokens - 1}, or 0")
+            raise UserError(what, at=f"data.seq_len={data.seq_len}", hint=f"{prompt + self._tokens - spare}, or 0")
 
     def _set_objective(self, known: int) -> None:
         """And the model with what stands beside it."""
@@ -217,11 +227,17 @@ class Learn(OnBase):
     # ---- what of the models is the kind's own
 
     @property
+    def _judges(self) -> bool:
+        """It trains a verifier."""
+        return self._method.kind == "verdict"
+
+    @property
     def _objective(self) -> Objective:
         return self._goal
 
     def _with_own(self, model: ModelConfig) -> ModelConfig:
-        return dataclasses.replace(model, beside=head(VALUE, model)) if self._method.value else model
+        own = VERDICT if self._judges else VALUE if self._method.value else ""
+        return dataclasses.replace(model, beside=head(own, model)) if own else model
 
     def _given_own(self, model: ModelConfig, params: Params) -> Params:
         whole = self._with_own(model)
@@ -262,7 +278,8 @@ class Learn(OnBase):
         how["plan"] = self._plan
         rounds = functools.partial(
             learned.Learning, run, self.data, self._task, self._reward, learn, self._method, model, self._policy,
-            prompts=self._prompts, max_tokens=self._tokens, vocab_size=self._known,
+            prompts=self._prompts, max_tokens=self._tokens, vocab_size=self._known, guide=self._guide,
+            rollouts=self._rollouts,
         )  # fmt: skip
         only, start = self._method.advantage == "ones", None
         if clone and not only:
@@ -273,7 +290,7 @@ class Learn(OnBase):
                 run, LEARNED, model, steps=clone, objective=self._cloning, part=part, rounds=cloning, **how
             )
             cloning.finish()
-        if not only and (self._method.beta or self._method.kind == "preference" or learn.eval_every):
+        if not only and (self._method.beta or self._method.kind != "policy" or learn.eval_every):
             start = initialise() if not clone else self._cloned(run, cloned, how["selection"], initialise)
         learning = rounds(start=start)
         goal = self._goal
@@ -291,9 +308,30 @@ class Learn(OnBase):
 
     def _measured(self, run: Run, params: Params, before: Callable[[], Params]) -> list[str]:
         self._found = answered.measured(
-            run, self._task, self._config.learn, self._policy, params, before, max_tokens=self._tokens
+            run, self._task, self._config.learn, self._policy, params, before, max_tokens=self._tokens,
+            judge=self._judge(run, params) if self._judges else None,
         )  # fmt: skip
         return answered.table(self._found)
+
+    def _judge(self, run: Run, params: Params) -> Callable[[Samples], np.ndarray]:
+        """What the verifier says of whole answers to test problems."""
+        s = run.settings
+        verifier = Verifier(
+            self._model, params, compute=s.compute, chunk=s.step.loss_chunk, batch_size=s.eval_batch_size,
+            seq_len=self.data.seq_len, mesh=run.mesh,
+        )  # fmt: skip
+
+        def judge(samples: Samples) -> np.ndarray:
+            prompts = [self._prompts[self._task.test[number].id] for number in samples.numbers_P]
+            groups = zip(prompts, samples.grouped(samples.tokens), strict=True)
+            return verifier([[*prompt, *answer.tolist()] for prompt, answers in groups for answer in answers])
+
+        return judge
+
+    def _beside_files(self, params: Params) -> dict[str, Any]:
+        if self._model.beside and jax.process_index() == 0:
+            say(left_out(self._model))
+        return {}
 
     def _finding(self, results: Sequence[Result], unit: str) -> str:
         return answered.said(results, self._found, self._config.learn.method)
@@ -301,9 +339,10 @@ class Learn(OnBase):
 
 def read_method(name: str, options: str) -> Method:
     """The method of that name with what is written of it, "beta=0.1,clip_high=0.28"; UserError for what it has not."""
-    policies = [known for known, method in METHODS.items() if method.kind != "verdict"]
-    if name not in policies:
-        raise UserError(f"unknown {name!r}{suggest(name, policies)}", at="method")
+    if name not in METHODS:
+        raise UserError(f"unknown {name!r}{suggest(name, METHODS)}", at="method")
+    if options and METHODS[name].kind == "verdict":
+        raise UserError("a verdict has no settings", at=f"options={options}")
     fields = {field.name: field for field in dataclasses.fields(Method)}
     values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in options.split(","))):

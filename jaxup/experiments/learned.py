@@ -14,9 +14,25 @@ import numpy as np
 from jaxup.data.batches import Batches
 from jaxup.errors import UserError
 from jaxup.learning.data import From, Rows, TaskData
-from jaxup.learning.problem import Task
+from jaxup.learning.guides import Guide
+from jaxup.learning.objective import VALUE, VERDICT
+from jaxup.learning.problem import Problem, Task
 from jaxup.learning.rewards import Reward
-from jaxup.learning.rounds import REFERENCE, VALUES, Samples, described, fitted, problems_of, sample, searched, template
+from jaxup.learning.rounds import (
+    REFERENCE,
+    VALUES,
+    VERDICTS,
+    Samples,
+    by_steps,
+    described,
+    fitted,
+    judgement,
+    labelled,
+    problems_of,
+    sample,
+    searched,
+    template,
+)
 from jaxup.learning.scoring import score
 from jaxup.learning.weights import METHODS, Method
 from jaxup.model.config import ModelConfig
@@ -37,6 +53,7 @@ COLUMNS = {
     "right": ("right", "{:.1%}"), "test": ("pass@1, test", "{:.1%}"), "flat": ("no spread", "{:.0%}"),
     "kl": ("KL to start", "{:.4f}"), "entropy": ("entropy", "{:.3f}"), "length": ("length", "{:.1f}"),
     "ended": ("ended", "{:.0%}"), "unique": ("unique", "{:.0%}"), "unscored": ("unscorable", "{}"),
+    "labels": ("labels", "{:,}"), "auc": ("AUC", "{:.3f}"), "test_auc": ("AUC, test", "{:.3f}"),
     "rows": ("rows", "{}"), "tokens": ("tokens sampled", "{:,}"), "sampling": ("sampling, s", "{:.2f}"),
     "scoring": ("scoring, s", "{:.2f}"), "fitting": ("fitting, s", "{:.2f}"),
 }  # fmt: skip
@@ -45,6 +62,8 @@ verifier; `pass@1, test`: the same of test problems. `no spread`: problems whose
 start`: nats a token, estimated on the answers. `unique`: of the answers to a problem those that differ. `unscorable`: \
 answers whose reward cannot be said. `tokens sampled`: for learning, until then. `fitting` has what is evaluated and \
 saved in it."""
+_OF_VERDICTS = """The answers are of the model as it began. `AUC`: how often the verifier, as it is at the beginning \
+of the round, says more of a right answer than of a wrong one."""
 
 
 class Learning:
@@ -52,6 +71,8 @@ class Learning:
 
     Args:
       settings: the section `learn` of the configuration.
+      guide: of its search, if it has one.
+      rollouts: from each step that a verifier learns of; 0: of whole answers alone.
       policy: makes one of params.
       prompts: the tokens of each problem's prompt, by its id.
       start: the model before it learns of its answers; None where nothing asks for it.
@@ -60,12 +81,13 @@ class Learning:
     def __init__(
         self, run: Run, data: TaskData, task: Task, reward: Reward, settings: Any, method: Method, model: ModelConfig,
         policy: Callable[[Params], Any], *, prompts: Mapping[str, Sequence[int]], max_tokens: int, vocab_size: int,
-        start: Params | None,
+        start: Params | None, guide: Guide | None, rollouts: int,
     ):  # fmt: skip
         self.length = settings.updates
         self._run, self._data, self._task, self._reward, self._settings = run, data, task, reward, settings
         self._method, self._model, self._make_policy, self._policy = method, model, policy, None
         self._prompts, self._max_tokens, self._vocab_size, self._start = prompts, max_tokens, vocab_size, start
+        self._guide, self._rollouts = guide, rollouts
         self._rows: list[dict[str, Any]] = told(self._read, "read the rounds")
         self._began = math.nan
         self._last: Samples | None = None
@@ -83,7 +105,7 @@ class Learning:
             rows, first = self._solutions, 0
         else:
             samples = self._samples(number, params, whole=not within)
-            prompts = self._prompts_of(samples)
+            prompts = self._prompts_of(self._task.train, samples)
             rows = Rows(fitted(self._method, samples, prompts, self._data.seq_len))
             first, self._last = step - within, samples
             row = {"by": self._settings.method, **described(samples), **samples.facts, "rows": len(rows)}
@@ -110,11 +132,15 @@ class Learning:
             raise UserError(what, at=str(path), hint="remove the later checkpoints, or begin another run")
         s, seed, task = self._settings, self._run.settings.seed, self._task
         numbers = problems_of(len(task.train), s.problems, seed, number)
-        policy = self._with(params)
         how = {"key": (seed, number), "count": s.samples, "max_tokens": self._max_tokens}
+        draw: Callable[..., Samples] = sample
         if s.search:
-            how |= {"method": s.search, "guide": s.guide, "budget": s.budget}
-        samples = (searched if s.search else sample)(policy, task, self._reward, task.train, numbers, **how)
+            draw, how = searched, {**how, "method": s.search, "guide": self._guide, "budget": s.budget}
+        elif self._rollouts:
+            draw, how = by_steps, {**how, "rollouts": self._rollouts}
+        samples = draw(self._with(params), task, self._reward, task.train, numbers, **how)
+        if self._judges:
+            samples = labelled(samples)
         tested = self._tested(number, params)
         self._look(samples, params, kl=bool(tested))
         samples.facts.update(tested)
@@ -124,20 +150,27 @@ class Learning:
 
     def _look(self, samples: Samples, params: Params, kl: bool) -> None:
         """What the model at the start, and a head of values, say of the samples."""
-        prompts, method, run = self._prompts_of(samples), self._method, self._run
-        asked: list[tuple[str, Params, str]] = []
-        if self._start is not None and (kl or method.beta or method.kind == "preference"):
+        method = self._method
+        asked: list[tuple[str, Params, str]] = [(VERDICTS, params, VERDICT)] if self._judges else []
+        if not self._judges and self._start is not None and (kl or method.beta or method.kind == "preference"):
             asked.append((REFERENCE, self._start, ""))
         if method.value:
-            asked.append((VALUES, params, "value"))
-        plain = samples.rows(prompts, self._data.seq_len) if asked else {}
+            asked.append((VALUES, params, VALUE))
+        self._ask(samples, self._prompts_of(self._task.train, samples), asked)
+
+    def _ask(
+        self, samples: Samples, prompts: Sequence[Sequence[int]], asked: Sequence[tuple[str, Params, str]]
+    ) -> None:  # fmt: skip
+        run, seq_len = self._run, self._data.seq_len
         for name, of, head in asked:
+            rows = (samples.read if head == VERDICT else samples.rows)(prompts, seq_len)
             found = score(
-                self._model, of, plain, compute=run.settings.compute, temperature=self._settings.temperature,
+                self._model, of, rows, compute=run.settings.compute, temperature=self._settings.temperature,
                 chunk=run.settings.step.loss_chunk, batch_size=run.settings.eval_batch_size, mesh=run.mesh, head=head,
                 vocab_size=self._vocab_size,
             )  # fmt: skip
-            samples.learn(name, found.values if head else found.logp, prompts)  # type: ignore[arg-type]
+            said_NS = found.logp if found.values is None else found.values
+            samples.learn(name, said_NS[:, 1:] if head == VERDICT else said_NS, prompts)
 
     def _tested(self, number: int, params: Params) -> dict[str, float]:
         """Every so many rounds: of the first test problems, of which each time the same is drawn."""
@@ -149,14 +182,25 @@ class Learning:
             self._with(params), self._task, self._reward, problems, np.arange(len(problems)),
             key=(self._run.settings.seed, TEST), count=s.eval_samples, max_tokens=self._max_tokens,
         )  # fmt: skip
-        return {"test": float(np.nanmean(tried.right_N)) if np.isfinite(tried.right_N).any() else math.nan}
+        found = {"test": float(np.nanmean(tried.right_N)) if np.isfinite(tried.right_N).any() else math.nan}
+        if self._judges:
+            self._ask(tried, self._prompts_of(problems, tried), [(VERDICTS, params, VERDICT)])
+            found["test_auc"] = judgement(tried)["auc"]
+        return found
 
     def _with(self, params: Params) -> Any:
+        if self._judges:  # it is the model at the beginning that answers
+            assert self._start is not None
+            params = self._start
         self._policy = self._make_policy(params) if self._policy is None else self._policy.with_params(params)
         return self._policy
 
-    def _prompts_of(self, samples: Samples) -> list[Sequence[int]]:
-        return [self._prompts[self._task.train[number].id] for number in samples.numbers_P]
+    @property
+    def _judges(self) -> bool:
+        return self._method.kind == "verdict"
+
+    def _prompts_of(self, problems: Sequence[Problem], samples: Samples) -> list[Sequence[int]]:
+        return [self._prompts[problems[number].id] for number in samples.numbers_P]
 
     # ---- what is kept of them
 
@@ -181,7 +225,13 @@ class Learning:
 
     def _page(self) -> str:
         names = [name for name in COLUMNS if any(_known(row.get(name)) for row in self._rows)]
-        lines = ["# Rounds", "", _ABOUT, "", f"| {' | '.join(COLUMNS[name][0] for name in names)} |"]
+        lines = [
+            "# Rounds",
+            "",
+            _ABOUT + (f" {_OF_VERDICTS}" if self._judges else ""),
+            "",
+            f"| {' | '.join(COLUMNS[name][0] for name in names)} |",
+        ]
         lines.append(f"|{'|'.join('---' if name == 'by' else '---:' for name in names)}|")
         lines += [f"| {' | '.join(_cell(row, name) for name in names)} |" for row in self._rows]
         failed: dict[str, int] = {}

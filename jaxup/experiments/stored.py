@@ -14,7 +14,9 @@ from jaxup.files.bucket import place
 from jaxup.files.names import split_run
 from jaxup.hub.directory import TOKEN_IDS, carried_files
 from jaxup.hub.save import write_model
+from jaxup.learning.verifier import left_out
 from jaxup.model.spec import without_beside
+from jaxup.progress import say
 from jaxup.text import read_json
 from jaxup.training.rundir import TOKENIZER
 from jaxup.training.stored import choose, restore
@@ -45,7 +47,9 @@ def export(
     """
     name, step, stored = choose(run, name, step)
     params, beside = restore(run, name, step, stored), {}
-    if stored.model.beside:
+    if said := left_out(stored.model):
+        say(said)
+    elif stored.model.beside:
         beside = files.contents(files.of_run(run), params["beside"])
     write_model(
         out, stored.model.alone(), without_beside(params), title=out.name, plan=stored.plan, dtype=dtype,

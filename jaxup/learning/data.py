@@ -148,7 +148,7 @@ def solved(problem: Problem) -> str:
 
 def task_data(
     task: Task, tokenizer: PreTrainedTokenizerBase, *, prompts: Mapping[str, Sequence[int]], end: int | None,
-    vocab_size: int, seq_len: int, answer: int, store: str,
+    vocab_size: int, seq_len: int, answer: int, store: str, read: bool,
 ) -> TaskData:  # fmt: skip
     """The problems that have a solution as rows.
 
@@ -157,6 +157,7 @@ def task_data(
       end: the token that ends an answer; None: nothing does.
       seq_len: of rows; 0 = as many positions as the longest prompt and answer need.
       answer: tokens that an answer may have; 0 = as many as the longest solution.
+      read: rows have a position more: the last token of an answer is read.
 
     Raises:
       UserError: no problem to train or to test with has a solution, or one is longer than a row.
@@ -176,7 +177,7 @@ def task_data(
     if seq_len and seq_len < needed:
         what = f"a prompt and its solution have {needed + 1} tokens"
         raise UserError(what, at=f"data.seq_len={seq_len}", hint=f"{needed} is the least")
-    seq_len = seq_len or max(needed, longest[0] + (answer or longest[1]) - 1)
+    seq_len = seq_len or max(needed, longest[0] + (answer or longest[1]) - 1) + read
     train, test = (Rows(rows(many, answers, seq_len)) for _, many, answers in split)
     return TaskData(
         task=task, problems=split[0][0], tokenizer=tokenizer, vocab_size=vocab_size, train=train, validation=test,

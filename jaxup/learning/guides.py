@@ -7,10 +7,14 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from jaxup.errors import UserError, suggest
+from jaxup.errors import UserError, suggest, within
 from jaxup.learning.problem import Problem, Task
 from jaxup.learning.tree import ROLLOUT, Node, Scores, Search, Talk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 UNKNOWN = 0.5  # what is said of a beginning by a guide of whole answers
 
@@ -26,6 +30,7 @@ class Guide:
         of 1 is not the best that there can be.
       samples: it draws text of its own.
       verifies: it asks the task what is right.
+      tokenizer: the hash of that whose tokens it reads; "": it reads none.
     """
 
     name: str
@@ -33,6 +38,15 @@ class Guide:
     among: bool = False
     samples: bool = False
     verifies: bool = False
+    tokenizer: str = ""
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """UserError unless the tokens that it reads are those of this one."""
+        from jaxup.data.tokenizer import tokenizer_hash
+
+        if self.tokenizer and self.tokenizer != tokenizer_hash(tokenizer):
+            what = "it reads the tokens of another tokenizer than the model's"
+            raise UserError(what, at=f"guide {self.name}")
 
 
 def _at_once(name: str, value: Callable[[Search, Node], float], *, verifies: bool = True) -> Guide:
@@ -153,18 +167,30 @@ def _rollouts(name: str, k: float) -> Guide:
     return Guide(name, values, samples=True, verifies=True)
 
 
-def learned(name: str, score: Callable[[Sequence[tuple[int, ...]]], Sequence[float]]) -> Guide:
+def learned(
+    name: str, score: Callable[[Sequence[tuple[int, ...]]], Sequence[float]], tokenizer: str = ""
+) -> Guide:  # fmt: skip
     """One that was trained.
 
     Args:
       score: tokens of prompts and what was written after them -> values from 0 to 1, such as a head's probabilities.
         All that is valued at a time, of all problems, is one call.
+      tokenizer: the hash of theirs.
     """
 
     def values(search: Search, nodes: Sequence[Node]) -> Talk[list[float]]:
         return (yield Scores(score, [node.prompt + node.tokens for node in nodes]))
 
-    return Guide(name, values)
+    return Guide(name, values, tokenizer=tokenizer)
+
+
+def _of_run(spec: str) -> Guide:
+    """A verifier that a run trained: its newest one, or that of RUN@NAME/STEP."""
+    from jaxup.learning.verifier import Learned  # which needs jax
+
+    with within(f"guide {spec}"):
+        score = Learned(spec.partition(":")[2])
+    return learned(spec, score, score.tokenizer)
 
 
 _GUIDES: dict[str, tuple[Callable[..., Guide], int, int]] = {  # and how many numbers it has, at least and at most
@@ -176,7 +202,7 @@ _GUIDES: dict[str, tuple[Callable[..., Guide], int, int]] = {  # and how many nu
     "length": (_length, 1, 3),
 }  # fmt: skip
 KNOWN = ("verifier", "noisy:TPR:FPR", "logp", "consistency", "rollouts:K", "steps[:last|min|product]",
-         "length:WEIGHT[:TPR:FPR]")  # fmt: skip
+         "length:WEIGHT[:TPR:FPR]", "learned:RUN[@NAME/STEP]")  # fmt: skip
 
 
 def open_guide(spec: str) -> Guide:
@@ -186,10 +212,12 @@ def open_guide(spec: str) -> Guide:
       UserError: there is none of that name, or its numbers are not what it takes.
     """
     name, *given = spec.split(":")
+    if name == "learned" and spec != "learned":
+        return _of_run(spec)
     if name == "steps" and len(given) <= 1:
         return _steps(spec, *given)
     if name not in _GUIDES:
-        raise UserError(f"unknown guide {name!r}{suggest(name, [*_GUIDES, 'steps'])}")
+        raise UserError(f"unknown guide {name!r}{suggest(name, [*_GUIDES, 'steps', 'learned'])}")
     make, least, most = _GUIDES[name]
     try:
         numbers = [float(number) for number in given]

@@ -231,7 +231,8 @@ class VerdictLoss(Objective):
 
     @property
     def evaluated(self) -> Objective:
-        return self
+        """The cross-entropy of solutions: how far what it writes has drifted. Verdicts need answers that were drawn."""
+        return TEXT
 
     def sums(
         self, decoder: Decoder, hidden: Callable[..., jax.Array], batch: Batch, how: Mapping[str, Any], *teacher: Params
@@ -241,10 +242,6 @@ class VerdictLoss(Objective):
         loss = jnp.sum(weights_BS * (jax.nn.softplus(logit_BS) - labels_BS * logit_BS))
         right, count = jnp.sum(weights_BS * ((logit_BS > 0) == (labels_BS > 0.5))), jnp.sum(weights_BS)
         return loss, {"verdict": (loss, count), "accuracy": (right, count)}
-
-    def mean(self, sums: Mapping[str, tuple[float, float]]) -> float:
-        total, count = sums["verdict"]
-        return total / max(count, 1)
 
     def flops(self, model: ModelConfig, seq_len: int) -> float:
         """No token is told of."""

@@ -25,10 +25,12 @@ import numpy as np
 from jaxup.data.batches import Batches
 from jaxup.errors import UserError, first_line
 from jaxup.learning.data import Rows, along, rows
-from jaxup.learning.guides import open_guide
-from jaxup.learning.problem import Ask, Problem, Task, Writer
+from jaxup.learning.guides import Guide
+from jaxup.learning.problem import Ask, Problem, Task, Writer, Written
 from jaxup.learning.rewards import Reward
 from jaxup.learning.search import open_method, run
+from jaxup.learning.statistics import auc
+from jaxup.learning.verifier import checked, label_rows, read_rows
 from jaxup.learning.weights import Method, advantages, gae, pairs, spread, terminal, whitened
 from jaxup.text import write_atomically
 
@@ -36,6 +38,8 @@ _ARRAYS = ("numbers", "tokens", "text", "token_counts", "text_counts", "ended", 
 # What is known of each token of an answer: of the distribution that it was drawn from, and maybe what the model was at
 # the start and a head of values say.
 LOGP, ENTROPY, REFERENCE, VALUES = "logp", "entropy", "reference", "values"
+# Of a verifier: what it is to say where a token is read (NaN: nothing), and what it says.
+LABELS, VERDICTS = "labels", "verdicts"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +78,18 @@ class Samples:
         """The inverse of `along`."""
         begins = [len(prompt) - 1 for prompt in self._each(prompts)]
         self.known[name] = [row[at : at + len(t)] for row, at, t in zip(found_NS, begins, self.tokens, strict=True)]
+
+    def read(self, prompts: Sequence[Sequence[int]], seq_len: int) -> dict[str, np.ndarray]:
+        """As `rows`, but the last token is read as well."""
+        return read_rows(self._each(prompts), self.tokens, seq_len)
+
+    def judged(self, prompts: Sequence[Sequence[int]], seq_len: int) -> dict[str, np.ndarray]:
+        """Rows with `labels` where there are some."""
+        return label_rows(self._each(prompts), self.tokens, self.known[LABELS], seq_len)
+
+    def last(self, name: str) -> np.ndarray:
+        """float64 [N]: what is known of the last token of each."""
+        return np.array([of[-1] for of in self.known[name]], np.float64)
 
     def _each(self, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         return [prompt for prompt in prompts for _ in range(self.count)]
@@ -144,15 +160,14 @@ def sample(
 
 def searched(
     writer: Writer, task: Task, reward: Reward, problems: Sequence[Problem], numbers_P: np.ndarray, *,
-    key: tuple[int, ...], count: int, max_tokens: int, method: str, guide: str, budget: int,
+    key: tuple[int, ...], count: int, max_tokens: int, method: str, guide: Guide | None, budget: int,
 ) -> Samples:  # fmt: skip
     """As `sample`, but the answers are the `count` that a search values most, each found within `budget` tokens a
     problem. Of fewer answers some are there again. What the tokens' distributions were is not known."""
     began = time.monotonic()
-    how = open_method(method)
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest()) >> 1
     found = run(
-        writer, task, [problems[number] for number in numbers_P], how, open_guide(guide) if how.guided else None,
+        writer, task, [problems[number] for number in numbers_P], open_method(method), guide,
         budget=budget, max_tokens=max_tokens, seed=seed,
     )  # fmt: skip
     nodes = []
@@ -167,6 +182,61 @@ def searched(
         np.array([len(node.tokens) < max_tokens for node in nodes]), {LOGP: unknown, ENTROPY: unknown},
         tokens_drawn=sum(each.tokens for each in found), began=began,
     )  # fmt: skip
+
+
+def by_steps(
+    writer: Writer, task: Task, reward: Reward, problems: Sequence[Problem], numbers_P: np.ndarray, *,
+    key: tuple[int, ...], count: int, max_tokens: int, rollouts: int,
+) -> Samples:  # fmt: skip
+    """As `sample`, with labels: of each step but the last the mean reward of so many answers that go on from it."""
+    began = time.monotonic()
+    asked = [(number, (*key, int(number), index)) for number in numbers_P for index in range(count)]
+    prefixes = [tuple(writer.prefix(problems[number])) for number, _ in asked]
+    parts: list[list[Written]] = [[] for _ in asked]
+    tokens: list[tuple[int, ...]] = [() for _ in asked]
+    ends: list[tuple[int, int, str]] = []  # which answer, how many of its tokens, and its text so far
+    going = list(range(len(asked)))
+    while going:
+        # By the same key as a whole answer: what is drawn depends on it and on the position.
+        wrote = writer.write(
+            [Ask(prefixes[n] + tokens[n], asked[n][1], max_tokens - len(tokens[n]), task.step) for n in going]
+        )
+        for n, step in zip(going, wrote, strict=True):
+            parts[n].append(step)
+            tokens[n] += tuple(map(int, step.tokens))
+        going = [n for n in going if parts[n][-1].stopped and len(tokens[n]) < max_tokens]
+        ends += [(n, len(tokens[n]), "".join(step.text for step in parts[n])) for n in going]
+    rolled = writer.write(
+        [
+            Ask(prefixes[n] + tokens[n][:end], (*asked[n][1], end, number), max_tokens - end)
+            for n, end, _ in ends
+            for number in range(rollouts)
+        ]
+    )
+    known = {
+        LOGP: [np.concatenate([step.logp for step in of]) for of in parts],
+        ENTROPY: [np.concatenate([step.entropy for step in of]) for of in parts],
+        LABELS: [np.full(len(of), np.nan, np.float32) for of in tokens],
+    }
+    values = iter(rolled)
+    for n, end, text in ends:
+        texts = [text + next(values).text for _ in range(rollouts)]
+        said = [score.value for score in reward.score(problems[asked[n][0]], texts) if score.value is not None]
+        if said:
+            known[LABELS][n][end - 1] = checked(np.array(said)).mean()
+    return _scored(
+        task, reward, problems, numbers_P, [np.array(of, np.int32) for of in tokens],
+        ["".join(step.text for step in of) for of in parts], np.array([of[-1].ended for of in parts]), known,
+        tokens_drawn=sum(map(len, tokens)) + sum(len(each.tokens) for each in rolled), began=began,
+    )  # fmt: skip
+
+
+def labelled(samples: Samples) -> Samples:
+    """With the reward of each answer as the label of its last token."""
+    labels = samples.known.setdefault(LABELS, [np.full(len(of), np.nan, np.float32) for of in samples.tokens])
+    for of, value in zip(labels, checked(samples.rewards_N), strict=True):
+        of[-1] = value
+    return samples
 
 
 def _scored(
@@ -205,7 +275,15 @@ def described(samples: Samples) -> dict[str, float]:
         "length": float(np.mean([*map(len, samples.tokens)])),
         "ended": float(samples.ended_N.mean()),
         "unique": float(np.mean(unique)),
+        **(judgement(samples) if VERDICTS in samples.known else {}),
     }
+
+
+def judgement(samples: Samples) -> dict[str, float]:
+    """Of a verifier's answers to them: how well it tells right ones from others, and how many labels there are."""
+    known_N = np.isfinite(samples.right_N)
+    of = auc(samples.last(VERDICTS)[known_N], samples.right_N[known_N] >= 1)
+    return {"auc": of, "labels": int(np.isfinite(joined(samples.known.get(LABELS, ()), np.float32)).sum())}
 
 
 def problems_of(count: int, per_round: int, seed: int, round_: int) -> np.ndarray:
@@ -217,6 +295,8 @@ def fitted(
     method: Method, samples: Samples, prompts: Sequence[Sequence[int]], seq_len: int
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """The rows that a model learns from, of what is known of the samples; `prompts`: of each of the P problems."""
+    if method.kind == "verdict":
+        return samples.judged(prompts, seq_len)
     plain = samples.rows(prompts, seq_len)
     rewards_PG = samples.grouped(samples.rewards_N)
     scored_PG, texts = np.isfinite(rewards_PG), samples.grouped(samples.texts)
@@ -250,6 +330,8 @@ def fitted(
 def template(method: Method, plain: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rows of solutions with all fields that `fitted` gives: those of cloning, where `method` is that."""
     zeros, found = np.zeros_like(plain["loss_weights"]), dict(plain)
+    if method.kind == "verdict":
+        return {**plain, "labels": zeros}
     if method.kind == "preference":
         found |= {f"rejected_{name}": plain[name] for name in ("tokens", "targets")} | {"rejected_weights": zeros}
         return found | {name: zeros[:, 0] for name in ("reference_chosen", "reference_rejected")}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxup.errors import UserError
 
@@ -103,6 +103,17 @@ def bootstrap(values_PK: Float[np.ndarray, "p k"], *, draws: int, seed: int) -> 
     times_RP = np.random.default_rng(seed).multinomial(problems, np.full(problems, 1 / problems), draws)
     low_K, high_K = np.quantile(times_RP @ values_PK / problems, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return Band(values_PK.mean(0), low_K, high_K)
+
+
+def auc(scores_N: Float[np.ndarray, " n"], right_N: Bool[np.ndarray, " n"]) -> float:
+    """How often a right answer has the higher score than a wrong one, where equal scores count a half: the area below
+    the ROC curve, by ranks (Mann and Whitney 1947). NaN where there are none of a kind."""
+    right, wrong = int(right_N.sum()), int((~right_N).sum())
+    if not right or not wrong:
+        return math.nan
+    _, place_N, count = np.unique(scores_N, return_inverse=True, return_counts=True)
+    rank_N = (np.cumsum(count) - (count - 1) / 2)[place_N]
+    return float((rank_N[right_N].sum() - right * (right + 1) / 2) / (right * wrong))
 
 
 def accepted_limit(p: float, tpr: float, fpr: float) -> float:
