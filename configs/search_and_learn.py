@@ -28,9 +28,20 @@ Variants, after a colon and separated by commas:
                   the end beams and best-of-N at equal tokens
     depth         the base, its up-scale with zeroed copies, of which everything or the copies train, and its first
                   half: each is taught solutions for 20 rounds, then learns by GRPO from as many answers
+    verifier      one run that trains a verifier on answers of the base, and the best of N by it; see below
     smoke         the same path as `one` in half a minute, for tests
     paper         sizes of DeepSeekMath's GRPO, for a pod; see below
     seed=N        of initialisation, batches and samples
+
+`verifier`, seed 0, learned in 160 steps of 20,480 answers, 31% of them right. Of 6,400 answers to 100 test problems,
+24.8% right, its AUC is 0.594, and 0.537 within a problem. The best of N by it peaks and falls: 24.8, 30.1, 27.4 and
+18.0% right for N = 1, 4, 16 and 64. By the task's verifier it is 24.8, 56.5, 83.1 and 96.0%; of 64 by one with a true
+positive rate of .9 and a false one of .2 58.7%, and by the mean log-probability 37.0%. Of what it chooses of 64, 39%
+was drawn once; so are 9% of all answers, of which 3% are right: what is rare misleads it. Two more runs, and no others:
+with three times the steps and a cosine from 5e-4 the AUC is 0.655, but within a problem 0.539, and the best of 4 and of
+64 30.0 and 17.0%; with a base that answers in steps, and labels of steps (`--config.learn.task=countdown:3:steps
+--config.learn.labels=rollouts:4`), 0.621, 0.564, 29.6 and 16.0%. So it learns rather which problems are hard than which
+answers are right. The first run takes 100 seconds of processor time.
 
 Published of DeepSeekMath-RL 7B (arXiv 2402.03300): a rate of 1e-6, beta .04, 64 samples of each problem, answers of up
 to 1,024 tokens, batches of 1,024, one update for each round of sampling; GSM8K 82.9 to 88.2%. Its value of the clip is

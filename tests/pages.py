@@ -1,8 +1,9 @@
 """The pages of docs/ as programs: what a reader does from top to bottom, in one directory.
 
 A block after a line that ends in "`NAME`:" is that file. Of ```bash each line is a command, which is run; of training
-only that it is one, in test_train. ```python is run, with the names of the blocks before it. ```text is a part of what
-the commands before it printed, and a command that is refused is followed by its line.
+only that it is one, in test_train, and so of what is said of any MODEL. ```python is run, with the names of the blocks
+before it. ```text is a part of what the commands before it printed, and a command that is refused is followed by its
+line.
 
 `python tests/pages.py gallery DIR` runs a page in DIR, and leaves there what it makes: the pictures of the gallery.
 """
@@ -26,7 +27,8 @@ def command(line):
     _, _, module, *words = shlex.split(line, comments=True)
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
         try:
-            importlib.import_module(module).main([module, *words])
+            its = importlib.import_module(module)
+            (its.parse_args if "MODEL" in words else its.main)([module, *words])
         except UserError as error:
             return f"{out.getvalue()}jaxup: {error}\n", True
     return out.getvalue(), False
