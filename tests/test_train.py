@@ -358,7 +358,8 @@ def test_documented_commands_parse(command, documented_files):
         assert config.sample.prompt.strip() == config.sample.prompt
     else:
         args = importlib.import_module(words[1]).parse_args(words[1:])
-        assert all(prompt.strip() == prompt for prompt in getattr(args, "prompt", None) or ())
+        prompts = getattr(args, "prompt", None) or ()  # of some commands there is one
+        assert all(prompt.strip() == prompt for prompt in ([prompts] if isinstance(prompts, str) else prompts))
         if "(" in getattr(args, "recipe", ""):
             assert recipe_line.parse(args.recipe).plan(num_layers=60)
 
