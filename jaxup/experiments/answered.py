@@ -10,6 +10,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from jaxup.training.run import Result, Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ANSWERS = "answers.json"  # of a run: of the answers to each test problem how many are right, before and after
 BEFORE, AFTER = "before", "after"
 SIZES = (1, 4, 16, 64)  # k of what is told
 TPR, FPR, LENGTH = 0.9, 0.2, 0.5  # of the noisy guide, and what a biased one adds for the longest answer
@@ -118,7 +120,7 @@ def measured(
         rights = {name: one.samples.grouped(one.samples.right_N) for name, one in answers.items()}
         kept = {name: np.nansum(right_PN, axis=1).tolist() for name, right_PN in rights.items()}
         about = {"samples": settings.final_samples, "problems": [problem.id for problem in problems], **kept}
-        write_atomically(run_.directory / "answers.json", json.dumps(about) + "\n")
+        write_atomically(run_.directory / ANSWERS, json.dumps(about) + "\n")
         _draw(run_, found)
     return found
 
@@ -170,10 +172,11 @@ def searched_by(
         seed=seed,
     )  # fmt: skip
     right = [task.verify(each.problem, each.answers[0].text) or 0.0 if each.answers else 0.0 for each in found]
-    return _band(np.array(right)[:, None]), float(np.mean([each.tokens for each in found]))
+    return banded(np.array(right)[:, None]), float(np.mean([each.tokens for each in found]))
 
 
-def _band(values_PK: np.ndarray) -> Band:
+def banded(values_PK: np.ndarray) -> Band:
+    """Means over problems with their intervals."""
     return bootstrap(values_PK, draws=_DRAWS, seed=_SEED)
 
 
@@ -201,15 +204,18 @@ def table(found: Measured) -> list[str]:
     shown = [at for at, size in enumerate(sizes) if size in SIZES or size == sizes[-1]]
     lines = ["", f"| test problems answered | {' | '.join(f'pass@{sizes[at]}' for at in shown)} |"]
     lines.append(f"|---|{'---:|' * len(shown)}")
-    bands = {name: _band(of.passed) for name, of in found.answers.items()}
+    bands = {name: banded(of.passed) for name, of in found.answers.items()}
     if AFTER in found.answers:
-        bands["difference"] = _band(found.answers[AFTER].passed - found.answers[BEFORE].passed)
-    lines += [f"| {name} | {' | '.join(_told(band, at, name) for at in shown)} |" for name, band in bands.items()]
+        bands["difference"] = banded(found.answers[AFTER].passed - found.answers[BEFORE].passed)
+    lines += [
+        f"| {name} | {' | '.join(told_of(band, at, '+' * (name == 'difference')) for at in shown)} |"
+        for name, band in bands.items()
+    ]
     lines += ["", f"| best of N, chosen by | {' | '.join(f'N={sizes[at]}' for at in shown)} |"]
     lines.append(f"|---|{'---:|' * len(shown)}")
-    for name, of in found.answers.items():
-        for guide, values in of.chosen.items():
-            cells = " | ".join(_told(_band(values), at) for at in shown)
+    for name, one in found.answers.items():
+        for guide, values in one.chosen.items():
+            cells = " | ".join(told_of(banded(values), at) for at in shown)
             lines.append(f"| {GUIDES[guide][0]}, {name} | {cells} |")
     if found.judged is not None:
         j, of = found.judged, found.answers[BEFORE]
@@ -219,13 +225,13 @@ def table(found: Measured) -> list[str]:
     if found.compared:
         lines += ["", "| search, with values of 4 rollouts | tokens a problem | right |", "|---|---:|---:|"]
         for name, (budget, band, tokens) in found.compared.items():
-            lines.append(f"| {name.replace('_', ' ')} | {tokens:.0f} of {budget} | {_told(band, 0)} |")
+            lines.append(f"| {name.replace('_', ' ')} | {tokens:.0f} of {budget} | {told_of(band, 0)} |")
     lines += ["", *(f"![{name}](plots/{name}.png)" for name in ("pass_at_k", "best_of_n", "rounds"))]
     return lines
 
 
-def _told(band: Band, at: int, name: str = "") -> str:
-    sign = "+" if name == "difference" else ""
+def told_of(band: Band, at: int, sign: str = "") -> str:
+    """A mean with its interval, in percent; with a sign of "+" as a difference."""
     return f"{100 * band.mean[at]:{sign}.1f}% [{100 * band.low[at]:.1f}, {100 * band.high[at]:.1f}]"
 
 
@@ -244,9 +250,9 @@ def said(results: Sequence[Result], found: Measured, method: str) -> str:
         text += f"{learned[-1]:.1%} for N={sizes[-1]}; by the task's verifier {perfect[best]:.1%} and {perfect[-1]:.1%}"
     elif found.answers:
         sizes = found.answers[AFTER].sizes
-        bands = [(name, _band(found.answers[name].passed)) for name in (BEFORE, AFTER)]
+        bands = [(name, banded(found.answers[name].passed)) for name in (BEFORE, AFTER)]
         for at in (0, len(sizes) - 1):
-            first, last = (_told(band, at) for _, band in bands)
+            first, last = (told_of(band, at) for _, band in bands)
             text += f"; pass@{sizes[at]} on test problems from {first} to {last}"
     return f"{text}. {ONE_SEED}"
 
@@ -256,18 +262,22 @@ def said(results: Sequence[Result], found: Measured, method: str) -> str:
 
 def _draw(run_: Run, found: Measured) -> None:
     rows = [json.loads(line) for line in (run_.directory / f"{ROUNDS}.jsonl").read_bytes().splitlines()]
-    figures = {"pass_at_k": passed(found), "best_of_n": best(found), "rounds": rounds(rows)}
+    draw(run_.directory, {"pass_at_k": passed(found), "best_of_n": best(found), "rounds": rounds(rows)})
+
+
+def draw(directory: Path, figures: Mapping[str, Figure]) -> None:
+    """Writes plots/NAME.png of each."""
     for name, figure in figures.items():
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=140)
-        write_atomically(run_.directory / "plots" / f"{name}.png", drawn.getvalue())
+        write_atomically(directory / "plots" / f"{name}.png", drawn.getvalue())
 
 
 def passed(found: Measured) -> Figure:
     """pass@k of the model before and after, with bands."""
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = panels(1)
     for name, of in found.answers.items():
-        _line(axes, of.sizes, _band(of.passed), _COLORS[name], name)
+        line(axes, of.sizes, banded(of.passed), _COLORS[name], name)
     axes.set(xlabel="k", ylabel="pass@k on test problems", ylim=(0, 1))
     axes.legend(frameon=False)
     return figure
@@ -275,10 +285,10 @@ def passed(found: Measured) -> Figure:
 
 def best(found: Measured) -> Figure:
     """The best of N by each guide, before and after."""
-    figure, both = _figure(len(found.answers))
+    figure, both = panels(len(found.answers))
     for axes, (name, of) in zip(both, found.answers.items()):
         for guide, values in of.chosen.items():
-            _line(axes, of.sizes, _band(values), GUIDES[guide][1], GUIDES[guide][0])
+            line(axes, of.sizes, banded(values), GUIDES[guide][1], GUIDES[guide][0])
         axes.set(xlabel="N", title=name, ylim=(0, 1))
     both[0].set_ylabel("chosen answers that are right")
     both[-1].legend(frameon=False, fontsize=8)
@@ -291,14 +301,14 @@ def rounds(rows: Sequence[Mapping[str, Any]]) -> Figure:
     if all(row.get("reward") == row.get("right") for row in rows):
         del first["reward"]
     judges = any("auc" in row for row in rows)
-    panels = {
+    shown = {
         "": first,
         "AUC of the verifier": {"auc": ("training", BLUE), "test_auc": ("test", RED)} if judges else {},
         "KL to start, nats a token": {} if judges else {"kl": ("", PURPLE)},
         "entropy, nats a token": {"entropy": ("", ORANGE)}, "length, tokens": {"length": ("", BLUE)},
     }  # fmt: skip
-    figure, all_axes = _figure(4, wide=2)
-    for axes, (label, curves) in zip(all_axes, filter(lambda panel: panel[1], panels.items()), strict=True):
+    figure, all_axes = panels(4, wide=2)
+    for axes, (label, curves) in zip(all_axes, filter(lambda panel: panel[1], shown.items()), strict=True):
         for name, (said, color) in curves.items():
             points = [(row["round"], row[name]) for row in rows if _finite(row.get(name))]
             if points:
@@ -313,14 +323,15 @@ def _finite(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def _line(axes: Any, sizes: np.ndarray, band: Band, color: str, label: str) -> None:
+def line(axes: Any, sizes: np.ndarray, band: Band, color: str, label: str) -> None:
+    """Means over sizes of subsets, with their band."""
     axes.fill_between(sizes, band.low, band.high, color=color, alpha=0.15, linewidth=0)
     axes.plot(sizes, band.mean, color=color, label=label, marker=".")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
 
 
-def _figure(count: int, wide: int = 0) -> tuple[Figure, list[Any]]:
+def panels(count: int, wide: int = 0) -> tuple[Figure, list[Any]]:
     """Without pyplot, whose figures and backend are a notebook's own."""
     from matplotlib.figure import Figure
 

@@ -11,6 +11,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -90,6 +91,12 @@ class Experiment(abc.ABC):
     @abc.abstractmethod
     def carry_out(self, run: Run, title: str) -> None:
         """Trains, and leaves export, plots and SUMMARY.md in the run's directory."""
+
+    @classmethod
+    def compared(cls, directory: Path, runs: Mapping[str, Sequence[Path]], control: str) -> list[str]:
+        """Lines for the STUDY.md in `directory`, of what only this kind's runs leave: the directories of those of each
+        cell that are finished."""
+        return []
 
     def _check_steps(self) -> None:
         """Of what trains: what can be said before the data says how many steps epochs are."""

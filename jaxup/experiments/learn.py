@@ -21,7 +21,7 @@ from jaxup.data.chat_formats import end_ids
 from jaxup.data.store import default_path
 from jaxup.data.tokenizer import tokenizer_hash, unknown_characters
 from jaxup.errors import UserError, suggest, within
-from jaxup.experiments import answered, learned
+from jaxup.experiments import answered, learned, paired
 from jaxup.experiments.on_base import OnBase
 from jaxup.hub.text_generation import encode
 from jaxup.learning.data import Rows, TaskData, no_task_data, solved, task_data
@@ -248,6 +248,8 @@ class Learn(OnBase):
         return {**params, "beside": made(as_argument(self._settings.seed))}
 
     # ---- the run
+
+    compared = staticmethod(paired.compared)
 
     def report(self) -> str:
         return "\n".join([str(self._plan), "", f"{self.data}", self.data.example(False), ""])

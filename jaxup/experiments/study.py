@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxup.errors import NonFinite, UserError, within
-from jaxup.experiments import UNITS, resuming
+from jaxup.experiments import UNITS, kind_of, resuming
 from jaxup.experiments.cells import also, configured, seeds
 from jaxup.experiments.outcomes import Outcome, read_outcome
 from jaxup.experiments.report import made_by
@@ -283,10 +283,19 @@ def _report(
         text = write_study(
             workdir, title, outcomes, control, made_by(resuming.starts(workdir)),
             unit=UNITS[config.experiment], rule=rule, changes=config.study.cells, also=also(config),
-            of=tuple(config.study.finding),
+            of=tuple(config.study.finding), more=kind_of(config).compared(workdir, _finished(runs, outcomes), control),
         )  # fmt: skip
         print(text, flush=True)
         rundir.write_json(workdir / "finished.json", _mark(config, runs))
+
+
+def _finished(runs: Sequence[Planned], outcomes: Sequence[Outcome]) -> dict[str, list[Path]]:
+    """By cell, where the runs are that came to their ends."""
+    found: dict[str, list[Path]] = {}
+    for run, outcome in zip(runs, outcomes, strict=True):
+        if outcome.finished:
+            found.setdefault(run.cell, []).append(run.directory)
+    return found
 
 
 def _patiently(what: str) -> Callable[[str], None]:

@@ -41,7 +41,7 @@ def write_study(
     directory: Path, title: str, outcomes: Sequence[Outcome], control: str, how: Sequence[str], *,
     notes: Sequence[str] = (), unit: str = "token", rule: Rule | None = None,
     changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}), also: Sequence[tuple[str, str]] = (),
-    of: Sequence[str] = (),
+    of: Sequence[str] = (), more: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Writes STUDY.md, study.json and plots/ into `directory`, and returns the text.
 
@@ -55,6 +55,7 @@ def write_study(
       changes: what each cell changes of the configuration, by key.
       also: cells that are compared with another one than the control.
       of: tasks that it begins with; none: it begins with the loss.
+      more: lines of what only runs of this kind can be compared by.
     """
     cells = sorted(summarise(outcomes), key=lambda cell: (not cell.seeds, cell.mean))
     differences = {c.name: difference(outcomes, c.name, control) for c in cells if c.name != control}
@@ -71,7 +72,7 @@ def write_study(
     lines += [*_table(cells, differences, control), "", *_explained(cells, differences, unit)]
     for name in drawn:
         lines += ["", f"![{name.replace('_', ' ')}](plots/{name}.png)"]
-    lines += _tasks(tasks, control)
+    lines += [*more, *_tasks(tasks, control)]
     pairs = [
         {"less": other, "task": task, **difference(outcomes, cell, other, task)._asdict()}
         for cell, other in also for task in ("", *tasks)
