@@ -46,9 +46,10 @@ def jaxtyped(*, typechecker):
     def decorated(function):
         if not isinstance(function, types.FunctionType):
             return decorate(function)
+        if not function.__annotations__:
+            return function
         if "<locals>" not in function.__qualname__:
-            shaped = any(map(_of_shapes, function.__annotations__.values()))
-            return decorate(function) if shaped else typechecker(function)
+            return _by_its_hints(function, decorate, typechecker)
         key = function.__module__, function.__code__
         if key not in _made:
             _made[key] = decorate(_any_like(function))
@@ -69,8 +70,28 @@ def jaxtyped(*, typechecker):
     return decorated
 
 
+def _by_its_hints(function, decorate, typechecker):
+    """Shapes are remembered at the calls of functions of arrays alone. Hints in quotes are read at the first call."""
+    if not any(isinstance(hint, str) for hint in function.__annotations__.values()):
+        return decorate(function) if any(map(_of_shapes, function.__annotations__.values())) else typechecker(function)
+    checked = None
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        nonlocal checked
+        if checked is None:
+            try:
+                shaped = any(map(_of_shapes, typing.get_type_hints(function).values()))
+            except (AttributeError, NameError, TypeError):  # of what is imported for types alone
+                shaped = True
+            checked = decorate(function) if shaped else _checked(function)
+        return checked(*args, **kwargs)
+
+    return call
+
+
 def _of_shapes(hint):
-    """Whether there is a type of arrays in it, or may be. The shapes of others need not be remembered at each call."""
+    """Whether there is a type of arrays in it, or may be."""
     if isinstance(hint, str) or type(hint).__module__.startswith("jaxtyping"):
         return True
     return any(map(_of_shapes, hint if isinstance(hint, list) else typing.get_args(hint)))
