@@ -220,7 +220,7 @@ def table(found: Measured) -> list[str]:
     if found.judged is not None:
         j, of = found.judged, found.answers[BEFORE]
         lines += ["", f"The verifier, of {len(of.samples.texts):,} answers of which {j.right:.1%} are right: AUC "
-                  f"{j.auc:.3f}, within a problem {j.auc_within:.3f}; accuracy {j.accuracy:.1%}; "
+                  f"{_area(j.auc)}, within a problem {_area(j.auc_within)}; accuracy {j.accuracy:.1%}; "
                   f"Brier score {j.brier:.4f}, and {j.right * (1 - j.right):.4f} by that share alone."]  # fmt: skip
     if found.compared:
         lines += ["", "| search, with values of 4 rollouts | tokens a problem | right |", "|---|---:|---:|"]
@@ -235,6 +235,10 @@ def told_of(band: Band, at: int, sign: str = "") -> str:
     return f"{100 * band.mean[at]:{sign}.1f}% [{100 * band.low[at]:.1f}, {100 * band.high[at]:.1f}]"
 
 
+def _area(auc: float) -> str:
+    return f"{auc:.3f}" if math.isfinite(auc) else "unknown, as none is right or none wrong"
+
+
 def said(results: Sequence[Result], found: Measured, method: str) -> str:
     """What learning gave, in words."""
     by_kind = {result.kind: result for result in results}
@@ -245,7 +249,9 @@ def said(results: Sequence[Result], found: Measured, method: str) -> str:
         by, sizes = found.answers[BEFORE].chosen, found.answers[BEFORE].sizes
         learned, perfect = by["learned"].mean(0), by["perfect"].mean(0)
         best = int(np.argmax(learned))
-        text = f"After {after.steps:,} steps of {method} the AUC on answers to test problems is {found.judged.auc:.3f}"
+        text = (
+            f"After {after.steps:,} steps of {method} the AUC on answers to test problems is {_area(found.judged.auc)}"
+        )
         text += f"; of the best of N by it most are right, {learned[best]:.1%}, for N={sizes[best]}, and "
         text += f"{learned[-1]:.1%} for N={sizes[-1]}; by the task's verifier {perfect[best]:.1%} and {perfect[-1]:.1%}"
     elif found.answers:

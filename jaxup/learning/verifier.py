@@ -10,6 +10,8 @@ Shape suffixes: N texts, S positions of a row.
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,15 +45,14 @@ def rollouts_of(labels: str, reward: Reward, step: str) -> int:
     Raises:
       UserError: they are neither, or are of steps that the task has not; a reward that may be no label from 0 to 1.
     """
-    kind, _, number = labels.partition(":")
-    known = number.isascii() and number.isdecimal() and 1 <= int(number) <= 10**4 if kind == "rollouts" else not number
-    if kind not in ("outcome", "rollouts") or not known:
+    number = labels.partition(":")[2]
+    if labels != "outcome" and not re.fullmatch("rollouts:[1-9][0-9]{0,3}", labels):
         raise UserError("is not one of " + ", ".join(LABELS), at=f"labels={labels}")
     if number and not step:
         what = "an answer to this task is one step"
         raise UserError(what, at=f"labels={labels}", hint="outcome, or a task such as countdown:3:steps")
     wide = [term.name for term in reward.terms if term.kind in ("length", "shaped") or term.weight < 0]
-    if wide or sum(term.weight for term in reward.terms) > 1:
+    if wide or math.fsum(term.weight for term in reward.terms) > 1:
         what = f"labels are from 0 to 1, and what it says may be {'other numbers' if wide else 'more'}"
         raise UserError(what, at="reward", hint="outcome, or noisy:TPR:FPR")
     return int(number or 0)
