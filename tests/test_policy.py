@@ -38,7 +38,7 @@ def ask(sample=0, max_tokens=40, until="", prefix=None):
 
 
 def decode(tokens):
-    return tokenizer().decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer().decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def drawn():
 
 def test_texts_are_those_of_the_tokens_without_their_end():
     for written in drawn():
-        assert written.text == decode(written.tokens)
+        assert written.text == decode(written.tokens[: len(written.tokens) - written.ended])
         assert written.ended == (written.tokens[-1] == tokenizer().eos_token_id)
         assert not written.stopped
         assert written.ended or len(written.tokens) == 40
@@ -58,6 +58,14 @@ def test_texts_are_those_of_the_tokens_without_their_end():
     (early,) = policy(ends=(end,)).write([ask(0)])
     assert (early.ended, early.tokens.tolist()) == (True, drawn()[0].tokens[:4].tolist())
     assert early.text == decode(early.tokens[:-1])
+
+
+def test_a_token_that_is_no_text_is_seen_in_an_answer():
+    end, other = tokenizer().eos_token_id, 289
+    answers = policy(ends=(other,)).write([ask(sample) for sample in range(16)])
+    having = [written for written in answers if end in written.tokens]
+    assert having  # one in 290 of their tokens
+    assert all(tokenizer().eos_token in written.text for written in having)
 
 
 def test_until_is_looked_for_across_tokens_and_cut_at_the_one_that_completes_it():

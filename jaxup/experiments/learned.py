@@ -60,8 +60,8 @@ COLUMNS = {
 _ABOUT = """Each row is of the model at the beginning of a round. `right`: of its answers to training problems, by the \
 verifier; `pass@1, test`: the same of test problems. `no spread`: problems whose answers all have one reward. `KL to \
 start`: nats a token, estimated on the answers. `unique`: of the answers to a problem those that differ. `unscorable`: \
-answers whose reward cannot be said. `tokens sampled`: for learning, until then. `fitting` has what is evaluated and \
-saved in it."""
+answers whose reward cannot be said. `rows`: those that weigh something. `tokens sampled`: for learning, until then. \
+`fitting` has what is evaluated and saved in it."""
 _OF_VERDICTS = """The answers are of the model as it began. `AUC`: how often the verifier, as it is at the beginning \
 of the round, says more of a right answer than of a wrong one."""
 
@@ -108,7 +108,7 @@ class Learning:
             prompts = self._prompts_of(self._task.train, samples)
             rows = Rows(fitted(self._method, samples, prompts, self._data.seq_len))
             first, self._last = step - within, samples
-            row = {"by": self._settings.method, **described(samples), **samples.facts, "rows": len(rows)}
+            row = {"by": self._settings.method, **described(samples), **samples.facts, "rows": weighed(rows)}
             row["unscored"] = int(np.isnan(samples.rewards_N).sum())
             row["tokens"] = samples.facts["tokens"] + (before[-1].get("tokens", 0) if before else 0)
         self._rows = [*before, {"round": number, "step": step - within, **row}]
@@ -267,6 +267,12 @@ class Learning:
             f"{COLUMNS[name][0]} {_cell(row, name)}" for name in COLUMNS if name != "round" and _known(row.get(name))
         ]
         return f"round {row['round']}: {', '.join(shown)}"
+
+
+def weighed(rows: Rows) -> int:
+    """How many of them something is learned from."""
+    weights_NS = rows.fields.get("advantages", rows.fields["loss_weights"])
+    return int(np.any(weights_NS != 0, axis=1).sum())
 
 
 def _known(value: Any) -> bool:

@@ -113,5 +113,6 @@ def _spelling(tokenizer: PreTrainedTokenizerBase, vocab_size: int, until: str) -
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """With special tokens: an answer that has some is not the one without them, which may be right."""
     with tokenizing():
-        return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
