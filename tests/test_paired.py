@@ -28,7 +28,6 @@ def tables(lines):
 
 
 def test_the_mean_over_seeds_is_compared_problem_by_problem(tmp_path):
-    (tmp_path / "plots").mkdir()
     runs = {
         "control": [run(tmp_path / "c0", [0, 4], [1, 4]), run(tmp_path / "c1", [2, 4], [1, 4])],
         "grpo": [run(tmp_path / "g0", [0, 4], [3, 4]), run(tmp_path / "g1", [2, 4], [4, 4])],
@@ -39,6 +38,14 @@ def test_the_mean_over_seeds_is_compared_problem_by_problem(tmp_path):
     assert more_than_before == {"control": [0.0, 25.0], "grpo": [31.2, 25.0]}
     assert more_than_control == {"grpo": [31.2, 0.0]}
     assert (tmp_path / "plots" / "pass_at_k.png").stat().st_size > 0
+
+
+def test_cells_that_begin_with_different_models(tmp_path):
+    runs = {"control": [run(tmp_path / "c", [0, 4], [1, 4])], "half": [run(tmp_path / "h", [0, 0], [0, 2])]}
+    reached, more_than_before, _ = tables(compared(tmp_path, runs, "control"))
+    assert reached["control, before"] == [50.0, 50.0]
+    assert reached["half, before"] == [0.0, 0.0]
+    assert more_than_before == {"control": [12.5, 50.0], "half": [25.0, 50.0]}
 
 
 def test_what_cannot_be_paired(tmp_path):

@@ -273,6 +273,7 @@ def _draw(run_: Run, found: Measured) -> None:
 
 def draw(directory: Path, figures: Mapping[str, Figure]) -> None:
     """Writes plots/NAME.png of each."""
+    (directory / "plots").mkdir(exist_ok=True)
     for name, figure in figures.items():
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=140)

@@ -17,12 +17,10 @@ from jaxup.experiments.answered import AFTER, ANSWERS, BEFORE, SIZES, banded, dr
 from jaxup.learning.statistics import Band, pass_at_k
 from jaxup.text import read_json
 
-BASE = "before"
 _COLORS = (SKY, BLUE, GREEN, RED, ORANGE, PURPLE)
 _ABOUT = """The share of the test problems that have a right one among k answers, and in brackets 95% bootstrap \
 intervals over problems, of which each has the mean over the seeds: they say how far the result hangs on these \
-problems, and the tables by seed how far on the training. `{base}` is what all cells begin with. Differences are \
-paired problem by problem."""
+problems, and the tables by seed how far on the training. Differences are paired problem by problem."""
 
 
 def compared(directory: Path, runs: Mapping[str, Sequence[Path]], control: str) -> list[str]:
@@ -45,7 +43,10 @@ def compared(directory: Path, runs: Mapping[str, Sequence[Path]], control: str) 
             return ["", f"Runs of `{cell}` were asked other problems than those of `{control}`: they are not paired."]
     count = first["samples"]
     sizes = [2**power for power in range(count.bit_length()) if 2**power <= count]
-    passed = {BASE: _passed(found[control], BEFORE, sizes)} | {c: _passed(of, AFTER, sizes) for c, of in found.items()}
+    before, after = ({cell: _passed(of, name, sizes) for cell, of in found.items()} for name in (BEFORE, AFTER))
+    same = all(np.array_equal(of, before[control]) for of in before.values())
+    passed = {BEFORE: before[control]} if same else {f"{cell}, {BEFORE}": of for cell, of in before.items()}
+    passed |= after
     bands = {name: banded(values_PK) for name, values_PK in passed.items()}
     figure, (axes,) = panels(1)
     for (name, drawn), color in zip(bands.items(), itertools.cycle(_COLORS)):
@@ -60,20 +61,11 @@ def compared(directory: Path, runs: Mapping[str, Sequence[Path]], control: str) 
     def rows(bands: Mapping[str, Band], sign: str = "") -> list[str]:
         return [f"| `{name}` | {' | '.join(told_of(of, at, sign) for at in shown)} |" for name, of in bands.items()]
 
-    lines = [
-        "",
-        "## Test problems",
-        "",
-        _ABOUT.format(base=BASE),
-        "",
-        *head,
-        *rows(bands),
-        "",
-        "![pass@k](plots/pass_at_k.png)",
-    ]
-    for other in dict.fromkeys((BASE, control)):
-        less = {name: banded(of - passed[other]) for name, of in passed.items() if name not in (BASE, other)}
-        lines += ["", f"More than `{other}`:", "", *head, *rows(less, "+")]
+    lines = ["", "## Test problems", "", _ABOUT, "", *head, *rows(bands), "", "![pass@k](plots/pass_at_k.png)"]
+    gained = {cell: banded(of - before[cell]) for cell, of in after.items()}
+    less = {cell: banded(of - after[control]) for cell, of in after.items() if cell != control}
+    lines += ["", "More than before:", "", *head, *rows(gained, "+")]
+    lines += ["", f"More than `{control}`:", "", *head, *rows(less, "+")]
     return lines
 
 
