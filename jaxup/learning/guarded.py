@@ -1,7 +1,9 @@
-"""Functions of the user's own, by dotted name, and what they say of answers: whatever they do, a run goes on."""
+"""Verdicts that may be wrong: those of the user's own functions, by dotted name, which end no run whatever they do, and
+those with noise of known rates."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 import re
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxup.errors import UserError, first_line, suggest
+from jaxup.learning.problem import Problem
 
 DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -57,3 +60,9 @@ def finite(name: str, failed: Counter[str], value: Any) -> float | None:
         failed[f"{name}: not a finite number"] += 1
         return None
     return number
+
+
+def noisy(right: bool, problem: Problem, text: str, tpr: float, fpr: float) -> float:
+    """1 for a share `tpr` of the right answers and `fpr` of the others, else 0; always the same of the same answer."""
+    digest = hashlib.sha256(f"{problem.id}\0{text}".encode("utf-8", "surrogatepass")).digest()
+    return float(int.from_bytes(digest[:8], "big") < (tpr if right else fpr) * 2**64)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from jaxup.errors import UserError, suggest, within
+from jaxup.learning.guarded import noisy
 from jaxup.learning.problem import Problem, Task
 from jaxup.learning.tree import ROLLOUT, Node, Scores, Search, Talk
 
@@ -70,10 +70,8 @@ def _verified(search: Search, node: Node) -> float:
 
 
 def noisy_verdict(task: Task, problem: Problem, text: str, tpr: float, fpr: float) -> float:
-    """1 for a share `tpr` of the right answers and `fpr` of the others, else 0; always the same of the same answer."""
-    digest = hashlib.sha256(f"{problem.id}\0{text}".encode()).digest()
-    right = verdict(task, problem, text) >= 1
-    return float(int.from_bytes(digest[:8], "big") < (tpr if right else fpr) * 2**64)
+    """`noisy` of what the verifier says; what it cannot say counts as wrong."""
+    return noisy(verdict(task, problem, text) >= 1, problem, text, tpr, fpr)
 
 
 def _noisy(name: str, tpr: float, fpr: float) -> Guide:

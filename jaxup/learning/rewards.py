@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxup.errors import UserError, suggest, within
-from jaxup.learning.guarded import DOTTED, finite, judged, own_function
+from jaxup.learning.guarded import DOTTED, finite, judged, noisy, own_function
 from jaxup.learning.problem import Problem, Task
 from jaxup.learning.tasks import Own
 
@@ -111,7 +111,7 @@ class Reward:
             return float(_drawn(term, problem, text) < 0.5)
         verdict = self.task.verify(problem, text)
         if term.kind == "noisy" and verdict is not None:
-            return float(_drawn(term, problem, text) < term.numbers[verdict != 1.0])
+            return noisy(verdict >= 1, problem, text, *term.numbers)
         return verdict
 
     def _said(self, term: Term, values: Callable[[], Sequence[Any]]) -> list[float | None] | None:
