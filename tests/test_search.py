@@ -13,6 +13,7 @@ from jaxup.learning import guides, search
 from jaxup.learning.guides import open_guide
 from jaxup.learning.problem import Problem, Written
 from jaxup.learning.search import open_method, run
+from jaxup.learning.tasks import open_task
 from jaxup.learning.tree import Budget, Search, drive, shown
 
 LETTERS = ("a,", "b,", "")  # a step each; the third ends the answer
@@ -250,6 +251,20 @@ def test_the_best_of_n_by_the_verdict_solves_what_pass_at_n_says():
     assert np.mean(right) == pytest.approx(1 - (1 - p) ** 4, abs=4 * math.sqrt(0.13 * 0.87 / 300))
     # It ends with the first that is right, though it is not asked one by one.
     assert found("best_of", "verifier", problems=problems[:50]) != found("best_of:40", "logp", problems=problems[:50])
+
+
+def test_a_majority_counts_wrong_arithmetic():
+    """Two say the same with a wrong sum, one is right: the two have it, as a vote is no verifier."""
+
+    class Says(Table):
+        def one(self, ask):
+            text = ("3*7=20\n20+6=26", "3*7=21\n5+21=26", "7*3=20\n6+20=26")[ask.key[-1]]
+            token, zero = np.full(1, ask.key[-1], np.int32), np.zeros(1, np.float32)
+            return Written(token, zero, zero, text, True, False)
+
+    task = open_task("countdown:3:steps", train=0, test=1, seed=0)
+    (one,) = found("majority:3", None, task, Says(), [Problem("3 5 7=26", "3 5 7=26:")])
+    assert [(answer.votes, task.verify(one.problem, answer.text)) for answer in one.answers] == [(2, 0), (1, 1)]
 
 
 def test_a_majority_of_many_is_the_likeliest_answer():

@@ -131,6 +131,15 @@ def test_any_text_is_judged(text):
         assert task.final(problem, text) or not task.verify(problem, text)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_votes_know_no_more_than_the_text(spec):
+    """What an answer says is read without the problem; so a wrong answer to it that is written well has votes."""
+    task = TASKS[spec]
+    one, *others = (*task.test, *task.train)
+    assert all(task.final(one, each.solution) == task.final(each, each.solution) != "" for each in others)
+    assert any(not task.verify(one, each.solution) for each in others)
+
+
 # Countdown -----------------------------------------------------------------------------------------------------------
 
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -211,6 +220,7 @@ def test_a_step_is_good_while_the_target_is_in_reach():
                     assert task.steps(problem, f"{first}\n{second}") == [open_, right]
     assert task.steps(problem, f"{problem.solution}\n1+1=2")[2] == 0
     assert task.final(problem, "7+3=9\n5-9=2") == task.final(problem, "3+7=9\n5-9=2") == "3+7=9 5-9=2"
+    assert task.final(problem, "3-7=-4\n5*-4=2") == "3-7=-4 -4*5=2"
     assert task.final(problem, "7+3=10\nso") == task.final(problem, "7+3") == ""
     assert task.verify(problem, f"{problem.solution}\n{target[0]}*1={target[0]}") == 0
 
@@ -230,6 +240,7 @@ def test_addition_carries():
     for text in ("132", "\n".join([lines[0], *lines]), "\n".join([*lines[:2], "0132"]), "\n".join([*lines[:2], "131"])):
         assert task.verify(problem, text) == 0
     assert task.final(problem, "0132") == task.final(problem, "1 32") == task.final(problem, "-1") == ""
+    assert task.final(problem, "9+9=\n131") == "131"
     for problem in TASKS["addition:3:steps"].train:  # what each column writes, and the last carries, is the sum
         *columns, total = problem.solution.split("\n")
         last, *others = (column.partition("=")[2] for column in reversed(columns))

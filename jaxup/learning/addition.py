@@ -46,9 +46,9 @@ class Addition(Generated):
         return self._lines(int(a), int(b))
 
     def right(self, problem: Problem, text: str) -> bool:
-        return self.final(problem, text) == problem.answer and (
-            not self.step or text.strip().count("\n") + 1 == len(self._right_lines(problem))
-        )
+        *columns, last = text.strip().split("\n")
+        many = len(self._right_lines(problem)) - 1
+        return last == problem.answer and len(columns) == many and all(map(_COLUMN.fullmatch, columns))
 
     def steps(self, problem: Problem, text: str) -> list[float]:
         """1 for each line that is as it should be."""
@@ -60,5 +60,4 @@ class Addition(Generated):
 
     def final(self, problem: Problem, text: str) -> str:
         *columns, last = text.strip().split("\n")
-        formed = _SUM.fullmatch(last) and all(map(_COLUMN.fullmatch, columns)) and (self.step or not columns)
-        return last if formed else ""
+        return last if _SUM.fullmatch(last) and (self.step or not columns) else ""

@@ -23,7 +23,8 @@ from jaxup.learning.problem import Problem
 
 LARGEST, TARGETS = 14, range(1, 100)
 COUNTS = range(2, 6)  # of numbers
-_OPERATION = re.compile(r"(0|[1-9][0-9]{0,17})([-+*/])(0|[1-9][0-9]{0,17})=(0|[1-9][0-9]{0,17})")
+_WHOLE = r"(-?[1-9][0-9]{0,17}|0)"
+_OPERATION = re.compile(rf"{_WHOLE}([-+*/]){_WHOLE}={_WHOLE}")
 
 
 class Made(NamedTuple):
@@ -86,7 +87,8 @@ class Countdown(Generated):
         return good + [False] * (len(lines) - len(good)), numbers
 
     def final(self, problem: Problem, text: str) -> str:
-        """What is done, however it is written: `3*7 5+21` of `5+7*3`; with its results, of an answer by steps."""
+        """What is done, however it is written: `3*7 5+21` of `5+7*3`; with the results that it says, right or wrong, of
+        an answer by steps. Nothing here knows the problem, so a vote is no verdict."""
         if self.step:
             found = [_OPERATION.fullmatch(line) for line in text.strip().split("\n")]
             lines = [f"{_either_way(each[2], int(each[1]), int(each[3]))}={each[4]}" for each in found if each]
