@@ -9,6 +9,7 @@ length:WEIGHT or learned:RUN, which is a verifier that the run trained.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -33,7 +34,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser("solve", __doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="directory, Hub id or URL of a model, RUN or RUN@NAME")
-    add("--prompt", metavar="TEXT", help="a problem of one's own, in place of a task; its steps are lines")
+    add("--prompt", metavar="TEXT", help="a problem of one's own, its steps are lines; with --task countdown:3 such as"
+        " '3 5 7=26:', which is verified")  # fmt: skip
     add("--answer", metavar="TEXT", help="with --prompt: what is right")
     add("--search", metavar="SEARCH", default="best_of", help="beam:8:4 is beam with its numbers (best_of)")
     add("--guide", metavar="GUIDE", default="logp", help="what values answers and their beginnings (logp)")
@@ -44,11 +46,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_task_flags(parser, problems=20)
     args = parser.parse_args(argv[1:])
     check_task_flags(args)
-    if (args.task is None) == (args.prompt is None):
+    if args.task is None and args.prompt is None:
         raise UserError("what is to be solved? give --task or --prompt", hint="--task countdown:3:steps")
-    if args.answer is not None and args.prompt is None:
-        raise UserError("--answer goes with --prompt")
-    if args.show_tree is not None and not 1 <= args.show_tree <= (args.problems if args.task else 1):
+    if args.answer is not None and (args.prompt is None or args.task is not None):
+        raise UserError("--answer goes with --prompt, without a task that says what is right")
+    if args.show_tree is not None and not 1 <= args.show_tree <= (args.problems if args.prompt is None else 1):
         raise UserError(f"--show-tree: there is no problem {args.show_tree}")
     if args.out is not None:
         out = Path(args.out)
@@ -139,7 +141,7 @@ def main(argv: list[str]) -> None:
         method = open_method(args.search, revision=REVISION if args.template is None else args.template)
     with within("--guide"):
         guide = open_guide(args.guide)
-    task = open_problems(args) if args.task is not None else _own(args)
+    task = open_problems(args) if args.prompt is None else _own(args)
     problems, judged = task.test, args.task is not None or args.answer is not None
     if method.guided and guide.verifies and not judged:
         raise UserError(f"--guide={args.guide}: it asks what is right", hint="--answer says it, or --guide=logp")
@@ -176,13 +178,25 @@ def main(argv: list[str]) -> None:
 
 
 def _own(args: argparse.Namespace) -> Task:
+    """The problem that --prompt states, of --task or of no other task."""
+    from jaxup.learning.generated import Generated
     from jaxup.learning.given import Given, exact
     from jaxup.learning.problem import Problem
+    from jaxup.learning.tasks import open_task
 
     try:
         (args.prompt + (args.answer or "")).encode()
     except UnicodeEncodeError:
         raise UserError(f"--prompt: not text in UTF-8: {args.prompt!r}") from None
+    if args.task is not None:
+        with within("--task"):
+            task = open_task(args.task, train=0, test=1, seed=0)
+        if not isinstance(task, Generated):
+            raise UserError(
+                f"--prompt: problems of {args.task} are in a list", hint="leave out --task, and give --answer"
+            )
+        with within("--prompt"):
+            return dataclasses.replace(task, test=[task.problem(args.prompt)])
     problem = Problem(exact(args.prompt), args.prompt, answer=args.answer or "")
     return Given(name="prompt", match=exact, test=[problem], step="\n")
 

@@ -253,6 +253,17 @@ def test_the_best_of_n_by_the_verdict_solves_what_pass_at_n_says():
     assert found("best_of", "verifier", problems=problems[:50]) != found("best_of:40", "logp", problems=problems[:50])
 
 
+def test_a_revision_that_outgrows_the_model_ends_its_problem(capsys):
+    class Short(Table):
+        def prefix(self, problem):
+            if len(problem.prompt) > 20:
+                raise UserError("a prompt of too many tokens")
+            return super().prefix(problem)
+
+    assert [len(one.samples) for one in found("revise", "logp", writer=Short())] == [1] * 4
+    assert "of 4 of 4 problems the revised prompt outgrew the model" in capsys.readouterr().err
+
+
 def test_a_majority_counts_wrong_arithmetic():
     """Two say the same with a wrong sum, one is right: the two have it, as a vote is no verifier."""
 

@@ -78,6 +78,11 @@ def test_solve_a_problem_of_ones_own(model, capsys):
     out, _ = capsys.readouterr()
     assert re.search(r"^\[1\] wrong  ab:a  .*of 3 say so", out)
     assert "solved 0 of 1: majority:3, " in out
+    call(solve, model, "--task=brackets:2", "--prompt=(?", "--search=best_of:1", *SMALL)
+    out, err = capsys.readouterr()
+    assert out.startswith("[1] wrong  (?:  ")
+    assert "solved 0 of 1: best_of:1 by logp" in out
+    assert "1 of 1 prompts have characters that its tokenizer does not know" in err
     template = "{prompt}{answer}{prompt}"
     call(solve, model, "--prompt=ab:a", "--search=revise", "--budget=20", "--template", template, *SMALL)
     assert "1 answered: revise by logp, 20 tokens each at most, 20 used" in capsys.readouterr().out
@@ -145,8 +150,9 @@ def test_what_passk_draws_is_what_a_search_draws(model, task, tmp_path, capsys):
     ("message", "command", "flags"),
     [
         ("what is to be solved? give --task or --prompt; --task countdown:3:steps", solve, []),
-        ("what is to be solved?", solve, [*TASK, "--prompt=a"]),
         ("--answer goes with --prompt", solve, [*TASK, "--answer=a"]),
+        ("--answer goes with --prompt, without a task", solve, [*TASK, "--prompt=((??:", "--answer=a"]),
+        ("--prompt: '(((?' is no problem of brackets:4 with an answer; such as ", solve, [*TASK, "--prompt=(((?"]),
         ("--task: task: unknown task 'bracket:4'; did you mean 'brackets'?", solve, ["--task=bracket:4"]),
         ("--search: unknown search 'bem'; did you mean 'beam'?", solve, [*TASK, "--search=bem"]),
         ("--search: search beam: it goes over steps", solve, [*TASK, "--search=beam"]),
@@ -176,6 +182,10 @@ def test_prompts_and_models_that_cannot_be(model, task, tmp_path, capsys):
         call(solve, model, "--prompt", "a" * 40, *SMALL)
     call(solve, model, "--prompt", "a" * 30, "--budget=6", *SMALL)
     assert "prompts of up to 30 tokens: their answers end before 6 tokens" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"^--prompt: problems of .*letters.jsonl are in a list; leave out --task, and "
+    ):
+        call(solve, model, "--task", task, "--prompt=a:", *SMALL)
     for command in (solve, passk):
         with pytest.raises(UserError, match=r"no such|not a|is neither|does not"):
             call(command, str(tmp_path / "none"), "--task", task, "--out", tmp_path / "out", *SMALL)

@@ -140,6 +140,18 @@ def test_votes_know_no_more_than_the_text(spec):
     assert any(not task.verify(one, each.solution) for each in others)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_prompt_states_its_problem_and_another_text_none(spec):
+    task = TASKS[spec]
+    for problem in task.test:
+        stated = task.problem(problem.prompt)
+        assert (stated.id, stated.prompt, stated.answer) == (problem.id, problem.prompt, problem.answer)
+        assert task.verify(stated, stated.solution) == 1
+    for text in (*HOSTILE, "1 1 1=99", "3 5 7 9 2 4=26:", "1000+1=", "((((", "))))?", "3 5 7=26:7*3+5", "3 5 99=26"):
+        with pytest.raises(UserError, match=r"^'.* is no problem of .* with an answer; such as "):
+            task.problem(text)
+
+
 # Countdown -----------------------------------------------------------------------------------------------------------
 
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}

@@ -18,6 +18,7 @@ from jaxup.learning.problem import Problem
 
 DIGITS = range(1, 101)
 _COLUMN = re.compile(r"[0-9]\+[0-9]\+[01]=1?[0-9]")
+_STATED = re.compile(r" *(0|[1-9][0-9]{0,99}) *\+ *(0|[1-9][0-9]{0,99}) *=? *")
 _SUM = re.compile(r"0|[1-9][0-9]*")
 
 
@@ -30,8 +31,16 @@ class Addition(Generated):
         for number in shuffled(below * (below + 1) // 2, draw):
             high = (math.isqrt(8 * number + 1) - 1) // 2  # of the pairs (high, low <= high) in their order
             low = number - high * (high + 1) // 2
-            a, b = draw.sample((high, low), 2)
-            yield Problem(f"{low}+{high}", f"{a}+{b}=", "\n".join(self._lines(a, b)), str(a + b))
+            yield self._problem(*draw.sample((high, low), 2))
+
+    def _problem(self, a: int, b: int) -> Problem:
+        return Problem(f"{min(a, b)}+{max(a, b)}", f"{a}+{b}=", "\n".join(self._lines(a, b)), str(a + b))
+
+    def stated(self, prompt: str) -> Problem | None:
+        found = _STATED.fullmatch(prompt)
+        if found is None or max(map(len, found.groups())) > self.size:
+            return None
+        return self._problem(int(found[1]), int(found[2]))
 
     def _lines(self, a: int, b: int) -> list[str]:
         lines, carry = [], 0

@@ -29,6 +29,13 @@ class Brackets(Generated):
             shown, whole = _numbered(number, self.size)
             yield Problem(shown, f"{shown}:", whole)
 
+    def stated(self, prompt: str) -> Problem | None:
+        shown = prompt.strip().removesuffix(":")
+        if len(shown) != self.size or HOLE not in shown or not set(shown) <= {*PAIRS, *PAIRS.values(), HOLE}:
+            return None
+        whole = _filled(shown)
+        return None if whole is None else Problem(shown, f"{shown}:", whole)
+
     def right(self, problem: Problem, text: str) -> bool:
         text = text.strip()
         return len(text) == len(problem.id) and balanced(text) and all(
@@ -38,6 +45,22 @@ class Brackets(Generated):
     def final(self, problem: Problem, text: str) -> str:
         text = text.strip()
         return text if text and all(c in "()[]{}" for c in text) else ""
+
+
+def _filled(shown: str) -> str | None:
+    """One way to fill the holes; None if there is none."""
+
+    @functools.cache
+    def whole(start: int, end: int) -> str | None:
+        if start == end:
+            return ""
+        for close in range(start + 1, end, 2):
+            pair = [(a, b) for a, b in PAIRS.items() if shown[start] in (a, HOLE) and shown[close] in (b, HOLE)][:1]
+            if pair and (inside := whole(start + 1, close)) is not None and (rest := whole(close + 1, end)) is not None:
+                return f"{pair[0][0]}{inside}{pair[0][1]}{rest}"
+        return None
+
+    return whole(0, len(shown))
 
 
 def balanced(text: str) -> bool:

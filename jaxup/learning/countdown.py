@@ -23,6 +23,7 @@ from jaxup.learning.problem import Problem
 
 LARGEST, TARGETS = 14, range(1, 100)
 COUNTS = range(2, 6)  # of numbers
+_STATED = re.compile(r" *((?:[1-9][0-9]? +){1,4}[1-9][0-9]?) *= *([1-9][0-9]?) *:? *")
 _WHOLE = r"(-?[1-9][0-9]{0,17}|0)"
 _OPERATION = re.compile(rf"{_WHOLE}([-+*/]){_WHOLE}={_WHOLE}")
 
@@ -59,6 +60,15 @@ class Countdown(Generated):
     def _problem(self, numbers: tuple[int, ...], target: int, how: How) -> Problem:
         form = f"{' '.join(map(str, numbers))}={target}"
         return Problem(form, f"{form}:", "\n".join(_operations(how)) if self.step else _written(how))
+
+    def stated(self, prompt: str) -> Problem | None:
+        if (found := _STATED.fullmatch(prompt)) is None:
+            return None
+        numbers, target = tuple(sorted(map(int, found[1].split()))), int(found[2])
+        if len(numbers) != self.size or numbers[-1] > LARGEST or target not in TARGETS:
+            return None
+        how = _reachable(numbers).get(target)
+        return None if how is None else self._problem(numbers, target, how)
 
     def right(self, problem: Problem, text: str) -> bool:
         numbers, target = _parts(problem)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+from jaxup.errors import UserError
 from jaxup.learning.problem import Problem
 
 
@@ -25,6 +26,17 @@ class Generated(abc.ABC):
     @abc.abstractmethod
     def problems(self, draw: random.Random) -> Iterator[Problem]:
         """Each problem there is at least once, in an order that `draw` decides; the same ones whoever stops early."""
+
+    @abc.abstractmethod
+    def stated(self, prompt: str) -> Problem | None:
+        """The problem that a prompt states, which is no longer than those of the task; None for any other text."""
+
+    def problem(self, prompt: str) -> Problem:
+        """A problem of one's own. UserError where the prompt states none of this task that has an answer."""
+        if (problem := self.stated(prompt)) is None:
+            example = next(self.problems(random.Random(0))).prompt
+            raise UserError(f"{prompt[:80]!r} is no problem of {self.name} with an answer", hint=f"such as {example}")
+        return problem
 
     @abc.abstractmethod
     def right(self, problem: Problem, text: str) -> bool:

@@ -18,6 +18,7 @@ from jaxup.errors import UserError, suggest
 from jaxup.learning.guides import Guide
 from jaxup.learning.problem import Problem, Task, Writer
 from jaxup.learning.tree import Budget, Node, Search, Talk, drive
+from jaxup.progress import say
 
 REVISION = "{prompt}{answer}\nThis is {verdict}. Once more:\n{prompt}"
 
@@ -164,7 +165,7 @@ def puct(parent: Node, child: Node) -> float:
 
 def revise(search: Search, guide: Guide | None, n: int, *, template: str) -> Talk[None]:
     """One attempt after the other, each with the one before it and its verdict in the prompt: `n`, or with 0 as many
-    as the budget has room for."""
+    as the budget has room for, or the model for the prompt."""
     root, base = search.root, search.root
     while search.budget.left and (root.draws < n or not n):
         base.draws = root.draws  # the attempts are numbered through, and so are their keys
@@ -178,7 +179,11 @@ def revise(search: Search, guide: Guide | None, n: int, *, template: str) -> Tal
         if _settled(search, guide):
             return
         prompt = revised(template, search.problem, attempt.text, attempt.value)
-        base = Node(prompt=tuple(search.writer.prefix(dataclasses.replace(search.problem, prompt=prompt))))
+        try:
+            base = Node(prompt=tuple(search.writer.prefix(dataclasses.replace(search.problem, prompt=prompt))))
+        except UserError:  # it has outgrown the model
+            search.outgrown = True
+            return
 
 
 def revised(template: str, problem: Problem, answer: str, value: float) -> str:
@@ -270,7 +275,10 @@ def run(
     """
     check(task, method, guide, budget, max_tokens)
     searches = [Search(task, problem, writer, Budget(budget), max_tokens, seed) for problem in problems]
-    return drive(writer, [_whole(search, method, guide) for search in searches], told)
+    found = drive(writer, [_whole(search, method, guide) for search in searches], told)
+    if outgrown := sum(search.outgrown for search in searches):
+        say(f"of {outgrown} of {len(searches)} problems the revised prompt outgrew the model, and their searches ended")
+    return found
 
 
 def _whole(search: Search, method: Method, guide: Guide | None) -> Talk[Found]:

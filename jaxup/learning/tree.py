@@ -158,6 +158,7 @@ class Search:
     seed: int
     root: Node = dataclasses.field(init=False)
     finished: list[Node] = dataclasses.field(default_factory=list)  # answers, in the order in which they were written
+    outgrown: bool = False  # it ended as a prompt left no room for an answer
 
     def __post_init__(self):
         self.root = Node(prompt=tuple(self.writer.prefix(self.problem)))
