@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jaxup.learning.search import Found
 
 DEFAULTS = {"max_tokens": 64, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+TASK_SEED = 2357  # that of the problems of a run (learn.seed), so that its test problems are those here
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -65,7 +66,8 @@ def add_task_flags(parser: Parser, *, problems: int) -> None:
     add("--task", metavar="TASK", help="countdown:N[:steps], addition:DIGITS[:steps], brackets:LENGTH,"
         " FILE.jsonl[:MATCH] or package.module:function")  # fmt: skip
     add("--problems", metavar="N", type=int, default=problems, help=f"of the task's test so many ({problems})")
-    add("--task-seed", metavar="N", type=int, default=0, help="which problems these are: that of the training (0)")
+    add("--task-seed", metavar="N", type=int, default=TASK_SEED, help="which problems these are: a run's learn.seed,"
+        f" without which some were trained on ({TASK_SEED}, as runs have it)")  # fmt: skip
     add("--chat", action="store_true", help="the prompt is a message, put into the tokenizer's chat template")
     add("--slots", metavar="N", type=int, default=64, help="texts that are computed at once (64)")
     add_flags(parser, DEFAULTS)

@@ -11,6 +11,7 @@ from PIL import Image
 import jaxup
 from jaxup import passk, solve
 from jaxup.errors import UserError
+from jaxup.experiments.defaults import defaults
 from jaxup.learning import statistics
 from jaxup.learning.tasks import open_task, tokenizer_for
 from jaxup.model.config import ModelConfig
@@ -32,7 +33,7 @@ def task(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(task, tmp_path_factory):
     path = str(tmp_path_factory.mktemp("models") / "small")
-    tokenizer = tokenizer_for(open_task(task, train=0, test=3, seed=0))
+    tokenizer = tokenizer_for(open_task(task, train=0, test=3, seed=solve.TASK_SEED))
     config = ModelConfig.llama(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1,
         max_positions=32,
@@ -46,12 +47,16 @@ def call(command, *arguments):
     command.main([command.__name__, *map(str, arguments)])
 
 
+def test_the_problems_are_those_that_a_run_tests_with():
+    assert defaults("learn", small=True).learn.seed == solve.TASK_SEED
+
+
 def test_solve_prints_and_writes_what_was_found(model, task, tmp_path, capsys):
     out = tmp_path / "found.jsonl"
     call(solve, model, "--task", task, "--guide=verifier", "--budget=120", "--out", out, "--show-tree=2", *SMALL)
     shown, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    opened = open_task(task, train=0, test=3, seed=0)
+    opened = open_task(task, train=0, test=3, seed=solve.TASK_SEED)
     assert [row["id"] for row in rows] == [problem.id for problem in opened.test]
     solved = sum(row["right"] for row in rows)
     assert solved > 0
@@ -100,7 +105,7 @@ def test_passk_is_resumed_and_says_what_its_samples_say(model, task, tmp_path, c
     lines = (out / "samples.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [(row["id"], row["sample"]) for row in rows] == [
-        (problem.id, i) for problem in open_task(task, train=0, test=3, seed=0).test for i in range(6)
+        (problem.id, i) for problem in open_task(task, train=0, test=3, seed=solve.TASK_SEED).test for i in range(6)
     ]
     right = np.array([row["right"] for row in rows]).reshape(3, 6)
     assert 0 < right.sum() < 18
@@ -130,7 +135,10 @@ def test_passk_is_resumed_and_says_what_its_samples_say(model, task, tmp_path, c
     assert lines[17] in again
     assert len(again) == 21
 
-    for flag, what in (("--temperature=0.5", "temperature=1.0, not 0.5"), ("--task-seed=1", "task_seed=0, not 1")):
+    for flag, what in (
+        ("--temperature=0.5", "temperature=1.0, not 0.5"),
+        ("--task-seed=1", f"task_seed={solve.TASK_SEED}, not 1"),
+    ):
         with pytest.raises(UserError, match=re.escape(f"{out}: its samples are of {what}")):
             call(passk, model, *how, flag)
     (out / "samples.jsonl").write_text('{"id": 3}\n')
