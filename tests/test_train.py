@@ -374,7 +374,7 @@ def test_documented_flags_exist():
             config = config[part]
         return True
 
-    configs = [load(name) for name in ("inherit_gpt2.py", "heal.py", "pretrain.py")]
+    configs = [load(name) for name in ("inherit_gpt2.py", "heal.py", "pretrain.py", "search_and_learn.py")]
     keys = set(re.findall(r"--config\.([\w.]+)", DOCS))
     assert len(keys) > 15
     assert [key for key in keys if not any(has(config, key) for config in configs)] == []
