@@ -23,7 +23,9 @@ import difflib
 import errno
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
@@ -201,6 +203,16 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
 def entry_point(main: Callable[[list[str]], int | None]) -> None:
     """Runs `main(sys.argv)` and exits the process with the code that its outcome calls for."""
     warnings.formatwarning = lambda message, *_: f"jaxup: warning: {printable(message)}\n"  # no file and line of ours
+    usual = sys.unraisablehook
+
+    def hook(ignored: sys.UnraisableHookArgs) -> None:
+        """A Ctrl-C that came up where Python ignores exceptions, such as in a callback of jax, comes up again."""
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            usual(ignored)
+
+    sys.unraisablehook = hook
     try:
         code = main(sys.argv) or 0
     except (UserError, NonFinite, Stopped) as error:
