@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from jaxup.errors import Parser, UserError, entry_point, within
 from jaxup.generate import Opened, add_flags, check_flags, drawing, open_model
 from jaxup.progress import Progress, printable, say, tell
-from jaxup.text import escaped, write_atomically
+from jaxup.text import broken, escaped, write_atomically
 
 if TYPE_CHECKING:
     from jaxup.learning.policy import Policy
@@ -49,6 +49,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     check_task_flags(args)
     if args.task is None and args.prompt is None:
         raise UserError("what is to be solved? give --task or --prompt", hint="--task countdown:3:steps")
+    for name in ("prompt", "answer", "template"):
+        if (text := getattr(args, name)) is not None and broken(text):
+            raise UserError(f"--{name}: not text in UTF-8: {text!r}")
     if args.answer is not None and (args.prompt is None or args.task is not None):
         raise UserError("--answer goes with --prompt, without a task that says what is right")
     if args.show_tree is not None and not 1 <= args.show_tree <= (args.problems if args.prompt is None else 1):
@@ -186,10 +189,6 @@ def _own(args: argparse.Namespace) -> Task:
     from jaxup.learning.problem import Problem
     from jaxup.learning.tasks import open_task
 
-    try:
-        (args.prompt + (args.answer or "")).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"--prompt: not text in UTF-8: {args.prompt!r}") from None
     if args.task is not None:
         with within("--task"):
             task = open_task(args.task, train=0, test=1, seed=0)

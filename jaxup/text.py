@@ -30,6 +30,11 @@ def escaped(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
+def broken(*texts: str) -> bool:
+    """Whether any has half of a character (a lone surrogate), which no encoding and no tokenizer takes."""
+    return any("\ud800" <= c <= "\udfff" for text in texts for c in text)
+
+
 def backticks(text: str, least: int = 3) -> str:
     """More backticks than `text` has in a row: Markdown between two of them cannot be closed by it."""
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))

@@ -66,6 +66,7 @@ ROW = {"prompt": "2+2?", "answer": "4"}
         ([{**ROW, "answer": None}], "a.jsonl:1: the answer '' is no number"),
         ([{**ROW, "answer": "four"}], "a.jsonl:1: the answer 'four' is no number"),
         (['{"prompt": "\\ud800", "answer": "4"}'], "a.jsonl:1: prompt has half of a character"),
+        ([ROW, '{"prompt": "x", "answer": "4\\udfff"}'], "a.jsonl:2: answer has half of a character"),
         ([ROW, {**ROW, "answer": "5"}], "a.jsonl:2: the problem of {path}:1 with another answer"),
         ([{**ROW, "split": "tset"}], "a.jsonl:1: unknown split 'tset'; did you mean 'test'?"),
         ([{**ROW, "split": "test"}, {**ROW, "split": "train"}], "of {path}:1, which is of split 'test', in 'train'"),
@@ -152,6 +153,9 @@ def shared(train, test, seed):
 def rows(train, test, seed):
     return SimpleNamespace(train=[{"prompt": "x"}], test=[], verify=judge)
 
+def half(train, test, seed):
+    return SimpleNamespace(train=[Problem("\\ud800", "x")], test=[], verify=judge)
+
 def none(train, test, seed):
     return SimpleNamespace(train=[], test=[])
 """
@@ -184,6 +188,7 @@ def test_a_task_of_ones_own(spec, tmp_path, monkeypatch):
     [
         ("own_tasks:shared", "3 problems to test on are trained on as well, such as '0'"),
         ("own_tasks:rows", "is no Problem(id, prompt, solution, answer) of texts; from jaxup.learning.problem import"),
+        ("own_tasks:half", r"own_tasks:half: '\ud800' has half of a character (a lone surrogate)"),
         ("own_tasks:none", "what it gives has no function `verify`"),
         ("own_broken:x", "own_broken:x: importing it raises SystemExit: no"),
     ],

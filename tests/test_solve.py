@@ -158,6 +158,9 @@ def test_what_passk_draws_is_what_a_search_draws(model, task, tmp_path, capsys):
     ("message", "command", "flags"),
     [
         ("what is to be solved? give --task or --prompt; --task countdown:3:steps", solve, []),
+        (r"--prompt: not text in UTF-8: 'a\udcff'", solve, ["--prompt=a\udcff"]),
+        (r"--answer: not text in UTF-8: '\ud800'", solve, ["--prompt=a", "--answer=\ud800"]),
+        (r"--template: not text in UTF-8: '\ud800'", solve, ["--prompt=a", "--search=revise", "--template=\ud800"]),
         ("--answer goes with --prompt", solve, [*TASK, "--answer=a"]),
         ("--answer goes with --prompt, without a task", solve, [*TASK, "--prompt=((??:", "--answer=a"]),
         ("--prompt: '(((?' is no problem of brackets:4 with an answer; such as ", solve, [*TASK, "--prompt=(((?"]),

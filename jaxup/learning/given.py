@@ -19,6 +19,7 @@ from jaxup.data.readers import read_jsonl
 from jaxup.errors import UserError, storage_error, suggest
 from jaxup.learning.problem import Problem
 from jaxup.progress import say
+from jaxup.text import broken
 
 KEYS = ("prompt", "answer", "solution", "split")
 SPLITS = ("train", "test")
@@ -157,7 +158,7 @@ def _problem(row: Any, fault: str, place: str, match: Callable[[str], str] | Non
     for key in KEYS:
         if not isinstance(row.get(key, ""), str):
             raise UserError(f"{key} is no text but {type(row[key]).__name__}", at=place)
-        if any("\ud800" <= c <= "\udfff" for c in row.get(key, "")):
+        if broken(row.get(key, "")):
             raise UserError(f"{key} has half of a character (a lone surrogate)", at=place)
     prompt, answer, split = row.get("prompt", ""), row.get("answer", ""), row.get("split", "")
     if not prompt.strip():

@@ -29,6 +29,7 @@ from jaxup.learning.generated import Generated
 from jaxup.learning.given import MATCHES, Given, exact, in_order, read_problems
 from jaxup.learning.guarded import DOTTED, finite, judged, own_function
 from jaxup.learning.problem import Problem, Task
+from jaxup.text import broken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -147,6 +148,8 @@ def _own(spec: str, train: int, test: int, seed: int) -> Task:
         if not all(isinstance(field, str) for field in fields) or not problem.id:
             what = f"{str(problem)[:80]} is no Problem(id, prompt, solution, answer) of texts"
             raise UserError(what, at=spec, hint="from jaxup.learning.problem import Problem")
+        if broken(*fields):
+            raise UserError(f"{problem.id[:80]!r} has half of a character (a lone surrogate)", at=spec)
     if both := {each.id for each in given[0]} & {each.id for each in given[1]}:
         what = f"{len(both)} problems to test on are trained on as well, such as {min(both)[:80]!r}"
         raise UserError(what, at=spec)
