@@ -62,8 +62,15 @@ def pytest_configure(config):
     hypothesis.settings.load_profile("gate" if "not slow" in config.getoption("markexpr") else "search")
 
 
-# What trains models begins first: else a worker is left alone with it in the end.
-LONGEST = [f"test_{name}.py" for name in ("heal", "inherit_llama", "train", "load", "step", "partition", "lora")]
+# What takes longest begins first: else a worker is left alone with it in the end.
+LONGEST = [
+    f"test_{name}.py"
+    for name in (
+        "heal", "train", "step", "resuming", "lora", "model", "study", "load", "inherit_llama", "parity", "generate",
+        "chat", "experiment", "build", "task", "processes", "data", "learn", "policy_loss", "sampler", "partition",
+        "scripts", "pretrain", "steps", "heads",
+    )
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -109,7 +109,6 @@ def train_study(corpus, workdir, *more):
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.usefixtures("one_device")
 def test_a_study_shares_programs_and_references_and_takes_more_seeds(corpus, tmp_path, capsys):
     make_program.cache_clear()
     study = tmp_path / "study"
