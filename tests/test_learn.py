@@ -1,5 +1,6 @@
 """A model that learns from its own answers: rounds, what they leave, and how they go on."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +14,21 @@ from jaxup.experiments.config import load as load_config
 from jaxup.experiments.learn import Learn
 from jaxup.experiments.learned import COLUMNS, _quoted
 from jaxup.learning.data import rows
-from jaxup.learning.rounds import ENTROPY, LOGP, REFERENCE, VALUES, Samples, described, fitted, problems_of, template
+from jaxup.learning.policy import Policy
+from jaxup.learning.rewards import Score
+from jaxup.learning.rounds import (
+    ENTROPY,
+    LOGP,
+    PAID,
+    REFERENCE,
+    VALUES,
+    Samples,
+    described,
+    fitted,
+    paid,
+    problems_of,
+    template,
+)
 from jaxup.learning.weights import METHODS
 from jaxup.training import loop
 from jaxup.training.sharding import MeshConfig, make_mesh
@@ -254,3 +269,41 @@ def test_a_text_cannot_leave_its_cell():
 def test_every_way_to_learn_goes_to_its_end(run, whole, more):
     where = run("-".join(more).replace(" ", ""), *(f"--config.{flag}" for flag in more))
     assert len(rounds_of(where)) == 4
+
+
+# ---- rewards of steps
+
+
+STEPLESS = (["abc", "de", "f"], [1, 2, np.nan], 3)
+
+
+def test_steps_are_paid_where_they_end_and_the_sum_is_the_value():
+    """Tokens of two characters, as a policy finds them in its text; one that shares the end of a step pays it."""
+    policy = object.__new__(Policy)
+    policy._text = lambda prefix, tokens: "".join(chr(int(t) // 256) + chr(int(t) % 256) for t in tokens)
+
+    def of(score, text, step="\n"):
+        tokens = np.array([ord(a) * 256 + ord(b) for a, b in zip(text[::2], text[1::2], strict=True)])
+        return paid(score, len(tokens), text, step, lambda ends: policy.places([1], tokens, ends)).tolist()
+
+    assert of(Score(0.75, {}, [0.5, 0.0, 0.25]), "ab\ncd\ne\n") == [0, 0.5, 0, 0.25]  # and the second one's nothing
+    assert of(Score(0.75, {}, [0.5, 0.25]), "a\nb\nc\n") == [0.5, 0, 0.25]  # more ends than steps
+    assert of(Score(0.75, {}, [0.25, 0.25, 0.25]), "\n\nabc\nde") == [0, 0, 0.25, 0.5]  # as many lines as are empty
+    assert of(Score(0.75, {}, [0.5, 0.25]), "abcd", step="") == [0, 0.75]
+    assert of(Score(0.5, {}, None), "ab\ncde") == [0, 0, 0.5]
+    assert of(Score(None, {}, None), "ab\ncde") == [0, 0, 0]
+
+
+def test_ppo_sees_each_step_where_it_ends():
+    """By hand: gamma 1 and lambda 1 make the advantage of a token what is paid from it on, less its value."""
+    samples = samples_of(*STEPLESS)
+    samples.known[VALUES] = [np.full(len(t), 0.25, np.float32) for t in samples.tokens]
+    method = dataclasses.replace(METHODS["ppo"], lam=1.0, scale="none")
+    at_end = fitted(method, samples, PROMPTS[:1], 5)
+    samples.known[PAID] = [np.array(of, np.float32) for of in ([0.25, 0, 0.75], [0, 2], [0])]
+    found = fitted(method, samples, PROMPTS[:1], 5)
+    assert found["advantages"].tolist() == [[0, 0.75, 0.5, 0.5, 0], [0, 1.75, 1.75, 0, 0], [0] * 5]
+    assert at_end["advantages"].tolist() == [[0, 0.75, 0.75, 0.75, 0], [0, 1.75, 1.75, 0, 0], [0] * 5]
+    for name in ("grpo", "reinforce"):  # of others the sum counts
+        first, then = (fitted(METHODS[name], each, PROMPTS[:1], 5) for each in (samples, samples_of(*STEPLESS)))
+        np.testing.assert_array_equal(first["advantages"], then["advantages"])

@@ -134,11 +134,14 @@ class Learning:
         numbers = problems_of(len(task.train), s.problems, seed, number)
         how = {"key": (seed, number), "count": s.samples, "max_tokens": self._max_tokens}
         draw: Callable[..., Samples] = sample
+        policy = self._with(params)
         if s.search:
             draw, how = searched, {**how, "method": s.search, "guide": self._guide, "budget": s.budget}
         elif self._rollouts:
             draw, how = by_steps, {**how, "rollouts": self._rollouts}
-        samples = draw(self._with(params), task, self._reward, task.train, numbers, **how)
+        elif self._method.by_token:
+            how = {**how, "places": policy.places}
+        samples = draw(policy, task, self._reward, task.train, numbers, **how)
         if self._judges:
             samples = labelled(samples)
         tested = self._tested(number, params)

@@ -94,6 +94,11 @@ class Policy:
             written.append(Written(tokens, logp, entropy, text, ended, stopped))
         return written
 
+    def places(self, prefix: Sequence[int], tokens: np.ndarray, lengths: Sequence[int]) -> list[int]:
+        """For each of these lengths of the text of an answer's tokens, the first token with which it is that long."""
+        known = functools.cache(lambda at: len(self._text(prefix, tokens[: at + 1])))
+        return [bisect.bisect_left(range(len(tokens) - 1), length, key=known) for length in lengths]
+
     def _stop(self, ask: Ask, tokens: np.ndarray) -> int | None:
         """How many of the tokens it takes until `until` is written."""
         if ask.until not in self._text(ask.prefix, tokens):

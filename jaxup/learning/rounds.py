@@ -13,10 +13,11 @@ import hashlib
 import io
 import json
 import math
+import re
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from jaxup.errors import UserError, first_line
 from jaxup.learning.data import Rows, along, rows
 from jaxup.learning.guides import Guide
 from jaxup.learning.problem import Ask, Problem, Task, Writer, Written
-from jaxup.learning.rewards import Reward
+from jaxup.learning.rewards import Reward, Score
 from jaxup.learning.search import open_method, run
 from jaxup.learning.statistics import auc
 from jaxup.learning.verifier import checked, label_rows, read_rows
@@ -38,8 +39,12 @@ _ARRAYS = ("numbers", "tokens", "text", "token_counts", "text_counts", "ended", 
 # What is known of each token of an answer: of the distribution that it was drawn from, and maybe what the model was at
 # the start and a head of values say.
 LOGP, ENTROPY, REFERENCE, VALUES = "logp", "entropy", "reference", "values"
+PAID = "paid"  # of its answer's reward, where steps are paid
 # Of a verifier: what it is to say where a token is read (NaN: nothing), and what it says.
 LABELS, VERDICTS = "labels", "verdicts"
+
+# (prefix, tokens of an answer, lengths of its text) -> the tokens with which so many characters are written.
+Places = Callable[[Sequence[int], np.ndarray, Sequence[int]], list[int]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,27 +140,51 @@ class Samples:
 
 def sample(
     writer: Writer, task: Task, reward: Reward, problems: Sequence[Problem], numbers_P: np.ndarray, *,
-    key: tuple[int, ...], count: int, max_tokens: int,
+    key: tuple[int, ...], count: int, max_tokens: int, places: Places | None = None,
 ) -> Samples:  # fmt: skip
     """`count` answers to each of the `problems` with these numbers, scored.
 
-    `key`: numbers that decide what is drawn, beside those of the problem and the sample.
+    `key`: numbers that decide what is drawn, beside those of the problem and the sample. `places`: as `Policy.places`,
+    if it is to be known at which token each step is paid, where a reward is of steps.
     """
     began = time.monotonic()
-    written = writer.write(
-        [
-            Ask(prefix, (*key, int(number), index), max_tokens)
-            for number in numbers_P
-            for prefix in [tuple(writer.prefix(problems[number]))]
-            for index in range(count)
-        ]
-    )
+    asks = [
+        Ask(prefix, (*key, int(number), index), max_tokens)
+        for number in numbers_P
+        for prefix in [tuple(writer.prefix(problems[number]))]
+        for index in range(count)
+    ]
+    written = writer.write(asks)
     known = {LOGP: [each.logp for each in written], ENTROPY: [each.entropy for each in written]}
+
+    def pay(index: int, score: Score) -> np.ndarray:
+        assert places is not None
+        tokens, text = written[index].tokens, written[index].text
+        return paid(score, len(tokens), text, task.step, lambda ends: places(asks[index].prefix, tokens, ends))
+
     return _scored(
         task, reward, problems, numbers_P, [each.tokens for each in written], [each.text for each in written],
         np.array([each.ended for each in written]), known, tokens_drawn=sum(len(each.tokens) for each in written),
-        began=began,
+        began=began, pay=None if places is None else pay,
     )  # fmt: skip
+
+
+def paid(
+    score: Score, count: int, text: str, step: str, places: Callable[[Sequence[int]], Sequence[int]]
+) -> np.ndarray:
+    """float32 [count]: what an answer of so many tokens is paid at each.
+
+    A step is paid at the token with which what ends it is written, and the last one at the last token, as is what has
+    no place in the text. The sum is the score's value; 0 where that cannot be said. `places`: for lengths of the text,
+    the tokens with which so many characters are written.
+    """
+    paid_T, given = np.zeros(count, np.float32), score.steps or [score.value or 0.0]
+    if count:
+        begins = len(text) - len(text.lstrip())  # what is before the first step is of none
+        ends = [begins + found.end() for found in re.finditer(re.escape(step), text[begins:])] if step else []
+        at = list(places(ends[: len(given) - 1]))
+        np.add.at(paid_T, [*at, *[count - 1] * (len(given) - len(at))], given)
+    return paid_T
 
 
 def searched(
@@ -242,10 +271,13 @@ def labelled(samples: Samples) -> Samples:
 def _scored(
     task: Task, reward: Reward, problems: Sequence[Problem], numbers_P: np.ndarray, tokens: list[np.ndarray],
     texts: list[str], ended_N: np.ndarray, known: dict[str, list[np.ndarray]], *, tokens_drawn: int, began: float,
+    pay: Callable[[int, Score], np.ndarray] | None = None,
 ) -> Samples:  # fmt: skip
     sampled, failed, count = time.monotonic(), Counter(reward.failed), len(texts) // len(numbers_P)
     asked = [(problems[number], texts[at * count : (at + 1) * count]) for at, number in enumerate(numbers_P)]
     scores = [score for problem, of in asked for score in reward.score(problem, of)]
+    if pay and any(score.steps for score in scores):
+        known[PAID] = [pay(index, score) for index, score in enumerate(scores)]
     right = [task.verify(problem, text) for problem, of in asked for text in of]
     facts = {
         "tokens": tokens_drawn, "sampling": sampled - began, "scoring": time.monotonic() - sampled,
@@ -312,7 +344,10 @@ def fitted(
             keep_N = weights_N != 0
     else:
         values_NS, scored_N1 = samples.along(VALUES, prompts, seq_len), scored_PG.reshape(-1, 1)
-        given_NS = terminal(np.where(scored_N1[:, 0], samples.rewards_N, 0.0), mask_NS)
+        if PAID in samples.known:
+            given_NS = samples.along(PAID, prompts, seq_len).astype(np.float64)
+        else:
+            given_NS = terminal(np.where(scored_N1[:, 0], samples.rewards_N, 0.0), mask_NS)
         gains_NS, returns_NS = gae(given_NS, values_NS, mask_NS, gamma=method.gamma, lam=method.lam)
         if method.scale == "batch":
             gains_NS = whitened(gains_NS, mask_NS * scored_N1, method.eps)

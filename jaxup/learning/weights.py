@@ -64,6 +64,11 @@ class Method:
             raise UserError(what, at=f"scale={self.scale}", hint="scale=none, or advantage=group")
 
     @property
+    def by_token(self) -> bool:
+        """Whether each token has an advantage of its own, by `gae`."""
+        return self.kind == "policy" and not self.advantage
+
+    @property
     def positive(self) -> bool:
         """Whether it learns from what it keeps alone, so that an answer of weight 0 need not be a row."""
         return self.advantage in ("ones", "kept")
