@@ -25,6 +25,8 @@ from jaxup.errors import ELSEWHERE, UserError, first_line, suggest, within
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from jaxup.experiments.defaults import Wanted
+
 T = TypeVar("T")
 _PACKAGE = Path(__file__).parent.parent
 SHIPPED = (_PACKAGE.parent / "configs", _PACKAGE / "configs")  # in a clone, and as installed
@@ -178,18 +180,22 @@ def read(config: ConfigDict, named: Sequence[str], files: Sequence[Mapping[str, 
         if wanted is False:
             raise UserError(here, at=at, hint=f"it goes with {other}={type(now)()}")
         which = "=" + " or ".join(wanted) if isinstance(wanted, tuple) else ""
-        raise UserError(f"goes with {other}{which}", at=at, hint=here)
+        another = "another " * isinstance(wanted, frozenset)
+        raise UserError(f"goes with {another}{other}{which}", at=at, hint=here)
 
 
-def unread(config: Any, key: str) -> tuple[str, bool | tuple[str, ...]] | None:
+def unread(config: Any, key: str) -> tuple[str, Wanted] | None:
     """Why nothing reads the key: another one, and what READ_WHERE wants of it. None: it is read."""
     from jaxup.experiments.defaults import READ_WHERE, Condition
 
-    def unmet(condition: Condition) -> tuple[str, bool | tuple[str, ...]] | None:
+    def unmet(condition: Condition) -> tuple[str, Wanted] | None:
         for other, wanted in condition.items():
             if other == key or (value := get(config, other)) is None:
                 continue
-            on = value in wanted if isinstance(wanted, tuple) else bool(value)
+            if isinstance(wanted, frozenset):
+                on = value not in wanted
+            else:
+                on = value in wanted if isinstance(wanted, tuple) else bool(value)
             why = unread(config, other) if on else None
             if wanted is False and on and not why:
                 return other, wanted

@@ -15,25 +15,17 @@ MAY_CHANGE = {
 COUNTS = ("steps", "epochs", "reference.steps")
 
 # What is read only where another key says so, keys and whole sections: with True where that one is on (neither 0 nor
-# empty, and read itself), with False where it is off, else where it has one of these values. Of several conditions one
-# is enough. All others are always read. Who changes a key where nothing reads it is told so:
-# `jaxup.experiments.config.change`.
+# empty, and read itself), with False where it is off, else where it has one of these values, or none of those of a
+# frozenset. Of several conditions one is enough. All others are always read. Who changes a key where nothing reads it
+# is told so: `jaxup.experiments.config.change`.
 _DECAYS = ("linear", "cosine", "wsd")
-Condition = dict[str, bool | tuple[str, ...]]
+Wanted = bool | tuple[str, ...] | frozenset[str]
+Condition = dict[str, Wanted]
 _PARTS = ("first", "middle", "last")
 _BEGINS = ("inherited", "half_width")  # with something of the reference
 _ASKED: tuple[Condition, ...] = ({"inherit.start": _BEGINS}, {"inherit.distill.alpha": True})
 _SETS: tuple[Condition, ...] = ({"continuous.layout": ("sets",)}, {"continuous.spatial.layers": True})
 _TRAINED = tuple({"reference.path": False, **asked} for asked in _ASKED)
-_SAMPLED = (
-    "reject",
-    "reinforce",
-    "rloo",
-    "grpo",
-    "drgrpo",
-    "ppo",
-    "dpo",
-)  # methods that learn from the model's answers
 READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "optimizer.end_learning_rate": {"optimizer.schedule": _DECAYS},
     "optimizer.decay_fraction": {"optimizer.schedule": ("wsd",)},
@@ -64,6 +56,7 @@ READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "base.allow_pickle": {"pretrain.steps": False},
     "pretrain.steps": {"base.path": False},
     "pretrain": {"pretrain.steps": True},
+    "pretrain.data": {"pretrain.data.source": frozenset({"task"})},
     "pretrain.optimizer.end_learning_rate": {"pretrain.optimizer.schedule": _DECAYS},
     "pretrain.optimizer.decay_fraction": {"pretrain.optimizer.schedule": ("wsd",)},
     "data.val_fraction": {"data.val_files": False},
@@ -72,11 +65,11 @@ READ_WHERE: dict[str, Condition | tuple[Condition, ...]] = {
     "inherit: data.format": {"data.layout": True},  # of these kinds alone: a healing detects its layouts
     "pretrain: data.format": {"data.layout": True},
     "pretrain.data.format": {"pretrain.data.layout": True},
-    "learn.samples": {"learn.method": (*_SAMPLED, "verdict")},
-    "learn.problems": {"learn.method": (*_SAMPLED, "verdict")},
-    "learn.reward": {"learn.method": (*_SAMPLED, "verdict")},
-    "learn.clone_rounds": {"learn.method": _SAMPLED},
-    "learn.options": {"learn.method": ("sft", *_SAMPLED)},
+    "learn.samples": {"learn.method": frozenset({"sft"})},
+    "learn.problems": {"learn.method": frozenset({"sft"})},
+    "learn.reward": {"learn.method": frozenset({"sft"})},
+    "learn.clone_rounds": {"learn.method": frozenset({"sft", "verdict"})},
+    "learn.options": {"learn.method": frozenset({"verdict"})},
     "learn.labels": {"learn.method": ("verdict",)},
     "learn.search": {"learn.method": ("reject", "dpo")},
     "learn.guide": {"learn.search": True},
