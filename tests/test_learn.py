@@ -1,13 +1,18 @@
 """A model that learns from its own answers: rounds, what they leave, and how they go on."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
+import processes
 import pytest
 import runs
+from test_model import LLAMA, noisy
 
 from jaxup import train
+from jaxup.depth.recipes import upscale
+from jaxup.depth.result import result_config
 from jaxup.errors import UserError
 from jaxup.experiments.common import read_settings
 from jaxup.experiments.config import load as load_config
@@ -29,8 +34,12 @@ from jaxup.learning.rounds import (
     problems_of,
     template,
 )
+from jaxup.learning.scoring import score
 from jaxup.learning.weights import METHODS
+from jaxup.model.config import Compute
 from jaxup.training import loop
+from jaxup.training.lora import LoraConfig
+from jaxup.training.selection import TrainConfig, select
 from jaxup.training.sharding import MeshConfig, make_mesh
 
 TINY = [
@@ -125,6 +134,9 @@ def test_a_run_that_is_killed_goes_on_within_its_round(run, whole, monkeypatch):
     ("flags", "message"),
     [
         (["learn.method=grop", "learn.reward=outcome"], "learn.method: unknown 'grop'; did you mean 'grpo'"),
+        (["learn.method=grop", "learn.reward=format"], "learn.method: unknown 'grop'; did you mean 'grpo'"),
+        (["learn.method=sft", "learn.reward=format"], "learn.reward=format: goes with another learn.method; nothing"),
+        (["pretrain.data.seq_len=64"], "pretrain.data.seq_len=64: goes with another pretrain.data.source; nothing"),
         (["learn.options=bta=1"], "'bta=1': a method has no such setting; did you mean 'beta'"),
         (["learn.options=clip_low=1.5"], "clip_low=1.5"),
         (["learn.reward=outcom"], "'outcom'; did you mean 'outcome'"),
@@ -307,3 +319,56 @@ def test_ppo_sees_each_step_where_it_ends():
     for name in ("grpo", "reinforce"):  # of others the sum counts
         first, then = (fitted(METHODS[name], each, PROMPTS[:1], 5) for each in (samples, samples_of(*STEPLESS)))
         np.testing.assert_array_equal(first["advantages"], then["advantages"])
+
+
+@pytest.mark.parametrize("layers", ["copies", "all"])
+def test_where_zeroed_copies_train_the_reference_is_the_stack_without_them(run, whole, layers, capsys):
+    """To the bit: what the model at the start says of samples, by its own params and by those of each round."""
+    flags = ["plan=upscale(base, 0:2, copies=1)", f"train.layers={layers}", "learn.clone_rounds=0"]
+    flags += ["optimizer.learning_rate=0.05", "learn.final_samples=0", "steps=4"]
+    directory = run(f"of {layers}", *(f"--config.{flag}" for flag in flags))
+    said = capsys.readouterr().out
+    assert ("its own layers, without those that train" in said) == (layers == "copies")
+    assert ("a copy of its parameters" in said) == (layers == "all")
+    kl = [row["kl"] for row in rounds_of(directory)]
+    assert abs(kl[0]) < 1e-6 < kl[1]
+
+
+def test_what_the_model_said_before_is_what_it_says_without_its_copies():
+    """To the bit, whatever the copies have become."""
+    plan = upscale("base", 2, [0, 1], copies=1)
+    model, compute = result_config(plan, {"base": LLAMA.with_layers([0, 1])}), Compute()
+    lora = LoraConfig(rank=0, alpha=1.0, quantize="", tile_size=0)
+    which = [
+        TrainConfig(layers=layers, parameters="", freeze="", rates={}) for layers in ("copies", "all", "originals")
+    ]
+    copies, *others = (select(model, plan, train, lora, compute=compute, seed=0) for train in which)
+    assert [other.order_before(model, plan) for other in others] == [None, None]
+    order = copies.order_before(model, plan)
+    assert order.tolist() == [0, -1, 2, -1]
+    then = noisy(model)
+    for path in ("self_attn", "o_proj"), ("mlp", "down_proj"):
+        module = functools.reduce(dict.__getitem__, path, then["blocks"])
+        module |= {name: leaf.at[1::2].set(0) for name, leaf in module.items()}
+    now = copies.merge(copies.partition.split(noisy(model, seed=1))[0], then)
+    asked = rows(PROMPTS, [[7, 8], [9]], 5)
+    how = {"compute": compute, "temperature": 1.0, "chunk": 5, "batch_size": 2}
+    asked_of = ((then, None), (now, None), (now, order))
+    before, after, ordered = (score(model, p, asked, order=of, **how).logp for p, of in asked_of)
+    np.testing.assert_array_equal(ordered, before)
+    assert (after != before).any()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path):
+    """The same answers; sums of what is fitted are in another order, which rounds."""
+    processes.run("-m", "jaxup.train", *TINY, f"--workdir={tmp_path / 'one'}", devices=2)
+    processes.run_two("-m", "jaxup.train", *TINY, f"--workdir={tmp_path / 'two'}", devices=1)
+    files = sorted(path.name for path in (tmp_path / "one" / "rounds").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "two" / "rounds").iterdir())
+    for name in files:
+        one, two = (Samples.load(tmp_path / of / "rounds" / name) for of in ("one", "two"))
+        assert one.texts == two.texts
+    one, two = ([row["loss"] for row in runs.losses(tmp_path / of) if "loss" in row] for of in ("one", "two"))
+    assert len(one) > 8
+    assert one == pytest.approx(two, rel=1e-4, abs=1e-6)

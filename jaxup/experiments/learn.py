@@ -37,7 +37,7 @@ from jaxup.learning.weights import METHODS, Method
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params, init
 from jaxup.model.sharding import param_shardings
-from jaxup.progress import say
+from jaxup.progress import say, tell
 from jaxup.training.loop import as_argument, load_trained, train_model
 from jaxup.training.objective import Objective
 from jaxup.training.run import Part, Result, Run
@@ -117,6 +117,10 @@ class Learn(OnBase):
             self._reward = open_reward(learn.reward, self._task)
             self._check_search()
         self._check_problems()
+        method = self._method
+        if method.kind == "policy" and method.ratio == "none" and not method.positive and learn.updates > 1:
+            say(f"learn.updates={learn.updates}: {learn.method} weighs no answer by how likely it has become, so of "
+                "each round all steps but the first are off-policy")  # fmt: skip
         tokenizer = self._open_base(root)
         assert tokenizer is not None
         if self._guide is not None:
@@ -283,18 +287,24 @@ class Learn(OnBase):
             prompts=self._prompts, max_tokens=self._tokens, vocab_size=self._known, guide=self._guide,
             rollouts=self._rollouts,
         )  # fmt: skip
-        only, start = self._method.advantage == "ones", None
+        only, start, order = self._method.advantage == "ones", None, None
         if clone and not only:
             # The first steps of the same training, by another objective.
             part = Part(curve=LEARNED, first=0, seconds=0.0, schedule=(0, self.steps))
-            cloning = rounds(start=None)
+            cloning = rounds(start=None, order=None)
             cloned = train_model(
                 run, LEARNED, model, steps=clone, objective=self._cloning, part=part, rounds=cloning, **how
             )
             cloning.finish()
         if not only and (self._method.beta or self._method.kind != "policy" or learn.eval_every):
-            start = initialise() if not clone else self._cloned(run, cloned, how["selection"], initialise)
-        learning = rounds(start=start)
+            if not clone and not self._judges:
+                order = how["selection"].order_before(model, self._plan)
+            if order is None:
+                start = initialise() if not clone else self._cloned(run, cloned, how["selection"], initialise)
+            if jax.process_index() == 0:
+                kept = "a copy of its parameters" if order is None else "its own layers, without those that train"
+                tell(f"the model at the start, which others are compared with: {kept}")
+        learning = rounds(start=start, order=order)
         goal = self._goal
         result = train_model(run, LEARNED, model, steps=self.steps, objective=goal, rounds=learning, **how)
         learning.finish()

@@ -75,19 +75,20 @@ class Learning:
       rollouts: from each step that a verifier learns of; 0: of whole answers alone.
       policy: makes one of params.
       prompts: the tokens of each problem's prompt, by its id.
-      start: the model before it learns of its answers; None where nothing asks for it.
+      start: the model before it learns of its answers; None where nothing asks for it, or it has an `order`.
+      order: which layers of the model as it is run when, so that it is the one before.
     """
 
     def __init__(
         self, run: Run, data: TaskData, task: Task, reward: Reward, settings: Any, method: Method, model: ModelConfig,
         policy: Callable[[Params], Any], *, prompts: Mapping[str, Sequence[int]], max_tokens: int, vocab_size: int,
-        start: Params | None, guide: Guide | None, rollouts: int,
+        start: Params | None, order: np.ndarray | None, guide: Guide | None, rollouts: int,
     ):  # fmt: skip
         self.length = settings.updates
         self._run, self._data, self._task, self._reward, self._settings = run, data, task, reward, settings
         self._method, self._model, self._make_policy, self._policy = method, model, policy, None
         self._prompts, self._max_tokens, self._vocab_size, self._start = prompts, max_tokens, vocab_size, start
-        self._guide, self._rollouts = guide, rollouts
+        self._guide, self._rollouts, self._order = guide, rollouts, order
         self._rows: list[dict[str, Any]] = told(self._read, "read the rounds")
         self._began = math.nan
         self._last: Samples | None = None
@@ -155,8 +156,9 @@ class Learning:
         """What the model at the start, and a head of values, say of the samples."""
         method = self._method
         asked: list[tuple[str, Params, str]] = [(VERDICTS, params, VERDICT)] if self._judges else []
-        if not self._judges and self._start is not None and (kl or method.beta or method.kind == "preference"):
-            asked.append((REFERENCE, self._start, ""))
+        before = params if self._order is not None else self._start
+        if not self._judges and before is not None and (kl or method.beta or method.kind == "preference"):
+            asked.append((REFERENCE, before, ""))
         if method.value:
             asked.append((VALUES, params, VALUE))
         self._ask(samples, self._prompts_of(self._task.train, samples), asked)
@@ -170,7 +172,7 @@ class Learning:
             found = score(
                 self._model, of, rows, compute=run.settings.compute, temperature=self._settings.temperature,
                 chunk=run.settings.step.loss_chunk, batch_size=run.settings.eval_batch_size, mesh=run.mesh, head=head,
-                vocab_size=self._vocab_size,
+                vocab_size=self._vocab_size, order=self._order if name == REFERENCE else None,
             )  # fmt: skip
             said_NS = found.logp if found.values is None else found.values
             samples.learn(name, said_NS[:, 1:] if head == VERDICT else said_NS, prompts)

@@ -64,6 +64,7 @@ class Adapters(Partition):
     def __init__(self, model: ModelConfig, compute: Compute, masks: Masks, config: LoraConfig, seed: int):
         super().__init__(model, compute, masks)
         self._qwix, self._config, self._seed = _import_qwix(), config, seed
+        self.rounds = bool(config.quantize)
         decoder = nnx.merge(self._graphdef, self._shapes)
         self._kernels = {  # by the path of their module
             path.removesuffix(".kernel"): _Kernel(param.shape, param.inputs, self.rows(path))

@@ -25,6 +25,8 @@ Masks = dict[str, Any]  # a tree like params, of bool [L, 1, ...] under "blocks"
 class Partition:
     """How a model's params are split by `masks`, and how the model computes from the two halves."""
 
+    rounds = False  # whether what is frozen is kept with less precision than it came in
+
     def __init__(self, model: ModelConfig, compute: Compute, masks: Masks):
         self.num_layers, self._model = model.num_layers, model
         self._graphdef, self._shapes = abstract(model, compute)

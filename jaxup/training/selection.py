@@ -54,6 +54,22 @@ class Selection:
             return jax.tree.map(lambda new, old: new.astype(old.dtype), trained, before)
         return self.partition.merge(trained, before)
 
+    def order_before(self, model: ModelConfig, plan: DepthPlan) -> np.ndarray | None:
+        """int32 [layers]: which layers run when, -1 none, so that params computed from it as it was before training.
+
+        To the bit, whatever has been trained: so it is where layers that began with nothing to add are all that trains.
+        None where others train, or kernels are quantised. What is beside the decoder is not looked at.
+        """
+        zeroed = [index for index, row in enumerate(plan.rows) if row.zeroed]
+        if self.partition is None or self.partition.rounds:
+            return None
+        for path in flatten(self.trained(abstract(model)[1])):
+            if path.startswith(BESIDE):
+                continue
+            if not path.startswith(STACK) or not np.isin(self.partition.rows(path), zeroed).all():
+                return None
+        return np.array([-1 if row.zeroed else index for index, row in enumerate(plan.rows)], np.int32)
+
 
 EVERYTHING = Selection()
 
