@@ -99,7 +99,7 @@ def test_solve_a_problem_of_ones_own(model, capsys):
 
 def test_passk_is_resumed_and_says_what_its_samples_say(model, task, tmp_path, capsys):
     out = tmp_path / "out"
-    how = ["--task", task, "--out", out, "--guide=verifier", "--guide=noisy:0.9:0.3", *SMALL]
+    how = ["--task", task, "--out", out, "--guide=verifier", "--guide=noisy:0.9:0.3", "--seed=4", *SMALL]
     call(passk, model, "-n", 6, *how)
     first, _ = capsys.readouterr()
     lines = (out / "samples.jsonl").read_text().splitlines()
