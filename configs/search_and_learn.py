@@ -16,6 +16,23 @@ samples. `expert` is expert iteration: right answers are cloned, each once and f
 (arXiv 2402.03300), and `random` the same with rewards of heads or tails: it must not raise pass@1. The last three
 sample 20,480 answers each.
 
+Measured: three seeds, 300 test problems with 64 answers each; 10.4 minutes of processor time, 14.6 on the clock on two
+busy cores. Per cent, in brackets 95% bootstrap intervals over problems, each with its mean over seeds:
+
+               pass@1              pass@4              pass@16             pass@64
+    before     27.0 [24.8, 29.3]   58.8 [55.5, 62.1]   84.4 [81.7, 87.0]   95.0 [93.0, 96.8]
+    control    28.6 [26.2, 31.0]   59.9 [56.5, 63.2]   84.6 [81.9, 87.2]   95.0 [93.1, 96.7]
+    expert     29.3 [26.3, 32.3]   53.3 [49.3, 57.3]   72.4 [68.7, 76.2]   85.4 [82.4, 88.3]
+    grpo       32.3 [28.7, 35.9]   51.3 [46.9, 55.7]   67.2 [63.2, 71.4]   80.9 [77.3, 84.3]
+    random     20.7 [18.7, 22.9]   43.0 [39.8, 46.2]   65.6 [62.1, 69.0]   81.0 [77.7, 84.0]
+
+More than `control`, problem by problem, at pass@1 and pass@64: `expert` +.7 [-.9, 2.3] and -9.6 [-12.2, -7.1], `grpo`
++3.7 [1.7, 5.7] and -14.1 [-17.1, -11.2], `random` -7.9 [-9.5, -6.3] and -14.0 [-16.8, -11.6]. So GRPO raises pass@1 and
+lowers pass@16 and pass@64, as arXiv 2504.13837 found; random rewards do not raise pass@1 but lower it, and lose as much
+at 64; more cloning changes little. By t intervals, seed by seed, GRPO's +3.7 is not shown ([-.5, 7.9]); it is +3.0 [.2,
+5.8] more than expert iteration. Of 645,120 answers two that counted as right had a special token in them, which is no
+longer counted. Curves, and the best of N, are in docs/search.md.
+
 These sizes were chosen after single runs had been looked at: 600 steps of cloning on 4,000 problems, after which GRPO
 at a rate of 3e-4 was worse in 40 steps than its base (pass@1 28.4% to 25.4%, pass@64 94% to 78%); and those here, seed
 0, 500 steps on 6,000 problems (pass@1 27.3%, pass@64 95.7%), where GRPO at 1e-4 came to 32.4% and 81.3% in 160. All
