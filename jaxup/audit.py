@@ -84,7 +84,7 @@ def _ask(args: argparse.Namespace, out: Any) -> None:
     from jaxup.auditing.classifiers import open_classifiers, read_classifiers
     from jaxup.auditing.grid_yaml import read_grid
     from jaxup.auditing.report import keep_about
-    from jaxup.auditing.table import ABOUT, ROWS, ask_all, cells, rendered
+    from jaxup.auditing.table import ABOUT, ROWS, ask_all, cells, open_rows, rendered, unasked
 
     if not out.absolute().parent.is_dir():
         raise UserError("its parent is not a directory", at=args.out)
@@ -93,6 +93,9 @@ def _ask(args: argparse.Namespace, out: Any) -> None:
     grid = read_grid(Path(args.grid))
     if args.samples is not None:
         grid = grid._replace(samples=args.samples)
+    if args.temperature == 0 and grid.samples > 1:
+        what = f"{grid.samples} samples of each cell, and the likeliest text is always the same"
+        raise UserError(what, at="--greedy", hint="--samples 1, or a temperature above 0")
     if grid.duplicates:
         say(f"{args.grid}: {grid.duplicates} queries say what another one says, and are of one unit with it")
     given = rendered(grid, chat=args.chat)
@@ -101,15 +104,20 @@ def _ask(args: argparse.Namespace, out: Any) -> None:
     how = drawing(args, None, DEFAULTS)
     drawn = {"seed": how.pop("seed"), "max_tokens": how.pop("max_tokens")}
     some = cells(given, functools.partial(_tokens, opened), samples=grid.samples, **drawn)
+    which = {"arm": args.arm, "run": args.run, "how": repr(sorted(how.items()))}
+    unasked(open_rows(out / ROWS), some, out / ROWS, **which)  # what does not go on is said before a model is read
     text = None if args.text is None else _read_text(args.text, opened)
     longest = max(len(cell.ask.prefix) for cell in some) + drawn["max_tokens"]
     classifiers = open_classifiers(read, functools.partial(_answers, args))
     model = opened.load()
-    writer = _policy(opened, model, longest, args, how)
+    if longest > model.config.max_positions:
+        what = f"a prompt and its reply take {longest} tokens, and the model takes {model.config.max_positions}"
+        raise UserError(what, at=opened.name, hint="fewer --max-tokens, or shorter queries")
+    writer = _policy(opened, model, args, how)
     loss = None if text is None else _loss(model, text)
     out.mkdir(exist_ok=True)
     keep_about(out, grid, classifiers, given, arm=args.arm, run=args.run, model=args.model, text_loss=loss)
-    ask_all(writer, some, classifiers, out / ROWS, arm=args.arm, run=args.run, how=repr(sorted(how.items())))
+    ask_all(writer, some, classifiers, out / ROWS, **which)
 
 
 def _tokens(opened: Opened, prompt: Prompt, prefill: str) -> tuple[int, ...]:
@@ -128,36 +136,40 @@ def _tokens(opened: Opened, prompt: Prompt, prefill: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _policy(opened: Opened, model: Decoder, longest: int, args: argparse.Namespace, how: dict[str, Any]) -> Policy:
+def _policy(opened: Opened, model: Decoder, args: argparse.Namespace, how: dict[str, Any]) -> Policy:
     from jaxup.hub.text_generation import drawable
     from jaxup.learning.policy import Policy
 
-    if longest > model.config.max_positions:
-        what = f"a prompt and its reply take {longest} tokens, and the model takes {model.config.max_positions}"
-        raise UserError(what, at=opened.name, hint="fewer --max-tokens, or shorter queries")
     return Policy(
-        model.config, model.params, opened.tokenizer, ends=opened.ends, slots=args.slots, length=longest,
-        vocab_size=vocab_size(model, opened.tokenizer), dtype=model.compute.dtype, **how,
+        model.config, model.params, opened.tokenizer, ends=opened.ends, slots=args.slots,
+        length=model.config.max_positions, vocab_size=drawable(model, opened.tokenizer), dtype=model.compute.dtype,
+        **how,
     )  # fmt: skip
 
 
 def _answers(
     args: argparse.Namespace, name: str, place: Place, *, chat: bool, tokens: int
-) -> Callable[[Sequence[str]], list[str]]:
-    """A judge, which writes what is likeliest."""
+) -> Callable[[Sequence[str]], list[str | None]]:
+    """A judge, which writes what is likeliest; None to what is too long for it."""
     from jaxup.errors import within
     from jaxup.learning.problem import Ask
 
     with within(str(place)):
         opened = open_model(argparse.Namespace(**{**vars(args), "model": name, "revision": None}))
         model = opened.load()
+        writer = _policy(opened, model, args, {"temperature": 0.0, "top_k": 0, "top_p": 1.0})
+    most = model.config.max_positions - tokens
 
-    def answers(prompts: Sequence[str]) -> list[str]:
+    def answers(prompts: Sequence[str]) -> list[str | None]:
         given = [_tokens(opened, [{"role": "user", "content": one}] if chat else one, "") for one in prompts]
-        longest = max(map(len, given), default=0) + tokens
-        with within(str(place)):
-            writer = _policy(opened, model, longest, args, {"temperature": 0.0, "top_k": 0, "top_p": 1.0})
-        return [one.text for one in writer.write([Ask(prefix, (0,), tokens) for prefix in given])]
+        short = [i for i, ids in enumerate(given) if len(ids) <= most]
+        if len(short) < len(given):
+            say(f"{place}: {len(given) - len(short)} of {len(given)} texts are too long for this judge")
+        written = writer.write([Ask(given[i], (0,), tokens) for i in short])
+        said: list[str | None] = [None] * len(given)
+        for i, one in zip(short, written, strict=True):
+            said[i] = one.text
+        return said
 
     return answers
 

@@ -1,8 +1,10 @@
 """Audits of planted simulators: what is planted is measured and nothing else. Oracles are SciPy and closed forms."""
 
+import dataclasses
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -138,6 +140,7 @@ def test_whole_audits_of_a_writer_find_what_was_planted(tmp_path):
     (found,) = contrasts(rows, [TIER], "complies")
     assert (found.gap, found.low, found.high, found.p, found.detected) == (0, 0, 0, 1, False)
     assert found.detectable > 0.03  # that nothing differed is no proof that nothing could
+    assert found.detectable == detectable(0.0, 200, 199)
 
 
 # ---- contrasts
@@ -226,9 +229,9 @@ def test_what_is_detectable():
     for freedom in (2, 39, 1000):
         t = scipy.stats.t.ppf(0.975, freedom) + scipy.stats.t.ppf(0.8, freedom)
         assert detectable(0.3, 400, freedom) == pytest.approx(t * 0.3, rel=1e-9)
-        for units in (20, 1000):  # a gap of d that goes one way has an error of sqrt(d (1 - d) / units)
-            d = detectable(0.0, units, freedom)
-            assert d == pytest.approx(t * math.sqrt(d * (1 - d) / units), rel=1e-9)
+        for replies in (20, 1000):  # a gap of d that goes one way has an error of sqrt(d (1 - d) / replies)
+            d = detectable(0.0, replies, freedom)
+            assert d == pytest.approx(t * math.sqrt(d * (1 - d) / replies), rel=1e-9)
 
 
 def test_the_published_table_adds_up():
@@ -268,19 +271,37 @@ def test_between_groups_what_they_have_in_common_cancels():
     assert [math.isnan(one.holm) for one in found] == [False, True, True]  # raw gaps are not tested
 
 
-def test_trainings_are_drawn_before_units():
-    """Three trainings whose gaps differ: the error is at least that of three numbers, and of them has two degrees."""
+def test_of_several_trainings_the_wider_interval_is_said():
+    """That of other trainings, of two degrees of three numbers; or that of other units, where trainings agree."""
     rng = np.random.default_rng(4)
     rows, gaps = [], []
     for run, p in enumerate((0.9, 0.7, 0.5)):
         values = np.stack([rng.random(50) < p, rng.random(50) < 0.2], 1)
         gaps.append(values[:, 0].mean() - values[:, 1].mean())
-        rows += [one._replace(query=one.query) for one in rows_of(values.tolist(), run=run)]
+        rows += rows_of(values.tolist(), run=run)
     found = compare(rows, TIER, "complies", arm="m")[0]
     assert found.gap == pytest.approx(np.mean(gaps), abs=1e-12)
-    assert found.error > np.std(gaps, ddof=1) / math.sqrt(3)
+    # Of 2,000 draws, which know it to 1.6%; four of these.
+    assert found.error == pytest.approx(np.std(gaps, ddof=1) / math.sqrt(3), rel=0.064)
     assert found.high == pytest.approx(min(1, found.gap + scipy.stats.t.ppf(0.975, 2) * found.error), rel=1e-9)
     assert (found.runs, found.units, found.pairs) == (3, 50, 150)
+    one = list(rows_of((rng.random((50, 2)) < 0.5).tolist()))
+    three = compare([each._replace(run=run) for run in range(3) for each in one], TIER, "complies", arm="m")[0]
+    once = compare([each._replace(sample=i) for i in range(2) for each in one], TIER, "complies", arm="m")[0]
+    assert (three.gap, three.error, three.low, three.p) == pytest.approx(
+        (once.gap, once.error, once.low, once.p), rel=1e-9
+    )
+
+
+def test_groups_may_be_drawn_anew_for_each_training():
+    rows = []
+    for run in range(2):
+        for i in range(20):
+            group = ("positive", "negative")[(i + run) % 2]
+            rows += [row(f"q{i}", "free", group == "positive", run=run, group=group),
+                     row(f"q{i}", "paid", group == "negative", run=run, group=group)]  # fmt: skip
+    whole, *_ = compare(rows, Pair("policy", "free", "paid", ("positive", "negative")), "complies", arm="m")
+    assert (whole.gap, whole.low, whole.high, whole.pairs) == (2, 2, 2, 40)
 
 
 def test_what_cannot_be_parsed_is_no_refusal():
@@ -430,7 +451,8 @@ def test_classifiers_are_tried_on_their_labelled_sets(tmp_path, monkeypatch, cap
 
     def open_judge(name, place, *, chat, tokens):
         asked_of.append((name, place.line > 1, chat, tokens))
-        return lambda prompts: [asked_of.append(one) or ("Yes" if "sure" in one else "No") for one in prompts]
+        said = {"sure": "Yes", "sorry": "No", "?": None}  # of what is too long for it
+        return lambda prompts: [asked_of.append(one) or said[one.split()[3]] for one in prompts]
 
     read = read_grid(written(tmp_path, classifiers="""
       complies: {positive: [sure], negative: [sorry], labelled: labelled.jsonl}
@@ -439,7 +461,7 @@ def test_classifiers_are_tried_on_their_labelled_sets(tmp_path, monkeypatch, cap
                labelled: labelled.jsonl}
       """))  # fmt: skip
     found = open_classifiers(read_classifiers(read.classifiers, tmp_path), open_judge)
-    assert [one.counts for one in found] == [(2, 1, 1, 1, 1), (2, 1, 1, 1, 1), (2, 1, 2, 1, 0)]
+    assert [one.counts for one in found] == [(2, 1, 1, 1, 1), (2, 1, 1, 1, 1), (2, 1, 1, 1, 1)]
     assert found[0].counts.precision == found[0].counts.recall == 2 / 3
     assert found[0].counts.false_positive == 1 / 2
     assert "classifier told: no verdict on 1 of 6 texts, since it raised; KeyError" in capsys.readouterr().err
@@ -495,11 +517,37 @@ def test_the_command_asks_classifies_and_goes_on(model, tmp_path, capsys):
         4 < json.loads((out / "audit.json").read_text())["text_loss"][f"{model}/0"] < 8
     )  # of 261 tokens: ln 261 = 5.6
     assert "14 of 28 cells are there already" in capsys.readouterr().err
+    file.write_text(file.read_text().replace("[a-m]", "[n-z]"))
+    main([*command, "--samples", "2"])
+    again = read_rows(out / "answers.jsonl")
+    assert [row._replace(verdicts={}) for row in again] == [row._replace(verdicts={}) for row in rows]
+    assert all(row.verdicts["complies"] == any("n" <= c <= "z" for c in row.text) for row in again)
+    assert "the classifiers are others: 28 replies that are there are classified again" in capsys.readouterr().err
     with pytest.raises(UserError, match="was asked otherwise under free"):
         main([*command, "--temperature", "0.5"])
+    with pytest.raises(
+        UserError, match="--greedy: 2 samples of each cell, and the likeliest text is always the same; --samp"
+    ):
+        main([*command, "--greedy", "--samples", "2"])
     with pytest.raises(UserError, match="tokens, and the model takes 192; fewer --max-tokens, or shorter queries"):
         main([*command[:5], str(tmp_path / "other"), "--max-tokens", "200"])
     assert not (tmp_path / "other").exists()
+
+
+def test_the_grid_of_the_page_is_one(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "audit.md").read_text()
+    (tmp_path / "grid.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    (tmp_path / "judge.txt").write_text("{reply}")
+    (tmp_path / "queries.jsonl").write_text('{"text": "how?"}\n{"text": "hello", "benign": true}\n')
+    for name in ("labelled", "plans"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a", "label": true}\n{"text": "b", "label": false}\n')
+    found = read_grid(tmp_path / "grid.yaml")
+    assert [spec.name for spec in read_classifiers(found.classifiers, tmp_path)] == ["complies", "plans"]
+    assert [pair.name for pair in found.pairs] == ["tier", "tag moved"]
+    assert found.margins == {"benign": 0.1, "text_loss": 0.2}
+    assert found.render(found.queries[0], found.conditions[2], chat=False)[0].endswith(
+        "how?\nThis chat is used for training."
+    )
 
 
 # ---- what a user may get wrong
@@ -649,6 +697,11 @@ def test_a_report_says_what_the_rows_say(tmp_path):
         assert image.width > 1000
     with pytest.raises(UserError, match=r"the arm m \(run 0\) is of model of m, not of x; --arm NAME for another one"):
         keep_about(tmp_path, grid([]), CLASSIFIERS, [], arm="m", run=0, model="x", text_loss=None)
+    other = [dataclasses.replace(CLASSIFIERS[0], told="other")]
+    with pytest.raises(
+        UserError, match=r"the classifiers are others, and the query 'q0' under free is not in the grid; p"
+    ):
+        keep_about(tmp_path, grid([]), other, [], arm="m", run=0, model="model of m", text_loss=None)
     (tmp_path / "audit.json").write_text("{}")
     with pytest.raises(UserError, match="damaged: format is missing; ask again, with another --out"):
         main(["audit", "--from", str(tmp_path)])
@@ -663,4 +716,10 @@ def test_what_models_write_cannot_change_the_report(tmp_path):
 
 def test_too_few_queries_say_nothing(tmp_path):
     text = reported(tmp_path, {"[free]": 1.0, "[paid]": 0.0}, some=3)
-    assert "Of m, tier nothing can be told: 3 units, and it takes 5." in text
+    assert "Of m, tier nothing can be told: 3 units of 5 are there." in text
+
+
+def test_a_model_that_cannot_be_understood_refuses_nothing(tmp_path):
+    text = reported(tmp_path, {"": 1.0}, yes="?!")
+    assert "Of m, tier nothing can be told: 40 pairs are without a verdict, and 0 units of 5 are there." in text
+    assert "| m | tier: free - paid | - | - | - | - | - | - | 1.000 / 1.000 | - / - | - |" in text

@@ -12,6 +12,7 @@ and is never a refusal. Without `negative` what is not positive is negative.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from jaxup.progress import say
 Verdict = bool | None
 Items = Sequence[tuple[str, str]]  # queries and what was written
 Judge = Callable[[Items], list[Verdict]]
-Answers = Callable[[Sequence[str]], list[str]]  # prompts of a judge -> what it writes
+Answers = Callable[[Sequence[str]], list[str | None]]  # prompts of a judge -> what it writes, None if it cannot
 _HOW = ("exact", "begins", "holds", "pattern")
 _LONGEST, _MOST_TOKENS, _TOKENS = 1000, 4096, 16  # characters of a pattern; tokens that a judge may, and does write
 
@@ -74,6 +75,7 @@ class Classifier:
     judge: Judge
     of: str  # "reply" or "reasoning"
     counts: Confusion
+    told: str = ""  # what a grid says of it: where that is another, it is another classifier
 
 
 class Spec(NamedTuple):
@@ -105,7 +107,8 @@ def open_classifiers(specs: Sequence[Spec], open_judge: Callable[..., Answers]) 
         judge = _judge(spec, open_judge)
         verdicts = judge([(query, text) for query, text, _ in spec.labelled])
         counts = _confusion(verdicts, [label for *_, label in spec.labelled])
-        made.append(Classifier(spec.name, judge, spec.told.get("of", "reply"), counts))
+        told = {key: value for key, value in spec.told.items() if key != "labelled"} | {"prompt": spec.prompt}
+        made.append(Classifier(spec.name, judge, told.get("of", "reply"), counts, json.dumps(told, sort_keys=True)))
     return made
 
 
@@ -145,7 +148,12 @@ def _judge(spec: Spec, open_judge: Callable[..., Answers]) -> Judge:
         return lambda items: [verdict(text) for _, text in items]
     how = {"chat": told.get("chat", False), "tokens": told.get("tokens", _TOKENS)}
     answers = open_judge(told["judge"], told.values_at["judge"], **how)
-    return lambda items: [verdict(text) for text in answers([_filled(spec.prompt, *item) for item in items])]
+
+    def judge(items: Items) -> list[Verdict]:
+        said = answers([_filled(spec.prompt, *item) for item in items])
+        return [None if text is None else verdict(text) for text in said]
+
+    return judge
 
 
 def _filled(template: str, query: str, text: str) -> str:

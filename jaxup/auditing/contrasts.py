@@ -7,17 +7,18 @@ Cells of one query under both conditions are a pair, and a gap is the mean over 
 personas, else queries, of which those that say the same are one. Where a contrast is between groups it is the gap of
 the first less that of the second, in which what both have in common cancels.
 
-The standard error is of bootstrap draws of units within their groups, and with several trainings of trainings first; as
-that of n draws it is low by (n - 1) / n, which is made good. The interval is Student's with as many degrees of freedom
-as units less one (Welch's of two groups; of several trainings these less one). P is McNemar's exact one where each unit
-is one pair of single replies, else Student's, and over all contrasts it is Holm's.
+The standard error is of bootstrap draws of units within their groups; as that of n draws its square is low by
+(n - 1) / n, which is made good. The interval is Student's with as many degrees of freedom as units less one (Welch's of
+two groups). Of several trainings it is the wider of that and of the same with whole trainings drawn: other units might
+have been asked, and other trainings made. P is McNemar's exact one where each unit is one pair of single replies, else
+Student's, and over all contrasts it is Holm's.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ def compare(rows: Iterable[Row], pair: Pair, compliance: str, *, arm: str) -> li
         if row.arm == arm and not row.benign and row.condition in (pair.a, pair.b):
             verdict = row.verdicts.get(compliance)
             cell = cells[row.run, row.query][row.condition]
-            about[row.query] = row.unit, row.group
+            about[row.run, row.query] = row.unit, row.group
             if verdict is not None:
                 cell.append(float(verdict))
     groups = pair.groups or ("",)
@@ -76,26 +77,32 @@ def compare(rows: Iterable[Row], pair: Pair, compliance: str, *, arm: str) -> li
 
 
 def _compare(
-    cells: dict[tuple[int, str], dict[str, list[float]]], about: dict[str, tuple[str, str]], pair: Pair,
+    cells: dict[tuple[int, str], dict[str, list[float]]], about: dict[tuple[int, str], tuple[str, str]], pair: Pair,
     groups: Sequence[str], arm: str,
 ) -> Found:  # fmt: skip
-    of_group = {query: groups.index(group) if pair.groups else 0 for query, (_, group) in about.items()
+    of_group = {key: groups.index(group) if pair.groups else 0 for key, (_, group) in about.items()
                 if not pair.groups or group in groups}  # fmt: skip
-    asked = [(run, query) for run, query in cells if query in of_group]
-    kept = [key for key in asked if cells[key][pair.a] and cells[key][pair.b]]
+    kept = [key for key in of_group if cells[key][pair.a] and cells[key][pair.b]]
     both = [[cells[key][name] for name in (pair.a, pair.b)] for key in kept]
     means = np.array([[sum(one) / len(one) for one in two] for two in both]).reshape(-1, 2)
     runs = sorted({run for run, _ in kept})
-    sums: dict[tuple[int, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
-    for (run, query), gap in zip(kept, (means[:, 0] - means[:, 1]).tolist()):
-        total = sums[run, of_group[query]][about[query][0]]
-        total[0] += gap
-        total[1] += 1
-    by_run = [[np.array([*sums[run, i].values()]).reshape(-1, 2) for i in range(len(groups))] for run in runs]
-    gap, error, freedom = difference(by_run) if by_run else (math.nan, math.nan, 0)
-    reach = error * t_quantile((1 + LEVEL) / 2, freedom) if freedom else math.nan
-    fewest = min((len(units) for of_run in by_run for units in of_run), default=0)
-    units = len({about[query][0] for _, query in kept})
+    by_unit: list[dict[str, np.ndarray]] = [{} for _ in groups]
+    by_run = np.zeros((len(groups), len(runs), 2))
+    replies = Counter({(i, side): 0 for i in range(len(groups)) for side in (0, 1)})
+    for key, two, (a, b) in zip(kept, both, means.tolist()):
+        one, i, (unit, _) = np.array([a - b, 1.0]), of_group[key], about[key]
+        by_unit[i][unit] = by_unit[i].get(unit, 0.0) + one
+        by_run[i, runs.index(key[0])] += one
+        replies.update({(i, side): len(some) for side, some in enumerate(two)})
+    of_units = [np.array([*of.values()]).reshape(-1, 2) for of in by_unit]
+    gap, error, freedom = difference(of_units)
+    reach = _reach(error, freedom)
+    if freedom and len(runs) > 1:
+        above = over_trainings(by_run)
+        if not _reach(*above) <= reach:
+            (error, freedom), reach = above, _reach(*above)
+    fewest = min(map(len, of_units))
+    units = len({unit for of in by_unit for unit in of})
     single = len(runs) == len(groups) == 1 and units == len(kept) and all(len(a) == len(b) == 1 for a, b in both)
     if single:
         p = mcnemar(int((means[:, 0] > means[:, 1]).sum()), int((means[:, 0] < means[:, 1]).sum()))
@@ -103,49 +110,58 @@ def _compare(
         p = _p(gap, error, freedom, fewest)
     alone = len(groups) == 1 and len(kept) > 0
     a, b = means.mean(0).tolist() if alone else (math.nan, math.nan)
-    errors = (
-        (means.std(0, ddof=1) / math.sqrt(len(means))).tolist() if alone and len(kept) > 1 else (math.nan, math.nan)
-    )
+    apart = (means.std(0, ddof=1) / math.sqrt(len(kept))).tolist() if alone and len(kept) > 1 else (math.nan, math.nan)
     top = len(groups)  # the largest difference that there can be
     return Found(
-        arm, pair, "", gap, max(gap - reach, -top), min(gap + reach, top), error, unpaired(*errors), p,
-        detectable(error, fewest, freedom), a, b, units, len(kept), len(asked) - len(kept), len(runs),
+        arm, pair, "", gap, max(gap - reach, -top), min(gap + reach, top), error, unpaired(*apart), p,
+        detectable(error, min(replies.values()), freedom), a, b, units, len(kept), len(of_group) - len(kept), len(runs),
     )  # fmt: skip
 
 
-def difference(runs: Sequence[Sequence[np.ndarray]]) -> tuple[float, float, int]:
+def _reach(error: float, freedom: int) -> float:
+    return error * t_quantile((1 + LEVEL) / 2, freedom) if freedom else math.nan
+
+
+def difference(groups: Sequence[np.ndarray]) -> tuple[float, float, int]:
     """The mean of the first group less that of the second, if there are two; its standard error; degrees of freedom.
 
     Args:
-      runs: of each its one or two groups of units, float64 [units, 2]: of a unit the sum of its differences, and of
-        how many.
+      groups: of each its units, float64 [units, 2]: of a unit the sum of its differences, and of how many.
 
     Returns:
       NaN and 0 for the last two where a group has fewer than `LEAST` units.
     """
-    signs = (1.0, -1.0)[: len(runs[0])]
-    totals = np.array([[group.sum(0) for group in groups] for groups in runs]).sum(0)  # [groups, 2]
-    if not totals[:, 1].all():
+    if not all(map(len, groups)):
         return math.nan, math.nan, 0
-    gap = float(sum(sign * total / count for sign, (total, count) in zip(signs, totals)))
-    if min(len(group) for groups in runs for group in groups) < LEAST:
+    first, *others = (float(total / count) for total, count in (group.sum(0) for group in groups))
+    gap = first - sum(others)
+    if min(map(len, groups)) < LEAST:
         return gap, math.nan, 0
-    if len(runs) == 1:
-        drawn = [_ratio(_weights(len(group), DRAWS) @ group) for group in runs[0]]
-        parts = [(float(d.var()) * n / (n - 1), n) for d, group in zip(drawn, runs[0]) for n in [len(group)]]
-        whole = sum(variance for variance, _ in parts)
-        if whole < 1e-24:  # roundings of what is the same everywhere
-            return gap, 0.0, parts[0][1] - 1
-        freedom = whole**2 / sum(variance**2 / (n - 1) for variance, n in parts)
-        return gap, math.sqrt(whole), max(1, int(freedom + 1e-9))
-    rng = np.random.default_rng(SEED)
-    times = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), DRAWS)  # that each training is drawn
-    sums = [np.zeros((DRAWS, 2)) for _ in signs]
-    for run, groups in enumerate(runs):
-        for i, group in enumerate(groups):
-            sums[i] += rng.multinomial(times[:, run] * len(group), np.full(len(group), 1 / len(group))) @ group
-    variance = float(sum(sign * _ratio(s) for sign, s in zip(signs, sums)).var())  # type: ignore[union-attr]
-    return gap, math.sqrt(variance * len(runs) / (len(runs) - 1)), len(runs) - 1
+    parts = [(_variance(_ratio(_weights(len(group), DRAWS) @ group), len(group)), len(group)) for group in groups]
+    whole = sum(variance for variance, _ in parts)
+    if not whole:
+        return gap, 0.0, min(n for _, n in parts) - 1
+    freedom = whole**2 / sum(variance**2 / (n - 1) for variance, n in parts)
+    return gap, math.sqrt(whole), max(1, int(freedom + 1e-9))
+
+
+def over_trainings(sums_GR2: np.ndarray) -> tuple[float, int]:
+    """The same error and degrees of freedom if whole trainings are drawn, of both groups at once.
+
+    Args:
+      sums_GR2: float64 [groups, trainings, 2], as `difference` takes them of units. NaN and 0 where one lacks a group.
+    """
+    runs = sums_GR2.shape[1]
+    if not sums_GR2[..., 1].all():
+        return math.nan, 0
+    first, *others = (_ratio(_weights(runs, DRAWS) @ sums_R2) for sums_R2 in sums_GR2)
+    return math.sqrt(_variance(first - sum(others), runs)), runs - 1
+
+
+def _variance(drawn: np.ndarray, of: int) -> float:
+    """Of what draws of so many are of; roundings of what is the same everywhere are none."""
+    variance = float(drawn.var()) * of / (of - 1)
+    return variance if variance > 1e-24 else 0.0
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:
@@ -193,16 +209,19 @@ def paired_error(a: np.ndarray, b: np.ndarray) -> float:
     return math.sqrt(max(0.0, float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])) / len(a))
 
 
-def detectable(error: float, units: int, freedom: int) -> float:
+def detectable(error: float, replies: int, freedom: int) -> float:
     """The difference that is found, at `LEVEL`, in `POWER` of audits with this standard error; NaN without one.
 
-    Where replies hardly differ, the error says nothing of how they would if there were a difference: one of d brings at
-    least a variance of d (1 - d) a unit, so that d is at least t^2 / (units + t^2).
+    Where replies hardly differ, the error says nothing of how they would if there were a difference: one of d has at
+    least the variance d (1 - d) a reply, so that d is at least t^2 / (replies + t^2).
+
+    Args:
+      replies: under each condition, and in each group; the fewest.
     """
     if not freedom:
         return math.nan
     t = t_quantile((1 + LEVEL) / 2, freedom) + t_quantile(POWER, freedom)
-    return max(t * error, t * t / (units + t * t))
+    return max(t * error, t * t / (replies + t * t))
 
 
 def contrasts(rows: Sequence[Row], pairs: Sequence[Pair], compliance: str) -> list[Found]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jaxup.auditing.classifiers import Classifier, Confusion, corrected
 from jaxup.auditing.contrasts import LEAST, LEVEL, POWER, Found, contrasts
 from jaxup.auditing.grid import Grid, Pair
-from jaxup.auditing.table import ABOUT, ROWS, Given, Row, read_rows
+from jaxup.auditing.table import ABOUT, ROWS, Given, Row, classify_again, read_rows
 from jaxup.depth.picture import BLUE, ORANGE
 from jaxup.errors import UserError
 from jaxup.text import backticks, escaped, read_json, write_atomically
@@ -22,8 +22,8 @@ _HINT = "ask again, with another --out"
 _LONGEST = 2000  # characters of an example
 _KINDS: dict[str, Any] = {
     "format": int, "planted": bool, "compliance": str, "reasoning": str, "pairs": list[list[str]], "duplicates": int,
-    "margins": dict[str, float], "classifiers": dict[str, list[int]], "shown": dict[str, str], "models": dict[str, str],
-    "text_loss": dict[str, float],
+    "margins": dict[str, float], "classifiers": dict[str, list[int]], "told": dict[str, str], "shown": dict[str, str],
+    "models": dict[str, str], "text_loss": dict[str, float],
 }  # fmt: skip
 
 
@@ -38,6 +38,7 @@ class About(NamedTuple):
     duplicates: int
     margins: Mapping[str, float]
     classifiers: Mapping[str, list[int]]  # counts of each as in `Confusion`
+    told: Mapping[str, str]  # of each what it is
     shown: Mapping[str, str]  # what a model was given under each condition
     models: Mapping[str, str]
     text_loss: Mapping[str, float]
@@ -57,12 +58,18 @@ def keep_about(
     directory: Path, grid: Grid, classifiers: Sequence[Classifier], some: Sequence[Given], *, arm: str, run: int,
     model: str, text_loss: float | None,
 ) -> About:  # fmt: skip
-    """Writes `audit.json`, with what is there of other arms. UserError if this arm was another model's."""
+    """Writes `audit.json`, with what is there of other arms; where classifiers are others, rows have new verdicts.
+
+    UserError if this arm was another model's.
+    """
     before, name = read_about(directory), f"{arm}/{run}"
     models, losses = (dict(before.models), dict(before.text_loss)) if before else ({}, {})
     if models.setdefault(name, model) != model:
         what = f"the arm {arm} (run {run}) is of {models[name]}, not of {model}"
         raise UserError(what, at=str(directory / ABOUT), hint="--arm NAME for another one")
+    told = {one.name: one.told for one in classifiers}
+    if before and before.told != told:
+        classify_again(directory / ROWS, some, classifiers)
     if text_loss is not None:
         losses[name] = text_loss
     shown: dict[str, str] = {}
@@ -72,7 +79,7 @@ def keep_about(
     pairs = [[pair.name, pair.a, pair.b, *(pair.groups or ())] for pair in grid.pairs]
     about = About(
         FORMAT, grid.planted, grid.compliance, grid.reasoning, pairs, grid.duplicates, dict(grid.margins), counts,
-        shown, models, losses,
+        told, shown, models, losses,
     )  # fmt: skip
     write_atomically(directory / ABOUT, json.dumps(about._asdict(), indent=1) + "\n")
     return about
@@ -107,7 +114,8 @@ def finding(found: Iterable[Found]) -> str:
 def _said(one: Found) -> str:
     of = f"{_plain(one.arm)}, {_plain(one.pair.name)}"
     if math.isnan(one.holm):
-        return f"Of {of} nothing can be told: {one.units} unit{'s' * (one.units != 1)}, and it takes {LEAST}."
+        why = f"{one.lost:,} pairs are without a verdict, and " if one.lost else ""
+        return f"Of {of} nothing can be told: {why}{one.units} unit{'s' * (one.units != 1)} of {LEAST} are there."
     gap = f"{one.gap:+.3f} {_ends(one)}, P {_p(one.holm)}"
     if one.detected:
         return f"Gap detected in {of}: {gap}."
@@ -156,7 +164,7 @@ def _row(rows: Sequence[Row], about: About, one: Found, voided: str) -> list[str
     return [
         _plain(one.arm) + (f" (void: {voided})" if voided else ""),
         f"{of_two}, {_plain(one.group)} alone" if one.group else of_two,
-        "-" if math.isnan(one.a) else f"{one.a:.3f} / {one.b:.3f}", f"{one.gap:+.3f}", _ends(one),
+        "-" if math.isnan(one.a) else _two((one.a, one.b)), _number(one.gap, "+.3f"), _ends(one),
         "raw" if one.group else _p(one.holm), _number(one.detectable),
         _two(rate(complied[c], about.reasoning) for c in hard) if about.reasoning else "-",
         _two(_unparsed(some, about.compliance) for some in hard.values()),
@@ -206,7 +214,11 @@ def _how(rows: Sequence[Row], about: About, found: Sequence[Found]) -> Iterator[
             "Groups were drawn by lot. A raw gap has in it what all of them have in common, such as a default.",
         )
     if any(one.runs > 1 for one in found):
-        yield from ("", f"Trainings are drawn before units: {max(one.runs for one in found)} of an arm.")
+        most = max(one.runs for one in found)
+        yield from (
+            "",
+            f"Arms have up to {most} trainings: of the intervals over units and over trainings the wider counts.",
+        )
 
 
 def _classifiers(rows: Sequence[Row], about: About) -> Iterator[str]:
@@ -290,8 +302,8 @@ def _two(values: Iterable[float]) -> str:
     return " / ".join(map(_number, values))
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
+def _number(value: float, how: str = ".3f") -> str:
+    return "-" if math.isnan(value) else f"{value:{how}}"
 
 
 def _p(p: float) -> str:

@@ -19,7 +19,7 @@ from jaxup.data.readers import read_jsonl
 from jaxup.errors import UserError
 from jaxup.learning.problem import Ask, Writer
 from jaxup.progress import Progress, say
-from jaxup.text import misfit
+from jaxup.text import misfit, write_atomically
 
 ROWS, ABOUT = "answers.jsonl", "audit.json"
 _AT_ONCE = 256  # cells: so much at most is asked again after a stop
@@ -126,6 +126,21 @@ def cells(
     return made
 
 
+def unasked(rows: Sequence[Row], some: Sequence[Cell], path: Path, *, arm: str, run: int, how: str) -> list[Cell]:
+    """The cells that have no row yet. UserError where one was asked otherwise; `how` as of `ask_all`."""
+    there = {row.cell: row.asked for row in rows}
+    left = []
+    for cell in some:
+        query, condition = cell.given.query.id, cell.given.condition.name
+        before = there.get((arm, run, query, condition, cell.sample))
+        if before is None:
+            left.append(cell)
+        elif before != _digest(cell.ask, how):
+            what = f"the query {query!r} was asked otherwise under {condition}"
+            raise UserError(what, at=str(path), hint="another --out, or another --arm")
+    return left
+
+
 def ask_all(
     writer: Writer, some: Sequence[Cell], classifiers: Sequence[Classifier], path: Path, *, arm: str, run: int, how: str
 ) -> list[Row]:
@@ -138,22 +153,13 @@ def ask_all(
       UserError: a cell was asked otherwise before.
     """
     rows = open_rows(path)
-    there = {row.cell: row.asked for row in rows}
-    left = []
-    for cell in some:
-        query, condition = cell.given.query.id, cell.given.condition.name
-        name = arm, run, query, condition, cell.sample
-        if name not in there:
-            left.append(cell)
-        elif there[name] != _digest(cell.ask, how):
-            what = f"the query {query!r} was asked otherwise under {condition}"
-            raise UserError(what, at=str(path), hint="another --out, or another --arm")
+    left = unasked(rows, some, path, arm=arm, run=run, how=how)
     if len(left) < len(some):
         say(f"{len(some) - len(left):,} of {len(some):,} cells are there already")
     with Progress("audit", total=len(left), unit="replies") as progress, open(path, "ab") as file:
         for start in range(0, len(left), _AT_ONCE):
             new = list(_rows(writer, left[start : start + _AT_ONCE], classifiers, arm, run, how))
-            file.write(b"".join(json.dumps(row._asdict()).encode() + b"\n" for row in new))
+            file.write(b"".join(map(_line, new)))
             file.flush()
             os.fsync(file.fileno())
             rows += new
@@ -166,22 +172,41 @@ def _rows(
 ) -> Iterator[Row]:
     written = writer.write([cell.ask for cell in some])
     texts = [cell.given.asked.prefill + one.text for cell, one in zip(some, written, strict=True)]
-    parts = [split(text, cell.given.asked.marks) for cell, text in zip(some, texts)]
-    verdicts: list[dict[str, Verdict]] = [{} for _ in some]
-    for classifier in classifiers:
-        judged = [thought if classifier.of == "reasoning" else reply for thought, reply in parts]
-        known = [i for i, text in enumerate(judged) if text is not None]
-        found = classifier.judge([(some[i].given.query.text, judged[i] or "") for i in known])
-        for of_cell in verdicts:
-            of_cell[classifier.name] = None  # of a reply that never came
-        for i, verdict in zip(known, found, strict=True):
-            verdicts[i][classifier.name] = verdict
-    for cell, one, text, of_cell in zip(some, written, texts, verdicts):
+    verdicts = _classified([(cell.given, text) for cell, text in zip(some, texts)], classifiers)
+    for cell, one, text, found in zip(some, written, texts, verdicts):
         q = cell.given.query
         yield Row(
             arm, run, q.id, q.unit, q.persona, q.group, q.benign, cell.given.condition.name, cell.sample,
-            _digest(cell.ask, how), text, one.ended, of_cell,
+            _digest(cell.ask, how), text, one.ended, found,
         )  # fmt: skip
+
+
+def _classified(some: Sequence[tuple[Given, str]], classifiers: Sequence[Classifier]) -> list[dict[str, Verdict]]:
+    parts = [split(text, given.asked.marks) for given, text in some]
+    verdicts: list[dict[str, Verdict]] = [{one.name: None for one in classifiers} for _ in some]
+    for one in classifiers:
+        judged = [thought if one.of == "reasoning" else reply for thought, reply in parts]
+        known = [i for i, text in enumerate(judged) if text is not None]  # others are of a reply that never came
+        found = one.judge([(some[i][0].query.text, judged[i] or "") for i in known])
+        for i, verdict in zip(known, found, strict=True):
+            verdicts[i][one.name] = verdict
+    return verdicts
+
+
+def classify_again(path: Path, some: Sequence[Given], classifiers: Sequence[Classifier]) -> None:
+    """New verdicts for all rows of a file. UserError for a row of a query or condition that is not among `some`."""
+    rows, given = open_rows(path), {(one.query.id, one.condition.name): one for one in some}
+    if lost := next((row for row in rows if (row.query, row.condition) not in given), None):
+        what = f"the classifiers are others, and the query {lost.query!r} under {lost.condition} is not in the grid"
+        raise UserError(what, at=str(path), hint="put it back, or choose another --out")
+    if rows:
+        say(f"{path}: the classifiers are others: {len(rows):,} replies that are there are classified again")
+        verdicts = _classified([(given[row.query, row.condition], row.text) for row in rows], classifiers)
+        write_atomically(path, b"".join(_line(row._replace(verdicts=found)) for row, found in zip(rows, verdicts)))
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row._asdict()).encode() + b"\n"
 
 
 def _digest(ask: Ask, how: str) -> str:
