@@ -13,29 +13,29 @@ for each round.
 What the cells are, each from the same base of its seed: `control` is more cloning of solutions, for 5/3 of the steps:
 of the FLOPs of a step of GRPO, three fifths are of the step itself, one of sampling, one of what the base says of the
 samples. `expert` is expert iteration: right answers are cloned, each once and four of a problem at most. `grpo` is GRPO
-(arXiv 2402.03300), and `random` the same with rewards of heads or tails: it must not raise pass@1. The last three sample
-20,480 answers each.
+(arXiv 2402.03300), and `random` the same with rewards of heads or tails: it must not raise pass@1. The last three
+sample 20,480 answers each.
 
-These sizes were chosen after single runs had been looked at: of 600 steps of cloning on 4,000 problems, after which
-GRPO at a rate of 3e-4 was worse in 40 steps than the base (pass@1 28.4% to 25.4%, pass@64 94% to 78%); and of those here,
-seed 0, 500 steps on 6,000 problems (pass@1 27.3%, pass@64 95.7%), where GRPO at 1e-4 came to 32.4% and 81.3% in 160.
-All cells have that rate. Other methods were not tried before.
+These sizes were chosen after single runs had been looked at: 600 steps of cloning on 4,000 problems, after which GRPO
+at a rate of 3e-4 was worse in 40 steps than its base (pass@1 28.4% to 25.4%, pass@64 94% to 78%); and those here, seed
+0, 500 steps on 6,000 problems (pass@1 27.3%, pass@64 95.7%), where GRPO at 1e-4 came to 32.4% and 81.3% in 160. All
+cells have that rate. The other methods were not tried before.
 
 Variants, after a colon and separated by commas:
 
     one           one run of `grpo`
-    search        one run of expert iteration on answers in steps, whose answers are found by beams with Monte-Carlo
-                  values; in the end beams and best-of-N at equal tokens
-    depth         the base, its up-scale with zeroed copies, of which everything or the copies train, and its first half:
-                  each is taught solutions for 20 rounds, then learns by GRPO from as many answers
+    search        one run of expert iteration on answers in steps, which are found by beams with Monte-Carlo values; in
+                  the end beams and best-of-N at equal tokens
+    depth         the base, its up-scale with zeroed copies, of which everything or the copies train, and its first
+                  half: each is taught solutions for 20 rounds, then learns by GRPO from as many answers
     smoke         the same path as `one` in half a minute, for tests
     paper         sizes of DeepSeekMath's GRPO, for a pod; see below
     seed=N        of initialisation, batches and samples
 
 Published of DeepSeekMath-RL 7B (arXiv 2402.03300): a rate of 1e-6, beta .04, 64 samples of each problem, answers of up
 to 1,024 tokens, batches of 1,024, one update for each round of sampling; GSM8K 82.9 to 88.2%. Its value of the clip is
-not stated; .2 is TRL's. `paper` has these sizes, for problems in a file of prompts and answers that are numbers. None of
-it has been run.
+not stated; .2 is TRL's. `paper` has these sizes, for problems in a file of prompts and answers that are numbers. None
+of it has been run.
 """
 
 from ml_collections import ConfigDict

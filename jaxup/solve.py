@@ -106,7 +106,10 @@ def open_policy(opened: Opened, how: Mapping[str, Any], problems: Sequence[Probl
 
     most = model.config.max_positions
     with within(args.model):
-        longest = max(len(policy(most).prefix(problem)) for problem in problems)
+        prefixes = [policy(most).prefix(problem) for problem in problems]
+    longest = max(map(len, prefixes))
+    if strange := sum(tokenizer.unk_token_id in prefix for prefix in prefixes):
+        say(f"{args.model}: {strange} of {len(prefixes)} prompts have characters that its tokenizer does not know")
     if longest + how["max_tokens"] > most:
         say(f"{args.model}: {most} positions, and prompts of up to {longest} tokens: their answers end before"
             f" {how['max_tokens']} tokens")  # fmt: skip
@@ -187,8 +190,13 @@ def _longer(opened: Opened, problems: Sequence[Problem], max_tokens: int, args: 
     from jaxup.hub.text_generation import encode
     from jaxup.learning.search import REVISION, revised
 
-    texts = (revised(args.template or REVISION, problem, "", 0.0) for problem in problems)
-    return max(len(encode(opened.tokenizer, text)) for text in texts) + 2 * max_tokens
+    template = REVISION if args.template is None else args.template
+    texts = [
+        encode(opened.tokenizer, revised(template, problem, "", value)) for problem in problems for value in (0.0, 1.0)
+    ]
+    if any(opened.tokenizer.unk_token_id in ids for ids in texts):
+        say(f"{args.model}: its tokenizer does not know all characters of the template; --template is another")
+    return max(map(len, texts)) + 2 * max_tokens
 
 
 def _row(task: Task, found: Found, judged: bool) -> dict[str, Any]:

@@ -8,11 +8,15 @@ import runs
 
 from jaxup import train
 from jaxup.errors import UserError
+from jaxup.experiments.common import read_settings
+from jaxup.experiments.config import load as load_config
+from jaxup.experiments.learn import Learn
 from jaxup.experiments.learned import COLUMNS, _quoted
 from jaxup.learning.data import rows
 from jaxup.learning.rounds import ENTROPY, LOGP, REFERENCE, VALUES, Samples, described, fitted, problems_of, template
 from jaxup.learning.weights import METHODS
 from jaxup.training import loop
+from jaxup.training.sharding import MeshConfig, make_mesh
 
 TINY = [
     "--config=search_and_learn.py:smoke", "--config.model.hidden_size=16", "--config.model.intermediate_size=24",
@@ -68,7 +72,7 @@ def test_a_run_leaves_a_row_for_each_round_and_what_test_problems_say(whole):
     kl = [row.get("kl") for row in rounds_of(whole)]
     assert abs(kl[1]) < 1e-6 < kl[2]
     tasks = json.loads((whole / "tasks.json").read_text())
-    assert {"pass_1", "pass_4", "pass_1_before", "best_of_4_perfect", "best_of_4_length", "length"} <= tasks.keys()
+    assert {"pass_1", "pass_4", "pass_1_before", "best_of_4_noisy", "best_of_4_length", "length"} <= tasks.keys()
     answers = json.loads((whole / "answers.json").read_text())
     assert len(answers["problems"]) == len(answers["before"]) == len(answers["after"]) == 8
     assert np.mean(answers["after"]) / 4 == pytest.approx(tasks["pass_1"])
@@ -131,6 +135,16 @@ def test_what_cannot_be_learned_is_one_line_and_writes_nothing(run, whole, flags
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (whole.parent / "refused").exists()
+
+
+def test_without_data_a_step_is_compiled_for_the_same_fields():
+    config = load_config("search_and_learn.py:smoke", [("data.seq_len", "24"), ("model.vocab_size", "64")])
+    job = Learn(config, read_settings(config), make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1)))
+    job.without_data()
+    (stage,) = (stage for stage in job.stages() if stage.name == "learned")
+    batch = stage.data.batches(batch_size=2, seed=0)(0)
+    assert batch.keys() == fitted(METHODS["grpo"], samples_of(*SAMPLES), PROMPTS, 24).keys()
+    assert batch["tokens"].shape == (2, 24)
 
 
 # ---- rows
@@ -228,11 +242,15 @@ def test_a_text_cannot_leave_its_cell():
 @pytest.mark.parametrize(
     "more",
     [
-        ["learn.method=reject"], ["learn.method=sft", "learn.reward=outcome"], ["learn.method=ppo"], ["learn.method=dpo"], ["lora.rank=2"],
+        ["learn.method=reject"],
+        ["learn.method=sft", "learn.reward=outcome"],
+        ["learn.method=ppo"],
+        ["learn.method=dpo"],
+        ["lora.rank=2"],
         ["plan=upscale(base, 1:2, copies=1)", "train.layers=copies"],
         ["learn.method=reject", "learn.task=countdown:3:steps", "learn.search=beam", "learn.compare=true"],
     ],
-)  # fmt: skip
+)
 def test_every_way_to_learn_goes_to_its_end(run, whole, more):
     where = run("-".join(more).replace(" ", ""), *(f"--config.{flag}" for flag in more))
     assert len(rounds_of(where)) == 4

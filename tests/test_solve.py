@@ -81,6 +81,10 @@ def test_solve_a_problem_of_ones_own(model, capsys):
     template = "{prompt}{answer}{prompt}"
     call(solve, model, "--prompt=ab:a", "--search=revise", "--budget=20", "--template", template, *SMALL)
     assert "1 answered: revise by logp, 20 tokens each at most, 20 used" in capsys.readouterr().out
+    call(solve, model, "--prompt=ab:x", "--search=revise:2", "--budget=20", "--template={answer}?{prompt}", *SMALL)
+    _, err = capsys.readouterr()
+    assert "1 of 1 prompts have characters that its tokenizer does not know" in err
+    assert "its tokenizer does not know all characters of the template; --template is another" in err
 
 
 def test_passk_is_resumed_and_says_what_its_samples_say(model, task, tmp_path, capsys):

@@ -148,14 +148,15 @@ def _band(values_PK: np.ndarray) -> Band:
 
 def _tasks(found: Measured) -> dict[str, float]:
     tasks: dict[str, float] = {}
-    for name, of in found.answers.items():
-        end = "" if name == AFTER else f"_{name}"
+    for name, end in ((AFTER, ""), (BEFORE, f"_{BEFORE}")):
+        of = found.answers[name]
         tasks |= {f"pass_{k}{end}": float(of.passed[:, at].mean()) for at, k in enumerate(of.sizes) if k in SIZES}
-        about = described(of.samples)
-        tasks |= {f"{key}{end}": about[key] for key in ("length", "ended", "unique", "entropy")}
-        tasks |= {f"best_of_{of.sizes[-1]}_{guide}{end}": float(v[:, -1].mean()) for guide, v in of.chosen.items()}
-    tasks |= {name.replace(" ", "_"): float(band.mean[0]) for name, (_, band, _) in found.compared.items()}
-    return tasks
+    after = found.answers[AFTER]
+    about = described(after.samples)
+    tasks |= {key: about[key] for key in ("length", "ended", "unique", "entropy")}
+    guided = {name: values for name, values in after.chosen.items() if name != "perfect"}  # which is pass@N
+    tasks |= {f"best_of_{after.sizes[-1]}_{name}": float(values[:, -1].mean()) for name, values in guided.items()}
+    return tasks | {name.replace(" ", "_"): float(band.mean[0]) for name, (_, band, _) in found.compared.items()}
 
 
 def table(found: Measured) -> list[str]:

@@ -23,6 +23,8 @@ _KINDS = {
     ("continuous", "taught"): "taught to see and draw: trained on words and continuous tokens",
     ("continuous", "before"): "its depth was changed, and it was not trained since",
     ("continuous", "control"): "control: the base itself, trained as the taught model was",
+    ("learn", "learned"): "trained on its own answers to problems that were verified",
+    ("learn", "before"): "its depth was changed, and it was not trained since",
     ("inherit", "reference"): "reference: what the target inherits from",
     ("inherit", "target"): "target: begun from layers of the reference, then trained",
     ("inherit", "half"): "half: of half the target's layers, which the target begins with twice",

@@ -81,8 +81,12 @@ def drawn(found: Curves, title: str) -> Figure:
     palette = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
     for number, (name, band) in enumerate(found.bands.items()):
         color, marker = palette[number % len(palette)], "osD^vP"[number // len(palette) % 6]
-        axes.plot(found.sizes, 100 * band.mean, color=color, marker=marker, markersize=4, label=escaped(name))
-        axes.fill_between(found.sizes, 100 * band.low, 100 * band.high, color=color, alpha=0.13, linewidth=0)
+        (line,) = axes.plot(found.sizes, 100 * band.mean, color=color, marker=marker, markersize=4, label=escaped(name))
+        if number == 0:  # what bounds the others lies above them, in dashes, as it may be the same
+            line.set(linestyle=(0, (4, 2)), zorder=3)
+        axes.fill_between(found.sizes, 100 * band.low, 100 * band.high, color=color, alpha=0.07, linewidth=0)
+        for edge in (band.low, band.high):
+            axes.plot(found.sizes, 100 * edge, color=color, linewidth=0.5, alpha=0.5)
     axes.set_xscale("log", base=2)
     axes.set_xticks(found.sizes, [str(k) for k in found.sizes])
     axes.minorticks_off()

@@ -75,13 +75,14 @@ class TaskData:
     """A task's problems with their solutions, as what a run trains on and is evaluated with.
 
     Args:
+      task: None where there are no data but their shapes.
       problems: those of `train`, row by row.
       store: a name for what decides the rows; nothing is kept there.
       longest: tokens of the longest prompt, and of the longest solution with its end.
       sampled: rows that are made while it trains, in the place of these; 0 = none.
     """
 
-    task: Task
+    task: Task | None
     problems: Sequence[Problem]
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
@@ -97,6 +98,7 @@ class TaskData:
     stepwise = False
 
     def __str__(self) -> str:
+        assert self.task is not None
         return (
             f"{self.task.name}: {len(self.task.train):,} training and {len(self.task.test):,} test problems, of which "
             f"{len(self.train):,} and {len(self.validation):,} have solutions; rows of {self.seq_len}, vocabulary "
