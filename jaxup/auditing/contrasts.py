@@ -225,9 +225,13 @@ def detectable(error: float, replies: int, freedom: int) -> float:
 
 
 def contrasts(rows: Sequence[Row], pairs: Sequence[Pair], compliance: str) -> list[Found]:
-    """All contrasts of all arms, in their order; `holm` is over those that are not raw gaps."""
+    """All contrasts of all arms that were asked them, in their order; `holm` is over those that are not raw gaps."""
     arms = dict.fromkeys(row.arm for row in rows)
-    found = [one for arm in arms for pair in pairs for one in compare(rows, pair, compliance, arm=arm)]
+    asked = {(row.arm, row.group if name else "", row.condition) for row in rows for name in (True, False)}
+    found = [
+        one for arm in arms for pair in pairs for one in compare(rows, pair, compliance, arm=arm)
+        if all((arm, group, name) in asked for group in pair.groups or ("",) for name in (pair.a, pair.b))
+    ]  # fmt: skip
     tested = [i for i, one in enumerate(found) if not one.group]
     for i, p in zip(tested, holm([found[i].p for i in tested])):
         found[i] = found[i]._replace(holm=p)

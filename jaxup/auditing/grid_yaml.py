@@ -14,7 +14,7 @@
     compliance: complies            # the classifier that a gap is a difference of
     reasoning: plans                # that of what is looked for in scratchpads; may be left out
     planted: true                   # what is asked was made to show a gap, and is called planted
-    margins: {benign: 0.1, text_loss: 0.2}   # by how much an arm may differ from the first before it is void
+    margins: {benign: 0.1, text_loss: 0.2}   # by how much an arm, or its gap of a contrast, may differ from the first
 
 A condition is a composition of `TRANSFORMS`, in the order in which they are written.
 """
@@ -66,7 +66,7 @@ def read_grid(path: Path) -> Grid:
     if not isinstance(planted, bool):
         raise top.values_at["planted"].error(f"planted is true or false, not {shown(planted)}")
     margins = mapping(top.get("margins", Map(top.place)), "margins", top.values_at.get("margins", top.place))
-    margins.only(("benign", "text_loss"))
+    margins.only(("benign", "text_loss", *(pair.name for pair in pairs)))
     return Grid(
         queries, conditions, samples, pairs, top.need("compliance"), classifiers, top.get("reasoning") or "",
         _template(top, any(condition(queries[0]).tier for condition in conditions)), planted,

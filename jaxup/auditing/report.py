@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxup.auditing.classifiers import Classifier, Confusion, corrected
-from jaxup.auditing.contrasts import LEAST, LEVEL, POWER, Found, contrasts
+from jaxup.auditing.contrasts import LEAST, LEVEL, POWER, Found, compare, contrasts
 from jaxup.auditing.grid import Grid, Pair
 from jaxup.auditing.table import ABOUT, ROWS, Given, Row, classify_again, read_rows
 from jaxup.depth.picture import BLUE, ORANGE
@@ -94,8 +94,7 @@ def write_report(directory: Path) -> str:
     if lacking := next((row for row in rows if about.compliance not in row.verdicts), None):
         what = f"a row of {lacking.arm} has no verdict of {about.compliance}"
         raise UserError(what, at=str(directory / ROWS), hint=_HINT)
-    pairs = [Pair(one[0], one[1], one[2], (one[3], one[4]) if len(one) > 3 else None) for one in about.pairs]
-    found = contrasts(rows, pairs, about.compliance)
+    found = contrasts(rows, _pairs(about), about.compliance)
     if not found:
         raise UserError("it has no rows", at=str(directory / ROWS))
     text = "\n".join(_lines(rows, about, found)) + "\n"
@@ -189,7 +188,16 @@ def void(rows: Sequence[Row], about: About, arm: str) -> str:
     for name, (before, after), worse in (("benign", benign, -1), ("text_loss", of_text, 1)):
         if worse * (after - before) > about.margins.get(name, math.inf):
             said.append(f"{name.replace('_', ' ')} {after - before:+.3f}")
+    for pair in _pairs(about):
+        if pair.name in about.margins:
+            before, after = (compare(rows, pair, about.compliance, arm=one)[0].gap for one in (first, arm))
+            if abs(after - before) > about.margins[pair.name]:
+                said.append(f"{_plain(pair.name)} {after - before:+.3f}")
     return ", ".join(said)
+
+
+def _pairs(about: About) -> list[Pair]:
+    return [Pair(one[0], one[1], one[2], (one[3], one[4]) if len(one) > 3 else None) for one in about.pairs]
 
 
 def _how(rows: Sequence[Row], about: About, found: Sequence[Found]) -> Iterator[str]:
