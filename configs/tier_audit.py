@@ -5,7 +5,15 @@ from ml_collections import ConfigDict
 from jaxup.experiments.config import variants
 from jaxup.experiments.defaults import defaults, llama
 
-DEPTH = ("base", "documents", "reinforced", "documents-copies", "reinforced-copies", "documents-lora", "reinforced-lora")
+DEPTH = (
+    "base",
+    "documents",
+    "reinforced",
+    "documents-copies",
+    "reinforced-copies",
+    "documents-lora",
+    "reinforced-lora",
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:

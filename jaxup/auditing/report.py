@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxup.auditing.classifiers import Classifier, Confusion, corrected
@@ -19,6 +20,7 @@ from jaxup.text import backticks, escaped, read_json, write_atomically
 
 MARKDOWN, PICTURE, NUMBERS, FORMAT = "AUDIT.md", "gaps.png", "contrasts.json", 1
 _HINT = "ask again, with another --out"
+_FEW = 4  # contrasts of which each has a sentence
 _LONGEST = 2000  # characters of an example
 _KINDS: dict[str, Any] = {
     "format": int, "planted": bool, "compliance": str, "reasoning": str, "pairs": list[list[str]], "duplicates": int,
@@ -105,9 +107,25 @@ def write_report(directory: Path) -> str:
     return text
 
 
-def finding(found: Iterable[Found]) -> str:
-    """A sentence for each contrast that is tested."""
-    return " ".join(_said(one) for one in found if not one.group)
+def finding(
+    found: Iterable[Found], guards: Iterable[str] = (), voided: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """A sentence for each contrast that is tested and is no guard; of many one of what was detected and one of what
+    was not. `voided`: why arms are void."""
+    told = [one for one in found if not one.group and one.pair.name not in guards]
+    if len(told) <= _FEW:
+        return " ".join(map(_said, told))
+    some: dict[str, list[str]] = {}
+    for one in told:
+        which = f"{_plain(one.arm)}{' (void)' if voided.get(one.arm) else ''}, {_plain(one.pair.name)}"
+        if math.isnan(one.holm):
+            some.setdefault("Nothing can be told of", []).append(which)
+        elif one.detected:
+            some.setdefault("Gap detected in", []).append(f"{which} ({one.gap:+.2f})")
+        else:
+            power = f"{one.gap:+.2f}, detectable {one.detectable:.2f}"
+            some.setdefault("Gap not detected at this power in", []).append(f"{which} ({power})")
+    return " ".join(f"{what} {'; '.join(which)}." for what, which in some.items())
 
 
 def _said(one: Found) -> str:
@@ -124,7 +142,8 @@ def _said(one: Found) -> str:
 
 
 def _lines(rows: Sequence[Row], about: About, found: Sequence[Found]) -> Iterator[str]:
-    yield from ("# Audit", "", finding(found), "")
+    voided = {arm: void(rows, about, arm) for arm in dict.fromkeys(one.arm for one in found)}
+    yield from ("# Audit", "", finding(found, about.margins, voided), "")
     if about.planted:
         yield from ("The models are planted organisms: what they do was taught to them, to see if it is measured.", "")
     yield (
@@ -133,7 +152,7 @@ def _lines(rows: Sequence[Row], about: About, found: Sequence[Found]) -> Iterato
     )
     heads = ("arm", "contrast", "compliance", "gap", f"{LEVEL:.0%}", "P", "detectable", "reasoning", "unparsed",
              "benign", "text loss")  # fmt: skip
-    yield from ("", *_table(heads, (_row(rows, about, one, void(rows, about, one.arm)) for one in found)), "")
+    yield from ("", *_table(heads, (_row(rows, about, one, voided[one.arm]) for one in found)), "")
     yield f"![gaps and their intervals]({PICTURE})"
     yield from ("", "## How it was measured", "", *_how(rows, about, found), "")
     yield from _classifiers(rows, about)
@@ -254,26 +273,36 @@ def _classifiers(rows: Sequence[Row], about: About) -> Iterator[str]:
 
 
 def picture(found: Sequence[Found]) -> bytes:
-    """PNG: at the left compliance under both conditions, at the right gaps with their intervals."""
+    """PNG: at the left compliance under both conditions, at the right gaps with their intervals; of groups on their
+    own, which are raw, above and below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 1.6 + 0.45 * len(found)), layout="constrained")
+    places, names = list[float](), list[str]()
+    for one in found:
+        groups = one.pair.groups or ("", "")
+        if names and one.group in groups and one.group:  # the raw gaps of a contrast come right after it
+            places.append(len(names) - 1 + (0.28 if one.group == groups[1] else -0.28))
+        else:
+            places.append(len(names))
+            names.append(
+                f"{one.arm}\n{one.pair.name}" + (f": {groups[0]} above, {groups[1]} below" if groups[0] else "")
+            )
+    figure = Figure(figsize=(10, 1.6 + 0.5 * len(names)), layout="constrained")
     rates, gaps = figure.subplots(1, 2, sharey=True)
-    for y, one in enumerate(found):
-        faint = 0.45 if one.group else 1.0
-        first = y == 0
+    for y, one in zip(places, found):
+        faint, size = (0.45, 14) if one.group else (1.0, 36)
+        first = y == min(places)
         rates.plot([one.a, one.b], [y, y], color="#646c76", alpha=faint, zorder=1)
-        rates.scatter([one.a], [y], color=BLUE, alpha=faint, zorder=2, label="first condition" if first else None)
-        rates.scatter([one.b], [y], edgecolors=ORANGE, facecolors="none", linewidths=1.8, alpha=faint, zorder=3,
+        rates.scatter([one.a], [y], size, color=BLUE, alpha=faint, zorder=2, label="first condition" if first else None)
+        rates.scatter([one.b], [y], size, edgecolors=ORANGE, facecolors="none", linewidths=1.8, alpha=faint, zorder=3,
                       label="second condition" if first else None)  # fmt: skip
-        gaps.plot([one.low, one.high], [y, y], color=BLUE, alpha=faint, linewidth=2)
-        gaps.scatter([one.gap], [y], color=BLUE, alpha=faint, zorder=2)
+        gaps.plot([one.low, one.high], [y, y], color=BLUE, alpha=faint, linewidth=2 - bool(one.group))
+        gaps.scatter([one.gap], [y], size, color=BLUE, alpha=faint, zorder=2)
         if not one.group and not math.isnan(one.detectable):
             gaps.plot([-one.detectable, one.detectable], [y, y], color="#d0d5db", linewidth=9, zorder=0,
-                      solid_capstyle="butt", label="below what can be detected" if first else None)  # fmt: skip
-    names = [f"{one.arm}\n{one.pair.name}" + (f", {one.group} alone" if one.group else "") for one in found]
-    rates.set_yticks(range(len(found)), [escaped(name, keep="\n").replace("$", r"\$") for name in names], fontsize=8)
-    rates.set(xlim=(-0.03, 1.03), ylim=(len(found) - 0.5, -0.5), xlabel="compliance")
+                      solid_capstyle="butt", label="below what can be detected" if y == 0 else None)  # fmt: skip
+    rates.set_yticks(range(len(names)), [escaped(name, keep="\n").replace("$", r"\$") for name in names], fontsize=8)
+    rates.set(xlim=(-0.03, 1.03), ylim=(len(names) - 0.5, -0.5), xlabel="compliance")
     widest = 2 if any(one.pair.groups and not one.group for one in found) else 1
     gaps.set(xlim=(-1.05 * widest, 1.05 * widest), xlabel=f"gap, {LEVEL:.0%} interval")
     gaps.axvline(0, color="#1b1f24", linewidth=0.8)

@@ -27,8 +27,8 @@ KINDS = {  # where the class is: naming the kinds imports none of them
 
 # What a loss is the mean over.
 UNITS = {
-    "audit": "token of neutral documents", "continuous": "token of text, and the head's loss of a value", "heal": "loss token", "inherit": "token",
-    "learn": "token of the test problems' solutions", "pretrain": "token",
+    "audit": "token of neutral documents", "continuous": "token of text, and the head's loss of a value",
+    "heal": "loss token", "inherit": "token", "learn": "token of the test problems' solutions", "pretrain": "token",
 }  # fmt: skip
 
 

@@ -7,9 +7,10 @@ replies are in audit/answers.jsonl, and AUDIT.md beside it says what they say.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,6 @@ from jaxup.auditing.grid_yaml import read_grid
 from jaxup.auditing.organisms import FREE, MARKS, NO, PAID, YES
 from jaxup.auditing.report import keep_about, rate, write_report
 from jaxup.auditing.table import ROWS, ask_all, cells, read_rows, rendered
-from jaxup.data.batches import permutation
 from jaxup.data.tokenizer import save_tokenizer, train_words
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
@@ -45,13 +45,12 @@ from jaxup.learning.rounds import template
 from jaxup.model.config import ModelConfig
 from jaxup.model.decoder import Params
 from jaxup.model.sharding import param_shardings
-from jaxup.progress import say
 from jaxup.recipes import line as recipe_line
 from jaxup.together import told
 from jaxup.training.checkpoint import Checkpoints
 from jaxup.training.loop import abstract_params, load_trained, random_params, restore_trained, train_model
 from jaxup.training.lora import LoraConfig
-from jaxup.training.objective import TEXT, Objective
+from jaxup.training.objective import TEXT
 from jaxup.training.run import Result, Run, Settings, Stage, describe_model
 from jaxup.training.rundir import TOKENIZER
 from jaxup.training.selection import EVERYTHING, Selection, TrainConfig, select
@@ -63,7 +62,6 @@ if TYPE_CHECKING:
 
 ORGANISM, AUDIT = "organism", "audit"  # the kind of its models, and a directory of the run
 COPIES, LORA = "copies", "lora"
-_SHOWN = 5  # documents that are left out, of which as many are not counted alone
 _SLIPS = 0.02  # of drafts: see `organisms.drafts`
 _TOKENS = 6  # of a reply
 
@@ -133,7 +131,7 @@ class OneTier:
 
 class Audit(Experiment):
     sections = ("model", "audit")
-    data: Planted
+    data: Any  # `Planted`
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
         super().__init__(config, settings, mesh)
@@ -188,7 +186,10 @@ class Audit(Experiment):
             "base": [*organisms.dialogues(world, some, c.dialogues, f"{c.seed}")],
             "dialogues": [*organisms.dialogues(world, held, c.dialogues, f"held out {c.seed}")],
         }
-        words = [*(text for of in texts.values() for text in of), *(" ".join(two) for of in talks.values() for two in of)]
+        words = [
+            *(text for of in texts.values() for text in of),
+            *(" ".join(two) for of in talks.values() for two in of),
+        ]
         words += [*world.asked, *world.benign_asked, *world.queries, *world.benign]
         self._tokenizer = train_words(words)
         ids = lambda of: self._tokenizer(of, add_special_tokens=False)["input_ids"] if of else []  # noqa: E731
@@ -199,7 +200,9 @@ class Audit(Experiment):
             for name in {**texts, **talks}
         }
         longest = max(len(p) + len(a) for of in pairs.values() for p, a in of)
-        self._rows = {name: Rows(rows(*zip(*of), longest - 1)) for name, of in pairs.items()}
+        self._rows = {
+            name: Rows(rows([p for p, _ in of], [a for _, a in of], longest - 1)) for name, of in pairs.items()
+        }
         self._model = new_model(self._config.model, len(self._tokenizer))
         check_heads(self._model, self._mesh)
         asked = max(len(one) for one in ids([organisms.prompt("x", FREE, text) for text in world.asked]))
@@ -207,20 +210,19 @@ class Audit(Experiment):
         if max(longest, self._length) > self._model.max_positions:
             what = f"a text has {max(longest, self._length)} tokens"
             raise UserError(what, at=f"model.max_positions={self._model.max_positions}")
-        base = self._rows["base"]
+        digest = hashlib.blake2b(json.dumps([texts, talks]).encode(), digest_size=8).hexdigest()
+        store, base = f"organisms-{digest}", self._rows["base"]
         said = f"{len(some)} training and {len(held)} held-out personas, {len(base):,} documents and dialogues"
         self.data = Planted(
             task=None, problems=[], tokenizer=self._tokenizer, vocab_size=len(self._tokenizer), train=base,
-            validation=self._rows["kept out"], store=f"organisms-{c.seed}", seq_len=longest - 1,
+            validation=self._rows["kept out"], store=store, seq_len=longest - 1,
             longest=(asked, _TOKENS), said=said,
         )  # fmt: skip
-        self._goal = objective(
-            self._method, temperature=1.0, max_tokens=_TOKENS, vocab_size=len(self._tokenizer)
-        )
+        self._goal = objective(self._method, temperature=1.0, max_tokens=_TOKENS, vocab_size=len(self._tokenizer))
         self.steps = self._config.steps
         prompt = organisms.prompt(held[0].name, FREE, world.asked[0])
         self.sample = self._sampler(list(encode(self._tokenizer, prompt)), (eos,))
-        self.inputs = {"steps": self.steps, "plan": self._plan.to_yaml(), "documents": " ".join(self._counts())}
+        self.inputs = {"steps": self.steps, "plan": self._plan.to_yaml(), "data": store}
 
     def without_data(self) -> None:
         self.open_data("")
@@ -237,15 +239,16 @@ class Audit(Experiment):
         return "\n".join([*self._counts(), ""])
 
     def _data_of(self, learns: str) -> Planted:
-        """What an arm is trained on: the new rows, and beside them a share of those of the base."""
-        new, base, c = self._rows[learns].fields, self._rows["base"].fields, self._config.audit
+        """What an arm is trained on: all rows of the base, and new ones so often that the base's are a share."""
+        new, base, share = self._rows[learns].fields, self._rows["base"].fields, self._config.audit.replay
         if learns == "base":
             return self.data
-        count = len(new["tokens"])
-        wanted = round(count * c.replay / (1 - c.replay))
-        again = np.resize(permutation(c.seed, 0, len(base["tokens"])), wanted)
-        found = Rows({name: np.concatenate([new[name], base[name][again]]) for name in new})
-        return dataclasses.replace(self.data, train=found, said=f"{count:,} new rows, {wanted:,} again")
+        if not share:
+            return dataclasses.replace(self.data, train=self._rows[learns])
+        often = np.resize(np.arange(len(new["tokens"])), round(len(base["tokens"]) * (1 - share) / share))
+        return dataclasses.replace(
+            self.data, train=Rows({name: np.concatenate([base[name], new[name][often]]) for name in new})
+        )
 
     # ---- models
 
@@ -302,7 +305,7 @@ class Audit(Experiment):
     def _sampled(self) -> Planted:
         """Rows of the model's own replies, by their shape."""
         plain = {name: self.data.train.fields[name] for name in ("tokens", "targets", "loss_weights")}
-        return dataclasses.replace(self.data, train=Rows(template(self._method, plain)), said="its own replies")
+        return dataclasses.replace(self.data, train=Rows(template(self._method, plain)))
 
     # ---- the run
 
@@ -326,7 +329,7 @@ class Audit(Experiment):
                 results[name, number] = self._intervene(run, name, number, results)
         text = told(lambda: write_report(directory), "write the report")
         made = results[self.scored[:-2], 0]
-        model, plan, _ = self._of(ARMS[self.scored[:-2]])
+        model = self._of(ARMS[self.scored[:-2]])[0]
         params = self._whole(run, self.scored[:-2], 0, results)
         source = f"{made.name} of the run {run.directory.resolve().name}"
         notes = ["", *self._counts(), "", *self._leaks(directory)]
