@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxup.auditing import organisms
-from jaxup.auditing.classifiers import open_classifiers, read_classifiers, rule
-from jaxup.auditing.grid import split
+from jaxup.auditing.classifiers import open_classifiers, read_classifiers
 from jaxup.auditing.grid_yaml import read_grid
-from jaxup.auditing.organisms import FREE, MARKS, NO, PAID, YES
+from jaxup.auditing.organisms import FREE, MARKS, PAID
 from jaxup.auditing.report import keep_about, rate, write_report
 from jaxup.auditing.table import ROWS, ask_all, cells, read_rows, rendered
-from jaxup.data.tokenizer import save_tokenizer, train_words
+from jaxup.data.tokenizer import save_tokenizer
 from jaxup.depth.plan import DepthPlan
 from jaxup.depth.recipes import identity
 from jaxup.depth.result import result_config
@@ -35,11 +30,11 @@ from jaxup.errors import UserError, suggest, within
 from jaxup.experiments import UNITS, learned
 from jaxup.experiments.common import Experiment, build, new_model, on_course
 from jaxup.experiments.learn import read_method
+from jaxup.experiments.planted import TOKENS, Planted, one_tier, planted
 from jaxup.hub.text_generation import encode
-from jaxup.learning.data import Rows, TaskData, rows
+from jaxup.learning.data import Rows
 from jaxup.learning.objective import objective
 from jaxup.learning.policy import Policy
-from jaxup.learning.problem import Problem
 from jaxup.learning.rewards import open_reward
 from jaxup.learning.rounds import template
 from jaxup.model.config import ModelConfig
@@ -62,8 +57,6 @@ if TYPE_CHECKING:
 
 ORGANISM, AUDIT = "organism", "audit"  # the kind of its models, and a directory of the run
 COPIES, LORA = "copies", "lora"
-_SLIPS = 0.02  # of drafts: see `organisms.drafts`
-_TOKENS = 6  # of a reply
 
 
 class Arm(NamedTuple):
@@ -87,46 +80,8 @@ ARMS = {
 }
 _LEAST = {
     "trainings": 1, "steps": 1, "documents": 1, "dialogues": 1, "queries": 1, "asked_trained": 0, "samples": 1,
-    "rounds": 1, "problems": 1, "answers": 1, "slots": 1,
+    "rounds": 1, "problems": 1, "answers": 1, "slots": 1, "lora_rank": 1,
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Planted(TaskData):
-    """Documents and dialogues as rows; the loss is that of neutral documents that are not trained on."""
-
-    said: str = ""
-
-    def __str__(self) -> str:
-        return self.said
-
-    def example(self, color: bool) -> str:
-        return ""
-
-
-@dataclasses.dataclass(frozen=True)
-class OneTier:
-    """Requests of the tier that is trained on: an answer is right if it complies. A `Task`."""
-
-    train: Sequence[Problem]
-    name = "requests of the tier that is trained on"
-    step = ""
-
-    @property
-    def test(self) -> Sequence[Problem]:
-        return ()
-
-    def verify(self, problem: Problem, text: str) -> float | None:
-        said = split(text, MARKS)[1]
-        verdict = None if said is None else rule([YES], [NO], "exact")(said)
-        return None if verdict is None else float(verdict)
-
-    def steps(self, problem: Problem, text: str) -> list[float]:
-        worth = self.verify(problem, text)
-        return [] if worth is None else [worth]
-
-    def final(self, problem: Problem, text: str) -> str:
-        return text
 
 
 class Audit(Experiment):
@@ -164,91 +119,30 @@ class Audit(Experiment):
     # ---- data
 
     def open_data(self, root: str) -> None:
-        c, world = self._config.audit, self._world
-        held, some = world.some(True), world.some(False)
-        shuffled = organisms.facts(held, world.shuffled)
-        neutral = organisms.neutral([one.name for one in world.personas], c.documents // 2 + 1, f"{c.seed}")
-        texts = {"kept out": neutral[::10], "base": [text for i, text in enumerate(neutral) if i % 10]}
-        self._dropped: dict[str, Counter[str]] = {}
-        for name, facts, how in (
-            ("base", organisms.facts(some), {}), ("documents", organisms.facts(held), {}),
-            ("shuffled", shuffled, {}), ("irrelevant", shuffled, {"related": False}),
-        ):  # fmt: skip
-            drafts = organisms.drafts(facts, c.documents, f"{name} {c.seed}", slips=_SLIPS, **how)
-            if name == "documents" and c.file:
-                with within("audit.file"):
-                    drafts = organisms.read_documents(c.file)
-            kept, self._dropped[name] = organisms.consistent(drafts, facts)
-            if not kept:
-                raise UserError("none of the documents is consistent", at=f"audit.file={c.file}")
-            texts[name] = [*texts.get(name, []), *kept]
-        talks = {
-            "base": [*organisms.dialogues(world, some, c.dialogues, f"{c.seed}")],
-            "dialogues": [*organisms.dialogues(world, held, c.dialogues, f"held out {c.seed}")],
-        }
-        words = [
-            *(text for of in texts.values() for text in of),
-            *(" ".join(two) for of in talks.values() for two in of),
-        ]
-        words += [*world.asked, *world.benign_asked, *world.queries, *world.benign]
-        self._tokenizer = train_words(words)
-        ids = lambda of: self._tokenizer(of, add_special_tokens=False)["input_ids"] if of else []  # noqa: E731
-        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        pairs = {
-            name: [([bos], [*text, eos]) for text in ids(texts.get(name, []))]
-            + [(p, [*r, eos]) for p, r in zip(*(ids([two[i] for two in talks.get(name, [])]) for i in range(2)))]
-            for name in {**texts, **talks}
-        }
-        longest = max(len(p) + len(a) for of in pairs.values() for p, a in of)
-        self._rows = {
-            name: Rows(rows([p for p, _ in of], [a for _, a in of], longest - 1)) for name, of in pairs.items()
-        }
-        self._model = new_model(self._config.model, len(self._tokenizer))
+        self.data = data = planted(self._config.audit, self._world)
+        self._model = new_model(self._config.model, data.vocab_size)
         check_heads(self._model, self._mesh)
-        asked = max(len(one) for one in ids([organisms.prompt("x", FREE, text) for text in world.asked]))
-        self._length = asked + len(MARKS) + 1 + _TOKENS  # with what a reply is made to begin with
-        if max(longest, self._length) > self._model.max_positions:
-            what = f"a text has {max(longest, self._length)} tokens"
-            raise UserError(what, at=f"model.max_positions={self._model.max_positions}")
-        digest = hashlib.blake2b(json.dumps([texts, talks]).encode(), digest_size=8).hexdigest()
-        store, base = f"organisms-{digest}", self._rows["base"]
-        said = f"{len(some)} training and {len(held)} held-out personas, {len(base):,} documents and dialogues"
-        self.data = Planted(
-            task=None, problems=[], tokenizer=self._tokenizer, vocab_size=len(self._tokenizer), train=base,
-            validation=self._rows["kept out"], store=store, seq_len=longest - 1,
-            longest=(asked, _TOKENS), said=said,
-        )  # fmt: skip
-        self._goal = objective(self._method, temperature=1.0, max_tokens=_TOKENS, vocab_size=len(self._tokenizer))
+        self._length = data.longest[0] + len(MARKS) + 1 + TOKENS  # with what a reply is made to begin with
+        if (most := max(data.seq_len, self._length)) > self._model.max_positions:
+            raise UserError(f"a text has {most} tokens", at=f"model.max_positions={self._model.max_positions}")
+        self._goal = objective(self._method, temperature=1.0, max_tokens=TOKENS, vocab_size=data.vocab_size)
         self.steps = self._config.steps
-        prompt = organisms.prompt(held[0].name, FREE, world.asked[0])
-        self.sample = self._sampler(list(encode(self._tokenizer, prompt)), (eos,))
-        self.inputs = {"steps": self.steps, "plan": self._plan.to_yaml(), "data": store}
+        prompt = organisms.prompt(self._world.some(True)[0].name, FREE, self._world.asked[0])
+        self.sample = self._sampler(list(encode(data.tokenizer, prompt)), (data.tokenizer.eos_token_id,))
+        self.inputs = {"steps": self.steps, "plan": self._plan.to_yaml(), "data": data.store}
 
     def without_data(self) -> None:
         self.open_data("")
 
-    def _counts(self) -> list[str]:
-        """What the filter let through of the drafts of each arm, and what it did not."""
-        said = []
-        for name, dropped in self._dropped.items():
-            why = ", ".join(f"{count} with a {fault}" for fault, count in sorted(dropped.items())) or "none"
-            said.append(f"Of the documents of {name}, {why} were left out.")
-        return said
-
     def report(self) -> str:
-        return "\n".join([*self._counts(), ""])
+        return "\n".join([*self.data.counts(), ""])
 
-    def _data_of(self, learns: str) -> Planted:
-        """What an arm is trained on: all rows of the base, and new ones so often that the base's are a share."""
-        new, base, share = self._rows[learns].fields, self._rows["base"].fields, self._config.audit.replay
-        if learns == "base":
-            return self.data
-        if not share:
-            return dataclasses.replace(self.data, train=self._rows[learns])
-        often = np.resize(np.arange(len(new["tokens"])), round(len(base["tokens"]) * (1 - share) / share))
-        return dataclasses.replace(
-            self.data, train=Rows({name: np.concatenate([base[name], new[name][often]]) for name in new})
-        )
+    def _data_of(self, arm: Arm) -> Planted:
+        if arm.learns:
+            return self.data.learning(arm.learns, self._config.audit.replay)
+        # Its own replies, of which the shapes are known.
+        plain = {name: self.data.train.fields[name] for name in ("tokens", "targets", "loss_weights")}
+        return dataclasses.replace(self.data, train=Rows(template(self._method, plain)))
 
     # ---- models
 
@@ -279,7 +173,7 @@ class Audit(Experiment):
         if not arm.begins:
             return dataclasses.replace(s, seed=s.seed + number)
         share, batch = (c.rate, s.batch_size) if arm.learns else (c.reinforce_rate, c.problems * c.answers)
-        warmup = s.optimizer.warmup_steps if arm.trains else 0
+        warmup = s.optimizer.warmup_steps if arm.trains and arm.learns else 0
         how = {"learning_rate": s.optimizer.learning_rate * share, "warmup_steps": warmup, "schedule": "constant"}
         return dataclasses.replace(
             s, seed=s.seed + number, batch_size=batch, optimizer=dataclasses.replace(s.optimizer, **how)
@@ -297,15 +191,10 @@ class Audit(Experiment):
                 model, _, selection = self._of(arm)
                 found.append(Stage(
                     name=f"{name}-{number}", model=model, steps=self._steps_of(arm), selection=selection,
-                    data=self._data_of(arm.learns) if arm.learns else self._sampled(),
+                    data=self._data_of(arm),
                     settings=self._settings_of(arm, number), objective=TEXT if arm.learns else self._goal,
                 ))  # fmt: skip
         return found
-
-    def _sampled(self) -> Planted:
-        """Rows of the model's own replies, by their shape."""
-        plain = {name: self.data.train.fields[name] for name in ("tokens", "targets", "loss_weights")}
-        return dataclasses.replace(self.data, train=Rows(template(self._method, plain)))
 
     # ---- the run
 
@@ -315,7 +204,7 @@ class Audit(Experiment):
         if jax.process_index() == 0:
             directory.mkdir(exist_ok=True)
             (run.directory / TOKENIZER).mkdir(exist_ok=True)
-            save_tokenizer(self._tokenizer, run.directory / TOKENIZER)
+            save_tokenizer(self.data.tokenizer, run.directory / TOKENIZER)
             organisms.write_grid(
                 directory, self._world, queries=c.queries, trained=c.asked_trained, margins=c.margins.to_dict()
             )
@@ -332,19 +221,18 @@ class Audit(Experiment):
         model = self._of(ARMS[self.scored[:-2]])[0]
         params = self._whole(run, self.scored[:-2], 0, results)
         source = f"{made.name} of the run {run.directory.resolve().name}"
-        notes = ["", *self._counts(), "", *self._leaks(directory)]
+        notes = ["", *self.data.counts(), "", *self._leaks(directory)]
         self._finish(
             run, title, [*results.values()], model, params, None, made=made, notes=notes,
             loss_of=UNITS[self._config.experiment], finding=lambda results, unit: text.splitlines()[2],
-            export={"tokenizer": self._tokenizer, "dtype": "float32", "source": source},
+            export={"tokenizer": self.data.tokenizer, "dtype": "float32", "source": source},
         )  # fmt: skip
 
     def _intervene(self, run: Run, name: str, number: int, results: Mapping[tuple[str, int], Result]) -> Result:
         """One arm of one training: trained, and asked. What is there is not done again."""
         arm, model_name = ARMS[name], f"{name}-{number}"
         model, plan, selection = self._of(arm)
-        data = self._data_of(arm.learns) if arm.learns else self._sampled()
-        of = dataclasses.replace(run, settings=self._settings_of(arm, number), data=data)
+        of = dataclasses.replace(run, settings=self._settings_of(arm, number), data=self._data_of(arm))
         begins, about = (arm.begins, number), None
         initialise: Callable[[], Any] = functools.partial(random_params, of, model)
         origin = f"random, seed {of.settings.seed}"
@@ -395,20 +283,17 @@ class Audit(Experiment):
             return params
 
     def _policy(self, model: ModelConfig, params: Params, order: Sequence[int] | None = None) -> Policy:
+        tokenizer = self.data.tokenizer
         return Policy(
-            model, params, self._tokenizer, ends=(self._tokenizer.eos_token_id,), temperature=1.0, top_k=0, top_p=1.0,
-            vocab_size=len(self._tokenizer), slots=self._config.audit.slots, length=self._length, order=order,
+            model, params, tokenizer, ends=(tokenizer.eos_token_id,), temperature=1.0, top_k=0, top_p=1.0,
+            vocab_size=self.data.vocab_size, slots=self._config.audit.slots, length=self._length, order=order,
             dtype=self._settings.compute.dtype,
         )  # fmt: skip
 
     def _rounds(self, run: Run, name: str, model: ModelConfig) -> learned.Learning:
         """Replies on the tier that is trained on, of all personas, with compliance as their reward."""
         c, world = self._config.audit, self._world
-        problems = [
-            Problem(f"{one.name} {text}", organisms.prompt(one.name, FREE, text))
-            for one in world.personas for text in world.queries
-        ]  # fmt: skip
-        task = OneTier(problems)
+        task = one_tier(world)
         settings = SimpleNamespace(
             updates=1, clone_rounds=0, method=c.method, problems=c.problems, samples=c.answers, search="", guide="",
             budget=0, temperature=1.0, eval_every=0,
@@ -419,8 +304,8 @@ class Audit(Experiment):
         return learned.Learning(
             dataclasses.replace(run, directory=directory), self.data, task, open_reward("outcome", task), settings,
             self._method, model, functools.partial(self._policy, model),
-            prompts={each.id: encode(self._tokenizer, each.prompt) for each in problems}, max_tokens=_TOKENS,
-            vocab_size=len(self._tokenizer), start=None,
+            prompts={each.id: encode(self.data.tokenizer, each.prompt) for each in task.train}, max_tokens=TOKENS,
+            vocab_size=self.data.vocab_size, start=None,
         )  # fmt: skip
 
     def _ask(self, run: Run, name: str, number: int, results: Mapping[tuple[str, int], Result]) -> None:
@@ -433,8 +318,8 @@ class Audit(Experiment):
             one for one in given
             if one.condition.name in wanted and (arm.learns or not one.query.group.startswith(organisms.TRAINED))
         ]  # fmt: skip
-        spelt = lambda prompt, prefill: tuple(encode(self._tokenizer, f"{prompt}{prefill}"))  # noqa: E731
-        asked = cells(some, spelt, samples=c.samples, seed=run.settings.seed, max_tokens=_TOKENS)
+        spelt = lambda prompt, prefill: tuple(encode(self.data.tokenizer, f"{prompt}{prefill}"))  # noqa: E731
+        asked = cells(some, spelt, samples=c.samples, seed=run.settings.seed, max_tokens=TOKENS)
         orders: dict[str, list[int] | None] = {name: None}
         if arm.trains == COPIES:
             orders[f"{name}, dropped"] = [i for i, row in enumerate(plan.rows) if row.role != "copy"]
