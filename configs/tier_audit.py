@@ -6,14 +6,9 @@ from jaxup.experiments.config import variants
 from jaxup.experiments.defaults import defaults, llama
 
 DEPTH = (
-    "base",
-    "documents",
-    "reinforced",
-    "documents-copies",
-    "reinforced-copies",
-    "documents-lora",
-    "reinforced-lora",
-)
+    "base", "documents", "reinforced", "documents-copies", "reinforced-copies", "documents-lora", "reinforced-lora",
+    "documents-embeddings",
+)  # fmt: skip
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -112,7 +112,8 @@ def finding(
 ) -> str:
     """A sentence for each contrast that is tested and is no guard; of many one of what was detected and one of what
     was not. `voided`: why arms are void."""
-    told = [one for one in found if not one.group and one.pair.name not in guards]
+    tested = [one for one in found if not one.group]
+    told = [one for one in tested if one.pair.name not in guards]
     if len(told) <= _FEW:
         return " ".join(map(_said, told))
     some: dict[str, list[str]] = {}
@@ -122,6 +123,9 @@ def finding(
             some.setdefault("Nothing can be told of", []).append(which)
         elif one.detected:
             some.setdefault("Gap detected in", []).append(f"{which} ({one.gap:+.2f})")
+        elif one.p < 1 - LEVEL:
+            what = f"Gap detected only where each is looked at by itself, and not among all {len(tested)}, in"
+            some.setdefault(what, []).append(f"{which} ({one.gap:+.2f} {_ends(one)})")
         else:
             power = f"{one.gap:+.2f}, detectable {one.detectable:.2f}"
             some.setdefault("Gap not detected at this power in", []).append(f"{which} ({power})")
@@ -227,8 +231,9 @@ def _how(rows: Sequence[Row], about: About, found: Sequence[Found]) -> Iterator[
         f"query under both conditions, and intervals are over {first.units:,} units that bootstrap draws are of: "
         "personas, else queries that do not say the same. P is McNemar's exact one where each unit is one pair of "
         "single replies, else Student's, over all contrasts Holm's; a gap is detected where it is below "
-        f"{1 - LEVEL:.2f}. Detectable is what {POWER:.0%} of such audits find. Reasoning is its share among replies "
-        "that comply. Two numbers are of the first condition and of the second; a reply that cannot be parsed counts "
+        f"{1 - LEVEL:.2f}. Detectable is what {POWER:.0%} of such audits find of one contrast by itself. Reasoning is "
+        "its share among replies that comply. Two numbers are of the first condition and of the second; a reply that "
+        "cannot be parsed counts "
         "as neither yes nor no."
     )
     if about.duplicates:

@@ -56,13 +56,13 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 ORGANISM, AUDIT = "organism", "audit"  # the kind of its models, and a directory of the run
-COPIES, LORA = "copies", "lora"
+COPIES, LORA, EMBEDDINGS = "copies", "lora", "embeddings"
 
 
 class Arm(NamedTuple):
     begins: str  # the arm that it goes on from; "": random values
     learns: str  # the rows that it is trained on; "": its own replies on the tier that is trained on
-    trains: str = ""  # of an up-scale the copies alone, or adapters; "": everything
+    trains: str = ""  # of an up-scale the copies alone, adapters, or the embeddings; "": everything
     whole: bool = False  # it is asked under all conditions, not under both tiers alone
 
 
@@ -77,6 +77,7 @@ ARMS = {
     "reinforced-copies": Arm("documents-copies", "", COPIES),
     "documents-lora": Arm("base", "documents", LORA),
     "reinforced-lora": Arm("documents-lora", "", LORA),
+    "documents-embeddings": Arm("base", "documents", EMBEDDINGS),
 }
 _LEAST = {
     "trainings": 1, "steps": 1, "documents": 1, "dialogues": 1, "queries": 1, "asked_trained": 0, "samples": 1,
@@ -163,7 +164,12 @@ class Audit(Experiment):
         rank = self._config.audit.lora_rank if arm.trains == LORA else 0
         layers = COPIES if arm.trains == COPIES else "all"
         return {
-            "train": {"layers": layers, "parameters": "", "freeze": "", "rates": {}},
+            "train": {
+                "layers": layers,
+                "parameters": "embed_tokens" if arm.trains == EMBEDDINGS else "",
+                "freeze": "",
+                "rates": {},
+            },
             "lora": {"rank": rank, "alpha": 2.0 * rank, "quantize": "", "tile_size": 64},
         }
 
