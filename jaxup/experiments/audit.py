@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from ml_collections import ConfigDict
 
-ORGANISM, AUDIT = "organism", "audit"  # the kind of its models, and a directory of the run
+BASE, ORGANISM, AUDIT = "base", "organism", "audit"  # kinds of its models, and a directory of the run
 COPIES, LORA, EMBEDDINGS = "copies", "lora", "embeddings"
 
 
@@ -86,7 +86,7 @@ _LEAST = {
 
 
 class Audit(Experiment):
-    sections = ("model", "audit")
+    sections = ("audit",)
     data: Any  # `Planted`
 
     def __init__(self, config: ConfigDict, settings: Settings, mesh: Mesh):
@@ -231,6 +231,7 @@ class Audit(Experiment):
         self._finish(
             run, title, [*results.values()], model, params, None, made=made, notes=notes,
             loss_of=UNITS[self._config.experiment], finding=lambda results, unit: text.splitlines()[2],
+            pictured=(f"{BASE}-0", self.scored),
             export={"tokenizer": self.data.tokenizer, "dtype": "float32", "source": source},
         )  # fmt: skip
 
@@ -255,7 +256,7 @@ class Audit(Experiment):
         if not arm.learns:
             how["rounds"] = self._rounds(of, model_name, model)
         made = train_model(
-            of, model_name, model, kind=ORGANISM, steps=self._steps_of(arm), origin=origin, initialise=initialise,
+            of, model_name, model, kind=ORGANISM if arm.begins else BASE, steps=self._steps_of(arm), origin=origin, initialise=initialise,
             plan=plan if arm.trains else None, selection=selection, about=about, **how,
         )  # fmt: skip
         if not arm.learns:
