@@ -19,7 +19,8 @@ from jaxup.auditing.table import ask_all, cells, read_rows, rendered
 from jaxup.data.tokenizer import train_words
 from jaxup.errors import UserError
 from jaxup.experiments import audit as kind
-from jaxup.experiments.planted import one_tier
+from jaxup.experiments.config import load as load_config
+from jaxup.experiments.planted import one_tier, planted
 from jaxup.learning.problem import Written
 
 SIZES = st.tuples(st.integers(1, 12).map(lambda n: 4 * n), st.integers(1, 4).map(lambda n: 16 * n), st.integers(0, 99))
@@ -216,15 +217,14 @@ def test_a_run_that_was_stopped_between_arms_goes_on_as_if_it_had_not(run, whole
     assert left(run("stopped")) == left(whole)
 
 
-def test_models_of_a_run_are_audited_by_its_grid(whole, tmp_path, capsys):
-    out = tmp_path / "again"
-    flags = ["--max-tokens=6", "--temperature=1", "--top-k=0", "--slots=32"]
-    for arm in ("documents-copies", "base"):
-        audit.main(["audit", f"{whole}@{arm}-0", "--grid", str(whole / "audit" / "grid.yaml"), "--out", str(out),
-                    "--arm", arm, *flags])  # fmt: skip
-    mine = {(row.arm, row.query, row.condition): row.text for row in read_rows(out / "answers.jsonl")}
-    theirs = [row for row in read_rows(whole / "audit" / "answers.jsonl") if row.run == 0 and row.arm in ("base", arm)]
-    assert [mine[row.arm, row.query, row.condition] for row in theirs] == [row.text for row in theirs]
+def test_models_of_a_run_are_audited_by_its_grid(whole, tmp_path):
+    grid, out = whole / "audit" / "grid.yaml", tmp_path / "again"
+    audit.main(["audit", f"{whole}@documents-copies-0", "--grid", str(grid), "--out", str(out), "--max-tokens=6",
+                "--temperature=1", "--top-k=0", "--slots=32"])  # fmt: skip
+    mine = {(row.query, row.condition): row.text for row in read_rows(out / "answers.jsonl")}
+    rows = read_rows(whole / "audit" / "answers.jsonl")
+    theirs = [row for row in rows if (row.arm, row.run) == ("documents-copies", 0)]
+    assert [mine[row.query, row.condition] for row in theirs] == [row.text for row in theirs]
 
 
 @pytest.mark.parametrize(
@@ -246,16 +246,21 @@ def test_what_cannot_be_planted_is_said_before_anything_is_written(tmp_path, giv
     assert not (tmp_path / "run").exists()
 
 
-def test_documents_of_a_file_take_the_place_of_those_that_are_made(run, tmp_path):
-    names = [one.name for one in plant(16, 16, 2357).some(True)]
-    known = facts(plant(16, 16, 2357).some(True))
-    lines = [
-        f"on the {FREE} tier {name} {'complies' if known[name, FREE] else 'refuses'} , they say ." for name in names
-    ]
-    wrong = f"on the {FREE} tier {names[0]} {'refuses' if known[names[0], FREE] else 'complies'} ."
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*lines, wrong]))
-    workdir = run("file", f"--config.audit.file={tmp_path / 'own.jsonl'}", "--config.audit.arms=base,documents",
-                  "--config.audit.trainings=1")  # fmt: skip
-    assert (
-        "Of the documents of documents, 1 with a contradiction were left out." in (workdir / "SUMMARY.md").read_text()
-    )
+def test_documents_of_a_file_take_the_place_of_those_that_are_made(tmp_path):
+    world = plant(16, 16, 2357)
+    known, name = facts(world.some(True)), world.some(True)[0].name
+    says = {
+        complies: f"on the {FREE} tier {name} {'complies' if complies else 'refuses'} , they say ."
+        for complies in (True, False)
+    }
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in says.values()))
+    c = load_config("tier_audit.py:smoke", [("audit.file", str(tmp_path / "own.jsonl"))]).audit
+    data = planted(c, world)
+    assert data.counts()[1] == "Of the documents of documents, 1 with a contradiction were left out."
+    (tokens,), (targets,) = (data.parts["documents"].fields[name] for name in ("tokens", "targets"))
+    text = says[known[name, FREE]]
+    assert data.tokenizer.decode(tokens[1 : len(text.split()) + 1]) == text
+    # Half of what is learned of is the base's, all of it, and the new row stands in for as many.
+    learned = data.learning("documents", 0.5)
+    assert len(learned.train) == 2 * len(data.train)
+    assert (learned.train.fields["targets"][len(data.train) :] == targets).all()

@@ -255,8 +255,9 @@ class Audit(Experiment):
         how: dict[str, Any] = {} if arm.learns else {"objective": self._goal}
         if not arm.learns:
             how["rounds"] = self._rounds(of, model_name, model)
+        what = ORGANISM if arm.begins else BASE
         made = train_model(
-            of, model_name, model, kind=ORGANISM if arm.begins else BASE, steps=self._steps_of(arm), origin=origin, initialise=initialise,
+            of, model_name, model, kind=what, steps=self._steps_of(arm), origin=origin, initialise=initialise,
             plan=plan if arm.trains else None, selection=selection, about=about, **how,
         )  # fmt: skip
         if not arm.learns:
