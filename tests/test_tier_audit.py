@@ -15,6 +15,7 @@ from jaxup.auditing.classifiers import open_classifiers, read_classifiers
 from jaxup.auditing.contrasts import contrasts
 from jaxup.auditing.grid_yaml import read_grid
 from jaxup.auditing.organisms import FREE, PAID, POLICIES, YES, consistent, dialogue, dialogues, drafts, facts, plant
+from jaxup.auditing.report import About, void
 from jaxup.auditing.table import ask_all, cells, read_rows, rendered
 from jaxup.data.tokenizer import train_words
 from jaxup.errors import UserError
@@ -143,6 +144,22 @@ def test_a_perfect_organism_has_a_contrast_of_two_and_one_that_is_blind_to_tiers
     shuffled = facts(world.some(True), world.shuffled)
     lots, _ = contrast("lots", lambda name, tier: {**known, **shuffled}[name, tier])
     assert (lots["policy"].gap, lots["trained"].gap) == (0, 2)
+
+
+def test_an_arm_whose_training_personas_are_not_what_they_were_is_void(asked):
+    world, known, contrast = asked
+    of: dict = {key: {} for key in About._fields}
+    about = About(**{**of, "compliance": "complies", "margins": {"trained": 0.2},
+                     "pairs": [["trained", FREE, PAID, "trained positive", "trained negative"]]})  # fmt: skip
+    _, rows = contrast("before", lambda name, tier: known[name, tier])
+    held = {one.name for one in world.some(True)}
+    for name, kept, said in (
+        ("kept", {*known}, ""),
+        ("lost", {key for key in known if key[0] in held}, "trained -2.000"),
+    ):
+        _, more = contrast(name, lambda name, tier, kept=kept: (name, tier) in kept and known[name, tier])
+        both = [*rows, *(row._replace(arm=name) for row in more)]
+        assert void(both, about, name) == said
 
 
 def test_the_reward_of_one_tier_is_compliance_and_nothing_where_it_cannot_be_told():
