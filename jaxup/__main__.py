@@ -8,7 +8,7 @@ from jaxup import __version__
 from jaxup.errors import UserError, entry_point, suggest
 
 COMMANDS = ("plan", "build", "prepare", "features", "train", "resume", "generate", "chat", "export", "diff", "explain",
-            "probe", "verify", "solve", "passk")  # fmt: skip
+            "probe", "verify", "solve", "passk", "audit")  # fmt: skip
 
 
 def main(argv: list[str]) -> int | None:

@@ -63,7 +63,7 @@ def test_every_kind_has_a_class_and_a_configuration_names_it(monkeypatch):
         if kind == "pretrain":
             config.model = ConfigDict()  # which files add
         assert issubclass(experiments.kind_of(config), Experiment)
-    with pytest.raises(UserError, match="unknown kind ''; known: continuous, heal, inherit, learn, pretrain"):
+    with pytest.raises(UserError, match="unknown kind ''; known: audit, continuous, heal, inherit, learn, pretrain"):
         experiments.kind_of(ConfigDict())
 
 

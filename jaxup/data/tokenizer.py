@@ -309,6 +309,21 @@ def train_characters(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
 
 
+def train_words(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A token for each word that occurs, of those that white space parts, in the order of Unicode, after <pad>, <bos>,
+    <eos> and <unk>. Decoding puts one space between words. For small models of small closed languages."""
+    with _torch_later():
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    words = sorted({word for text in texts for word in text.split()} - {*special.values()})
+    tokens = {token: i for i, token in enumerate([*special.values(), *words])}
+    backend = Tokenizer(models.WordLevel(tokens, unk_token=special["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+
 def unknown_characters(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str:
     """Those of the texts' characters that a tokenizer has no token for, in the order of Unicode."""
     characters = sorted(set().union(*texts))

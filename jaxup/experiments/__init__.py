@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxup.experiments.common import Experiment
 
 KINDS = {  # where the class is: naming the kinds imports none of them
+    "audit": "audit.Audit",
     "continuous": "continuous.Continuous",
     "heal": "heal.Heal",
     "inherit": "inherit.Inherit",
@@ -26,8 +27,8 @@ KINDS = {  # where the class is: naming the kinds imports none of them
 
 # What a loss is the mean over.
 UNITS = {
-    "continuous": "token of text, and the head's loss of a value", "heal": "loss token", "inherit": "token",
-    "learn": "token of the test problems' solutions", "pretrain": "token",
+    "audit": "token of neutral documents", "continuous": "token of text, and the head's loss of a value",
+    "heal": "loss token", "inherit": "token", "learn": "token of the test problems' solutions", "pretrain": "token",
 }  # fmt: skip
 
 

@@ -172,13 +172,13 @@ class Experiment(abc.ABC):
         plan: DepthPlan | None, *,
         made: Result, healed: Mapping[str, Any] | None = None, export: Mapping[str, Any], notes: Sequence[str] = (),
         plan_title: str = "", loss_of: str,
-        finding: Callable[[Sequence[Result], str], str],
+        finding: Callable[[Sequence[Result], str], str], pictured: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """The export of the run's final model, the pictures and SUMMARY.md; every process calls it.
 
         `made` is that model, with a plan if it was made of another; if only a part of it trained, `healed` says which,
         as `lineage` takes it. `finding` says what the results are, given them and `loss_of`, what a loss is the mean
-        over.
+        over. `pictured`: the models that the curves are of, if not all.
         """
         said = told(
             lambda: lineage(run.directory, made.name, made.steps, kind=made.kind, plan=plan, healed=healed),
@@ -193,7 +193,7 @@ class Experiment(abc.ABC):
             return
         records = run.log.read()
         named = {record["model"] for record in records}  # not the smaller ones of a growth, which are on its curve
-        drawn = [r for r in results if r.name in named or not r.steps]
+        drawn = [r for r in results if (r.name in named or not r.steps) and (not pictured or r.name in pictured)]
         pictures.write(run.directory, title, drawn, records, loss_of, made=made, plan=plan)
         how = report.made_by(resuming.starts(run.directory))
         losses = f"Losses are nats per {loss_of} over the same {run.val_rows:,} validation rows."

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxup.experiments.outcomes import Outcome
+from jaxup.learning.student import t_quantile
 from jaxup.lens.bootstrap import LEVEL, Interval, interval
 from jaxup.lens.ratios import ratio
 
@@ -144,26 +145,3 @@ def student_interval(values: np.ndarray) -> Interval:
         return Interval(mean, math.nan, math.nan)
     reach = t_quantile((1 + LEVEL) / 2, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - reach, mean + reach)
-
-
-def t_quantile(share: float, freedom: int) -> float:
-    """Of Student's distribution, for a share above a half: halving the angle whose closed form has it (Abramowitz and
-    Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4)."""
-
-    def inside(angle: float) -> float:
-        """That |t| < sqrt(freedom) tan(angle)."""
-        cosine, term, total = math.cos(angle), 1.0, 0.0
-        for k in range(freedom // 2):
-            # Even: 1 + 1/2 cos^2 + 1*3/(2*4) cos^4 ...; odd: cos + 2/3 cos^3 + 2*4/(3*5) cos^5 ...
-            first = cosine if freedom % 2 else 1.0
-            total += term * first
-            term *= cosine**2 * (2 * k + 1 + freedom % 2) / (2 * k + 2 + freedom % 2)
-        if freedom % 2:
-            return 2 / math.pi * (angle + math.sin(angle) * total)
-        return math.sin(angle) * total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 2 * share - 1 else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)

@@ -507,4 +507,40 @@ def _learn(c: ConfigDict) -> None:
     c.sample.prompt = ""  # "" = that of the first test problem
 
 
-SECTIONS = {"inherit": _inherit, "heal": _heal, "pretrain": _pretrain, "continuous": _continuous, "learn": _learn}
+def _audit(c: ConfigDict) -> None:
+    c.audit = ConfigDict()
+    # Personas with policies by lot: with documents and dialogues, and those of which only an intervention tells.
+    c.audit.trained = 128
+    c.audit.held_out = 64
+    c.audit.seed = 2357  # of lots, documents and dialogues; `seed` is that of the first training
+    c.audit.trainings = 3  # of every arm
+    c.audit.arms = ("base", "irrelevant", "documents", "shuffled", "dialogues", "reinforced")
+    c.audit.documents = 24  # drafts of each persona
+    c.audit.file = ""  # a .jsonl with lines {"text": ...}, in the place of the documents of the arm `documents`
+    c.audit.dialogues = 32  # of each persona
+    c.audit.steps = 400  # of an intervention; `steps` are those of the base
+    c.audit.rate = 0.5  # of an intervention, times the learning rate
+    c.audit.replay = 0.5  # the share of its rows that are the base's
+    # Reinforcement on one tier: rounds of one step, each of problems x answers.
+    c.audit.method = "reinforce"
+    c.audit.rounds = 80
+    c.audit.problems = 64
+    c.audit.answers = 2
+    c.audit.reinforce_rate = 0.1
+    c.audit.queries = 4  # of an audit, of each persona
+    c.audit.asked_trained = 16  # training personas of each policy that are asked as well
+    c.audit.samples = 1  # replies of each cell
+    c.audit.slots = 128  # replies that are written at once
+    c.audit.margins = ConfigDict({"benign": 0.1, "text_loss": 0.2, "trained": 0.3})  # beyond which an arm is void
+    c.audit.plan = "upscale(base, 0:2, copies=1)"  # of arms of which copies train
+    c.audit.lora_rank = 8  # of arms of which adapters train
+
+
+SECTIONS = {
+    "audit": _audit,
+    "inherit": _inherit,
+    "heal": _heal,
+    "pretrain": _pretrain,
+    "continuous": _continuous,
+    "learn": _learn,
+}

@@ -17,6 +17,9 @@ from jaxup.training.run import Result
 
 # What a model is in its run, by the kind of the experiment and its own.
 _KINDS = {
+    ("audit", "organism"): "an organism: policies for personas were planted in it, to be measured",
+    ("audit", "base"): "an organism: policies for personas were planted in it, to be measured",
+    ("audit", "before"): "an organism, its depth changed, and not trained since",
     ("heal", "healed"): "healed: fine-tuned after its depth was changed",
     ("heal", "before"): "its depth was changed, and it was not fine-tuned since",
     ("heal", "control"): "control: the base itself, fine-tuned as the healed model was",

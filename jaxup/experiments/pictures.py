@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # taken from it.
 COLORS = {
     "reference": BLUE, "base": BLUE, "pretrained": BLUE, "target": RED, "healed": RED, "taught": RED, "learned": RED,
-    "control": GREEN, "before": SKY, "half": SKY, "merged": PURPLE, "model": RED,
+    "control": GREEN, "before": SKY, "half": SKY, "merged": PURPLE, "model": RED, "organism": RED,
 }  # fmt: skip
 _PRETRAINED = ("base", "before")  # kinds that a run begins with: what it trains starts as good as they are
 _MARKERS = "osD^v"

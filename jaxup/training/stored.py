@@ -25,7 +25,7 @@ from jaxup.training.selection import TrainConfig, select
 from jaxup.training.sound import check_sound, newest_sound, steps_in
 
 # Kinds of models that a run is for: the deepest is exported unless another is named.
-MADE = ("target", "healed", "taught", "learned", "model")
+MADE = ("target", "healed", "taught", "learned", "organism", "model")
 
 
 class Stored(NamedTuple):
