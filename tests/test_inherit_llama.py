@@ -1,6 +1,7 @@
 """The low-data recipe on small LLaMAs: one target or a sweep, epochs of few tokens, a reference from a directory."""
 
 import contextlib
+import inspect
 import json
 import re
 import signal
@@ -105,10 +106,12 @@ STACKED = ["--config.inherit.start=stacked", "--config.inherit.distill.alpha=0.6
 def stacked(runs, swept):
     """A stacked target that learns from a reference, and with what each model begins: its params and its teacher's."""
     begun, original = {}, loop._train
+    known = list(inspect.signature(original).parameters).index("known")
 
-    def watched(run, name, model, steps, program, schedule, state, *args):
-        begun[name] = jax.device_get((state.params, args[-2]))
-        return original(run, name, model, steps, program, schedule, state, *args)
+    def watched(*args):
+        _, name, _, _, _, _, state, *_ = args
+        begun[name] = jax.device_get((state.params, args[known]))
+        return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_train", watched)

@@ -337,14 +337,18 @@ def test_what_ended_is_started_again_where_that_helps(code, pod):
 
 def test_ctrl_c_in_watch_leaves_the_training(pod):
     pod.run("launch")
-    with pod.started("watch") as watch:
-        until(watch, "training")
-        with ctrl_c(watch):
-            assert until(watch, "not watching").endswith(
-                "watch: not watching any more. The training goes on, but is not restarted; "
-                "pod (v5p:2x2x2, 8 chips) is billed until delete.sh\n"
-            )
-            assert watch.wait(ENDS) == 130
+    for _ in range(3):  # once in some hundred times bash dies of it before it comes to what is to be said
+        with pod.started("watch") as watch:
+            until(watch, "training")
+            with ctrl_c(watch):
+                said, _ = watch.communicate()
+        if said:
+            break
+    assert said.endswith(
+        "watch: not watching any more. The training goes on, but is not restarted; "
+        "pod (v5p:2x2x2, 8 chips) is billed until delete.sh\n"
+    )
+    assert watch.returncode == 130
     assert "delete: pod trains" in pod.run("delete", code=2)
     with pod.started("watch") as watch:  # in the middle of a restart there is more to say
         pod.become("SUSPENDED")
