@@ -20,6 +20,7 @@ from jaxup.depth.picture import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 from jaxup.experiments.learned import FINAL, ROUNDS
 from jaxup.experiments.measures import keep_tasks
 from jaxup.experiments.report import ONE_SEED
+from jaxup.learning import curves
 from jaxup.learning.guides import noisy_verdict, open_guide
 from jaxup.learning.problem import Task
 from jaxup.learning.rewards import open_reward
@@ -142,7 +143,7 @@ def answered(task: Task, samples: Samples, max_tokens: int, said_PN: np.ndarray 
     right_PN = np.nan_to_num(samples.grouped(samples.right_N))
     problems = [task.test[number] for number in samples.numbers_P]
     texts, count = samples.grouped(samples.texts), samples.count
-    sizes = np.unique([*(2**power for power in range(int(math.log2(count)) + 1)), count])
+    sizes = np.array(curves.sizes(count))
     passed = np.stack([pass_at_k(count, np.sum(right_PN >= 1, axis=1), int(size)) for size in sizes], axis=1)
     noisy = np.array([[noisy_verdict(task, p, text, TPR, FPR) for text in of] for p, of in zip(problems, texts)])
     lengths = samples.grouped(np.array([*map(len, samples.tokens)], float)) / max_tokens
@@ -315,13 +316,13 @@ def rounds(rows: Sequence[Mapping[str, Any]]) -> Figure:
         "entropy, nats a token": {"entropy": ("", ORANGE)}, "length, tokens": {"length": ("", BLUE)},
     }  # fmt: skip
     figure, all_axes = panels(4, wide=2)
-    for axes, (label, curves) in zip(all_axes, filter(lambda panel: panel[1], shown.items()), strict=True):
-        for name, (said, color) in curves.items():
+    for axes, (label, lines) in zip(all_axes, filter(lambda panel: panel[1], shown.items()), strict=True):
+        for name, (said, color) in lines.items():
             points = [(row["round"], row[name]) for row in rows if _finite(row.get(name))]
             if points:
                 axes.plot(*zip(*points), color=color, label=said, marker="." if len(points) < 30 else "")
         axes.set(xlabel="round", ylabel=label)
-        if len(curves) > 1 and axes.lines:
+        if len(lines) > 1 and axes.lines:
             axes.legend(frameon=False, fontsize=8)
     return figure
 

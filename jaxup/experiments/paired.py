@@ -14,6 +14,7 @@ import numpy as np
 from jaxup.depth.picture import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 from jaxup.errors import UserError
 from jaxup.experiments.answered import AFTER, ANSWERS, BEFORE, SIZES, banded, draw, line, panels, told_of
+from jaxup.learning import curves
 from jaxup.learning.statistics import Band, pass_at_k
 from jaxup.text import read_json
 
@@ -42,7 +43,7 @@ def compared(directory: Path, runs: Mapping[str, Sequence[Path]], control: str) 
         if any((a["problems"], a["samples"]) != (first["problems"], first["samples"]) for a in of):
             return ["", f"Runs of `{cell}` were asked other problems than those of `{control}`: they are not paired."]
     count = first["samples"]
-    sizes = [2**power for power in range(count.bit_length()) if 2**power <= count]
+    sizes = curves.sizes(count)
     before, after = ({cell: _passed(of, name, sizes) for cell, of in found.items()} for name in (BEFORE, AFTER))
     same = all(np.array_equal(of, before[control]) for of in before.values())
     passed = {BEFORE: before[control]} if same else {f"{cell}, {BEFORE}": of for cell, of in before.items()}
